@@ -1,0 +1,1 @@
+"""kava_jax: KV-cache distillation in JAX."""

@@ -1,0 +1,224 @@
+"""The configuration of a run, as frozen pydantic models; ``config_file`` reads and writes it.
+
+The config stops at the edge: below the command line, functions take plain values. Model geometry
+is not configured here but read from each model's own ``config.json``.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, and no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class RunConfig(Section):
+    """Where a run lives and what makes it repeatable."""
+
+    name: str = Field("run", min_length=1, pattern=r"^[A-Za-z0-9._-]+$")
+    dir: str | None = Field(None, description="run directory; runs/<name> when null")
+    seed: int = Field(0, ge=0)
+
+    @property
+    def directory(self) -> Path:
+        """The run directory: ``dir``, or ``runs/<name>``."""
+        return Path(self.dir) if self.dir else Path("runs") / self.name
+
+
+class TeacherConfig(Section):
+    """One frozen teacher."""
+
+    name: str = Field("teacher", min_length=1, pattern=r"^[A-Za-z0-9_-]+$")
+    path: str = Field(description="Hugging Face directory, hub id, or builtin:demo_teacher")
+    revision: str | None = None
+    dtype: Dtype = "auto"
+    weight: Weight = 1.0
+    layer_map: Literal["ratio"] | tuple[tuple[int, int], ...] = Field(
+        "ratio", description="'ratio', or [teacher, student] layer pairs"
+    )
+
+
+class StudentConfig(Section):
+    """The model that learns: an existing one (``path``) or a fresh one (``geometry``)."""
+
+    path: str | None = Field(None, description="Hugging Face directory or hub id to start from")
+    revision: str | None = None
+    geometry: dict[str, Any] | None = Field(
+        None, description="config.json keys of a student to be trained from random weights"
+    )
+    tokenizer: str | None = Field(None, description="where from, when not from student or teacher")
+    dtype: Dtype = "auto"
+    remat: Literal["none", "dots", "full"] = "none"
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "StudentConfig":
+        if (self.path is None) == (self.geometry is None):
+            given = "both" if self.path else "neither"
+            raise ValueError(f"give exactly one of path and geometry ({given} given)")
+        return self
+
+
+class ProjectorConfig(Section):
+    """The bridge between the two caches' widths and heads."""
+
+    kind: Literal["elastic", "linear", "headwise"] = "elastic"
+    direction: Literal["student_to_teacher", "teacher_to_student"] = "student_to_teacher"
+    mlp_ratio: float = Field(1.0, gt=0, le=16)
+    dropout: float = Field(0.1, ge=0, lt=1)
+    init: Literal["xavier", "kaiming", "normal"] = "xavier"
+    per_layer: bool = False
+    per_head: bool = Field(False, description="headwise only: one dim map per head, not shared")
+    trainable: bool = True
+
+
+class Ramp(Section):
+    """A weight that moves linearly from ``start`` to ``end`` over the whole run."""
+
+    start: Weight
+    end: Weight
+
+
+class LossConfig(Section):
+    """What is minimised: ce_weight * CE + kl_weight * KL + kv_weight * KV."""
+
+    kv: Literal["mercator", "mse", "smooth_l1", "hybrid"] = "mercator"
+    kv_weight: Weight | Ramp = 1.0
+    alpha: Weight = Field(1.0, description="mercator: weight of the direction term")
+    beta: Weight = Field(0.01, description="mercator: weight of the log-magnitude term")
+    mercator_weight: Weight | Ramp = Field(0.8, description="hybrid")
+    mse_weight: Weight | Ramp = Field(0.2, description="hybrid")
+    ce_weight: Weight = 1.0
+    kl_weight: Weight = 0.0
+    kl_temperature: float = Field(1.0, gt=0)
+    key_space: Literal["pre_rope", "post_rope"] = "pre_rope"
+    sink_tokens: int = Field(4, ge=0, description="first tokens of a row left out of the KV loss")
+
+
+class DataConfig(Section):
+    """Rows of text, how they become tokens, and which are held out."""
+
+    path: str = Field(description="JSONL, parquet or text file, hub id, or builtin:word_problems")
+    subset: str | None = Field(None, description="name of a hub dataset's configuration")
+    revision: str | None = None
+    split: str = "train"
+    eval_path: str | None = Field(None, description="held-out rows; else cut from data.path")
+    eval_split: str | None = None
+    eval_rows: Positive = Field(256, description="number of held-out rows")
+    rows: Positive | None = Field(None, description="use only the first so many training rows")
+    prompt_field: str = "question"
+    answer_field: str = "answer"
+    messages_field: str | None = None
+    separator: str = Field("<|endoftext|>", description="between documents of a text file")
+    format: Literal["qa", "template", "chat"] = "qa"
+    template: str | None = Field(None, description="for format=template")
+    max_length: int = Field(512, ge=8)
+    batch_size: Positive = 32
+
+    @model_validator(mode="after")
+    def _template_given(self) -> "DataConfig":
+        if (self.format == "template") != (self.template is not None):
+            raise ValueError("format=template and template=... go together; give both or neither")
+        return self
+
+
+class OptimizerConfig(Section):
+    """AdamW with two learning rates, clipped per group."""
+
+    student_lr: Weight = 5e-5
+    projector_lr: Weight = 1e-3
+    weight_decay: Weight = 0.01
+    clip_norm: float = Field(1.0, gt=0)
+    b1: float = Field(0.9, ge=0, lt=1)
+    b2: float = Field(0.999, ge=0, lt=1)
+    warmup_steps: int = Field(0, ge=0)
+    schedule: Literal["cosine", "constant"] = "cosine"
+    final_lr_share: Share = Field(0.0, description="of the peak rate, reached at the last step")
+
+
+class TrainConfig(Section):
+    """How long, and how often what happens."""
+
+    steps: Positive = 1000
+    grad_accumulation: Positive = 1
+    log_every: Positive = 10
+    eval_every: Positive | None = Field(None, description="null: only at the end")
+    checkpoint_every: Positive = 500
+    keep_checkpoints: Positive = 2
+
+
+class EvalConfig(Section):
+    """Exact match on generated answers, at the end of a run and in ``kava eval``."""
+
+    exact_match: bool = Field(True, description="needs prompt/answer data")
+    max_new_tokens: Positive = 256
+    batch_size: Positive = 64
+
+
+class MeshConfig(Section):
+    """Devices along each axis; -1 fills (one axis at most)."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+    @model_validator(mode="after")
+    def _sizes(self) -> "MeshConfig":
+        sizes = (self.data, self.fsdp, self.tensor)
+        if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
+            raise ValueError("each axis is a positive number or -1, and at most one is -1")
+        return self
+
+
+class Config(Section):
+    """A whole run."""
+
+    run: RunConfig = RunConfig()
+    teachers: tuple[TeacherConfig, ...] = ()
+    student: StudentConfig
+    projector: ProjectorConfig = ProjectorConfig()
+    loss: LossConfig = LossConfig()
+    data: DataConfig
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    mesh: MeshConfig = MeshConfig()
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "Config":
+        names = [teacher.name for teacher in self.teachers]
+        if len(set(names)) < len(names):
+            raise ValueError(f"teachers need different names, these repeat: {names}")
+        if self.data.batch_size % self.train.grad_accumulation:
+            raise ValueError(
+                f"data.batch_size={self.data.batch_size} is not divisible by "
+                f"train.grad_accumulation={self.train.grad_accumulation}; use a multiple"
+            )
+        if not self.teachers and self.student.geometry is None and self.loss.ce_weight == 0:
+            raise ValueError("no teachers and loss.ce_weight=0 leaves nothing to learn from")
+        if self.optimizer.warmup_steps > self.train.steps:
+            raise ValueError(
+                f"optimizer.warmup_steps={self.optimizer.warmup_steps} exceeds "
+                f"train.steps={self.train.steps}; lower it"
+            )
+        return self
+
+
+# Fields that may change between a run and its continuation without changing what is learnt.
+FREE_FIELDS = (
+    "run.dir",
+    "train.log_every",
+    "train.eval_every",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "eval",
+    "mesh",
+)

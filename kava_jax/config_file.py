@@ -1,0 +1,190 @@
+"""Reading a config file with dotted overrides, and writing the resolved config back.
+
+Unknown keys are refused with the closest match, ``1e-3`` is a number (YAML 1.1 reads it as text),
+a key given twice is an error (YAML keeps the last silently), and every problem is named at once.
+"""
+
+import difflib
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from kava_jax.config import Config
+from kava_jax.errors import KavaError
+
+
+class _Loader(yaml.SafeLoader):
+    """Safe YAML with numbers like ``1e-3`` and without repeated keys."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """Build a dict, refusing a key that stands twice."""
+        seen = set()
+        for key_node, _ in node.value:
+            if key_node.value in seen:
+                raise yaml.MarkedYAMLError(
+                    problem=f"key {key_node.value!r} is given twice", problem_mark=node.start_mark
+                )
+            seen.add(key_node.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+.0123456789"),
+)
+
+
+def shipped_config(name: str) -> Path:
+    """Path of one of the configs that ship with the package (or lie beside it in a checkout)."""
+    package = Path(__file__).resolve().parent
+    for folder in (package / "configs", package.parent / "configs"):
+        if (folder / name).is_file():
+            return folder / name
+    raise KavaError(f"config={name!r} is not among the shipped configs; give a path to a file")
+
+
+def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Read ``path``, apply ``a.b.0.c=value`` overrides in order, validate.
+
+    Raises KavaError in one line that lists every problem.
+    """
+    raw = _read_yaml(Path(path))
+    for override in overrides:
+        _apply(raw, override)
+    return parse_config(raw)
+
+
+def parse_config(raw: dict[str, Any]) -> Config:
+    """Validate a nested dict; raises KavaError in one line that lists every problem."""
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        problems = dict.fromkeys(_problem(raw, dict(item)) for item in error.errors())
+        raise KavaError("; ".join(problems)) from None
+
+
+def dump_config(config: Config) -> dict[str, Any]:
+    """The resolved config as plain data, every default written out."""
+    return config.model_dump(mode="json")
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except FileNotFoundError:
+        raise KavaError(f"config={str(path)!r} does not exist; give the path of a file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise KavaError(f"config={str(path)!r} cannot be read ({error}); give a YAML file") from None
+    except yaml.YAMLError as error:
+        raise KavaError(f"config={str(path)!r} is not valid YAML: {_one_line(error)}") from None
+    if not isinstance(raw, dict):
+        raise KavaError(f"config={str(path)!r} holds no sections; write 'section:' and fields")
+    return raw
+
+
+def _one_line(error: yaml.YAMLError) -> str:
+    """Problem and line number of a YAML error, without the excerpt that follows."""
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+    return f"{problem} (line {mark.line + 1}); mend that line" if mark else problem
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    """Set one ``dotted.key=value`` in place; a list index may be one past the end."""
+    key, equals, text = override.partition("=")
+    if not equals or not all(key.split(".")):
+        raise KavaError(f"override={override!r} is not of the form section.field=value")
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise KavaError(f"override={override!r} has an unreadable value: {_one_line(error)}") from None
+    node: Any = raw
+    *parents, last = key.split(".")
+    for position, part in enumerate(parents):
+        following = (*parents, last)[position + 1]
+        node = _step_into(node, part, [] if following.isdigit() else {}, override)
+    _assign(node, last, value, override)
+
+
+def _step_into(node: Any, part: str, fresh: Any, override: str) -> Any:
+    """The child ``part`` of ``node``, made when absent or null."""
+    if isinstance(node, dict):
+        if node.get(part) is None:
+            node[part] = fresh
+        return node[part]
+    if isinstance(node, list) and part.isdigit() and int(part) <= len(node):
+        if int(part) == len(node):
+            node.append(fresh)
+        return node[int(part)]
+    raise KavaError(f"override={override!r}: there is no field to reach at {part!r}; check the key")
+
+
+def _assign(node: Any, last: str, value: Any, override: str) -> None:
+    if isinstance(node, dict):
+        node[last] = value
+    elif isinstance(node, list) and last.isdigit() and int(last) < len(node):
+        node[int(last)] = value
+    else:
+        raise KavaError(f"override={override!r}: there is no field {last!r} to set; check the key")
+
+
+def _problem(raw: Any, error: dict[str, Any]) -> str:
+    """One pydantic error as 'field=value is wrong; remedy'."""
+    location, value = _existing_path(raw, error["loc"])
+    name = ".".join(location)
+    if error["type"] == "extra_forbidden":
+        return f"{name} is not a known field; {_closest(location)}"
+    if error["type"] == "missing":
+        missing = ".".join([*location, str(error["loc"][-1])])
+        return f"{missing} is required but missing; add it"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return f"{name}: {message}" if name else message
+    return f"{name}={value!r} is not valid: {message[0].lower()}{message[1:]}"
+
+
+def _existing_path(raw: Any, loc: tuple[int | str, ...]) -> tuple[list[str], Any]:
+    """The part of pydantic's location that is in the input; union member names are left out."""
+    names, node = [], raw
+    for part in loc:
+        if isinstance(node, dict) and part in node or (
+            isinstance(node, list) and isinstance(part, int) and part < len(node)
+        ):
+            node = node[part]
+            names.append(str(part))
+    return names, node
+
+
+def _closest(location: list[str]) -> str:
+    """'did you mean ...' among the fields of the section, or the list of them."""
+    fields = _fields_of(location[:-1])
+    matches = difflib.get_close_matches(location[-1], fields, n=1)
+    if matches:
+        return f"did you mean {'.'.join([*location[:-1], matches[0]])}?"
+    return f"the fields there are {', '.join(fields)}"
+
+
+def _fields_of(location: list[str]) -> list[str]:
+    """Field names of the section at ``location``, found by walking the models' annotations."""
+    model: type[BaseModel] = Config
+    for part in location:
+        if part.isdigit():
+            continue
+        found = _sections_in(model.model_fields[part].annotation)
+        if not found:
+            return []
+        model = found[0]
+    return list(model.model_fields)
+
+
+def _sections_in(annotation: Any) -> list[type[BaseModel]]:
+    """Models inside an annotation such as ``tuple[TeacherConfig, ...]``."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    inner = getattr(annotation, "__args__", ())
+    return [model for argument in inner for model in _sections_in(argument)]

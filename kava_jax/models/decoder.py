@@ -1,0 +1,136 @@
+"""One dense RoPE decoder for Qwen2/2.5, Qwen3, Llama, Mistral and SmolLM.
+
+Layers are built stacked and run by ``lax.scan``, so a 48-layer model compiles as fast as a 2-layer
+one and the keys and values of all layers come out stacked. There are no hooks and no sown values:
+the cache is a return value. A teacher is *cut* by building fewer blocks, a KV-only tail and no
+head. Sampling, beam search and mixture-of-experts layers are left out on purpose.
+"""
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from kava_jax.cache import KVCache
+from kava_jax.models.layers import Block, Dtypes, Projection, RMSNorm, Tail
+from kava_jax.models.rope import rope_frequencies, rope_rotation
+from kava_jax.models.spec import DecoderSpec
+
+KeySpace = Literal["pre_rope", "post_rope"]
+Remat = Literal["none", "dots", "full"]
+Params = dict[str, Any]
+
+
+class Embedding(nnx.Module):
+    """Token embedding table [V, D]."""
+
+    def __init__(self, spec: DecoderSpec, *, dtypes: Dtypes, rngs: nnx.Rngs):
+        """Build the table."""
+        shape = (spec.vocab_size, spec.hidden_size)
+        table = spec.initializer_range * jax.random.normal(rngs.params(), shape, dtypes.param)
+        self.embedding = nnx.Param(table, axes=("vocab", "embed"))
+
+
+class Decoder(nnx.Module):
+    """A causal language model that returns its last hidden states and its key/value cache."""
+
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        *,
+        rngs: nnx.Rngs,
+        blocks: int | None = None,
+        tail: bool = False,
+        head: bool = True,
+        param_dtype: Any = jnp.float32,
+        dtype: Any = jnp.float32,
+        remat: Remat = "none",
+    ):
+        """Build ``blocks`` full layers (all by default), optionally a KV-only ``tail`` after them.
+
+        ``head=False`` leaves out final norm and LM head: such a decoder has a cache but no logits.
+        """
+        dtypes = Dtypes(jnp.dtype(param_dtype), jnp.dtype(dtype))
+        count = spec.num_layers if blocks is None else blocks
+        self.spec, self.dtype, self.remat = spec, dtypes.compute, remat
+        self.embed = Embedding(spec, dtypes=dtypes, rngs=rngs)
+        self.blocks = _stacked_blocks(spec, count, dtypes, rngs) if count else None
+        self.tail = Tail(spec, dtypes=dtypes, rngs=rngs) if tail else None
+        self.final_norm = (
+            RMSNorm(spec.hidden_size, "embed", eps=spec.norm_eps, dtypes=dtypes) if head else None
+        )
+        self.head = (
+            Projection(
+                {"embed": spec.hidden_size},
+                {"vocab": spec.vocab_size},
+                bias=False,
+                std=spec.initializer_range,
+                dtypes=dtypes,
+                rngs=rngs,
+            )
+            if head and not spec.tie_embeddings
+            else None
+        )
+
+    def __call__(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        positions_BT: Int[Array, "B T"],
+        mask_BTS: Bool[Array, "B 1 T S"],
+        *,
+        past: KVCache | None = None,
+        key_space: KeySpace = "pre_rope",
+    ) -> tuple[Float[Array, "B T D"], KVCache]:
+        """Run the layers over ``tokens``.
+
+        ``past`` holds post-RoPE keys and values [L, B, S - T, K, H] of earlier tokens, read only;
+        the returned cache holds the *new* tokens' [L, B, T, K, H] alone, keys in ``key_space``.
+        Positions and mask come from ``models.masks``.
+        """
+        x_BTD = self.embed.embedding[...][tokens_BT].astype(self.dtype)
+        rotation = rope_rotation(positions_BT, rope_frequencies(self.spec))
+        caches = []
+        if self.blocks is not None:
+            graph, layers = nnx.split(self.blocks)
+
+            def layer(x_BTD: Array, xs: tuple[Any, KVCache | None]) -> tuple[Array, KVCache]:
+                params, layer_past = xs
+                x_BTD, new = nnx.merge(graph, params)(x_BTD, rotation, mask_BTS, layer_past)
+                return x_BTD, new.cache(key_space)
+
+            x_BTD, cache = jax.lax.scan(_remat(layer, self.remat), x_BTD, (layers, past))
+            caches.append(cache)
+        if self.tail is not None:
+            new = self.tail(x_BTD, rotation).cache(key_space)
+            caches.append(jax.tree.map(lambda array: array[None], new))
+        cache = jax.tree.map(lambda *parts: jnp.concatenate(parts), *caches)
+        return (x_BTD if self.final_norm is None else self.final_norm(x_BTD)), cache
+
+    def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
+        """LM head: all V rows, in the compute dtype; the transposed embedding when tied."""
+        return hidden @ self.head_kernel().astype(self.dtype)
+
+    def head_kernel(self) -> Float[Array, "D V"]:
+        """The LM head's kernel as it is stored, tied or not."""
+        if self.head is not None:
+            return self.head.kernel[...]
+        return self.embed.embedding[...].T
+
+
+def _stacked_blocks(spec: DecoderSpec, count: int, dtypes: Dtypes, rngs: nnx.Rngs) -> Block:
+    """``count`` blocks as one module whose parameters have a leading layer axis."""
+    build = nnx.vmap(lambda r: Block(spec, dtypes=dtypes, rngs=r), in_axes=0, out_axes=0)
+    return build(rngs.fork(split=count))
+
+
+def _remat(layer: Any, policy: Remat) -> Any:
+    """Recompute nothing, everything but matmul results, or everything in the backward pass."""
+    if policy == "none":
+        return layer
+    saved = {
+        "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        "full": jax.checkpoint_policies.nothing_saveable,
+    }
+    return jax.checkpoint(layer, policy=saved[policy], prevent_cse=False)

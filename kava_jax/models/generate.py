@@ -1,0 +1,94 @@
+"""Greedy decoding with a cache: one prefill, then one token a step, all inside one ``jit``.
+
+The prompt is read once; a new token costs one pass of one token over the cached keys. Sampling is
+left out on purpose: everything this project measures is greedy.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Int
+
+from kava_jax.cache import KVCache
+from kava_jax.models.decoder import Decoder, Params
+from kava_jax.models.masks import attention_mask, token_positions
+
+
+class _Decoding(NamedTuple):
+    """What one decoding step hands to the next."""
+
+    step: Int[Array, ""]
+    token_B: Int[Array, "B"]
+    done_B: Bool[Array, "B"]
+    cache: KVCache
+    output_BM: Int[Array, "B M"]
+
+
+@partial(jax.jit, static_argnames=("graph", "max_new_tokens", "eos_ids", "pad_id"))
+def generate(
+    graph: nnx.GraphDef[Decoder],
+    params: Params,
+    prompt_BT: Int[Array, "B T"],
+    valid_BT: Bool[Array, "B T"],
+    *,
+    max_new_tokens: int,
+    eos_ids: tuple[int, ...],
+    pad_id: int,
+) -> Int[Array, "B M"]:
+    """Continue left-padded prompts greedily: int32 [B, max_new_tokens].
+
+    A row ends with the first of ``eos_ids`` (kept in the output) and ``pad_id`` after it; decoding
+    stops as soon as every row has ended.
+    """
+    model = nnx.merge(graph, params)
+    window = model.spec.sliding_window
+    batch, length = prompt_BT.shape
+    positions_BT = token_positions(valid_BT)
+    mask = attention_mask(positions_BT, positions_BT, valid_BT, window)
+    hidden_BTD, cache = model(prompt_BT, positions_BT, mask, key_space="post_rope")
+    room = [(0, 0), (0, 0), (0, max_new_tokens), (0, 0), (0, 0)]
+    cache = jax.tree.map(lambda array: jnp.pad(array, room), cache)
+    lengths_B = valid_BT.sum(axis=1)
+    new_M = jnp.arange(max_new_tokens)
+    # Slot S of the cache is a prompt token, or new token S - T at the position after the prompt's.
+    slot_positions_BS = jnp.concatenate([positions_BT, lengths_B[:, None] + new_M[None, :]], axis=1)
+
+    def next_token(hidden_BTD: Array) -> Int[Array, "B"]:
+        return jnp.argmax(model.logits(hidden_BTD[:, -1]), axis=-1).astype(jnp.int32)
+
+    def ended(token_B: Int[Array, "B"]) -> Bool[Array, "B"]:
+        return jnp.isin(token_B, jnp.array(eos_ids, jnp.int32))
+
+    def unfinished(state: _Decoding) -> Bool[Array, ""]:
+        return (state.step < max_new_tokens) & ~jnp.all(state.done_B)
+
+    def advance(state: _Decoding) -> _Decoding:
+        written_BM = jnp.broadcast_to(new_M[None, :] < state.step - 1, (batch, max_new_tokens))
+        own_B1 = jnp.ones((batch, 1), bool)
+        position_B1 = (lengths_B + state.step - 1)[:, None]
+        mask = attention_mask(
+            position_B1,
+            jnp.concatenate([slot_positions_BS, position_B1], axis=1),
+            jnp.concatenate([valid_BT, written_BM, own_B1], axis=1),
+            window,
+        )
+        hidden, new = model(
+            state.token_B[:, None], position_B1, mask, past=state.cache, key_space="post_rope"
+        )
+        slot = length + state.step - 1
+        cache = jax.tree.map(
+            lambda old, add: jax.lax.dynamic_update_slice_in_dim(old, add, slot, axis=2),
+            state.cache,
+            new,
+        )
+        token_B = jnp.where(state.done_B, pad_id, next_token(hidden))
+        output_BM = state.output_BM.at[:, state.step].set(token_B)
+        return _Decoding(state.step + 1, token_B, state.done_B | ended(token_B), cache, output_BM)
+
+    first_B = next_token(hidden_BTD)
+    output_BM = jnp.full((batch, max_new_tokens), pad_id, jnp.int32).at[:, 0].set(first_B)
+    start = _Decoding(jnp.array(1), first_B, ended(first_B), cache, output_BM)
+    return jax.lax.while_loop(unfinished, advance, start).output_BM

@@ -1,0 +1,207 @@
+"""The parts of a decoder: projection, RMS norm, attention, gated MLP, block, and the KV-only tail.
+
+Every parameter carries the logical names of its axes as metadata (``axes=...``); which mesh axis a
+name is split over is decided in ``parallel``, never here. Parameters are kept in ``param_dtype``
+and used in ``dtype``; norms and softmax are computed in float32.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float
+
+from kava_jax.cache import KVCache
+from kava_jax.models.rope import rotate
+from kava_jax.models.spec import DecoderSpec
+
+Rotation = tuple[Float[Array, "B T 1 h"], Float[Array, "B T 1 h"]]
+
+
+class Dtypes(NamedTuple):
+    """How parameters are kept and in what the layers compute."""
+
+    param: jnp.dtype
+    compute: jnp.dtype
+
+
+class Projection(nnx.Module):
+    """Linear map from ``inputs`` axes to ``outputs`` axes, e.g. [D] -> [N, H] or [N, H] -> [D]."""
+
+    def __init__(
+        self,
+        inputs: dict[str, int],
+        outputs: dict[str, int],
+        *,
+        bias: bool,
+        std: float,
+        dtypes: Dtypes,
+        rngs: nnx.Rngs,
+    ):
+        """Name the axes and their sizes; ``std`` is the standard deviation of the fresh kernel."""
+        shape = (*inputs.values(), *outputs.values())
+        kernel = std * jax.random.normal(rngs.params(), shape, dtypes.param)
+        self.kernel = nnx.Param(kernel, axes=(*inputs, *outputs))
+        self.bias = (
+            nnx.Param(jnp.zeros(tuple(outputs.values()), dtypes.param), axes=tuple(outputs))
+            if bias
+            else None
+        )
+        self.contracted = len(inputs)
+        self.dtype = dtypes.compute
+
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Contract the last input axes of ``x`` with the kernel and add the bias."""
+        y = jnp.tensordot(x, self.kernel[...].astype(self.dtype), axes=self.contracted)
+        if self.bias is None:
+            return y
+        bias = self.bias[...].astype(self.dtype)
+        return y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+
+
+class RMSNorm(nnx.Module):
+    """``x / sqrt(mean(x^2) + eps) * scale`` over the last axis; statistics in float32."""
+
+    def __init__(self, width: int, axis: str, *, eps: float, dtypes: Dtypes):
+        """Scale of ones, named by the logical ``axis`` it runs along."""
+        self.scale = nnx.Param(jnp.ones((width,), dtypes.param), axes=(axis,))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+        """Normalise, cast back to the input's dtype, then scale (the order of Hugging Face)."""
+        wide = x.astype(jnp.float32)
+        scaled = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
+        scale = self.scale[...].astype(x.dtype)
+        return scaled.astype(x.dtype) * scale.reshape((1,) * (x.ndim - 1) + scale.shape)
+
+
+class KeyValue(NamedTuple):
+    """One layer's keys before and after RoPE, and its values."""
+
+    pre_rope: Float[Array, "B T K H"]
+    post_rope: Float[Array, "B T K H"]
+    v: Float[Array, "B T K H"]
+
+    def cache(self, key_space: str) -> KVCache:
+        """The pair that is asked for: ``pre_rope`` or ``post_rope`` keys with the values."""
+        return KVCache(self.pre_rope if key_space == "pre_rope" else self.post_rope, self.v)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention. With ``queries=False`` only keys and values exist (cut teacher)."""
+
+    def __init__(
+        self, spec: DecoderSpec, *, dtypes: Dtypes, rngs: nnx.Rngs, queries: bool = True
+    ):
+        """Build the projections; ``std`` is the model's initializer range throughout."""
+        model = {"embed": spec.hidden_size}
+        kv_heads = {"kv_heads": spec.num_kv_heads, "head_dim": spec.head_dim}
+        heads = {"heads": spec.num_heads, "head_dim": spec.head_dim}
+        std, bias = spec.initializer_range, spec.qkv_bias
+
+        def project(inputs: dict[str, int], outputs: dict[str, int], bias: bool) -> Projection:
+            return Projection(inputs, outputs, bias=bias, std=std, dtypes=dtypes, rngs=rngs)
+
+        def norm() -> RMSNorm | None:
+            if not spec.qk_norm:
+                return None
+            return RMSNorm(spec.head_dim, "head_dim", eps=spec.norm_eps, dtypes=dtypes)
+
+        self.k = project(model, kv_heads, bias)
+        self.v = project(model, kv_heads, bias)
+        self.k_norm = norm()
+        if queries:
+            self.q = project(model, heads, bias)
+            self.o = project(heads, model, spec.output_bias)
+            self.q_norm = norm()
+
+    def keys_values(self, x_BTD: Float[Array, "B T D"], rotation: Rotation) -> KeyValue:
+        """Project ``x`` to keys (bias and key norm included) and values."""
+        k_BTKH = self.k(x_BTD)
+        if self.k_norm is not None:
+            k_BTKH = self.k_norm(k_BTKH)
+        return KeyValue(k_BTKH, rotate(k_BTKH, rotation), self.v(x_BTD))
+
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        rotation: Rotation,
+        mask_BTS: Bool[Array, "B 1 T S"],
+        past: KVCache | None,
+    ) -> tuple[Float[Array, "B T D"], KeyValue]:
+        """Attend over ``past`` (post-RoPE, one layer) followed by the tokens of ``x``."""
+        new = self.keys_values(x_BTD, rotation)
+        q_BTNH = self.q(x_BTD)
+        if self.q_norm is not None:
+            q_BTNH = self.q_norm(q_BTNH)
+        q_BTNH = rotate(q_BTNH, rotation)
+        k_BSKH, v_BSKH = new.post_rope, new.v
+        if past is not None:
+            k_BSKH = jnp.concatenate([past.k, k_BSKH], axis=1)
+            v_BSKH = jnp.concatenate([past.v, v_BSKH], axis=1)
+        y_BTNH = jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask_BTS)
+        return self.o(y_BTNH), new
+
+
+class MLP(nnx.Module):
+    """``down(silu(gate(x)) * up(x))``."""
+
+    def __init__(self, spec: DecoderSpec, *, dtypes: Dtypes, rngs: nnx.Rngs):
+        """Build the three projections."""
+        model, inner = {"embed": spec.hidden_size}, {"ffw": spec.intermediate_size}
+
+        def project(inputs: dict[str, int], outputs: dict[str, int]) -> Projection:
+            return Projection(
+                inputs,
+                outputs,
+                bias=spec.mlp_bias,
+                std=spec.initializer_range,
+                dtypes=dtypes,
+                rngs=rngs,
+            )
+
+        self.gate = project(model, inner)
+        self.up = project(model, inner)
+        self.down = project(inner, model)
+
+    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Gate, multiply, project back."""
+        return self.down(jax.nn.silu(self.gate(x_BTD)) * self.up(x_BTD))
+
+
+class Block(nnx.Module):
+    """One pre-norm decoder layer."""
+
+    def __init__(self, spec: DecoderSpec, *, dtypes: Dtypes, rngs: nnx.Rngs):
+        """Build attention, MLP and their norms."""
+        width, eps = spec.hidden_size, spec.norm_eps
+        self.attention_norm = RMSNorm(width, "embed", eps=eps, dtypes=dtypes)
+        self.attention = Attention(spec, dtypes=dtypes, rngs=rngs)
+        self.mlp_norm = RMSNorm(width, "embed", eps=eps, dtypes=dtypes)
+        self.mlp = MLP(spec, dtypes=dtypes, rngs=rngs)
+
+    def __call__(
+        self,
+        x_BTD: Float[Array, "B T D"],
+        rotation: Rotation,
+        mask_BTS: Bool[Array, "B 1 T S"],
+        past: KVCache | None,
+    ) -> tuple[Float[Array, "B T D"], KeyValue]:
+        """Residual attention, then residual MLP; also what the attention wrote."""
+        y_BTD, new = self.attention(self.attention_norm(x_BTD), rotation, mask_BTS, past)
+        x_BTD = x_BTD + y_BTD
+        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), new
+
+
+class Tail(nnx.Module):
+    """The last layer of a cut teacher: its input norm and K/V projections, and nothing else."""
+
+    def __init__(self, spec: DecoderSpec, *, dtypes: Dtypes, rngs: nnx.Rngs):
+        """Build the norm and the two projections."""
+        self.attention_norm = RMSNorm(spec.hidden_size, "embed", eps=spec.norm_eps, dtypes=dtypes)
+        self.attention = Attention(spec, dtypes=dtypes, rngs=rngs, queries=False)
+
+    def __call__(self, x_BTD: Float[Array, "B T D"], rotation: Rotation) -> KeyValue:
+        """Keys and values of the layer, without attending."""
+        return self.attention.keys_values(self.attention_norm(x_BTD), rotation)

@@ -1,0 +1,27 @@
+"""Positions and attention masks from the one thing the data knows: which tokens are real."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+
+def token_positions(valid_BT: Bool[Array, "B T"]) -> Int[Array, "B T"]:
+    """Position of every token, counting real tokens only: right under left and right padding."""
+    return jnp.maximum(jnp.cumsum(valid_BT.astype(jnp.int32), axis=1) - 1, 0)
+
+
+def attention_mask(
+    query_positions_BT: Int[Array, "B T"],
+    key_positions_BS: Int[Array, "B S"],
+    key_valid_BS: Bool[Array, "B S"],
+    window: int | None = None,
+) -> Bool[Array, "B 1 T S"]:
+    """Causal mask: a query sees real keys at its own position or before, within ``window``.
+
+    The last T of the S keys are the queries' own tokens. Padding shares the position of the token
+    before it, so keys are told apart by validity and not by position alone.
+    """
+    distance = query_positions_BT[:, :, None] - key_positions_BS[:, None, :]
+    visible = (distance >= 0) & key_valid_BS[:, None, :]
+    if window is not None:
+        visible = visible & (distance < window)
+    return visible[:, None, :, :]

@@ -1,0 +1,50 @@
+"""The geometry of a dense RoPE decoder, as read from a Hugging Face ``config.json``.
+
+One frozen description covers Qwen2/2.5, Qwen3, Llama 2/3, Mistral and SmolLM; what differs between
+them is data here, not code elsewhere. Reading and writing ``config.json`` is the job of ``hf``.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Llama3RopeScaling:
+    """Frequency scaling of Llama 3.1 and later (``rope_type: llama3``)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+
+@dataclass(frozen=True)
+class DecoderSpec:
+    """Static shape of a decoder; every width is explicit and none is derived from another.
+
+    ``head_dim`` is free of ``hidden_size / num_heads``; KV width is ``num_kv_heads * head_dim``.
+    """
+
+    family: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    rope_theta: float
+    norm_eps: float
+    tie_embeddings: bool
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    rope_scaling: Llama3RopeScaling | None = None
+    sliding_window: int | None = None
+    initializer_range: float = 0.02
+    max_position_embeddings: int = 2048
+
+    @property
+    def kv_width(self) -> int:
+        """Width of one layer's flattened keys (or values) of one token."""
+        return self.num_kv_heads * self.head_dim

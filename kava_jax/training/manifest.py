@@ -1,0 +1,294 @@
+"""Whose run directory is this: config, versions, hardware and fingerprints, written once a start.
+
+A run directory must never quietly continue another experiment. ``check_manifest`` compares what a
+start is about to do with what the directory was made for, before anything is written.
+
+Left out on purpose: computing fingerprints (the rooms that own weights and data do it), knowing
+which config fields may change on resume (the caller names them), and every look at a device (the
+counts are passed in, so that this module starts no backend).
+"""
+
+import hashlib
+import json
+import os
+import platform
+import shlex
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from fnmatch import fnmatchcase
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from kava_jax.errors import KavaError
+
+CONFIG_NAME = "config.yaml"
+MANIFEST_NAME = "manifest.json"
+PACKAGES = (
+    "kava-jax",
+    "jax",
+    "jaxlib",
+    "flax",
+    "optax",
+    "orbax-checkpoint",
+    "transformers",
+)
+
+
+class Fingerprints(NamedTuple):
+    """Hashes of what a run reads. ``None`` means "not computed", and is not compared."""
+
+    teachers: Mapping[str, str]
+    student: str | None = None
+    data: str | None = None
+
+
+class Hardware(NamedTuple):
+    """What a run stands on, as the caller counted it."""
+
+    hosts: int
+    devices: int
+    device_kind: str
+
+
+class Change(NamedTuple):
+    """One dotted config field with its old and new value, as JSON text (``absent`` if missing)."""
+
+    field: str
+    old: str
+    new: str
+
+    def __str__(self) -> str:
+        return f"{self.field} {self.old} -> {self.new}"
+
+
+def write_config(run_dir: Path, config: Mapping[str, Any]) -> None:
+    """Write the resolved config as ``config.yaml``, atomically, making the directory if need be."""
+    text = yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True)
+    _write_atomically(run_dir / CONFIG_NAME, text)
+
+
+def read_config(run_dir: Path) -> dict[str, Any]:
+    """Read ``config.yaml`` of a run directory; a missing or broken file is a ``KavaError``."""
+    path = run_dir / CONFIG_NAME
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise KavaError(f"{path} is missing; name a run directory made by `kava train`") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise KavaError(
+            f"{path} is not readable YAML ({_one_line(error)}); restore it or name another run.dir"
+        ) from None
+    if not isinstance(config, dict):
+        raise KavaError(f"{path} holds no mapping; restore it or name another run.dir")
+    return config
+
+
+def config_hash(config: Mapping[str, Any]) -> str:
+    """SHA-256 of the config in canonical JSON: key order and tuple-or-list make no difference."""
+    return hashlib.sha256(json.dumps(_plain(config), sort_keys=True).encode()).hexdigest()
+
+
+def config_diff(
+    old: Mapping[str, Any], new: Mapping[str, Any], free: Sequence[str] = ()
+) -> list[Change]:
+    """Every dotted field in which two nested configs differ, in the order of ``new``.
+
+    Args:
+        old: the config a run directory was made with.
+        new: the config of this start. List items are fields too: ``teachers.0.path``.
+        free: fields that may change. A field frees everything below it, and ``*`` stands for any
+            characters: ``run``, ``checkpoint.every``, ``teachers.*.path``.
+    """
+    old_fields, new_fields = dict(_leaves(old)), dict(_leaves(new))
+    changes = []
+    for field in [*new_fields, *(field for field in old_fields if field not in new_fields)]:
+        before, after = old_fields.get(field, "absent"), new_fields.get(field, "absent")
+        if before != after and not _matches(field, free):
+            changes.append(Change(field, before, after))
+    return changes
+
+
+def write_manifest(
+    run_dir: Path,
+    *,
+    command: Sequence[str],
+    config: Mapping[str, Any],
+    fingerprints: Fingerprints,
+    hardware: Hardware,
+) -> None:
+    """Write ``manifest.json``; on an existing one add this start to its list of starts.
+
+    Only one process of a run may call this. Identity (config hash, fingerprints) stands at the top;
+    what may differ from start to start (command, versions, git revision, hardware, time) in
+    ``starts``, oldest first. Write ``config.yaml`` first: the manifest is what makes a directory a
+    run.
+    """
+    earlier = read_manifest(run_dir) if (run_dir / MANIFEST_NAME).exists() else {}
+    start = {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": shlex.join(command),
+        "versions": _versions(),
+        "git": _git_revision(),
+        "hardware": hardware._asdict(),
+    }
+    manifest = {
+        "config_hash": config_hash(config),
+        "fingerprints": fingerprints._asdict() | {"teachers": dict(fingerprints.teachers)},
+        "starts": [*earlier.get("starts", []), start],
+    }
+    _write_atomically(run_dir / MANIFEST_NAME, json.dumps(manifest, indent=2) + "\n")
+
+
+def read_manifest(run_dir: Path) -> dict[str, Any]:
+    """Read ``manifest.json`` of a run directory; a missing or broken file is a ``KavaError``."""
+    path = run_dir / MANIFEST_NAME
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise KavaError(f"{path} is missing; name a run directory made by `kava train`") from None
+    except ValueError as error:
+        raise KavaError(
+            f"{path} is not readable JSON ({_one_line(error)}); restore it or name another run.dir"
+        ) from None
+    if not isinstance(manifest, dict) or not {"config_hash", "fingerprints"} <= manifest.keys():
+        raise KavaError(f"{path} is no manifest of a run; restore it or name another run.dir")
+    return manifest
+
+
+def check_manifest(
+    run_dir: Path,
+    *,
+    config: Mapping[str, Any],
+    fingerprints: Fingerprints,
+    free: Sequence[str] = (),
+) -> bool:
+    """Whether ``run_dir`` already holds this very run (False: it is fresh); writes nothing.
+
+    Raises:
+        KavaError: the directory holds something that is not a run, a run of another config (the
+            changed fields are named, except those in ``free``, see ``config_diff``), or this run
+            with other teacher weights, student weights or data than it was started with.
+    """
+    if not (run_dir / MANIFEST_NAME).exists():
+        _check_fresh(run_dir)
+        return False
+    manifest, old = read_manifest(run_dir), read_config(run_dir)
+    if config_hash(old) != manifest["config_hash"]:
+        raise KavaError(
+            f"{run_dir / CONFIG_NAME} was changed after the run started (its hash is not the one in"
+            f" {MANIFEST_NAME}); restore it or name another run.dir"
+        )
+    if changes := config_diff(old, config, free):
+        raise KavaError(
+            f"run.dir={run_dir} belongs to another config: {', '.join(map(str, changes))};"
+            " put the old values back or name another run.dir"
+        )
+    if changes := _fingerprint_changes(manifest["fingerprints"], fingerprints):
+        raise KavaError(
+            f"run.dir={run_dir} was started from other files: {', '.join(map(str, changes))};"
+            " restore the files or name another run.dir"
+        )
+    return True
+
+
+def _check_fresh(run_dir: Path) -> None:
+    """Refuse a directory that is not ours. A lone config.yaml is a start that died early."""
+    if run_dir.exists() and not run_dir.is_dir():
+        raise KavaError(f"run.dir={run_dir} is a file; name a directory")
+    known = {CONFIG_NAME, _temporary(Path(CONFIG_NAME)).name, _temporary(Path(MANIFEST_NAME)).name}
+    if run_dir.is_dir() and {path.name for path in run_dir.iterdir()} - known:
+        raise KavaError(
+            f"run.dir={run_dir} is not empty and has no {MANIFEST_NAME}, so it is not a run;"
+            " name an empty or new directory"
+        )
+
+
+def _fingerprint_changes(old: Mapping[str, Any], new: Fingerprints) -> list[Change]:
+    pairs = [("student weights", old.get("student"), new.student)]
+    pairs += [("data", old.get("data"), new.data)]
+    pairs += [
+        (f"weights of teacher {name}", old["teachers"].get(name), value)
+        for name, value in new.teachers.items()
+    ]
+    return [
+        Change(what, before[:12], after[:12])
+        for what, before, after in pairs
+        if before is not None and after is not None and before != after
+    ]
+
+
+def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted field and JSON text of every leaf; an empty dict or list is a leaf."""
+    plain = _plain(value)
+    if isinstance(plain, dict) and plain:
+        items = plain.items()
+    elif isinstance(plain, list) and plain:
+        items = ((str(index), item) for index, item in enumerate(plain))
+    else:
+        yield prefix, json.dumps(plain, ensure_ascii=False)
+        return
+    for key, item in items:
+        yield from _leaves(item, f"{prefix}.{key}" if prefix else str(key))
+
+
+def _matches(field: str, free: Sequence[str]) -> bool:
+    return any(fnmatchcase(field, name) or fnmatchcase(field, f"{name}.*") for name in free)
+
+
+def _plain(value: Any) -> Any:
+    """The same value in the types YAML and JSON share, so that both round trips compare equal."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            versions[package.replace("kava-jax", "kava_jax")] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _git_revision() -> dict[str, str | bool] | None:
+    """Revision of the current directory's repository; None without git, repository or commit."""
+    try:
+        revision = _git("rev-parse", "HEAD")
+        return {"revision": revision, "dirty": bool(_git("status", "--porcelain", "-uno"))}
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    """Readers see the old file or the new one, also after a power cut, never half of one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary(path)
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

@@ -1,0 +1,25 @@
+"""One device layout and one strictness for all tests: eight virtual CPU devices, no hub."""
+
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import jax
+import pytest
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real data, tokenizers and the real tiny model, kept beside the checkout."""
+    if not SHARED.is_dir():
+        pytest.skip(f"the shared data folder is not beside the checkout ({SHARED.name}/ missing)")
+    return SHARED
