@@ -1,8 +1,22 @@
-"""Geometry on the unit sphere, and masked means as (sum, count)."""
+"""Geometry on the unit sphere, and masked means as (sum, count).
+
+The last axis is always the vector; everything is float32 inside, whatever comes in. Vectors are
+divided by their largest entry before anything is squared, so cosines, angles and magnitudes of
+1e30 and 1e-30 are as good as those of 1, in value and in gradient. NaNs are not hidden: a vector
+that counts and holds one gives NaN.
+
+Left out on purpose: losses (``losses``) and what is done with these numbers (``diagnostics``).
+"""
 
 from typing import NamedTuple
 
-from jaxtyping import Array, Float
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Shaped
+
+# Vectors with no entry above this are zero vectors: their direction would have gradients near the
+# end of float32, and below 1.2e-38 XLA flushes to zero anyway.
+SMALLEST = 1e-36
 
 
 class Mean(NamedTuple):
@@ -10,3 +24,115 @@ class Mean(NamedTuple):
 
     sum: Float[Array, "..."]
     count: Float[Array, "..."]
+
+    @property
+    def value(self) -> Float[Array, "..."]:
+        """Sum / count, and 0 where nothing was counted."""
+        counted = self.count > 0
+        return jnp.where(counted, self.sum / jnp.where(counted, self.count, 1.0), 0.0)
+
+
+def masked_mean(
+    values: Float[Array, "..."],
+    mask: Shaped[Array, "..."] | None = None,
+    axis: int | tuple[int, ...] | None = None,
+) -> Mean:
+    """Mean of the values whose mask is not zero, over ``axis`` (all axes by default).
+
+    The mask broadcasts to the values by numpy's rules; without one everything counts. Values that
+    do not count may be NaN or infinite: they change neither the mean nor its gradient to ``values``
+    (whoever computed them from NaNs must also keep those out: ``0 * NaN`` is NaN in a gradient).
+    """
+    values = values.astype(jnp.float32)
+    keep = jnp.broadcast_to(True if mask is None else mask != 0, values.shape)
+    # Counted as integers: a float32 sum of ones can stop growing at 2**24.
+    count = jnp.sum(keep, axis=axis, dtype=jnp.int32).astype(jnp.float32)
+    return Mean(jnp.sum(jnp.where(keep, values, 0.0), axis=axis), count)
+
+
+def _rescale(
+    x: Float[Array, "*B H"],
+) -> tuple[Float[Array, "*B H"], Float[Array, "*B 1"], Shaped[Array, "*B 1"]]:
+    """x divided by its largest |entry|, that entry, and whether the vector is not zero.
+
+    The scale carries no gradient and need not: what is built on it does not depend on it.
+    """
+    x = x.astype(jnp.float32)
+    peak = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=-1, keepdims=True))
+    alive = ~(peak <= SMALLEST)  # written so that NaN is alive, and stays visible
+    peak = jnp.where(alive, peak, 1.0)
+    return jnp.where(alive, x, 0.0) / peak, peak, alive
+
+
+def _safe_norm(scaled: Float[Array, "*B H"], alive: Shaped[Array, "*B 1"]) -> Float[Array, "*B 1"]:
+    """Length of a rescaled vector, and 1 with a zero gradient for zero vectors."""
+    return jnp.sqrt(jnp.where(alive, jnp.sum(scaled * scaled, axis=-1, keepdims=True), 1.0))
+
+
+def unit(x: Float[Array, "*B H"]) -> Float[Array, "*B H"]:
+    """x / |x| in float32; zero vectors stay zero, with a zero gradient."""
+    scaled, _, alive = _rescale(x)
+    return scaled / _safe_norm(scaled, alive)
+
+
+def magnitude(x: Float[Array, "*B H"]) -> Float[Array, "*B"]:
+    """|x| in float32; the gradient at the zero vector is zero."""
+    scaled, peak, alive = _rescale(x)
+    return jnp.where(alive, peak * _safe_norm(scaled, alive), 0.0)[..., 0]
+
+
+def cosine(a: Float[Array, "*B H"], b: Float[Array, "*B H"]) -> Float[Array, "*B"]:
+    """Cosine of the angle between a and b, in [-1, 1]; 0 where either is the zero vector."""
+    cos = jnp.sum(unit(a) * unit(b), axis=-1)
+    # Rounding can reach 1 + 1e-7. Only the value is clipped; the gradient stays the cosine's own.
+    return cos + jax.lax.stop_gradient(jnp.clip(cos, -1.0, 1.0) - cos)
+
+
+def angular_distance(a: Float[Array, "*B H"], b: Float[Array, "*B H"]) -> Float[Array, "*B"]:
+    """Angle between a and b in radians, 0 to pi; pi/2 where either is the zero vector.
+
+    ``2 * atan2(|u - v|, |u + v|)`` on unit vectors (Kahan): accurate near 0 and pi, where the arc
+    cosine loses half the digits and its gradient is infinite. At exactly 0 and pi the gradient is 0.
+    """
+    u, v = unit(a), unit(b)
+    apart, together = magnitude(u - v), magnitude(u + v)
+    undefined = (apart == 0) & (together == 0)
+    return 2.0 * jnp.arctan2(jnp.where(undefined, 1.0, apart), jnp.where(undefined, 1.0, together))
+
+
+def geodesic_rotate(
+    x: Float[Array, "*B H"], towards: Float[Array, "*B H"], angle: float | Float[Array, "..."]
+) -> Float[Array, "*B H"]:
+    """X turned by ``angle`` radians along the great circle through ``towards``, its length kept.
+
+    The angle is one number or broadcasts to the leading axes; past ``towards`` it simply goes on.
+    ``|x| * (cos(angle) * u + sin(angle) * w)``, where u is x's direction and w the direction of
+    what is left of ``towards`` without its part along u. Where the two are parallel, or one is
+    zero, there is no such circle and x comes back unchanged.
+    """
+    x = x.astype(jnp.float32)
+    u, v = unit(x), unit(towards)
+    # From v - u, not v: exact when the two nearly agree. Twice, because once leaves a part along u.
+    across = _reject(v - u, u)
+    defined = magnitude(across)[..., None] > 1e-6
+    w = _reject(unit(jnp.where(defined, across, 0.0)), u)
+    turn = jnp.broadcast_to(jnp.asarray(angle, jnp.float32), x.shape[:-1])[..., None]
+    turned = magnitude(x)[..., None] * (jnp.cos(turn) * u + jnp.sin(turn) * unit(w))
+    return jnp.where(defined, turned, x)
+
+
+def _reject(x: Float[Array, "*B H"], u: Float[Array, "*B H"]) -> Float[Array, "*B H"]:
+    """X without its part along the unit vector u."""
+    return x - jnp.sum(x * u, axis=-1, keepdims=True) * u
+
+
+def center(
+    x: Float[Array, "*B H"], mask: Shaped[Array, "..."] | None, axis: int | tuple[int, ...]
+) -> Float[Array, "*B H"]:
+    """X minus its masked mean over ``axis``; entries that do not count become 0.
+
+    The mask broadcasts to x, so it has x's rank (size 1 on the vector axis).
+    """
+    mean = jnp.expand_dims(masked_mean(x, mask, axis).value, axis)
+    centred = x.astype(jnp.float32) - mean
+    return centred if mask is None else jnp.where(mask != 0, centred, 0.0)

@@ -98,6 +98,11 @@ class _Cast(NamedTuple):
     container: str
 
 
+class _Story(NamedTuple):
+    sentences: list[str]
+    equations: list[_Equation]
+
+
 def problem(split: str, seed: int, index: int, steps: tuple[int, int] = (2, 3)) -> Example:
     """The problem with this address: a question, and worked lines ending in ``#### 14``.
 
@@ -181,63 +186,63 @@ def _draw(random: _Random, count: int) -> tuple[str, list[_Equation]] | None:
     other = random.choice([name for name, _ in _PEOPLE if name not in (owner, friend)])
     cast = _Cast(owner, who, friend, other, random.choice(_THINGS), random.choice(_CONTAINERS))
 
-    sentences, equations = [], []
+    story = _Story([], [])
     if random.between(1, 3) == 1:
-        value = _open_with_containers(random, cast, sentences, equations)
+        value = _open_with_containers(random, cast, story)
     else:
         value = random.between(5, 50)
-        sentences.append(f"{owner} has {value} {cast.thing}.")
+        story.sentences.append(f"{owner} has {value} {cast.thing}.")
     ending = random.choice((_end_plainly, _end_plainly, _end_by_sharing, _end_by_comparing))
-    middle = count - len(equations) - (ending is not _end_plainly)
+    middle = count - len(story.equations) - (ending is not _end_plainly)
     if middle < 0:
         return None
     for _ in range(middle):
-        value = _change(random, cast, value, sentences, equations)
-    if not ending(random, cast, value, sentences, equations):
+        value = _change(random, cast, value, story)
+    if not ending(random, cast, value, story):
         return None
-    return " ".join(sentences), equations
+    return " ".join(story.sentences), story.equations
 
 
-def _open_with_containers(random, cast: _Cast, sentences: list, equations: list) -> int:
+def _open_with_containers(random: _Random, cast: _Cast, story: _Story) -> int:
     boxes, each = random.between(2, 9), random.between(2, 9)
-    sentences.append(f"{cast.owner} has {boxes} {cast.container} of {each} {cast.thing}.")
-    equations.append(_Equation(boxes, "*", each, boxes * each))
+    story.sentences.append(f"{cast.owner} has {boxes} {cast.container} of {each} {cast.thing}.")
+    story.equations.append(_Equation(boxes, "*", each, boxes * each))
     return boxes * each
 
 
-def _change(random, cast: _Cast, value: int, sentences: list, equations: list) -> int:
+def _change(random: _Random, cast: _Cast, value: int, story: _Story) -> int:
     can_gain, can_lose = value + 2 <= LARGEST, value > 2
     gain = can_gain and (not can_lose or random.between(0, 1) == 1)
     n = random.between(2, min(20, LARGEST - value if gain else value - 1))
     result = value + n if gain else value - n
     text = random.choice(_GAINS if gain else _LOSSES)
-    sentences.append(text.format(who=cast.who, friend=cast.friend, n=n))
-    equations.append(_Equation(value, "+" if gain else "-", n, result))
+    story.sentences.append(text.format(who=cast.who, friend=cast.friend, n=n))
+    story.equations.append(_Equation(value, "+" if gain else "-", n, result))
     return result
 
 
-def _end_plainly(random, cast: _Cast, value: int, sentences: list, equations: list) -> bool:
-    sentences.append(f"How many {cast.thing} does {cast.owner} have now?")
-    return bool(equations)
+def _end_plainly(random: _Random, cast: _Cast, value: int, story: _Story) -> bool:
+    story.sentences.append(f"How many {cast.thing} does {cast.owner} have now?")
+    return bool(story.equations)
 
 
-def _end_by_sharing(random, cast: _Cast, value: int, sentences: list, equations: list) -> bool:
+def _end_by_sharing(random: _Random, cast: _Cast, value: int, story: _Story) -> bool:
     parts = [k for k in range(2, 10) if value % k == 0]
     if not parts:
         return False
     k = random.choice(parts)
-    sentences.append(f"{cast.who} shares them equally among {k} friends.")
-    sentences.append(f"How many {cast.thing} does each friend get?")
-    equations.append(_Equation(value, "/", k, value // k))
+    story.sentences.append(f"{cast.who} shares them equally among {k} friends.")
+    story.sentences.append(f"How many {cast.thing} does each friend get?")
+    story.equations.append(_Equation(value, "/", k, value // k))
     return True
 
 
-def _end_by_comparing(random, cast: _Cast, value: int, sentences: list, equations: list) -> bool:
+def _end_by_comparing(random: _Random, cast: _Cast, value: int, story: _Story) -> bool:
     most = min(5, LARGEST // value)
     if most < 2:
         return False
     k = random.between(2, most)
-    sentences.append(f"{cast.other} has {k} times as many.")
-    sentences.append(f"How many {cast.thing} does {cast.other} have?")
-    equations.append(_Equation(value, "*", k, value * k))
+    story.sentences.append(f"{cast.other} has {k} times as many.")
+    story.sentences.append(f"How many {cast.thing} does {cast.other} have?")
+    story.equations.append(_Equation(value, "*", k, value * k))
     return True

@@ -56,7 +56,7 @@ def load_tokenizer(
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     except Exception as error:  # transformers raises a dozen types, all of them about the input
-        reason = " ".join(str(error).split())[:200]
+        reason = " ".join(str(error).split()).split(". ")[0][:200]
         at = f" at revision {revision!r}" if revision else ""
         raise KavaError(
             f"tokenizer={name!r}{at} cannot be loaded ({type(error).__name__}: {reason}); give a "
@@ -69,6 +69,8 @@ def load_tokenizer(
 
 def _check_directory(name: str) -> None:
     path = Path(name).expanduser()
+    if not name.strip():
+        raise KavaError(f"tokenizer={name!r} is empty; give a directory, a hub id or {BUILTIN_TOKENIZER}")
     if path.is_file():
         raise KavaError(f"tokenizer={name!r} is a file; give the directory that holds it")
     if path.is_dir():
@@ -78,7 +80,7 @@ def _check_directory(name: str) -> None:
                 f"tokenizer={name!r} holds no tokenizer; it needs tokenizer.json "
                 "(copy it from the model's repository)"
             )
-    elif name.startswith(("builtin:", "/", ".", "~")) or name.count("/") > 1 or not name.strip():
+    elif name.startswith(("builtin:", "/", ".", "~")) or name.count("/") > 1:
         raise KavaError(
             f"tokenizer={name!r} does not exist; give a local directory, a hub id or "
             f"{BUILTIN_TOKENIZER}"

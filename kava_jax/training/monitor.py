@@ -1,46 +1,58 @@
-"""What a person sees of a run, and the numbers it leaves behind.
+"""What a person sees of a run while it trains, and the numbers the run leaves behind.
 
-Every logging interval is one line of ``metrics.jsonl``, one point in TensorBoard, and one update of
-a progress display on a terminal, or one plain line where there is none. Everything for people goes
+Every logging interval becomes a line of ``metrics.jsonl``, a point in TensorBoard, and an update of
+the progress display on a terminal, or a plain line where stderr is none. Everything for people goes
 to stderr; stdout belongs to ``--json``.
 
-Left out on purpose: knowing where metrics come from (plain floats are handed in), deciding what is
-good or bad (``kava_jax.diagnostics`` does), Weights & Biases.
+Left out on purpose: where metrics come from (plain floats are handed in), what is good or bad
+(``kava_jax.diagnostics`` says it in words), and Weights & Biases.
 """
 
 import json
 import math
 import os
+import re
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections import deque
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, TextIO
 
-from kava_jax.diagnostics import alarms
-from kava_jax.training.display import LineDisplay, LiveDisplay
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from kava_jax.diagnostics import alarms, verdict
+from kava_jax.errors import KavaError
 
 METRICS_NAME = "metrics.jsonl"
 TENSORBOARD_NAME = "tensorboard"
+
+# Logged direction losses that are looked at for oscillation.
+HISTORY = 8
 
 Kind = Literal["train", "eval"]
 Metrics = Mapping[str, float | None]
 
 
 class Monitor:
-    """Writes and shows the metrics of one run; use it as a context manager.
+    """Writes and shows the metrics of one run; a context manager.
 
     Args:
         run_dir: gets ``metrics.jsonl`` and ``tensorboard/``; made if missing.
         total_steps: the step at which the run is done.
-        start_step: 0 starts over and drops metrics of an earlier attempt; k > 0 continues after
+        start_step: 0 starts over and drops the metrics of an earlier attempt; k > 0 continues after
             step k and drops what was written for later steps, so that no step appears twice.
-        write: False on all processes but the first: nothing is written and nothing is shown.
-        stream: where people look. A terminal gets a progress display, anything else plain lines.
+        write: False on all processes but the first: nothing is written, nothing is shown.
+        stream: where people look, by default stderr as it is when the context is entered.
 
-    A value of None, NaN or infinity is written as ``null``, since JSON has no NaN; the last two are
-    reported to the person as well. ``OSError`` (a full disk) passes through to the caller.
+    A value of None, NaN or infinity is written as ``null``, because JSON has no NaN; the last two
+    are also said aloud. ``OSError`` (a full disk) passes through to the caller.
     """
 
     def __init__(
@@ -56,5 +68,271 @@ class Monitor:
         self._total_steps = total_steps
         self._start_step = start_step
         self._write = write
-        self._stream = sys.stderr if stream is None else stream
-        self._active_alarms: frozenset[str] = frozenset()
+        self._stream = stream
+        self._raised: set[str] = set()
+        self._dir_losses: deque[float] = deque(maxlen=HISTORY)
+        self._first_log: tuple[int, float] | None = None
+        self._exit = ExitStack()
+
+    def __enter__(self) -> Self:
+        if not self._write:
+            return self
+        from tensorboardX import SummaryWriter
+
+        self._run_dir.mkdir(parents=True, exist_ok=True)
+        path = self._run_dir / METRICS_NAME
+        _cut(path, self._start_step)
+        with ExitStack() as stack:
+            self._file = stack.enter_context(path.open("a", encoding="utf-8"))
+            self._tensorboard = stack.enter_context(
+                # purge_step: TensorBoard itself hides what an earlier attempt wrote from there on.
+                SummaryWriter(
+                    str(self._run_dir / TENSORBOARD_NAME),
+                    purge_step=self._start_step + 1 if self._start_step else 0,
+                    flush_secs=10,
+                )
+            )
+            stream = sys.stderr if self._stream is None else self._stream
+            display = _display(stream, self._start_step, self._total_steps)
+            self._display = stack.enter_context(display)
+            self._exit = stack.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._exit.__exit__(kind, error, traceback)
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Record and show one logging interval of training; alarms are said when they begin."""
+        if not self._write:
+            return
+        self._record(step, "train", metrics)
+        self._display.progress(step, shown(metrics), self._time_left(step))
+        # The figure in an alarm changes every time; an alarm is the same if its words are.
+        raised = {re.sub(r"\d[\w.+-]*", "", alarm): alarm for alarm in self._alarms(metrics)}
+        for words, alarm in raised.items():
+            if words not in self._raised:
+                self._display.say(f"warning at step {step}: {alarm}")
+        self._raised = set(raised)
+
+    def evaluation(self, step: int, metrics: Metrics) -> None:
+        """Record and show one evaluation on held-out data (``eval_`` is not shown twice)."""
+        if not self._write:
+            return
+        self._record(step, "eval", metrics)
+        names = {key.removeprefix("eval_"): value for key, value in metrics.items()}
+        fields = shown(names, rest=True)
+        self._display.say(f"evaluation at step {step}  {_join(fields)}")
+        if bad := _not_finite(metrics):
+            self._display.say(f"warning at step {step}: {', '.join(bad)}")
+
+    def note(self, text: str) -> None:
+        """Say one line to the person; it is not part of the metrics."""
+        if self._write:
+            self._display.say(text)
+
+    def _record(self, step: int, kind: Kind, metrics: Metrics) -> None:
+        finite = {key: _finite(value) for key, value in metrics.items()}
+        line = json.dumps({"step": step, "kind": kind, **finite}, allow_nan=False)
+        self._file.write(line + "\n")
+        self._file.flush()
+        for key, value in finite.items():
+            if value is not None:
+                tag = f"{kind}/{key.removeprefix('eval_')}"
+                self._tensorboard.add_scalar(tag, value, global_step=step)
+
+    def _alarms(self, metrics: Metrics) -> list[str]:
+        finite = {key: _finite(value) for key, value in metrics.items()}
+        mag_ratio, mag_loss = finite.get("mag_ratio"), finite.get("mag_loss")
+        if (dir_loss := finite.get("dir_loss")) is not None:
+            self._dir_losses.append(dir_loss)
+        found = alarms(
+            mag_ratio=1.0 if mag_ratio is None else mag_ratio,
+            mag_loss=0.0 if mag_loss is None else mag_loss,
+            dir_losses=tuple(self._dir_losses),
+        )
+        return [*_not_finite(metrics), *found]
+
+    def _time_left(self, step: int) -> str:
+        """At the mean pace since the first logged step, so that compiling does not count."""
+        now = time.monotonic()
+        if self._first_log is None:
+            self._first_log = (step, now)
+        first_step, first_time = self._first_log
+        if step <= first_step:
+            return ""
+        return _duration((self._total_steps - step) * (now - first_time) / (step - first_step))
+
+
+def read_metrics(path: Path, kind: Kind) -> list[dict[str, Any]]:
+    """All lines of one kind in ``metrics.jsonl``, by step; ``null`` is None.
+
+    A half-written last line, as a running or killed run leaves it, is skipped.
+
+    Raises:
+        KavaError: the file is missing, or another line is not a metrics line (its number is named).
+    """
+    try:
+        lines = path.read_bytes().splitlines(keepends=True)
+    except FileNotFoundError:
+        raise KavaError(f"{path} is missing; name the metrics.jsonl of a run") from None
+    records = []
+    for number, line in enumerate(lines, start=1):
+        record = _parse(line)
+        if record is not None:
+            records.append(record)
+        elif number < len(lines):
+            raise KavaError(f"{path}, line {number} is not a metrics line; remove or mend it")
+    return [record for record in records if record["kind"] == kind]
+
+
+def shown(metrics: Metrics, rest: bool = False) -> list[tuple[str, str]]:
+    """Names and values as people read them, most important first; what is absent is left out.
+
+    The verdict word stands beside the cosine and is taken over the same steps: the running mean
+    with its running gap where there is one, else this step's cosine and shuffled cosine.
+    ``rest`` adds every other metric under its own name.
+    """
+    cosine, gap, shuffled = "cos_running", "gap_running", None
+    if metrics.get(cosine) is None:
+        cosine, gap, shuffled = "cos_sim", "alignment_gap", metrics.get("cos_shuffled")
+    cos_value, gap_value = metrics.get(cosine), metrics.get(gap)
+    if cos_value is not None and gap_value is not None:
+        shuffled = cos_value - gap_value
+    formats = {
+        "loss": ("loss", "{:.4f}"),
+        "ce": ("ce", "{:.4f}"),
+        cosine: ("cos", "{:.3f}"),
+        gap: ("gap", "{:.3f}"),
+        "mag_ratio": ("magnitude", "{:.2f}"),
+        "tokens_per_second": ("tokens/s", "{:,.0f}"),
+    }
+    if rest:
+        known = (*formats, "cos_shuffled")
+        formats |= {key: (key.replace("_", " "), "{:.4g}") for key in metrics if key not in known}
+    fields = []
+    for key, (name, form) in formats.items():
+        if (value := metrics.get(key)) is None:
+            continue
+        text = form.format(value)
+        if key == cosine and math.isfinite(value):
+            text += f" ({verdict(value, shuffled)})"
+        fields.append((name, text))
+    return fields
+
+
+class _Lines:
+    """For log files and pipes: one flushed line at a time and no control characters."""
+
+    def __init__(self, stream: TextIO, total_steps: int):
+        self._stream = stream
+        self._total_steps = total_steps
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stream.flush()
+
+    def progress(self, step: int, fields: list[tuple[str, str]], left: str) -> None:
+        width = len(str(self._total_steps))
+        fields = [("step", f"{step:{width}}/{self._total_steps}"), *fields]
+        self.say(_join([*fields, ("left", left)] if left else fields))
+
+    def say(self, text: str) -> None:
+        print(text, file=self._stream, flush=True)
+
+
+class _Terminal:
+    """For eyes: a bar and a table that stay in place, with everything said scrolling above."""
+
+    def __init__(self, stream: TextIO, start_step: int, total_steps: int):
+        console = Console(file=stream, force_terminal=True, highlight=False, markup=False)
+        self._bar = Progress(
+            SpinnerColumn(),
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[left]}"),
+            console=console,
+        )
+        self._task = self._bar.add_task("", total=total_steps, completed=start_step, left="")
+        # stdout belongs to --json: rich must not draw it into the display.
+        self._live = Live(self._bar, console=console, redirect_stdout=False)
+
+    def __enter__(self) -> Self:
+        self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+    def progress(self, step: int, fields: list[tuple[str, str]], left: str) -> None:
+        self._bar.update(self._task, completed=step, left=f"left {left}" if left else "")
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+        for name, _ in fields:
+            table.add_column(name, no_wrap=True)
+        table.add_row(*(Text(value, style="bold") for _, value in fields))
+        self._live.update(Group(self._bar, table))
+
+    def say(self, text: str) -> None:
+        style = "yellow" if text.startswith("warning") else ""
+        self._live.console.print(Text(text, style=style))
+
+
+def _display(stream: TextIO, start_step: int, total_steps: int) -> _Lines | _Terminal:
+    # A dumb terminal (an editor's shell, some CI) is no place for a display that redraws itself.
+    if stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown"):
+        return _Terminal(stream, start_step, total_steps)
+    return _Lines(stream, total_steps)
+
+
+def _cut(path: Path, step: int) -> None:
+    """Cut the file where its lines stop being whole lines of steps up to ``step`` (0: nothing)."""
+    if not path.exists():
+        return
+    end = 0
+    with path.open("r+b") as file:
+        for line in file:
+            record = _parse(line)
+            if record is None or record["step"] > step or step == 0:
+                break
+            end += len(line)
+        file.truncate(end)
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """The record of one line, None if it is not whole."""
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return None
+    whole = isinstance(record, dict) and {"step", "kind"} <= record.keys() and line.endswith(b"\n")
+    return record if whole else None
+
+
+def _finite(value: float | None) -> float | None:
+    return float(value) if value is not None and math.isfinite(value) else None
+
+
+def _not_finite(metrics: Metrics) -> list[str]:
+    """One sentence per metric that is NaN or infinite."""
+    return [
+        f"{key} is {float(value)}, written as null"
+        for key, value in metrics.items()
+        if value is not None and not math.isfinite(value)
+    ]
+
+
+def _join(fields: list[tuple[str, str]]) -> str:
+    return "  ".join(f"{name} {value}" for name, value in fields)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(max(seconds, 0.0)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{rest:02d}s"

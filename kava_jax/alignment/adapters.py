@@ -1,0 +1,150 @@
+"""Maps from one model's flattened keys (or values) of a token to another model's.
+
+All take and give vectors of KV width (heads times head dim) on the last axis. Parameters are
+float32; the maps compute in the dtype they are given, the layer norm in float32.
+"""
+
+import math
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Key
+
+InitMethod = Literal["xavier", "kaiming", "normal"]
+Kind = Literal["elastic", "linear", "headwise"]
+
+
+class HeadShape(NamedTuple):
+    """KV heads and head dim of one side."""
+
+    heads: int
+    head_dim: int
+
+    @property
+    def width(self) -> int:
+        """Width of the flattened vector."""
+        return self.heads * self.head_dim
+
+
+def initial_kernel(method: InitMethod, key: Key[Array, ""], shape: tuple[int, ...]) -> Array:
+    """Fresh [..., in, out] kernel: Xavier uniform, Kaiming normal, or normal with std 0.02."""
+    init = {
+        "xavier": jax.nn.initializers.xavier_uniform,
+        "kaiming": jax.nn.initializers.he_normal,
+        "normal": lambda: jax.nn.initializers.normal(0.02),
+    }[method]()
+    return init(key, shape, jnp.float32)
+
+
+class Affine(nnx.Module):
+    """``x @ kernel + bias``."""
+
+    def __init__(
+        self, sizes: tuple[int, int], axes: tuple[str, str], init: InitMethod, rngs: nnx.Rngs
+    ):
+        """Kernel [in, out] with logical axis names, and a bias of zeros."""
+        self.kernel = nnx.Param(initial_kernel(init, rngs.params(), sizes), axes=axes)
+        self.bias = nnx.Param(jnp.zeros((sizes[1],)), axes=(axes[1],))
+
+    def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
+        """Apply in the dtype of ``x``."""
+        y = x @ self.kernel[...].astype(x.dtype)
+        return y + self.bias[...].astype(x.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+
+
+class LinearAdapter(nnx.Module):
+    """The baseline: one linear layer."""
+
+    def __init__(self, source: HeadShape, target: HeadShape, init: InitMethod, rngs: nnx.Rngs):
+        """Build the layer."""
+        self.out = Affine((source.width, target.width), ("kv_in", "kv_out"), init, rngs)
+
+    def __call__(self, x: Float[Array, "*B I"], key: Key[Array, ""] | None) -> Float[Array, "*B O"]:
+        """Map; ``key`` is for dropout, of which there is none here."""
+        del key
+        return self.out(x)
+
+
+class ElasticAdapter(nnx.Module):
+    """The original's bottleneck: LayerNorm, Linear, SiLU, Dropout, Linear.
+
+    The hidden width is ``int(source width * mlp_ratio)``.
+    """
+
+    def __init__(
+        self,
+        source: HeadShape,
+        target: HeadShape,
+        init: InitMethod,
+        rngs: nnx.Rngs,
+        *,
+        mlp_ratio: float,
+        dropout: float,
+    ):
+        """Build norm and layers."""
+        hidden = max(1, int(source.width * mlp_ratio))
+        self.scale = nnx.Param(jnp.ones((source.width,)), axes=("kv_in",))
+        self.shift = nnx.Param(jnp.zeros((source.width,)), axes=("kv_in",))
+        self.inner = Affine((source.width, hidden), ("kv_in", "kv_hidden"), init, rngs)
+        self.out = Affine((hidden, target.width), ("kv_hidden", "kv_out"), init, rngs)
+        self.dropout = dropout
+
+    def __call__(self, x: Float[Array, "*B I"], key: Key[Array, ""] | None) -> Float[Array, "*B O"]:
+        """Map; dropout only when a ``key`` is given."""
+        wide = x.astype(jnp.float32)
+        normed = jax.nn.standardize(wide, axis=-1, epsilon=1e-5)
+        lead = (1,) * (x.ndim - 1) + (-1,)
+        normed = normed * self.scale[...].reshape(lead) + self.shift[...].reshape(lead)
+        hidden = jax.nn.silu(self.inner(normed.astype(x.dtype)))
+        if key is not None and self.dropout > 0:
+            kept = jax.random.bernoulli(key, 1.0 - self.dropout, hidden.shape)
+            hidden = jnp.where(kept, hidden / (1.0 - self.dropout), 0)
+        return self.out(hidden)
+
+
+class HeadwiseAdapter(nnx.Module):
+    """Mix heads, then map the head dim: ``y_k = sum_j mixer[j, k] * x_j @ kernel_k + bias_k``.
+
+    The kernel is shared by all target heads, or one per head (``per_head``). It starts with every
+    target head reading the mean of its own group of source heads, as grouped-query attention does.
+    """
+
+    def __init__(
+        self,
+        source: HeadShape,
+        target: HeadShape,
+        init: InitMethod,
+        rngs: nnx.Rngs,
+        *,
+        per_head: bool,
+    ):
+        """Build mixer, dim map and bias."""
+        maps = target.heads if per_head else 1
+        shape = (maps, source.head_dim, target.head_dim)
+        kernels = [initial_kernel(init, rngs.params(), shape[1:]) for _ in range(maps)]
+        self.mixer_kernel = nnx.Param(_grouped_mixer(source.heads, target.heads), axes=(None, None))
+        self.kernel = nnx.Param(jnp.stack(kernels), axes=(None, None, None))
+        self.bias = nnx.Param(jnp.zeros(tuple(target)), axes=(None, None))
+        self.source, self.target = source, target
+
+    def __call__(self, x: Float[Array, "*B I"], key: Key[Array, ""] | None) -> Float[Array, "*B O"]:
+        """Map; ``key`` is for dropout, of which there is none here."""
+        del key
+        heads = x.reshape(*x.shape[:-1], *self.source)
+        mixed = jnp.einsum("...jh,jk->...kh", heads, self.mixer_kernel[...].astype(x.dtype))
+        shape = (self.target.heads, self.source.head_dim, self.target.head_dim)
+        kernel = jnp.broadcast_to(self.kernel[...].astype(x.dtype), shape)
+        y = jnp.einsum("...kh,khd->...kd", mixed, kernel)
+        y = y + self.bias[...].astype(x.dtype).reshape((1,) * (y.ndim - 2) + tuple(self.target))
+        return y.reshape(*x.shape[:-1], self.target.width)
+
+
+def _grouped_mixer(source_heads: int, target_heads: int) -> Float[Array, "J K"]:
+    """Column k averages the source heads whose relative place overlaps that of target head k."""
+    common = math.lcm(source_heads, target_heads)
+    slots = jnp.arange(common)
+    source = jax.nn.one_hot(slots * source_heads // common, source_heads)
+    target = jax.nn.one_hot(slots * target_heads // common, target_heads)
+    return source.T @ target / (common // target_heads)

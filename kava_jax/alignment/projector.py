@@ -1,0 +1,241 @@
+"""``KVDimensionProjector``: one pair of adapters (keys, values) per teacher.
+
+The projector stands on the teacher's side (``teacher_to_student``, the original) or on the
+student's (``student_to_teacher``: the target is the teacher's own cache and cannot drift; it is
+dropped at export). Choosing layers is the layer map's work, not the projector's.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Key
+
+from kava_jax.alignment.adapters import (
+    ElasticAdapter,
+    HeadShape,
+    HeadwiseAdapter,
+    InitMethod,
+    Kind,
+    LinearAdapter,
+)
+from kava_jax.cache import KVCache
+from kava_jax.errors import KavaError
+
+Direction = Literal["teacher_to_student", "student_to_teacher"]
+
+
+class AdapterPair(nnx.Module):
+    """One teacher's two adapters: keys and values never share weights."""
+
+    def __init__(self, k: nnx.Module, v: nnx.Module):
+        """Hold the two."""
+        self.k = k
+        self.v = v
+
+
+class ProjectorShape(NamedTuple):
+    """What an adapter is built from, apart from the widths of the two sides."""
+
+    kind: Kind = "elastic"
+    mlp_ratio: float = 1.0
+    dropout: float = 0.1
+    init: InitMethod = "xavier"
+    per_head: bool = False
+
+
+class KVDimensionProjector(nnx.Module):
+    """Bridges the KV widths of one student and any number of teachers.
+
+    Args:
+        teacher_configs: per teacher ``{"d_model": width of its vectors}``, and optionally
+            ``"num_heads"`` (KV heads within that width) and ``"num_layers"`` (mapped layers, which
+            ``per_layer`` needs). ``d_model`` is the width of the vectors that are passed in, which
+            under grouped-query attention is ``num_key_value_heads * head_dim``.
+        student_d_model: width of the student's vectors, likewise.
+        mlp_ratio: hidden width of the elastic adapter over its input width.
+        dropout: rate inside the elastic adapter, applied only when a key is given.
+        init_method: ``xavier``, ``kaiming`` or ``normal``.
+        trainable: when False no gradient reaches the adapters' weights (it still passes through).
+        kind: ``elastic`` (LayerNorm, Linear, SiLU, Dropout, Linear), ``linear`` or ``headwise``.
+        direction: which side is mapped onto the other.
+        student_heads: KV heads within ``student_d_model``.
+        per_layer: one set of weights per mapped layer, instead of one shared by all.
+        per_head: headwise only: a dim map per target head.
+        rngs: source of the initial weights; seed 0 when absent.
+
+    Raises KavaError for widths that heads do not divide and for ``per_layer`` without layers.
+    """
+
+    def __init__(
+        self,
+        teacher_configs: Mapping[str, Mapping[str, int]],
+        student_d_model: int,
+        mlp_ratio: float = 1.0,
+        dropout: float = 0.1,
+        init_method: InitMethod = "xavier",
+        trainable: bool = True,
+        *,
+        kind: Kind = "elastic",
+        direction: Direction = "teacher_to_student",
+        student_heads: int = 1,
+        per_layer: bool = False,
+        per_head: bool = False,
+        rngs: nnx.Rngs | None = None,
+    ):
+        """Build one adapter pair per teacher."""
+        rngs = nnx.Rngs(0) if rngs is None else rngs
+        student = _head_shape("student_d_model", student_d_model, student_heads)
+        shape = ProjectorShape(kind, mlp_ratio, dropout, init_method, per_head)
+        self.trainable, self.per_layer, self.direction = trainable, per_layer, direction
+        self.student, self.teachers = student, {}
+        pairs = {}
+        for name, config in teacher_configs.items():
+            where = f"teacher_configs.{name}"
+            teacher = _head_shape(f"{where}.d_model", config["d_model"], config.get("num_heads", 1))
+            sides = (teacher, student) if direction == "teacher_to_student" else (student, teacher)
+            layers = config.get("num_layers")
+            if per_layer and not layers:
+                raise KavaError(f"{where}.num_layers={layers} with per_layer; give the layer count")
+            count = layers if per_layer else None
+            pairs[name] = AdapterPair(
+                _adapter(*sides, shape, count, rngs), _adapter(*sides, shape, count, rngs)
+            )
+            self.teachers[name] = (teacher, layers)
+        self.pairs = nnx.Dict(pairs)
+        self.shape = shape
+
+    def project_teacher_kv(
+        self,
+        name: str,
+        k: Float[Array, "*B I"],
+        v: Float[Array, "*B I"] | None = None,
+        *,
+        dropout_key: Key[Array, ""] | None = None,
+    ) -> Any:
+        """Map flattened vectors [..., width in] to [..., width out]: ``(k', v')``, or ``k'`` alone.
+
+        With ``per_layer`` the first axis runs over the mapped layers. Raises KavaError for an
+        unknown teacher or a wrong width.
+        """
+        if name not in self.pairs:
+            known = ", ".join(self.pairs)
+            raise KavaError(f"teacher={name!r} is unknown to the projector; it knows {known}")
+        pair = self.pairs[name]
+        keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
+        projected_k = self._apply(pair.k, k, keys[0], name)
+        return projected_k if v is None else (projected_k, self._apply(pair.v, v, keys[1], name))
+
+    def project(
+        self, name: str, cache: KVCache, *, dropout_key: Key[Array, ""] | None = None
+    ) -> KVCache:
+        """Map the mapped layers' caches [P, B, T, K, H] into the other side's heads and width."""
+        target = self.student if self.direction == "teacher_to_student" else self.teachers[name][0]
+        flat = [array.reshape(*array.shape[:-2], -1) for array in cache]
+        k, v = self.project_teacher_kv(name, *flat, dropout_key=dropout_key)
+        return KVCache(*(array.reshape(*array.shape[:-1], *target) for array in (k, v)))
+
+    def _apply(
+        self, adapter: nnx.Module, x: Array, key: Key[Array, ""] | None, name: str
+    ) -> Array:
+        teacher, layers = self.teachers[name]
+        source = teacher if self.direction == "teacher_to_student" else self.student
+        if x.shape[-1] != source.width or (self.per_layer and x.shape[0] != layers):
+            expected = f"[{layers}, ..., {source.width}]" if self.per_layer else source.width
+            raise KavaError(
+                f"vectors for teacher={name!r} have shape {x.shape}, the projector was built for "
+                f"{expected}; d_model is the width of the vectors passed in"
+            )
+        graph, weights = nnx.split(adapter)
+        if not self.trainable:
+            weights = jax.lax.stop_gradient(weights)
+        if not self.per_layer:
+            return nnx.merge(graph, weights)(x, key)
+        layer_keys = None if key is None else jax.random.split(key, x.shape[0])
+        return jax.vmap(lambda w, x, k: nnx.merge(graph, w)(x, k))(weights, x, layer_keys)
+
+    def count_parameters(self) -> int:
+        """Number of weights, all teachers together."""
+        return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(self, nnx.Param)))
+
+    def save(self, path: str | Path) -> None:
+        """Write weights and shape to one safetensors file."""
+        from safetensors.numpy import save_file
+
+        state = nnx.to_pure_dict(nnx.state(self, nnx.Param))
+        tensors = {
+            "/".join(str(part.key) for part in where): jax.device_get(leaf)
+            for where, leaf in jax.tree_util.tree_flatten_with_path(state)[0]
+        }
+        save_file(tensors, str(path), metadata={"kava_jax.projector": json.dumps(self._arguments())})
+
+    @classmethod
+    def load(cls, path: str | Path) -> "KVDimensionProjector":
+        """Read what ``save`` wrote; raises KavaError when the file is not such a file."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(str(path), framework="np") as file:
+                arguments = json.loads(file.metadata()["kava_jax.projector"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
+        except (OSError, SafetensorError, KeyError, TypeError) as error:
+            raise KavaError(
+                f"projector={str(path)!r} is not a projector file ({error}); give one that "
+                f"KVDimensionProjector.save wrote"
+            ) from None
+        projector = cls(**arguments)
+        state = nnx.to_pure_dict(nnx.state(projector, nnx.Param))
+        filled = jax.tree_util.tree_map_with_path(
+            lambda where, _: jnp.asarray(tensors["/".join(str(part.key) for part in where)]), state
+        )
+        nnx.update(projector, filled)
+        return projector
+
+    def _arguments(self) -> dict[str, Any]:
+        """The constructor's arguments, as JSON can hold them."""
+        return {
+            "teacher_configs": {
+                name: {"d_model": heads.width, "num_heads": heads.heads}
+                | ({"num_layers": layers} if layers else {})
+                for name, (heads, layers) in self.teachers.items()
+            },
+            "student_d_model": self.student.width,
+            "student_heads": self.student.heads,
+            "mlp_ratio": self.shape.mlp_ratio,
+            "dropout": self.shape.dropout,
+            "init_method": self.shape.init,
+            "trainable": self.trainable,
+            "kind": self.shape.kind,
+            "direction": self.direction,
+            "per_layer": self.per_layer,
+            "per_head": self.shape.per_head,
+        }
+
+
+def _head_shape(field: str, width: int, heads: int) -> HeadShape:
+    if heads < 1 or width < 1 or width % heads:
+        raise KavaError(f"{field}={width} is not divisible by {heads} heads; check both numbers")
+    return HeadShape(heads, width // heads)
+
+
+def _adapter(
+    source: HeadShape, target: HeadShape, shape: ProjectorShape, layers: int | None, rngs: nnx.Rngs
+) -> nnx.Module:
+    """One adapter; with ``layers`` its weights get a leading layer axis."""
+
+    def build(rngs: nnx.Rngs) -> nnx.Module:
+        if shape.kind == "linear":
+            return LinearAdapter(source, target, shape.init, rngs)
+        if shape.kind == "headwise":
+            return HeadwiseAdapter(source, target, shape.init, rngs, per_head=shape.per_head)
+        return ElasticAdapter(
+            source, target, shape.init, rngs, mlp_ratio=shape.mlp_ratio, dropout=shape.dropout
+        )
+
+    if layers is None:
+        return build(rngs)
+    return nnx.vmap(build, in_axes=0, out_axes=0)(rngs.fork(split=layers))

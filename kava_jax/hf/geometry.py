@@ -1,0 +1,293 @@
+"""``config.json`` in, ``DecoderSpec`` out, and back.
+
+The only place that knows how Hugging Face spells a model's geometry. Absent keys get the value
+transformers would give them (transformers 5.x configuration classes, read one by one). Two
+generations of spellings are understood and written: up to 4.x ``rope_theta``, ``rope_scaling``
+and ``torch_dtype`` at the top level; from 5.0 ``rope_parameters`` and ``dtype``.
+
+Left out on purpose: rope types other than ``default`` and ``llama3``, layers of different kinds in
+one model, quantized checkpoints, mixture of experts. They are refused by name, never guessed.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from kava_jax.errors import KavaError
+from kava_jax.models.spec import DecoderSpec, Llama3RopeScaling
+
+FloatName = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """What transformers assumes for a ``model_type`` when ``config.json`` does not say."""
+
+    architecture: str
+    num_kv_heads: int | None  # None: as many as query heads
+    head_dim: int | None  # None: hidden_size / num_attention_heads
+    max_position_embeddings: int
+    sliding_window: int | None = None
+    qkv_bias: bool | None = None  # None: follows the config's attention_bias
+    output_bias: bool | None = None
+    mlp_bias: bool | None = False
+    qk_norm: bool = False
+
+
+FAMILIES = {
+    "qwen2": Family("Qwen2ForCausalLM", 32, None, 32768, qkv_bias=True, output_bias=False),
+    "qwen3": Family("Qwen3ForCausalLM", 32, 128, 32768, qk_norm=True),
+    "llama": Family("LlamaForCausalLM", None, None, 2048, mlp_bias=None),
+    "mistral": Family(
+        "MistralForCausalLM", 8, None, 131072, 4096, qkv_bias=False, output_bias=False
+    ),
+}
+
+_REQUIRED = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
+
+
+def spec_from_config(config: Mapping[str, Any], *, where: str) -> DecoderSpec:
+    """Read the geometry of a dense RoPE decoder from a parsed ``config.json``.
+
+    Args:
+        config: the parsed JSON object.
+        where: what to call this model in messages, such as its directory or ``student.path``.
+
+    Raises:
+        KavaError: for an unknown architecture, a missing or impossible value, or a feature this
+            decoder does not have; the message names the key, its value and the remedy.
+    """
+    name, family = _family(config, where)
+    _refuse_unsupported(config, name, where)
+    missing = [key for key in _REQUIRED if config.get(key) is None]
+    if missing:
+        raise KavaError(f"{where}: config.json lacks {', '.join(missing)}; add what the model has")
+
+    heads = _positive_int(config, "num_attention_heads", where)
+    hidden = _positive_int(config, "hidden_size", where)
+    kv_default = heads if family.num_kv_heads is None else family.num_kv_heads
+    if "num_key_value_heads" in config and config["num_key_value_heads"] is None:
+        kv_default = heads
+    kv_heads = _positive_int(config, "num_key_value_heads", where, default=kv_default)
+    if heads % kv_heads:
+        raise KavaError(
+            f"{where}: num_key_value_heads={kv_heads} does not divide num_attention_heads={heads}; "
+            "correct config.json"
+        )
+    head_dim = _positive_int(
+        config, "head_dim", where, default=family.head_dim or max(hidden // heads, 1)
+    )
+    if head_dim % 2:
+        raise KavaError(f"{where}: head_dim={head_dim} is odd; RoPE needs an even head_dim")
+    positions = _positive_int(
+        config, "max_position_embeddings", where, default=family.max_position_embeddings
+    )
+    attention_bias = bool(config.get("attention_bias", False))
+    rope_theta, rope_scaling = _rope(config, positions, where)
+    return DecoderSpec(
+        family=name,
+        vocab_size=_positive_int(config, "vocab_size", where),
+        hidden_size=hidden,
+        intermediate_size=_positive_int(config, "intermediate_size", where),
+        num_layers=_positive_int(config, "num_hidden_layers", where),
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        rope_theta=rope_theta,
+        norm_eps=_positive_float(config.get("rms_norm_eps", 1e-6), "rms_norm_eps", where),
+        tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+        qkv_bias=attention_bias if family.qkv_bias is None else family.qkv_bias,
+        output_bias=attention_bias if family.output_bias is None else family.output_bias,
+        mlp_bias=bool(config.get("mlp_bias")) if family.mlp_bias is None else family.mlp_bias,
+        qk_norm=family.qk_norm,
+        rope_scaling=rope_scaling,
+        sliding_window=_sliding_window(config, name, family, where),
+        initializer_range=float(config.get("initializer_range", 0.02)),
+        max_position_embeddings=positions,
+    )
+
+
+def config_from_spec(
+    spec: DecoderSpec,
+    *,
+    dtype: FloatName,
+    bos_token_id: int | None = None,
+    eos_token_id: int | list[int] | None = None,
+    pad_token_id: int | None = None,
+) -> dict[str, Any]:
+    """Write the geometry as a ``config.json`` object that transformers 4.x and 5.x both read.
+
+    Raises:
+        KavaError: when the family's Hugging Face class has no way to express the spec.
+    """
+    family = _expressible(spec)
+    rope: dict[str, Any] = {"rope_theta": spec.rope_theta, "rope_type": "default"}
+    old_scaling: dict[str, Any] | None = None
+    if spec.rope_scaling is not None:
+        old_scaling = {
+            "rope_type": "llama3",
+            "factor": spec.rope_scaling.factor,
+            "low_freq_factor": spec.rope_scaling.low_freq_factor,
+            "high_freq_factor": spec.rope_scaling.high_freq_factor,
+            "original_max_position_embeddings": spec.rope_scaling.original_max_position_embeddings,
+        }
+        rope |= old_scaling
+    config: dict[str, Any] = {
+        "architectures": [family.architecture],
+        "model_type": spec.family,
+        "vocab_size": spec.vocab_size,
+        "hidden_size": spec.hidden_size,
+        "intermediate_size": spec.intermediate_size,
+        "num_hidden_layers": spec.num_layers,
+        "num_attention_heads": spec.num_heads,
+        "num_key_value_heads": spec.num_kv_heads,
+        "head_dim": spec.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": spec.max_position_embeddings,
+        "initializer_range": spec.initializer_range,
+        "rms_norm_eps": spec.norm_eps,
+        "tie_word_embeddings": spec.tie_embeddings,
+        "rope_theta": spec.rope_theta,
+        "rope_scaling": old_scaling,
+        "rope_parameters": rope,
+        "attention_dropout": 0.0,
+        "use_cache": True,
+        "torch_dtype": dtype,
+        "dtype": dtype,
+        "bos_token_id": bos_token_id,
+        "eos_token_id": eos_token_id,
+        "pad_token_id": pad_token_id,
+    }
+    if family.qkv_bias is None:
+        config["attention_bias"] = spec.qkv_bias
+    if family.mlp_bias is None:
+        config["mlp_bias"] = spec.mlp_bias
+    if spec.family == "mistral":
+        config["sliding_window"] = spec.sliding_window
+    if spec.family in ("qwen2", "qwen3"):
+        config |= {"use_sliding_window": False, "sliding_window": None}
+    return config
+
+
+def _family(config: Mapping[str, Any], where: str) -> tuple[str, Family]:
+    architectures = config.get("architectures") or []
+    model_type = config.get("model_type")
+    by_architecture = {family.architecture: name for name, family in FAMILIES.items()}
+    # model_type alone would let Qwen2ForSequenceClassification through, architectures alone would
+    # refuse a config written by hand; both must agree where both are given.
+    names = {by_architecture.get(a) for a in architectures} | ({model_type} - {None})
+    if len(names) != 1 or (name := names.pop()) not in FAMILIES:
+        raise KavaError(
+            f"{where}: architectures={architectures} with model_type={model_type!r} is not "
+            f"supported; use one of {', '.join(sorted(by_architecture))}"
+        )
+    return name, FAMILIES[name]
+
+
+def _refuse_unsupported(config: Mapping[str, Any], name: str, where: str) -> None:
+    faults = []
+    if config.get("quantization_config") is not None:
+        faults.append("quantization_config is set; use the unquantized checkpoint of this model")
+    if (act := config.get("hidden_act", "silu")) not in ("silu", "swish"):
+        faults.append(f"hidden_act={act!r} is not supported; only silu is")
+    if name in ("qwen2", "qwen3") and config.get("use_sliding_window"):
+        faults.append(
+            "use_sliding_window=true is not supported for Qwen; set it to false to use full "
+            "attention in every layer"
+        )
+    kinds = set(config.get("layer_types") or [])
+    allowed = {"sliding_attention", "full_attention"} if name == "mistral" else {"full_attention"}
+    if len(kinds) > 1 or not kinds <= allowed:
+        faults.append(
+            f"layer_types has {sorted(map(str, kinds))}; only models whose layers are all "
+            "full_attention are supported"
+        )
+    if faults:
+        raise KavaError(f"{where}: config.json: " + "; ".join(faults))
+
+
+def _sliding_window(
+    config: Mapping[str, Any], name: str, family: Family, where: str
+) -> int | None:
+    if name != "mistral" or ("sliding_window" in config and config["sliding_window"] is None):
+        return None
+    return _positive_int(config, "sliding_window", where, default=family.sliding_window)
+
+
+def _rope(
+    config: Mapping[str, Any], positions: int, where: str
+) -> tuple[float, Llama3RopeScaling | None]:
+    """Base and scaling from either spelling; where both are given they must agree."""
+    spellings = [config.get("rope_scaling") or {}, config.get("rope_parameters") or {}]
+    if not all(isinstance(spelling, Mapping) for spelling in spellings):
+        raise KavaError(f"{where}: rope_scaling={spellings[0]!r} is not an object; correct it")
+    seen: dict[str, Any] = {}
+    for spelling in [*spellings, {"rope_theta": config.get("rope_theta")}]:
+        for key, value in spelling.items():
+            key = "rope_type" if key == "type" else key
+            if value is None:
+                continue
+            if seen.setdefault(key, value) != value:
+                raise KavaError(
+                    f"{where}: config.json gives {key} twice, {seen[key]!r} and {value!r} "
+                    "(rope_theta/rope_scaling and rope_parameters); make them agree"
+                )
+    theta = _positive_float(seen.pop("rope_theta", 10_000.0), "rope_theta", where)
+    kind = seen.pop("rope_type", "default")
+    if (partial := seen.pop("partial_rotary_factor", 1.0)) != 1.0:
+        raise KavaError(f"{where}: partial_rotary_factor={partial} is not supported; only 1.0 is")
+    if kind == "default":
+        return theta, None
+    if kind != "llama3":
+        raise KavaError(
+            f"{where}: rope_type={kind!r} is not supported; use a model with rope_type default or "
+            "llama3 (removing the scaling also works up to the unscaled context length)"
+        )
+    keys = ("factor", "low_freq_factor", "high_freq_factor")
+    if missing := [key for key in keys if key not in seen]:
+        raise KavaError(f"{where}: rope_type=llama3 lacks {', '.join(missing)}; add the values")
+    factor, low, high = (_positive_float(seen[key], key, where) for key in keys)
+    original = _positive_int(seen, "original_max_position_embeddings", where, default=positions)
+    return theta, Llama3RopeScaling(factor, low, high, original)
+
+
+def _expressible(spec: DecoderSpec) -> Family:
+    if spec.family not in FAMILIES:
+        raise KavaError(f"family={spec.family!r} is unknown; use one of {', '.join(FAMILIES)}")
+    family = FAMILIES[spec.family]
+    faults = []
+    for field in ("qkv_bias", "output_bias", "mlp_bias"):
+        fixed = getattr(family, field)
+        if fixed is not None and getattr(spec, field) != fixed:
+            faults.append(f"{field}={getattr(spec, field)} (always {fixed})")
+    if family.qkv_bias is None and spec.qkv_bias != spec.output_bias:
+        faults.append(f"qkv_bias={spec.qkv_bias} with output_bias={spec.output_bias} (one switch)")
+    if spec.qk_norm != family.qk_norm:
+        faults.append(f"qk_norm={spec.qk_norm} (always {family.qk_norm})")
+    if spec.sliding_window is not None and spec.family != "mistral":
+        faults.append(f"sliding_window={spec.sliding_window} (only mistral has one)")
+    if faults:
+        raise KavaError(f"family={spec.family} cannot express {', '.join(faults)}; change the spec")
+    return family
+
+
+def _positive_int(
+    config: Mapping[str, Any], key: str, where: str, *, default: int | None = None
+) -> int:
+    value = config.get(key)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise KavaError(f"{where}: {key}={value!r} is not a positive integer; correct config.json")
+    return value
+
+
+def _positive_float(value: Any, key: str, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise KavaError(f"{where}: {key}={value!r} is not a positive number; correct config.json")
+    return float(value)

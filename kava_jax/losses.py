@@ -1,0 +1,308 @@
+"""Losses between vectors and between distributions, and the original method's loss callables.
+
+Pure functions return a ``Mean`` (sum, count), float32 inside whatever comes in. Callables return
+``(loss, metrics)``, the three-line form of the original method. None of them stops a gradient: the
+caller decides what is a constant (usually the teacher). Vectors and rows that the mask leaves out
+may hold NaN and change neither value nor gradient.
+
+Left out on purpose: choosing layers, projecting, weighting terms (``alignment``, ``training``).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Shaped
+
+from kava_jax.cache import KVCache
+from kava_jax.errors import KavaError
+from kava_jax.geometry import Mean, cosine, magnitude, masked_mean
+
+EPS = 1e-8
+
+# int by name: the runtime check of the tests does not take an int for a float.
+Scalar = float | int | Float[Array, ""]
+Weight = float | int | Callable[..., float | Array]
+KV = KVCache | tuple[Array, Array] | Array
+Metrics = dict[str, Array]
+
+
+def mercator(
+    student: Float[Array, "*B H"],
+    target: Float[Array, "*C G"],
+    mask: Shaped[Array, "..."] | None = None,
+    *,
+    alpha: Scalar = 1.0,
+    beta: Scalar = 0.0,
+    eps: float = EPS,
+) -> Mean:
+    """The angle between student and target, blind to length unless beta is above 0.
+
+    Mean over vectors of ``alpha * (1 - cos) + beta * (log(|s| + eps) - log(|t| + eps))^2``.
+    Zero, huge (1e30) and tiny (1e-30) vectors give a finite value and gradient. The caller stops
+    the gradient of whichever side is constant.
+
+    Args:
+        student, target: vectors of one shape.
+        mask: not zero where a vector counts: the rank of the leading axes, size 1 broadcasts; or
+            [B, T] for caches [L, B, T, K, H].
+        alpha, beta: weights of direction and of magnitude.
+        eps: keeps the logarithm of a zero length finite.
+
+    Raises:
+        KavaError: the two shapes differ, or the mask fits neither form.
+    """
+    s, t, keep = _comparable(student, target, mask)
+    return masked_mean(alpha * (1.0 - cosine(s, t)) + beta * _log_ratio_squared(s, t, eps), keep)
+
+
+def mse(
+    student: Float[Array, "*B H"],
+    target: Float[Array, "*C G"],
+    mask: Shaped[Array, "..."] | None = None,
+) -> Mean:
+    """Mean over vectors of ``mean((s - t)^2)`` over the last axis; masks, errors as ``mercator``.
+
+    Unlike Mercator it overflows in float32 where entries pass about 1e19.
+    """
+    s, t, keep = _comparable(student, target, mask)
+    return masked_mean(jnp.mean((s - t) ** 2, axis=-1), keep)
+
+
+def smooth_l1(
+    student: Float[Array, "*B H"],
+    target: Float[Array, "*C G"],
+    mask: Shaped[Array, "..."] | None = None,
+    *,
+    transition: float | int = 1.0,
+) -> Mean:
+    """Mean over vectors of the mean over the last axis of a square that turns into a line.
+
+    ``0.5 * d^2 / transition`` where ``d = |s - t| < transition``, else ``d - 0.5 * transition``
+    (torch's ``beta`` is this ``transition``). Masks and errors as ``mercator``; a transition that
+    is not above 0 is a KavaError too.
+    """
+    if transition <= 0:
+        raise KavaError(f"transition={transition} is not above 0; 1.0 is usual")
+    s, t, keep = _comparable(student, target, mask)
+    distance = jnp.abs(s - t)
+    # No square of a distance beyond the transition: it could be infinite, its gradient NaN.
+    curved = jnp.minimum(distance, transition)
+    loss = 0.5 * curved**2 / transition + (distance - curved)
+    return masked_mean(jnp.mean(loss, axis=-1), keep)
+
+
+def hybrid(
+    student: Float[Array, "*B H"],
+    target: Float[Array, "*C G"],
+    mask: Shaped[Array, "..."] | None = None,
+    *,
+    mercator_weight: Scalar = 0.8,
+    mse_weight: Scalar = 0.2,
+    alpha: Scalar = 1.0,
+    beta: Scalar = 0.01,
+) -> Mean:
+    """``mercator_weight * mercator(alpha, beta) + mse_weight * mse``; masks, errors as there."""
+    direction = mercator(student, target, mask, alpha=alpha, beta=beta)
+    value = mse(student, target, mask)
+    return Mean(mercator_weight * direction.sum + mse_weight * value.sum, direction.count)
+
+
+def cross_entropy(
+    logits: Float[Array, "*B V"],
+    labels: Int[Array, "*B"],
+    mask: Shaped[Array, "..."] | None = None,
+) -> Mean:
+    """Mean over counted positions of ``logsumexp(logits) - logits[label]``, over all V rows.
+
+    Labels are not shifted here: ``labels[i]`` is the id that ``logits[i]`` predicts. Where the mask
+    is 0 a label may be anything (-100 for instance). The mask has the labels' rank.
+    """
+    keep = _keep(mask, labels.shape)
+    rows = _counted(logits, keep)
+    safe_labels = labels if keep is None else jnp.where(keep, labels, 0)
+    picked = jnp.take_along_axis(rows, safe_labels[..., None], axis=-1)[..., 0]
+    return masked_mean(jax.nn.logsumexp(rows, axis=-1) - picked, keep)
+
+
+def logit_kl(
+    student_logits: Float[Array, "*B V"],
+    teacher_logits: Float[Array, "*B Vt"],
+    mask: Shaped[Array, "..."] | None = None,
+    *,
+    temperature: Scalar = 1.0,
+    shared_vocab: int | None = None,
+) -> Mean:
+    """Mean over counted positions of ``T^2 * KL(teacher || student)`` at temperature T.
+
+    Both distributions are renormalised over the ids ``[0:shared_vocab]`` that both vocabularies
+    have (by default the smaller width), so rows of padding on either side have no part in it. T^2
+    keeps the gradient's scale (Hinton et al. 2015, section 2.1). The caller stops the teacher's
+    gradient.
+
+    Raises:
+        KavaError: ``shared_vocab`` is wider than one of the vocabularies, or less than 1.
+    """
+    narrower = min(student_logits.shape[-1], teacher_logits.shape[-1])
+    shared = narrower if shared_vocab is None else shared_vocab
+    if not 1 <= shared <= narrower:
+        raise KavaError(f"shared_vocab={shared} is not between 1 and {narrower}, the smaller width")
+    keep = _keep(mask, student_logits.shape[:-1])
+    student, teacher = (
+        jax.nn.log_softmax(_counted(logits[..., :shared], keep) / temperature, axis=-1)
+        for logits in (student_logits, teacher_logits)
+    )
+    divergence = jnp.sum(jnp.exp(teacher) * (teacher - student), axis=-1)
+    return masked_mean(temperature**2 * divergence, keep)
+
+
+def alignment_accuracy(
+    student: Float[Array, "*B H"],
+    teacher: Float[Array, "*C G"],
+    mask: Shaped[Array, "..."] | None = None,
+    threshold: float = 0.95,
+) -> Float[Array, ""]:
+    """Percent of counted vectors whose cosine is at least ``threshold``; masks as ``mercator``."""
+    s, t, keep = _comparable(student, teacher, mask)
+    return 100.0 * masked_mean((cosine(s, t) >= threshold).astype(jnp.float32), keep).value
+
+
+@dataclass(frozen=True)
+class MercatorKVLoss:
+    """The original method's loss: ``loss, metrics = MercatorKVLoss()(student_kv, teacher_kv)``.
+
+    ``student_kv`` and ``teacher_kv`` are each one array [..., D], or a KVCache or (k, v) pair: then
+    loss and metrics are the mean of K's and V's, each divided by its own count. Mask and errors as
+    ``mercator``. Metrics: ``loss, cos_sim, dir_loss, mag_loss, s_magnitude, t_magnitude,
+    mag_ratio`` (= mean|s| / mean|t|), float32 scalars. The caller stops gradients.
+    """
+
+    alpha: float | int = 1.0
+    beta: float | int = 0.0
+
+    def __call__(
+        self, student_kv: KV, teacher_kv: KV, mask: Shaped[Array, "..."] | None = None
+    ) -> tuple[Array, Metrics]:
+        """The loss, a float32 scalar, and the metrics."""
+
+        def one(student: Array, teacher: Array) -> Metrics:
+            loss = mercator(student, teacher, mask, alpha=self.alpha, beta=self.beta).value
+            return {"loss": loss} | _sphere_metrics(student, teacher, mask)
+
+        return _over_pair(one, student_kv, teacher_kv)
+
+
+@dataclass(frozen=True)
+class HybridKVLoss:
+    """``mercator_weight * Mercator(1, beta) + mse_weight * MSE``; arguments as MercatorKVLoss.
+
+    Each weight is a number or a schedule ``step -> weight`` (any optax schedule); with a schedule,
+    pass ``step``. Adds the metrics ``mercator_loss, mse_loss, mercator_weight, mse_weight``.
+    """
+
+    mercator_weight: Weight = 0.8
+    mse_weight: Weight = 0.2
+    beta: float | int = 0.01
+
+    def __call__(
+        self,
+        student_kv: KV,
+        teacher_kv: KV,
+        mask: Shaped[Array, "..."] | None = None,
+        step: int | Int[Array, ""] | None = None,
+    ) -> tuple[Array, Metrics]:
+        """The loss, a float32 scalar, and the metrics."""
+        weights = {
+            name: _weight_at(f"HybridKVLoss.{name}", getattr(self, name), step)
+            for name in ("mercator_weight", "mse_weight")
+        }
+
+        def one(student: Array, teacher: Array) -> Metrics:
+            direction = mercator(student, teacher, mask, beta=self.beta).value
+            value = mse(student, teacher, mask).value
+            loss = weights["mercator_weight"] * direction + weights["mse_weight"] * value
+            terms = {"loss": loss, "mercator_loss": direction, "mse_loss": value}
+            return terms | weights | _sphere_metrics(student, teacher, mask)
+
+        return _over_pair(one, student_kv, teacher_kv)
+
+
+def _weight_at(field: str, weight: Weight, step: int | Array | None) -> Array:
+    """The weight as a float32 scalar; a schedule is asked for its value at ``step``."""
+    if callable(weight):
+        if step is None:
+            raise KavaError(f"{field} is a schedule and step=None; pass step=<the training step>")
+        weight = weight(step)
+    return jnp.asarray(weight, jnp.float32)
+
+
+def _over_pair(
+    one: Callable[[Array, Array], Metrics], student_kv: KV, teacher_kv: KV
+) -> tuple[Array, Metrics]:
+    """The loss and metrics of one array, or the mean of K's and V's."""
+    if isinstance(student_kv, tuple) and isinstance(teacher_kv, tuple):
+        k, v = (one(s, t) for s, t in zip(student_kv, teacher_kv, strict=True))
+        metrics = jax.tree.map(lambda a, b: 0.5 * (a + b), k, v)
+    elif isinstance(student_kv, tuple) or isinstance(teacher_kv, tuple):
+        kinds = f"{type(student_kv).__name__} and {type(teacher_kv).__name__}"
+        raise KavaError(f"student_kv and teacher_kv are {kinds}; pass two arrays or two (k, v)")
+    else:
+        metrics = one(student_kv, teacher_kv)
+    return metrics["loss"], metrics
+
+
+def _sphere_metrics(student: Array, teacher: Array, mask: Array | None) -> Metrics:
+    """What every KV loss reports beside itself."""
+    s, t, keep = _comparable(student, teacher, mask)
+    cos = cosine(s, t)
+    s_magnitude = masked_mean(magnitude(s), keep).value
+    t_magnitude = masked_mean(magnitude(t), keep).value
+    return {
+        "cos_sim": masked_mean(cos, keep).value,
+        "dir_loss": masked_mean(1.0 - cos, keep).value,
+        "mag_loss": masked_mean(_log_ratio_squared(s, t, EPS), keep).value,
+        "s_magnitude": s_magnitude,
+        "t_magnitude": t_magnitude,
+        "mag_ratio": Mean(s_magnitude, t_magnitude).value,  # 0 where the teacher is zero
+    }
+
+
+def _log_ratio_squared(s: Float[Array, "*B H"], t: Float[Array, "*B H"], eps: float) -> Array:
+    """``(log(|s| + eps) - log(|t| + eps))^2`` of each vector."""
+    return (jnp.log(magnitude(s) + eps) - jnp.log(magnitude(t) + eps)) ** 2
+
+
+def _comparable(
+    student: Array, target: Array, mask: Array | None
+) -> tuple[Array, Array, Array | None]:
+    """Both sides in float32 with zeros where they do not count, and the mask of whole vectors."""
+    if student.shape != target.shape:
+        raise KavaError(
+            f"student shape {student.shape} differs from target shape {target.shape}; "
+            "map the layers and project one side to the other's heads and width first"
+        )
+    keep = _keep(mask, student.shape[:-1])
+    return _counted(student, keep), _counted(target, keep), keep
+
+
+def _counted(x: Float[Array, "*B H"], keep: Array | None) -> Float[Array, "*B H"]:
+    """X in float32, zero where its vector does not count, so that no NaN there gets a gradient."""
+    x = x.astype(jnp.float32)
+    return x if keep is None else jnp.where(keep[..., None], x, 0.0)
+
+
+def _keep(mask: Array | None, leading: tuple[int, ...]) -> Array | None:
+    """The mask as booleans over the leading axes; [B, T] is understood for [L, B, T, K]."""
+    if mask is None:
+        return None
+    aligned = mask[None, :, :, None] if (mask.ndim, len(leading)) == (2, 4) else mask
+    fits = aligned.ndim == len(leading) and all(
+        size in (1, axis) for size, axis in zip(aligned.shape, leading, strict=True)
+    )
+    if not fits:
+        raise KavaError(
+            f"mask shape {mask.shape} does not fit vectors laid out as {leading}; "
+            "give it the same rank (size 1 broadcasts), or [B, T] for a cache [L, B, T, K, H]"
+        )
+    return jnp.broadcast_to(aligned != 0, leading)
