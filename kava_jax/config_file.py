@@ -79,7 +79,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise KavaError(f"config={str(path)!r} does not exist; give the path of a file") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise KavaError(f"config={str(path)!r} cannot be read ({error}); give a YAML file") from None
+        raise KavaError(
+            f"config={str(path)!r} cannot be read ({error}); give a YAML file"
+        ) from None
     except yaml.YAMLError as error:
         raise KavaError(f"config={str(path)!r} is not valid YAML: {_one_line(error)}") from None
     if not isinstance(raw, dict):
@@ -102,7 +104,9 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     try:
         value = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
-        raise KavaError(f"override={override!r} has an unreadable value: {_one_line(error)}") from None
+        raise KavaError(
+            f"override={override!r} has an unreadable value: {_one_line(error)}"
+        ) from None
     node: Any = raw
     *parents, last = key.split(".")
     for position, part in enumerate(parents):
@@ -152,8 +156,10 @@ def _existing_path(raw: Any, loc: tuple[int | str, ...]) -> tuple[list[str], Any
     """The part of pydantic's location that is in the input; union member names are left out."""
     names, node = [], raw
     for part in loc:
-        if isinstance(node, dict) and part in node or (
-            isinstance(node, list) and isinstance(part, int) and part < len(node)
+        if (
+            isinstance(node, dict)
+            and part in node
+            or (isinstance(node, list) and isinstance(part, int) and part < len(node))
         ):
             node = node[part]
             names.append(str(part))

@@ -6,6 +6,7 @@ vectors r^2 / (1 + r^2). So every cosine is reported beside those of pairs that 
 Left out on purpose: printing and logging (``training.monitor``).
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -133,7 +134,7 @@ def oscillates(losses: Sequence[float], share: float = 0.1) -> bool:
     """
     if len(losses) < 6:
         return False
-    steps = [after - before for before, after in zip(losses[:-1], losses[1:], strict=True)]
-    turns = sum(a * b < 0 for a, b in zip(steps[:-1], steps[1:], strict=True))
+    steps = [after - before for before, after in itertools.pairwise(losses)]
+    turns = sum(a * b < 0 for a, b in itertools.pairwise(steps))
     mean_step = sum(map(abs, steps)) / len(steps)
     return 3 * turns >= 2 * (len(steps) - 1) and mean_step > share * sum(losses) / len(losses)

@@ -23,7 +23,7 @@ class Mean(NamedTuple):
     """A mean that has not been divided yet, so that it can be added over batches and hosts."""
 
     sum: Float[Array, "..."]
-    count: Float[Array, "..."]
+    count: Float[Array, "..."]  # pyright: ignore[reportIncompatibleMethodOverride] (tuple.count)
 
     @property
     def value(self) -> Float[Array, "..."]:
@@ -92,7 +92,7 @@ def angular_distance(a: Float[Array, "*B H"], b: Float[Array, "*B H"]) -> Float[
     """Angle between a and b in radians, 0 to pi; pi/2 where either is the zero vector.
 
     ``2 * atan2(|u - v|, |u + v|)`` on unit vectors (Kahan): accurate near 0 and pi, where the arc
-    cosine loses half the digits and its gradient is infinite. At exactly 0 and pi the gradient is 0.
+    cosine loses half its digits and its gradient is infinite. At exactly 0 and pi it is 0 here.
     """
     u, v = unit(a), unit(b)
     apart, together = magnitude(u - v), magnitude(u + v)

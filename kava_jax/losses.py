@@ -230,11 +230,11 @@ class HybridKVLoss:
 
 def _weight_at(field: str, weight: Weight, step: int | Array | None) -> Array:
     """The weight as a float32 scalar; a schedule is asked for its value at ``step``."""
-    if callable(weight):
-        if step is None:
-            raise KavaError(f"{field} is a schedule and step=None; pass step=<the training step>")
-        weight = weight(step)
-    return jnp.asarray(weight, jnp.float32)
+    if not callable(weight):
+        return jnp.asarray(weight, jnp.float32)
+    if step is None:
+        raise KavaError(f"{field} is a schedule and step=None; pass step=<the training step>")
+    return jnp.asarray(weight(step), jnp.float32)
 
 
 def _over_pair(

@@ -63,7 +63,9 @@ def make_layer_map(
             raise KavaError(f"{field}={setting!r} is unknown; use 'ratio' or a list of pairs")
         return ratio_map(teacher_layers, student_layers)
     pairs = tuple(sorted(((int(t), int(s)) for t, s in setting), key=lambda pair: pair[1]))
-    outside = [[t, s] for t, s in pairs if not (0 <= t < teacher_layers and 0 <= s < student_layers)]
+    outside = [
+        [t, s] for t, s in pairs if not (0 <= t < teacher_layers and 0 <= s < student_layers)
+    ]
     if outside:
         raise KavaError(
             f"{field}: pairs {outside} are outside a teacher of {teacher_layers} and a student of "

@@ -139,9 +139,7 @@ class KVDimensionProjector(nnx.Module):
         k, v = self.project_teacher_kv(name, *flat, dropout_key=dropout_key)
         return KVCache(*(array.reshape(*array.shape[:-1], *target) for array in (k, v)))
 
-    def _apply(
-        self, adapter: nnx.Module, x: Array, key: Key[Array, ""] | None, name: str
-    ) -> Array:
+    def _apply(self, adapter: nnx.Module, x: Array, key: Key[Array, ""] | None, name: str) -> Array:
         teacher, layers = self.teachers[name]
         source = teacher if self.direction == "teacher_to_student" else self.student
         if x.shape[-1] != source.width or (self.per_layer and x.shape[0] != layers):
@@ -171,7 +169,9 @@ class KVDimensionProjector(nnx.Module):
             "/".join(str(part.key) for part in where): jax.device_get(leaf)
             for where, leaf in jax.tree_util.tree_flatten_with_path(state)[0]
         }
-        save_file(tensors, str(path), metadata={"kava_jax.projector": json.dumps(self._arguments())})
+        save_file(
+            tensors, str(path), metadata={"kava_jax.projector": json.dumps(self._arguments())}
+        )
 
     @classmethod
     def load(cls, path: str | Path) -> "KVDimensionProjector":

@@ -3,13 +3,13 @@
     builtin:word_problems   generated, see ``problems``
     *.jsonl, *.json         one JSON object a line, with a prompt and an answer field or a
                             conversation (``messages``)
-    *.parquet               the same columns, through ``datasets``
+    *.parquet               the same columns
     *.txt                   plain documents between separators
     a directory or hub id   through ``datasets.load_dataset``, e.g. openai/gsm8k with subset main
 
-JSONL is read here and not by ``datasets``, because a broken file must be reported with its line
-numbers. Left out on purpose: streaming (all text is held in memory), dataset scripts (remote code
-never runs) and any cleaning of the text.
+Files are read here and not by ``datasets``: a broken one is to be reported in a single line with
+its line numbers, and no copy of it stays behind in a cache. Left out on purpose: streaming (all
+text is held in memory), dataset scripts (remote code never runs) and any cleaning of the text.
 """
 
 import hashlib
@@ -82,19 +82,16 @@ def load_examples(
     fields = _Fields(prompt_field, answer_field, messages_field)
     file = Path(name).expanduser()
     _check_exists(name, file)
-    suffix = file.suffix.lower()
-    if file.is_file() and suffix == ".txt":
-        examples = _documents(name, file, separator)
-    elif file.is_file() and suffix in (".jsonl", ".json"):
-        return _checked(name, "line", _json_lines(name, file), fields, rows)
-    elif file.is_file():
-        table = _through_datasets(name, "parquet", data_files=str(file), split="train")
-        return _checked(name, "row", enumerate(table, 1), fields, rows)
-    else:
+    if not file.is_file():
         where = str(file) if file.is_dir() else name
         table = _through_datasets(name, where, name=subset, split=split, revision=revision)
         return _checked(name, "row", enumerate(table, 1), fields, rows)
-    return examples[:rows]
+    suffix = file.suffix.lower()
+    if suffix == ".txt":
+        return _documents(name, file, separator)[:rows]
+    if suffix == ".parquet":
+        return _checked(name, "row", enumerate(_parquet_rows(name, file), 1), fields, rows)
+    return _checked(name, "line", _json_lines(name, file), fields, rows)
 
 
 def fingerprint(examples: Iterable[Example]) -> str:
@@ -160,7 +157,21 @@ def _parsed(line: bytes) -> Any:
         return _BadRowError("nested too deeply")
 
 
-def _through_datasets(name: str, where: str, **options: Any) -> Iterable[Mapping[str, Any]]:
+def _parquet_rows(name: str, file: Path) -> Iterator[Mapping[str, Any]]:
+    from pyarrow import ArrowException, parquet
+
+    try:
+        table = parquet.read_table(file)
+    except (OSError, ArrowException) as error:
+        reason = " ".join(str(error).split())
+        raise KavaError(
+            f"data.path={name!r} cannot be read as parquet ({reason}); fetch or write it again"
+        ) from error
+    for chunk in table.to_batches():
+        yield from chunk.to_pylist()
+
+
+def _through_datasets(shown: str, where: str, **options: Any) -> Iterable[Mapping[str, Any]]:
     import datasets
 
     try:
@@ -168,7 +179,7 @@ def _through_datasets(name: str, where: str, **options: Any) -> Iterable[Mapping
     except Exception as error:  # a dozen types from datasets, pyarrow and the hub, all about input
         reason = " ".join(str(error.__cause__ or error).split())[:300]
         raise KavaError(
-            f"data.path={name!r} cannot be loaded ({type(error).__name__}: {reason}); check the "
+            f"data.path={shown!r} cannot be loaded ({type(error).__name__}: {reason}); check the "
             "path or hub id, data.split, data.subset and your access"
         ) from error
 

@@ -76,7 +76,9 @@ class Encoder:
         max_length: int = 512,
     ):
         if max_length < 2:
-            raise KavaError(f"data.max_length={max_length} leaves nothing to predict; use 2 or more")
+            raise KavaError(
+                f"data.max_length={max_length} leaves nothing to predict; use 2 or more"
+            )
         if tokenizer.eos_token_id is None:
             raise KavaError("the tokenizer has no eos token, so no answer could end; set eos_token")
         if (format == "template") != (template is not None):
@@ -100,7 +102,7 @@ class Encoder:
         self._bos = [b for b in added[:1] if b == tokenizer.bos_token_id]
 
     def encode(self, example: Example) -> Encoded:
-        """One row, cut at ``max_length`` (``truncated`` then says so); a document as one row too."""
+        """One row (a document too), cut at ``max_length``; ``truncated`` then says so."""
         return self._rows([example])[0]
 
     def encode_prompt(self, example: Example) -> Int32[np.ndarray, "T"]:
@@ -110,7 +112,9 @@ class Encoder:
             KavaError: the example is a document, which has no prompt.
         """
         if _is_document(example):
-            raise KavaError("a plain document has no prompt to answer; use a question/answer source")
+            raise KavaError(
+                "a plain document has no prompt to answer; use a question/answer source"
+            )
         return np.array(self._prompt_ids([self._parts(example)])[0], np.int32)
 
     def encode_all(self, examples: Sequence[Example]) -> list[Encoded]:
@@ -228,15 +232,11 @@ def _split_template(template: str) -> tuple[list[str | None], list[str | None]]:
         raise KavaError(
             f"data.template={template!r} needs {{prompt}} (or {{question}}) and then one {{answer}}"
         )
-    before: list[str | None] = []
+    pieces: list[str | None] = []
     for literal, field, _, _ in parsed:
-        before.append(literal)
-        if field in _PROMPT_NAMES:
-            before.append(None)
-        elif field == "answer":
-            break
-    last = before.pop() or ""
-    stripped = last.rstrip(" ")
-    rest = parsed[len(names) :]
-    after: list[str | None] = [last[len(stripped) :], None, *(piece[0] for piece in rest)]
-    return [*before, stripped], after
+        pieces += [literal] if field is None else [literal, None]
+    answer = max(place for place, piece in enumerate(pieces) if piece is None)
+    start = max(place for place, piece in enumerate(pieces[:answer]) if piece is None) + 1
+    between = "".join(piece or "" for piece in pieces[start:answer])
+    spaces = between[len(between.rstrip(" ")) :]
+    return [*pieces[:start], between.rstrip(" ")], [spaces, *pieces[answer:]]

@@ -70,7 +70,9 @@ def load_tokenizer(
 def _check_directory(name: str) -> None:
     path = Path(name).expanduser()
     if not name.strip():
-        raise KavaError(f"tokenizer={name!r} is empty; give a directory, a hub id or {BUILTIN_TOKENIZER}")
+        raise KavaError(
+            f"tokenizer={name!r} is empty; give a directory, a hub id or {BUILTIN_TOKENIZER}"
+        )
     if path.is_file():
         raise KavaError(f"tokenizer={name!r} is a file; give the directory that holds it")
     if path.is_dir():
@@ -128,6 +130,31 @@ def builtin_tokenizer() -> "PreTrainedTokenizerFast":
 def pad_id(tokenizer: "PreTrainedTokenizerBase") -> int:
     """The id that fills rows: the pad token's, else the eos token's, else 0."""
     for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if candidate is not None:
-            return int(candidate)
+        if isinstance(candidate, int):
+            return candidate
     return 0
+
+
+def check_same_ids(
+    tokenizer: "PreTrainedTokenizerBase", teacher_directory: Path, teacher: str
+) -> None:
+    """Refuse a teacher whose own tokenizer gives the same id to another token, or the reverse.
+
+    Vocabularies are compared, not names; one may hold tokens that the other lacks. A directory
+    without a tokenizer is taken on trust.
+
+    Raises:
+        KavaError: the two disagree; names the teacher and the first difference.
+    """
+    if not (teacher_directory / "tokenizer.json").is_file():
+        return
+    ours = tokenizer.get_vocab()
+    theirs = load_tokenizer(teacher_directory).get_vocab()
+    by_id = {index: token for token, index in theirs.items()}
+    for token, index in sorted(ours.items(), key=lambda item: item[1]):
+        other = by_id.get(index, token)
+        if other != token or theirs.get(token, index) != index:
+            raise KavaError(
+                f"teachers.{teacher} and the student's tokenizer disagree: id {index} is {token!r} "
+                f"for the student and {other!r} for the teacher; use models with one tokenizer"
+            )

@@ -21,6 +21,7 @@ from kava_jax.losses import MercatorKVLoss, mse
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+    from rich.table import Table
 
 # Published figures of the original method, as printed (REFERENCES: "The original method").
 PUBLISHED: dict[str, dict[str, str]] = {
@@ -51,21 +52,16 @@ ONE_DRAW_TOLERANCE = 0.06
 
 
 class Row(NamedTuple):
-    """One computed figure and what it must equal: a published figure, or an exact one."""
+    """One computed figure and the figure it must equal, which is "published" or "exact"."""
 
     table: str
     label: str
     quantity: str
     computed: float
-    published: float | None
-    exact: float | None
+    expected: float
+    source: str
     tolerance: float
     decimals: int
-
-    @property
-    def expected(self) -> float:
-        """The figure to compare with."""
-        return self.published if self.published is not None else (self.exact or 0.0)
 
     @property
     def holds(self) -> bool:
@@ -86,7 +82,7 @@ class Verification(NamedTuple):
 
     def as_dict(self) -> dict[str, Any]:
         """The same as plain data, for JSON."""
-        rows = [row._asdict() | {"holds": row.holds} for row in self.rows]
+        rows = [row._asdict() | {row.source: row.expected, "holds": row.holds} for row in self.rows]
         return {"holds": self.holds, "rows": rows, "notes": list(self.notes)}
 
 
@@ -101,14 +97,14 @@ def run_verification(seed: int = 0) -> Verification:
     return Verification(rows, _notes(direction, noise, mean_square_error=scale[0].computed))
 
 
-def _published_row(table: str, label: str, quantity: str, key: str, computed: float) -> Row:
+def _published_row(table: str, key: str, label: str, quantity: str, computed: float) -> Row:
     """A row that must agree with ``PUBLISHED[table][key]``."""
     text = PUBLISHED[table][key]
     decimals = len(text.partition(".")[2])
     tolerance = 0.5 * 10.0 ** -min(decimals, 4)
     if (table, key) == ("angles", "90"):
         tolerance = ONE_DRAW_TOLERANCE
-    return Row(table, label, quantity, computed, float(text), None, tolerance, decimals)
+    return Row(table, label, quantity, computed, float(text), "published", tolerance, decimals)
 
 
 def _scale_rows(direction: Float[Array, "B T D"]) -> list[Row]:
@@ -119,8 +115,7 @@ def _scale_rows(direction: Float[Array, "B T D"]) -> list[Row]:
         "Mercator loss": float(loss),
         "cosine": float(metrics["cos_sim"]),
     }
-    label = "same direction"
-    return [_published_row("scale", label, name, name, value) for name, value in computed.items()]
+    return [_published_row("scale", name, name, "mean", value) for name, value in computed.items()]
 
 
 def _angle_rows(
@@ -135,8 +130,8 @@ def _angle_rows(
     )
     label, exact = f"{key}°", math.cos(radians)
     return [
-        _published_row("angles", label, "cosine as published", key, cos_mixed),
-        Row("angles", label, "cosine of a true rotation", cos_rotated, None, exact, 0.5e-4, 4),
+        _published_row("angles", key, label, "cos, mixed", cos_mixed),
+        Row("angles", label, "cos, rotated", cos_rotated, exact, "exact", 0.5e-4, 4),
     ]
 
 
@@ -151,9 +146,9 @@ def _beta_rows(direction: Float[Array, "B T D"]) -> list[Row]:
     return [
         _published_row(
             "beta",
+            key,
             f"beta = {key}",
             "total loss",
-            key,
             float(MercatorKVLoss(beta=float(key))(direction, 100.0 * direction)[0]),
         )
         for key in PUBLISHED["beta"]
@@ -188,27 +183,39 @@ def _notes(
 def render(verification: Verification) -> "RenderableType":
     """The tables and notes for a terminal."""
     from rich.console import Group
-    from rich.table import Table
 
     tables = []
     for name, title in TITLES.items():
-        table = Table("", "quantity", title=title, title_justify="left")
-        for heading in ("computed", "published", "exact", "tolerance"):
+        tables += [f"\n{title}", _table([row for row in verification.rows if row.table == name])]
+    missed = [f"{row.label} ({row.quantity})" for row in verification.rows if not row.holds]
+    summary = f"Rows that do not hold: {', '.join(missed)}." if missed else "Every row holds."
+    return Group(*tables, *(f"\n{note}" for note in verification.notes), f"\n{summary}")
+
+
+def _table(rows: list[Row]) -> "Table":
+    """One line per label, its quantities side by side."""
+    from rich.table import Table
+
+    lines: dict[str, list[Row]] = {}
+    for row in rows:
+        lines.setdefault(row.label, []).append(row)
+    table = Table("")
+    for row in next(iter(lines.values())):
+        for heading in (row.quantity, row.source):
             table.add_column(heading, justify="right")
         table.add_column("holds")
-        for row in verification.rows:
-            if row.table == name:
-                table.add_row(*_cells(row), "yes" if row.holds else "[bold red]NO[/]")
-        tables.append(table)
-    missed = [f"{row.label} {row.quantity}" for row in verification.rows if not row.holds]
-    summary = "Every row holds." if not missed else f"Rows that do not hold: {', '.join(missed)}."
-    return Group(*tables, *verification.notes, summary)
+    for label, line in lines.items():
+        table.add_row(label, *(cell for row in line for cell in _cells(row)))
+    return table
 
 
-def _cells(row: Row) -> tuple[str, ...]:
-    published, exact = (
-        "" if figure is None else f"{figure:.{row.decimals}f}"
-        for figure in (row.published, row.exact)
+def _cells(row: Row) -> tuple[str, str, str]:
+    """Computed, expected (with its tolerance if that is not the last decimal) and the outcome."""
+    # Adding 0.0 after rounding turns "-0.0000" into "0.0000".
+    computed, expected = (
+        f"{round(figure, row.decimals) + 0.0:.{row.decimals}f}"
+        for figure in (row.computed, row.expected)
     )
-    computed = f"{row.computed:.{row.decimals}f}"
-    return row.label, row.quantity, computed, published, exact, f"{row.tolerance:g}"
+    if row.tolerance == ONE_DRAW_TOLERANCE:
+        expected += f" ±{row.tolerance}"
+    return computed, expected, "yes" if row.holds else "[bold red]NO[/]"

@@ -212,9 +212,7 @@ def _refuse_unsupported(config: Mapping[str, Any], name: str, where: str) -> Non
         raise KavaError(f"{where}: config.json: " + "; ".join(faults))
 
 
-def _sliding_window(
-    config: Mapping[str, Any], name: str, family: Family, where: str
-) -> int | None:
+def _sliding_window(config: Mapping[str, Any], name: str, family: Family, where: str) -> int | None:
     if name != "mistral" or ("sliding_window" in config and config["sliding_window"] is None):
         return None
     return _positive_int(config, "sliding_window", where, default=family.sliding_window)
@@ -228,7 +226,8 @@ def _rope(
     if not all(isinstance(spelling, Mapping) for spelling in spellings):
         raise KavaError(f"{where}: rope_scaling={spellings[0]!r} is not an object; correct it")
     seen: dict[str, Any] = {}
-    for spelling in [*spellings, {"rope_theta": config.get("rope_theta")}]:
+    top_level = {key: config.get(key) for key in ("rope_theta", "partial_rotary_factor")}
+    for spelling in [*spellings, top_level]:
         for key, value in spelling.items():
             key = "rope_type" if key == "type" else key
             if value is None:

@@ -118,7 +118,7 @@ class TensorFiles:
 
 
 def check_tensors(files: TensorFiles, spec: DecoderSpec) -> None:
-    """Raise one ``KavaError`` listing every missing, unexpected, mis-shaped or unreadable tensor."""
+    """Raise one ``KavaError`` that lists every missing, unexpected or unfit tensor."""
     expected = expected_tensors(spec)
     present = {name for name in files.where if not _IGNORED.search(name)}
     shapes = {name: tuple(files.slice(name).get_shape()) for name in present}

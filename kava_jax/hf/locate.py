@@ -104,7 +104,9 @@ def _builtin(name: str) -> Path:
     directory = Path(str(resources.files("kava_jax"))) / "assets" / wanted
     if wanted not in BUILTIN_MODELS or not directory.is_dir():
         known = ", ".join(BUILTIN_PREFIX + model for model in BUILTIN_MODELS)
-        raise KavaError(f"model path={name!r} is not built in; use {known}, a directory or a hub id")
+        raise KavaError(
+            f"model path={name!r} is not built in; use {known}, a directory or a hub id"
+        )
     return directory
 
 

@@ -177,7 +177,8 @@ def parameter_shapes(
     shapes: dict[str, Shape] = {}
     for row in rows_of(spec):
         if row.stacked:
-            shapes[row.ours] = (depth, *row.our_shape(spec))
+            if depth:
+                shapes[row.ours] = (depth, *row.our_shape(spec))
             if tail and (path := tail_path(row)) is not None:
                 shapes[path] = row.our_shape(spec)
         elif head or row.ours.startswith("embed/"):

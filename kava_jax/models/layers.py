@@ -91,9 +91,7 @@ class KeyValue(NamedTuple):
 class Attention(nnx.Module):
     """Grouped-query attention. With ``queries=False`` only keys and values exist (cut teacher)."""
 
-    def __init__(
-        self, spec: DecoderSpec, *, dtypes: Dtypes, rngs: nnx.Rngs, queries: bool = True
-    ):
+    def __init__(self, spec: DecoderSpec, *, dtypes: Dtypes, rngs: nnx.Rngs, queries: bool = True):
         """Build the projections; ``std`` is the model's initializer range throughout."""
         model = {"embed": spec.hidden_size}
         kv_heads = {"kv_heads": spec.num_kv_heads, "head_dim": spec.head_dim}

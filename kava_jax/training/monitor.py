@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, TextIO
+from typing import Any, Literal
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -37,7 +37,7 @@ TENSORBOARD_NAME = "tensorboard"
 HISTORY = 8
 
 Kind = Literal["train", "eval"]
-Metrics = Mapping[str, float | None]
+Metrics = Mapping[str, float | int | None]
 
 
 class Monitor:
@@ -49,7 +49,6 @@ class Monitor:
         start_step: 0 starts over and drops the metrics of an earlier attempt; k > 0 continues after
             step k and drops what was written for later steps, so that no step appears twice.
         write: False on all processes but the first: nothing is written, nothing is shown.
-        stream: where people look, by default stderr as it is when the context is entered.
 
     A value of None, NaN or infinity is written as ``null``, because JSON has no NaN; the last two
     are also said aloud. ``OSError`` (a full disk) passes through to the caller.
@@ -62,19 +61,17 @@ class Monitor:
         total_steps: int,
         start_step: int = 0,
         write: bool = True,
-        stream: TextIO | None = None,
     ):
         self._run_dir = run_dir
         self._total_steps = total_steps
         self._start_step = start_step
         self._write = write
-        self._stream = stream
         self._raised: set[str] = set()
         self._dir_losses: deque[float] = deque(maxlen=HISTORY)
         self._first_log: tuple[int, float] | None = None
         self._exit = ExitStack()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Monitor":
         if not self._write:
             return self
         from tensorboardX import SummaryWriter
@@ -92,9 +89,7 @@ class Monitor:
                     flush_secs=10,
                 )
             )
-            stream = sys.stderr if self._stream is None else self._stream
-            display = _display(stream, self._start_step, self._total_steps)
-            self._display = stack.enter_context(display)
+            self._display = stack.enter_context(_display(self._start_step, self._total_steps))
             self._exit = stack.pop_all()
         return self
 
@@ -228,15 +223,14 @@ def shown(metrics: Metrics, rest: bool = False) -> list[tuple[str, str]]:
 class _Lines:
     """For log files and pipes: one flushed line at a time and no control characters."""
 
-    def __init__(self, stream: TextIO, total_steps: int):
-        self._stream = stream
+    def __init__(self, total_steps: int):
         self._total_steps = total_steps
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "_Lines":
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._stream.flush()
+        sys.stderr.flush()
 
     def progress(self, step: int, fields: list[tuple[str, str]], left: str) -> None:
         width = len(str(self._total_steps))
@@ -244,14 +238,14 @@ class _Lines:
         self.say(_join([*fields, ("left", left)] if left else fields))
 
     def say(self, text: str) -> None:
-        print(text, file=self._stream, flush=True)
+        print(text, file=sys.stderr, flush=True)
 
 
 class _Terminal:
     """For eyes: a bar and a table that stay in place, with everything said scrolling above."""
 
-    def __init__(self, stream: TextIO, start_step: int, total_steps: int):
-        console = Console(file=stream, force_terminal=True, highlight=False, markup=False)
+    def __init__(self, start_step: int, total_steps: int):
+        console = Console(stderr=True, force_terminal=True, highlight=False, markup=False)
         self._bar = Progress(
             SpinnerColumn(),
             TextColumn("training"),
@@ -264,7 +258,7 @@ class _Terminal:
         # stdout belongs to --json: rich must not draw it into the display.
         self._live = Live(self._bar, console=console, redirect_stdout=False)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "_Terminal":
         self._live.start()
         return self
 
@@ -284,11 +278,11 @@ class _Terminal:
         self._live.console.print(Text(text, style=style))
 
 
-def _display(stream: TextIO, start_step: int, total_steps: int) -> _Lines | _Terminal:
+def _display(start_step: int, total_steps: int) -> _Lines | _Terminal:
     # A dumb terminal (an editor's shell, some CI) is no place for a display that redraws itself.
-    if stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown"):
-        return _Terminal(stream, start_step, total_steps)
-    return _Lines(stream, total_steps)
+    if sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown"):
+        return _Terminal(start_step, total_steps)
+    return _Lines(total_steps)
 
 
 def _cut(path: Path, step: int) -> None:
@@ -315,7 +309,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     return record if whole else None
 
 
-def _finite(value: float | None) -> float | None:
+def _finite(value: float | int | None) -> float | None:
     return float(value) if value is not None and math.isfinite(value) else None
 
 

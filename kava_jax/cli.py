@@ -1,0 +1,160 @@
+"""The ``kava`` command. Bad input ends in one line on stderr and exit code 2.
+
+Heavy modules are imported inside the commands, so that ``kava --help`` answers at once.
+"""
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kava_jax.errors import KavaError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="KV-cache distillation in JAX: pull a student's keys and values towards a teacher's.",
+)
+
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file; see configs/.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="section.field=value, as many as you like.")
+    ] = None,
+    smoke: Annotated[
+        bool,
+        typer.Option(help="A few steps with tiny random models of the same head structure."),
+    ] = False,
+) -> None:
+    """Train one run, or continue it if its directory holds a checkpoint of the same config.
+
+    Example: kava train configs/demo.yaml train.steps=200 run.dir=runs/short
+    """
+    from kava_jax.config_file import load_config
+    from kava_jax.runs import train as train_run
+
+    loaded = load_config(config, overrides or [])
+    if smoke:
+        from kava_jax.smoke import smoke_config
+
+        loaded = smoke_config(loaded)
+    trained = train_run(loaded, _command())
+    _say(f"run directory: {trained.run.directory}")
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Run directory, Hugging Face directory or hub id.")],
+    data: Annotated[str, typer.Option(help="JSONL, parquet or text file, hub id or builtin:...")],
+    checkpoint: Annotated[str, typer.Option(help="Of a run: last, best or a step.")] = "last",
+    rows: Annotated[int | None, typer.Option(min=1, help="Only the first so many rows.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Held-out loss and exact match; for a run also its alignment with the teachers.
+
+    Example: kava eval runs/demo --data builtin:word_problems --json
+    """
+    from kava_jax.assess import assess
+
+    values = assess(model, data, checkpoint=checkpoint, rows=rows)
+    _print_values(values, as_json)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    out: Annotated[Path, typer.Option(help="Hugging Face directory to write.")],
+    checkpoint: Annotated[str, typer.Option(help="last, best or a step.")] = "last",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+) -> None:
+    """Write the student as a plain Hugging Face directory.
+
+    Example: kava export runs/demo --out exported/demo --checkpoint best --dtype bfloat16
+    """
+    from kava_jax import runs
+
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise KavaError(f"--dtype={dtype!r} is unknown; use auto, float32, bfloat16 or float16")
+    opened = runs.reopen(run)
+    runs.export(opened, runs.restore(opened, checkpoint), out, dtype)  # pyright: ignore[reportArgumentType]  (checked above)
+    _say(f"exported to {out}")
+
+
+@app.command()
+def verify(as_json: Json = False) -> None:
+    """Check the three verification tables of the original method, row by row.
+
+    Example: kava verify --json
+    """
+    from kava_jax.experiments.verify import render, run_verification
+
+    verification = run_verification()
+    if as_json:
+        print(json.dumps(verification.as_dict(), indent=2))
+    else:
+        from rich.console import Console
+
+        Console().print(render(verification))
+    if not verification.holds:
+        raise typer.Exit(1)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Directory for the runs, pictures and export.")] = Path(
+        "runs/demo"
+    ),
+    as_json: Json = False,
+) -> None:
+    """Distil the built-in teacher into a small student and compare; no download, under 5 minutes.
+
+    Example: kava demo --out runs/demo
+    """
+    from kava_jax.demo import render, run_demo
+
+    result = run_demo(out, _command())
+    if as_json:
+        print(json.dumps(result.as_dict(), indent=2))
+    else:
+        from rich.console import Console
+
+        Console().print(render(result))
+
+
+def main() -> None:
+    """Entry point: 0 done, 1 a check failed, 2 bad input."""
+    try:
+        app()
+    except KavaError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def _command() -> list[str]:
+    return ["kava", *sys.argv[1:]]
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _print_values(values: Mapping[str, Any], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(values, indent=2))
+        return
+    width = max(map(len, values))
+    for name, value in values.items():
+        print(
+            f"{name:{width}}  {value:.4f}"
+            if isinstance(value, float)
+            else f"{name:{width}}  {value}"
+        )

@@ -1,0 +1,115 @@
+"""A run's data: training batches by step, and held-out rows that are never trained on."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from kava_jax.data.batches import BatchStream
+from kava_jax.data.example import Example
+from kava_jax.data.sources import fingerprint, load_examples
+from kava_jax.data.text import Encoded, Encoder
+from kava_jax.errors import KavaError
+
+# Of a source without a held-out split, at most this share of the rows is held out.
+LARGEST_HELD_OUT_SHARE = 0.1
+
+Load = Callable[..., Sequence[Example]]
+
+
+class Dataset(NamedTuple):
+    """Training stream, held-out rows (encoded and as text) and what identifies them."""
+
+    stream: BatchStream
+    held_out: list[Encoded]
+    held_out_examples: Sequence[Example]
+    fingerprint: str
+    notes: tuple[str, ...]
+
+
+def split_examples(
+    load: Load,
+    *,
+    path: str,
+    split: str,
+    rows: int | None,
+    eval_path: str | None,
+    eval_split: str | None,
+    eval_rows: int,
+) -> tuple[Sequence[Example], Sequence[Example]]:
+    """Training and held-out examples, disjoint.
+
+    Held-out rows come from ``eval_path`` or ``eval_split`` when given, from the generator's test
+    split when ``path`` is the generator, and else from the end of the training rows.
+
+    Raises KavaError when a single row would have to be both.
+    """
+    if eval_path is None and eval_split is None and path.startswith("builtin:"):
+        eval_split = "test"
+    if eval_path is not None or eval_split is not None:
+        where, what = eval_path or path, eval_split or split
+        return load(path, split=split, rows=rows), load(where, split=what, rows=eval_rows)
+    examples = load(path, split=split, rows=None)
+    if len(examples) < 2:
+        raise KavaError(
+            f"data.path={path!r} has {len(examples)} row, none could be held out; give data.eval_path"
+        )
+    held = max(1, min(eval_rows, int(len(examples) * LARGEST_HELD_OUT_SHARE)))
+    return examples[: len(examples) - held][:rows], examples[len(examples) - held :]
+
+
+def make_dataset(
+    training: Sequence[Example],
+    held_out: Sequence[Example],
+    encoder: Encoder,
+    *,
+    batch_size: int,
+    seed: int,
+    pad_id: int,
+    sink_tokens: int,
+) -> Dataset:
+    """Encode everything once. The notes say what was cut, dropped and held out."""
+    stream = BatchStream(
+        encoder.encode_all(training),
+        batch_size=batch_size,
+        max_length=encoder.max_length,
+        seed=seed,
+        bucket=bucket_of(encoder.max_length),
+        pad_id=pad_id,
+        sink_tokens=sink_tokens,
+    )
+    notes = (f"data: {stream.report.sentence}", f"held out: {len(held_out)} rows")
+    identity = fingerprint([*training, *held_out])
+    return Dataset(stream, encoder.encode_all(held_out), held_out, identity, notes)
+
+
+def bucket_of(max_length: int) -> int:
+    """Padded lengths are multiples of this, so that at most eight shapes are ever compiled."""
+    return -(-max_length // 8)
+
+
+def loader(
+    *,
+    subset: str | None,
+    revision: str | None,
+    prompt_field: str,
+    answer_field: str,
+    messages_field: str | None,
+    separator: str,
+    seed: int,
+) -> Load:
+    """``load_examples`` with everything bound that training and held-out rows share."""
+
+    def load(path: str, *, split: str, rows: int | None) -> Sequence[Example]:
+        return load_examples(
+            path,
+            split=split,
+            rows=rows,
+            subset=subset,
+            revision=revision,
+            prompt_field=prompt_field,
+            answer_field=answer_field,
+            messages_field=messages_field,
+            separator=separator,
+            seed=seed,
+        )
+
+    return load

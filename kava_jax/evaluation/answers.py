@@ -1,0 +1,43 @@
+"""Pulling the final number out of worked text, by the rules of lm-evaluation-harness ``gsm8k`` v3.
+
+Figures are comparable with published ones only if the rules are the same ones, oddities included:
+the flexible rule takes any run of two or more of ``$0-9.,``, so ``...`` at the end of a sentence
+counts as a number, and answers are compared as text, so ``18.0`` is not ``18``. Do not mend them
+here. Left out on purpose: every other benchmark's rules.
+"""
+
+import re
+
+INVALID = "[invalid]"
+
+_STRICT = re.compile(r"#### (\-?[0-9\.\,]+)")
+_FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
+_IGNORED = tuple(map(re.compile, (",", r"\$", r"(?s).*#### ", r"\.$")))
+
+
+def strict_answer(text: str) -> str:
+    """The number after the *first* ``#### `` that one follows, else ``[invalid]``."""
+    match = _STRICT.search(text)
+    return match.group(1) if match else INVALID
+
+
+def flexible_answer(text: str) -> str:
+    """The *last* thing that looks like a number, wherever it stands, else ``[invalid]``."""
+    matches = _FLEXIBLE.findall(text)
+    return next(group for group in matches[-1] if group) if matches else INVALID
+
+
+def gold_answer(answer: str) -> str:
+    """A data set's answer (worked lines, then ``#### 14``) as it is compared."""
+    return _compared(answer)
+
+
+def same(prediction: str, gold: str) -> bool:
+    """Equal as text, ignoring ``,`` and ``$``, all up to ``#### ``, a final ``.``, and case."""
+    return _compared(prediction) == _compared(gold)
+
+
+def _compared(text: str) -> str:
+    for pattern in _IGNORED:
+        text = pattern.sub("", text)
+    return text.lower()

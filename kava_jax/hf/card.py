@@ -1,0 +1,125 @@
+"""The model card of an export: what was distilled from what, how, and how to do it again.
+
+Plain values in, text out. The licence is left to the user: a student's licence follows from its
+base model's, which only a person can read. Local paths are reduced to their last component, so a
+card tells nothing about the machine it was written on.
+"""
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import yaml
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_PATH_START = re.compile(r"/|~|\.{1,2}/|[A-Za-z]:\\")
+
+
+def model_card(
+    *,
+    name: str,
+    base_model: str,
+    teachers: Sequence[str],
+    recipe: Mapping[str, object],
+    metrics: Mapping[str, float | str | None],
+    dataset: str,
+    command: str,
+    versions: Mapping[str, str],
+) -> str:
+    """README.md of an exported student, with Hugging Face front matter.
+
+    Args:
+        name: title of the card, usually the run's name.
+        base_model: path or hub id the student started from.
+        teachers: paths or hub ids of the teachers.
+        recipe: what decides the result (loss, projector, steps, learning rates), name to value.
+        metrics: name to value on held-out data; None is shown as a dash.
+        dataset: path or hub id of the training data.
+        command: the command line that made the model.
+        versions: package to version.
+    """
+    front: dict[str, object] = {"library_name": "transformers"}
+    if is_hub_id(base_model):
+        front["base_model"] = base_model
+    if is_hub_id(dataset):
+        front["datasets"] = [dataset]
+    front["tags"] = ["kava-jax", "distillation", "kv-cache", "text-generation"]
+    front["pipeline_tag"] = "text-generation"
+    return f"""---
+{yaml.safe_dump(front, sort_keys=False).strip()}
+---
+
+# {name}
+
+`{without_machine_path(base_model)}`, trained with kava-jax on `{without_machine_path(dataset)}`
+{_goal(teachers)}.
+This is an ordinary Hugging Face directory: the projector that bridged the two models during
+training is not part of it, and no special code is needed to load it.
+
+## How it was made
+
+```
+{without_machine_paths(command)}
+```
+
+{_table("setting", recipe)}
+
+## Measured on held-out data
+
+{_table("metric", metrics)}
+
+## Made with
+
+{_table("package", versions)}
+
+## Licence
+
+Not stated here: it follows from the licences of the base model, the teachers and the data.
+"""
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether a name reads as ``owner/name`` on the hub and is not a directory or file here."""
+    return bool(_HUB_ID.fullmatch(text)) and not text.startswith(".") and not Path(text).exists()
+
+
+def without_machine_path(text: str) -> str:
+    """A local path's last component; hub ids, ``builtin:`` names and plain words unchanged."""
+    local = (
+        _PATH_START.match(text)
+        or (" " not in text and text.count("/") > 1)
+        or ("/" in text and Path(text).exists())
+    )
+    return re.split(r"[/\\]", text.rstrip("/\\"))[-1] if local else text
+
+
+def without_machine_paths(command: str) -> str:
+    """A command line with every path argument (``x`` or ``key=x``) cut to its last component."""
+    words = []
+    for word in shlex.split(command):
+        key, equals, value = word.partition("=")
+        words.append(
+            f"{key}={without_machine_path(value)}" if equals else without_machine_path(key)
+        )
+    return shlex.join(words)
+
+
+def _goal(teachers: Sequence[str]) -> str:
+    if not teachers:
+        return "by cross-entropy alone, without a teacher"
+    names = ", ".join(f"`{without_machine_path(name)}`" for name in teachers)
+    return f"to follow the attention keys and values of {names}"
+
+
+def _table(heading: str, values: Mapping[str, object]) -> str:
+    rows = [f"| {heading} | value |", "| --- | --- |"]
+    for key, value in values.items():
+        if isinstance(value, float):
+            text = f"{value:.6g}"
+        elif value is None:
+            text = "-"
+        else:
+            text = without_machine_path(str(value)).replace("|", "\\|").replace("\n", " ")
+        rows.append(f"| {key} | {text} |")
+    return "\n".join(rows)

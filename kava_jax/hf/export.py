@@ -1,0 +1,231 @@
+"""Our parameter tree out as a plain Hugging Face directory that transformers 4.x and 5.x load.
+
+Written beside its destination and renamed into place, so a directory is either a whole export or
+not there. A directory that is not a previous export is never touched. Weights go through host
+memory one shard at a time; parameters may be sharded over the devices of this process.
+
+Left out on purpose: pushing to the hub, and writing from several processes (restore the checkpoint
+in one process and export there).
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import save_file
+
+from kava_jax.errors import KavaError
+from kava_jax.hf.geometry import FloatName, config_from_spec
+from kava_jax.hf.load import cast, read_json
+from kava_jax.hf.locate import TOKENIZER_FILES
+from kava_jax.hf.names import Row, parameter_shapes, rows_of
+from kava_jax.models.spec import DecoderSpec
+
+_MARKER = "kava_export.json"
+# Keys of a source config that name its machine, point to code that is not copied, or follow from
+# the geometry.
+_NOT_KEPT = ("_name_or_path", "auto_map", "layer_types")
+
+
+def export_model(
+    directory: Path,
+    params: Mapping[str, Any],
+    spec: DecoderSpec,
+    *,
+    dtype: FloatName,
+    tokenizer: Any,
+    source_dir: Path | None = None,
+    card: str,
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Write ``config.json``, safetensors, generation config, tokenizer and model card.
+
+    Args:
+        directory: destination; missing, empty, or a previous export (which is replaced).
+        params: nested dict of the whole decoder (all layers, head unless tied); every vocabulary
+            row is kept and a tied embedding is written once.
+        spec: geometry of ``params``.
+        dtype: dtype of the weights on disk.
+        tokenizer: directory whose tokenizer files are copied as they are, a transformers tokenizer
+            to save, or None for the files of ``source_dir``.
+        source_dir: Hugging Face directory the model came from; what its ``config.json`` and
+            ``generation_config.json`` say beyond the geometry is kept.
+        card: text of README.md (see ``card.model_card``).
+        max_shard_bytes: size above which weights are split, as transformers does.
+
+    Raises:
+        KavaError: the destination holds something else, ``params`` do not fit ``spec``, or a value
+            does not fit ``dtype``. Nothing is left behind in that case.
+    """
+    _check_destination(directory)
+    flat = _checked_params(params, spec)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    partial = directory.with_name(f".{directory.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        _write_weights(partial, flat, spec, jnp.dtype(dtype), max_shard_bytes)
+        _write_tokenizer(partial, source_dir if tokenizer is None else tokenizer)
+        _write_configs(partial, spec, dtype, tokenizer, source_dir)
+        (partial / "README.md").write_text(card, encoding="utf-8")
+        names = sorted([_MARKER, *(path.name for path in partial.iterdir())])
+        _write_json(partial / _MARKER, {"written_by": "kava-jax", "files": names})
+        _move_into_place(partial, directory)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _check_destination(directory: Path) -> None:
+    if directory.exists() and not directory.is_dir():
+        raise KavaError(f"out={directory.name} is a file; give a new directory")
+    present = {path.name for path in directory.iterdir()} if directory.exists() else set()
+    if not present:
+        return
+    known = read_json(directory / _MARKER).get("files", []) if _MARKER in present else []
+    if foreign := sorted(present - set(known)):
+        shown = ", ".join(foreign[:5]) + (", ..." if len(foreign) > 5 else "")
+        raise KavaError(
+            f"out={directory.name} is not empty and holds files no export wrote ({shown}); "
+            "give a new directory or move them away"
+        )
+
+
+def _move_into_place(partial: Path, directory: Path) -> None:
+    old = directory.with_name(f".{directory.name}.old-{os.getpid()}")
+    if directory.exists():
+        directory.rename(old)
+    partial.rename(directory)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _checked_params(params: Mapping[str, Any], spec: DecoderSpec) -> dict[str, Any]:
+    flat = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+        for path, leaf in jax.tree_util.tree_flatten_with_path(dict(params))[0]
+    }
+    expected = parameter_shapes(spec)
+    faults = [f"{path} is missing" for path in expected if path not in flat]
+    faults += [f"{path} is not part of the model" for path in flat if path not in expected]
+    faults += [
+        f"{path} is {list(flat[path].shape)}, expected {list(shape)}"
+        for path, shape in expected.items()
+        if path in flat and tuple(flat[path].shape) != shape
+    ]
+    if faults:
+        raise KavaError(
+            f"parameters do not fit the {spec.family} geometry: {', '.join(faults)}; "
+            "export the whole decoder with its own spec"
+        )
+    return flat
+
+
+def _tensors(spec: DecoderSpec) -> Iterator[tuple[Row, int]]:
+    """Every tensor to write, layer by layer, so that a layer's tensors share a shard."""
+    rows = rows_of(spec)
+    yield from ((row, 0) for row in rows if row.ours.startswith("embed/"))
+    for layer in range(spec.num_layers):
+        yield from ((row, layer) for row in rows if row.stacked)
+    yield from ((r, 0) for r in rows if not r.stacked and not r.ours.startswith("embed/"))
+
+
+def _write_weights(
+    directory: Path, flat: dict[str, Any], spec: DecoderSpec, dtype: np.dtype, limit: int
+) -> None:
+    shards: list[list[tuple[Row, int]]] = [[]]
+    used = total = 0
+    for row, layer in _tensors(spec):
+        size = int(np.prod(row.their_shape(spec))) * dtype.itemsize
+        if shards[-1] and used + size > limit:
+            shards.append([])
+            used = 0
+        shards[-1].append((row, layer))
+        used, total = used + size, total + size
+    weight_map = {}
+    for number, shard in enumerate(shards, start=1):
+        name = "model.safetensors"
+        if len(shards) > 1:
+            name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        tensors = {
+            row.name(layer): _fetch(flat[row.ours], row, layer, spec, dtype) for row, layer in shard
+        }
+        save_file(tensors, directory / name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(tensors, name)
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        _write_json(directory / "model.safetensors.index.json", index)
+
+
+def _fetch(array: Any, row: Row, layer: int, spec: DecoderSpec, dtype: np.dtype) -> np.ndarray:
+    """One tensor in Hugging Face's layout on the host; of a stacked parameter only its layer."""
+    ours = np.asarray(jax.device_get(array[layer] if row.stacked else array))
+    theirs = row.to_theirs(ours, spec)
+    return np.ascontiguousarray(cast(theirs, dtype, row.name(layer)))
+
+
+def _write_configs(
+    directory: Path, spec: DecoderSpec, dtype: FloatName, tokenizer: Any, source: Path | None
+) -> None:
+    if source is not None:
+        kept = read_json(source / "config.json")
+        ours = config_from_spec(spec, dtype=dtype)
+        config = {key: value for key, value in kept.items() if key not in _NOT_KEPT}
+        # The source knows these; our dictionary only has placeholders for them.
+        own = ("bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "attention_dropout")
+        config |= {k: v for k, v in ours.items() if k not in own or k not in kept}
+        generation = source / "generation_config.json"
+        if generation.is_file():
+            generation_config = read_json(generation)
+        else:
+            generation_config = {key: config[key] for key in own[:3] if config[key] is not None}
+    else:
+        ids = _special_ids(tokenizer)
+        config = config_from_spec(spec, dtype=dtype, **ids)
+        generation_config = {key: value for key, value in ids.items() if value is not None}
+    _write_json(directory / "config.json", config)
+    _write_json(directory / "generation_config.json", generation_config)
+
+
+def _special_ids(tokenizer: Any) -> dict[str, Any]:
+    if isinstance(tokenizer, str | Path):
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+    keys = ("bos_token_id", "eos_token_id", "pad_token_id")
+    return {key: getattr(tokenizer, key, None) for key in keys}
+
+
+def _write_tokenizer(directory: Path, tokenizer: Any) -> None:
+    if tokenizer is None:
+        raise KavaError("tokenizer=None without a source_dir; give the tokenizer of the model")
+    if isinstance(tokenizer, str | Path):
+        present = [Path(tokenizer) / f for f in TOKENIZER_FILES if (Path(tokenizer) / f).is_file()]
+        if not present:
+            raise KavaError(f"tokenizer={Path(tokenizer).name} has no tokenizer files; give others")
+        for file in present:
+            shutil.copyfile(file, directory / file.name)
+        return
+    tokenizer.save_pretrained(directory)
+    _spell_for_both(directory / "tokenizer_config.json")
+
+
+def _spell_for_both(path: Path) -> None:
+    """Replace what only transformers 5.x reads by spellings that 4.x reads too."""
+    config = read_json(path)
+    for key in ("backend", "is_local", "local_files_only"):
+        config.pop(key, None)
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    _write_json(path, config)
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    path.write_text(text, encoding="utf-8")

@@ -1,0 +1,204 @@
+"""Geometry against transformers' own configuration classes, in both directions."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from transformers import AutoConfig
+
+from kava_jax.errors import KavaError
+from kava_jax.hf.geometry import FAMILIES, config_from_spec, spec_from_config
+from kava_jax.models.spec import DecoderSpec, Llama3RopeScaling
+from tests.tiny_models import CONFIGS
+
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 32.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+
+
+def read(config: dict) -> DecoderSpec:
+    return spec_from_config(config, where="models.0")
+
+
+def agrees(spec: DecoderSpec, config) -> None:
+    """Every field of the spec against a transformers config object."""
+    rope = config.rope_parameters
+    qwen2 = config.model_type == "qwen2"
+    attention_bias = getattr(config, "attention_bias", False)
+    heads = config.num_attention_heads
+    expected = {
+        "family": config.model_type,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.intermediate_size,
+        "num_layers": config.num_hidden_layers,
+        "num_heads": heads,
+        "num_kv_heads": config.num_key_value_heads,
+        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
+        "rope_theta": rope["rope_theta"],
+        "norm_eps": config.rms_norm_eps,
+        "tie_embeddings": config.tie_word_embeddings,
+        "qkv_bias": qwen2 or attention_bias,
+        "output_bias": attention_bias,
+        "mlp_bias": getattr(config, "mlp_bias", False),
+        "qk_norm": config.model_type == "qwen3",
+        "sliding_window": getattr(config, "sliding_window", None),
+        "initializer_range": config.initializer_range,
+        "max_position_embeddings": config.max_position_embeddings,
+    }
+    assert {key: getattr(spec, key) for key in expected} == expected
+    assert rope["rope_type"] == ("default" if spec.rope_scaling is None else "llama3")
+    if spec.rope_scaling is not None:
+        scaling = vars(spec.rope_scaling)
+        assert {key: rope[key] for key in scaling} == scaling
+
+
+def hf_config(config: dict):
+    fields = {key: value for key, value in config.items() if key != "model_type"}
+    return AutoConfig.for_model(config["model_type"], **json.loads(json.dumps(fields)))
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_reading_agrees_with_transformers(name):
+    agrees(read(CONFIGS[name]), hf_config(CONFIGS[name]))
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_absent_keys_get_the_defaults_of_transformers(name):
+    bare = {
+        "architectures": [FAMILIES[name].architecture],
+        "model_type": name,
+        "vocab_size": 1000,
+        "hidden_size": 2048,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 32,
+    }
+    agrees(read(bare), hf_config(bare))
+    if name == "mistral":  # transformers refuses null there
+        return
+    null = bare | {"num_key_value_heads": None, "rope_scaling": None}
+    agrees(read(null), hf_config(null))
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_what_we_write_loads_in_transformers_and_reads_back_the_same(name, tmp_path):
+    spec = read(CONFIGS[name])
+    config = config_from_spec(spec, dtype="bfloat16", bos_token_id=1, eos_token_id=[2, 3])
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    loaded = AutoConfig.from_pretrained(tmp_path)
+    agrees(spec, loaded)
+    assert str(loaded.dtype).endswith("bfloat16")
+    assert (loaded.bos_token_id, loaded.eos_token_id, loaded.pad_token_id) == (1, [2, 3], None)
+    assert read(config) == spec
+    # Each generation reads its own spelling alone.
+    new = {k: v for k, v in config.items() if k not in ("rope_theta", "rope_scaling")}
+    old = {k: v for k, v in config.items() if k != "rope_parameters"}
+    assert read(new) == read(old) == spec
+    # And what transformers writes back is read the same, too.
+    loaded.save_pretrained(tmp_path)
+    assert read(json.loads((tmp_path / "config.json").read_text())) == spec
+
+
+@pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters"])
+def test_llama3_scaling_in_both_spellings(key):
+    base = CONFIGS["smollm"] | {"rope_theta": 500000.0}
+    spec = read(base | {key: LLAMA3})
+    assert spec.rope_scaling == Llama3RopeScaling(32.0, 1.0, 4.0, 8192)
+    assert spec.rope_theta == 500000.0
+    legacy = {"type" if k == "rope_type" else k: v for k, v in LLAMA3.items()}
+    assert read(base | {key: legacy}) == spec
+
+
+@pytest.mark.parametrize(
+    ("size", "numbers", "rows", "tied", "kv_width"),
+    [
+        ("14B", (48, 5120, 13824, 40, 8), 152064, False, 1024),
+        ("7B", (28, 3584, 18944, 28, 4), 152064, False, 512),
+        ("1.5B", (28, 1536, 8960, 12, 2), 151936, True, 256),
+        ("0.5B", (24, 896, 4864, 14, 2), 151936, True, 128),
+    ],
+)
+def test_qwen25_kv_width_is_not_the_hidden_size(size, numbers, rows, tied, kv_width):
+    layers, hidden, inner, heads, kv_heads = numbers
+    spec = read(
+        {
+            "architectures": ["Qwen2ForCausalLM"],
+            "model_type": "qwen2",
+            "vocab_size": rows,
+            "hidden_size": hidden,
+            "intermediate_size": inner,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "rope_theta": 1000000.0,
+            "rms_norm_eps": 1e-6,
+            "tie_word_embeddings": tied,
+            "use_sliding_window": False,
+            "sliding_window": 131072,
+            "max_window_layers": layers,
+        }
+    )
+    assert spec.kv_width == kv_width
+    assert spec.head_dim == (64 if size == "0.5B" else 128)
+    assert (spec.num_layers, spec.vocab_size) == (layers, rows)
+    assert spec.qkv_bias
+    assert not spec.output_bias
+    assert spec.sliding_window is None
+    assert (spec.rope_theta, spec.tie_embeddings) == (1e6, tied)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("qwen2", {"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, "LlamaForCausalLM"),
+        ("qwen2", {"architectures": ["Qwen2ForSequenceClassification"]}, "Qwen2ForCausalLM"),
+        ("qwen2", {"model_type": "llama"}, "model_type='llama'"),
+        ("qwen2", {"architectures": None, "model_type": None}, "Qwen3ForCausalLM"),
+        ("qwen2", {"use_sliding_window": True}, "use_sliding_window"),
+        ("qwen2", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ("mistral", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ("llama3", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
+        ("llama3", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
+        ("llama3", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "'yarn'"),
+        ("llama3", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear'"),
+        ("llama3", {"rope_parameters": {"rope_type": "dynamic"}, "rope_scaling": None}, "dynamic"),
+        ("llama3", {"rope_scaling": {"rope_type": "longrope"}}, "'longrope'"),
+        ("llama3", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
+        ("llama3", {"rope_parameters": {"rope_theta": 1e4}}, "rope_theta twice"),
+        ("llama3", {"rope_scaling": "llama3"}, "not an object"),
+        ("llama3", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ("llama3", {"num_key_value_heads": 4}, "num_key_value_heads=4"),
+        ("llama3", {"head_dim": 7}, "head_dim=7"),
+        ("llama3", {"vocab_size": "many"}, "vocab_size='many'"),
+        ("llama3", {"num_hidden_layers": 0}, "num_hidden_layers=0"),
+        ("llama3", {"rms_norm_eps": 0}, "rms_norm_eps=0"),
+        ("llama3", {"hidden_size": None, "vocab_size": None}, "vocab_size, hidden_size"),
+    ],
+)
+def test_what_is_not_supported_is_refused_in_one_line(name, change, words):
+    with pytest.raises(KavaError) as error:
+        read(CONFIGS[name] | change)
+    message = str(error.value)
+    assert words in message
+    assert message.startswith("models.0: ")
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("qwen2", {"qkv_bias": False}, "qkv_bias=False"),
+        ("llama3", {"qk_norm": True}, "qk_norm=True"),
+        ("llama3", {"qkv_bias": True}, "one switch"),
+        ("qwen3", {"sliding_window": 4}, "sliding_window=4"),
+        ("qwen3", {"family": "gpt2"}, "gpt2"),
+    ],
+)
+def test_a_spec_its_family_cannot_express_is_not_written(name, change, words):
+    with pytest.raises(KavaError, match=words):
+        config_from_spec(replace(read(CONFIGS[name]), **change), dtype="float32")

@@ -1,0 +1,256 @@
+"""The monitor against what a reader of its file, its pipe and its terminal must find."""
+
+import io
+import json
+import sys
+
+import pytest
+
+from kava_jax.diagnostics import verdict
+from kava_jax.errors import KavaError
+from kava_jax.training import monitor as monitor_module
+from kava_jax.training.monitor import Monitor, read_metrics, shown
+
+METRICS = {
+    "loss": 2.5,
+    "ce": 2.25,
+    "cos_sim": 0.875,
+    "cos_shuffled": 0.5,
+    "alignment_gap": 0.375,
+    "cos_running": 0.75,
+    "gap_running": 0.25,
+    "mag_ratio": 1.5,
+    "mag_loss": 0.25,
+    "dir_loss": 0.125,
+    "tokens_per_second": 12345.6,
+}
+
+
+@pytest.fixture(autouse=True)
+def log_file(monkeypatch):
+    """Where people look: no terminal, unless a test asks for one."""
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def run(run_dir, steps, *, start_step=0, total_steps=100, metrics=METRICS):
+    with Monitor(run_dir, total_steps=total_steps, start_step=start_step) as monitor:
+        for step in steps:
+            monitor.log(step, metrics)
+    return sys.stderr.getvalue()
+
+
+def test_metrics_are_one_json_object_a_line(tmp_path):
+    with Monitor(tmp_path, total_steps=20) as monitor:
+        monitor.log(10, {"loss": 2.5})
+        monitor.evaluation(10, {"eval_loss": 2.0, "exact_match_strict": 0.25})
+        monitor.log(20, {"loss": 2.25})
+    path = tmp_path / "metrics.jsonl"
+    assert lines(path) == [
+        {"step": 10, "kind": "train", "loss": 2.5},
+        {"step": 10, "kind": "eval", "eval_loss": 2.0, "exact_match_strict": 0.25},
+        {"step": 20, "kind": "train", "loss": 2.25},
+    ]
+    assert [record["step"] for record in read_metrics(path, "train")] == [10, 20]
+    assert [record["eval_loss"] for record in read_metrics(path, "eval")] == [2.0]
+
+
+def test_metrics_are_on_disk_before_the_run_ends(tmp_path):
+    with Monitor(tmp_path, total_steps=20) as monitor:
+        monitor.log(10, {"loss": 2.5})
+        assert lines(tmp_path / "metrics.jsonl")[0]["loss"] == 2.5
+
+
+def test_what_is_not_finite_is_null_and_said_once(tmp_path):
+    bad = {"loss": float("nan"), "kv": float("inf"), "cos_shuffled": None, "ce": 1.0}
+    text = run(tmp_path, [1, 2], metrics=bad)
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+    for record in read_metrics(tmp_path / "metrics.jsonl", "train"):
+        assert (record["loss"], record["kv"], record["cos_shuffled"]) == (None, None, None)
+        assert record["ce"] == 1.0
+    assert text.count("warning at step 1: loss is nan") == 1
+    assert text.count("warning at step 1: kv is inf") == 1
+    assert "warning at step 2" not in text
+    assert "cos_shuffled is" not in text
+
+
+def test_resume_drops_later_steps_and_a_half_written_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    run(tmp_path, [10, 20, 30, 40])
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"step": 50, "kind": "tr')
+    run(tmp_path, [30, 40], start_step=20)
+    assert [record["step"] for record in lines(path)] == [10, 20, 30, 40]
+    assert path.read_bytes() == whole
+
+
+def test_resume_after_the_last_step_drops_only_the_half_written_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    run(tmp_path, [10, 20])
+    whole = path.read_bytes()
+    # A whole object without its line end: the next line would be glued to it.
+    path.write_bytes(whole + b'{"step": 30, "kind": "train"}')
+    run(tmp_path, [], start_step=30)
+    assert path.read_bytes() == whole
+
+
+def test_a_start_from_zero_drops_the_earlier_attempt(tmp_path):
+    with Monitor(tmp_path, total_steps=20) as monitor:
+        monitor.evaluation(0, {"eval_loss": 3.0})
+    run(tmp_path, [10])
+    assert [record["step"] for record in lines(tmp_path / "metrics.jsonl")] == [10]
+
+
+def test_other_processes_write_and_show_nothing(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", sys.__stderr__)
+    with Monitor(tmp_path / "run", total_steps=20, write=False) as monitor:
+        monitor.log(10, METRICS)
+        monitor.evaluation(10, METRICS)
+        monitor.note("hello")
+    assert not (tmp_path / "run").exists()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_everything_for_people_goes_to_stderr(tmp_path, capsys):
+    with Monitor(tmp_path, total_steps=20) as monitor:
+        monitor.log(10, METRICS)
+        monitor.note("truncated 3 of 100 rows")
+    assert capsys.readouterr().out == ""
+    assert "step 10/20" in sys.stderr.getvalue()
+    assert "truncated 3 of 100 rows\n" in sys.stderr.getvalue()
+
+
+def test_plain_lines_have_no_control_characters(tmp_path):
+    text = run(tmp_path, [10, 20])
+    assert all(char.isprintable() or char == "\n" for char in text)
+    first, second = text.splitlines()
+    word = verdict(0.75, 0.5)
+    assert first == (
+        "step  10/100  loss 2.5000  ce 2.2500"
+        f"  cos 0.750 ({word})  gap 0.250  magnitude 1.50  tokens/s 12,346"
+    )
+    assert second.startswith("step  20/100")
+
+
+def test_time_left_is_the_pace_since_the_first_log(tmp_path, monkeypatch):
+    times = iter([1000.0, 1020.0])  # two steps a second after the first line
+    monkeypatch.setattr(monitor_module.time, "monotonic", lambda: next(times))
+    first, second = run(tmp_path, [10, 50], total_steps=200).splitlines()
+    assert "left" not in first
+    assert second.endswith("left 1m15s")  # 150 steps at 2 a second
+
+
+def test_a_run_without_teacher_shows_no_cosine():
+    assert shown({"loss": 2.5, "ce": 2.5, "tokens_per_second": 100.0}) == [
+        ("loss", "2.5000"),
+        ("ce", "2.5000"),
+        ("tokens/s", "100"),
+    ]
+
+
+def test_the_verdict_is_withdrawn_when_the_gap_says_so():
+    fields = dict(shown({"cos_sim": 0.99, "cos_shuffled": 0.985, "alignment_gap": 0.005}))
+    assert fields == {"cos": "0.990 (collapsed)", "gap": "0.005"}
+    # A batch of one has no shuffled pair: the raw word stands.
+    assert dict(shown({"cos_sim": 0.99, "cos_shuffled": None})) == {"cos": "0.990 (Excellent)"}
+
+
+def test_an_evaluation_shows_every_metric(tmp_path):
+    with Monitor(tmp_path, total_steps=20) as monitor:
+        monitor.evaluation(
+            20,
+            {
+                "eval_loss": 2.0,
+                "eval_cos_sim": 0.75,
+                "eval_cos_shuffled": 0.25,
+                "eval_alignment_gap": 0.5,
+                "exact_match_strict": 0.125,
+            },
+        )
+    assert sys.stderr.getvalue() == (
+        "evaluation at step 20  loss 2.0000  cos 0.750 (Acceptable)  gap 0.500"
+        "  exact match strict 0.125\n"
+    )
+
+
+def test_an_alarm_is_said_when_it_begins_and_not_on_every_line(tmp_path):
+    with Monitor(tmp_path, total_steps=50) as monitor:
+        for step, ratio in [(10, 1.0), (20, 3.0), (30, 3.25), (40, 1.0), (50, 2.5)]:
+            monitor.log(step, {"mag_ratio": ratio})
+    warnings = [line for line in sys.stderr.getvalue().splitlines() if line.startswith("warning")]
+    assert [line.split(":")[0] for line in warnings] == ["warning at step 20", "warning at step 50"]
+
+
+def test_an_oscillating_direction_loss_is_an_alarm(tmp_path):
+    with Monitor(tmp_path, total_steps=50) as monitor:
+        for step in range(1, 11):
+            monitor.log(step, {"dir_loss": 0.5 if step % 2 else 0.1})
+    assert sys.stderr.getvalue().count("oscillates") == 1
+
+
+def test_a_terminal_gets_a_display_and_notes_above_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with Monitor(tmp_path, total_steps=20) as monitor:
+        monitor.log(10, METRICS)
+        monitor.note("a note with [brackets]")
+        monitor.log(20, METRICS | {"mag_ratio": 3.0})
+    text = sys.stderr.getvalue()
+    for expected in ("20/20", "0.750 (Acceptable)", "12,346", "a note with [brackets]", "warning"):
+        assert expected in text
+    assert "\x1b[?25h" in text  # the cursor is back
+
+
+def test_a_dumb_terminal_gets_plain_lines(tmp_path, monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    assert "\x1b" not in run(tmp_path, [10])
+
+
+def test_files_are_closed_and_the_terminal_restored_when_training_fails(tmp_path, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with (
+        pytest.raises(ZeroDivisionError),
+        Monitor(tmp_path, total_steps=20) as monitor,
+    ):
+        monitor.log(10, METRICS)
+        raise ZeroDivisionError
+    assert sys.stderr.getvalue().rstrip().endswith("\x1b[?25h")
+    assert len(lines(tmp_path / "metrics.jsonl")) == 1
+
+
+def test_tensorboard_gets_every_finite_number(tmp_path):
+    from tensorboardX.proto import event_pb2
+
+    with Monitor(tmp_path, total_steps=20) as monitor:
+        monitor.log(10, {"loss": 2.5, "kv": float("nan")})
+        monitor.evaluation(10, {"eval_loss": 2.0})
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    data, values = path.read_bytes(), {}
+    while data:  # TFRecord: length (8 bytes), its checksum (4), record, checksum (4)
+        size = int.from_bytes(data[:8], "little")
+        event = event_pb2.Event.FromString(data[12 : 12 + size])
+        values |= {value.tag: (event.step, value.simple_value) for value in event.summary.value}
+        data = data[16 + size :]
+    assert values == {"train/loss": (10, 2.5), "eval/loss": (10, 2.0)}
+
+
+def test_reading_metrics_of_a_running_and_of_a_broken_run(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with pytest.raises(KavaError, match="is missing; name"):
+        read_metrics(path, "train")
+    path.write_text('{"step": 1, "kind": "train"}\n{"step": 2, "ki')
+    assert len(read_metrics(path, "train")) == 1
+    path.write_text('{"step": 1, "kind": "train"}\n[]\n{"step": 2, "kind": "train"}\n')
+    with pytest.raises(KavaError, match="line 2 is not a metrics line"):
+        read_metrics(path, "train")
