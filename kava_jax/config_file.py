@@ -53,14 +53,13 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
 
     Raises KavaError in one line that lists every problem.
     """
-    raw = _read_yaml(Path(path))
+    return parse_config(_read_yaml(Path(path)), overrides)
+
+
+def parse_config(raw: dict[str, Any], overrides: Iterable[str] = ()) -> Config:
+    """Apply the overrides to a nested dict (in place) and validate it; raises as load_config."""
     for override in overrides:
         _apply(raw, override)
-    return parse_config(raw)
-
-
-def parse_config(raw: dict[str, Any]) -> Config:
-    """Validate a nested dict; raises KavaError in one line that lists every problem."""
     try:
         return Config.model_validate(raw)
     except ValidationError as error:

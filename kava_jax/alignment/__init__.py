@@ -1,0 +1,1 @@
+"""Layer maps and projectors between two caches."""

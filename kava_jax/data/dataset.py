@@ -15,12 +15,28 @@ LARGEST_HELD_OUT_SHARE = 0.1
 Load = Callable[..., Sequence[Example]]
 
 
+class HeldOut(NamedTuple):
+    """Rows that are never trained on, encoded and as text."""
+
+    rows: list[Encoded]
+    examples: Sequence[Example]
+
+    @classmethod
+    def of(cls, examples: Sequence[Example], encoder: Encoder) -> "HeldOut":
+        """Encode the examples."""
+        return cls(encoder.encode_all(examples), examples)
+
+    @property
+    def has_answers(self) -> bool:
+        """Whether these are questions with a final answer (``#### 14``) to compare."""
+        return all("#### " in row.answer and row.prompt for row in self.examples)
+
+
 class Dataset(NamedTuple):
-    """Training stream, held-out rows (encoded and as text) and what identifies them."""
+    """Training stream, held-out rows, what identifies both, and what to say of them."""
 
     stream: BatchStream
-    held_out: list[Encoded]
-    held_out_examples: Sequence[Example]
+    held_out: HeldOut
     fingerprint: str
     notes: tuple[str, ...]
 
@@ -50,7 +66,8 @@ def split_examples(
     examples = load(path, split=split, rows=None)
     if len(examples) < 2:
         raise KavaError(
-            f"data.path={path!r} has {len(examples)} row, none could be held out; give data.eval_path"
+            f"data.path={path!r} has {len(examples)} row, too few to hold one out; "
+            "give data.eval_path"
         )
     held = max(1, min(eval_rows, int(len(examples) * LARGEST_HELD_OUT_SHARE)))
     return examples[: len(examples) - held][:rows], examples[len(examples) - held :]
@@ -78,7 +95,7 @@ def make_dataset(
     )
     notes = (f"data: {stream.report.sentence}", f"held out: {len(held_out)} rows")
     identity = fingerprint([*training, *held_out])
-    return Dataset(stream, encoder.encode_all(held_out), held_out, identity, notes)
+    return Dataset(stream, HeldOut.of(held_out, encoder), identity, notes)
 
 
 def bucket_of(max_length: int) -> int:

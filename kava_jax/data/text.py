@@ -96,6 +96,7 @@ class Encoder:
         self.tokenizer = tokenizer
         self.format = format
         self.max_length = max_length
+        self._special = frozenset(tokenizer.all_special_ids)
         self._before, self._after = _split_template(template or QA_TEMPLATE)
         # Special tokens are placed by hand: what a tokenizer adds by itself differs by family.
         added = tokenizer("")["input_ids"]
@@ -127,6 +128,7 @@ class Encoder:
         return [window for row in rows for window in self._windows(row)]
 
     def _rows(self, examples: Sequence[Example], cut_documents: bool = True) -> list[Encoded]:
+        examples = list(examples)  # a generated sequence would be generated once per pass
         parts = [self._parts(example) for example in examples]
         prompts = self._prompt_ids(parts)
         wholes = self._ids([part.prompt + part.completion for part in parts])
@@ -136,7 +138,7 @@ class Encoder:
             if whole[: len(prompt)] != prompt:
                 # The boundary falls inside a merge, so the answer is tokenized on its own.
                 whole = prompt + self._ids([part.completion])[0]
-            if not (part.ended and self._is_end(whole[-1])):
+            if not (part.ended and whole[-1] in self._special):
                 whole = [*whole, self.tokenizer.eos_token_id]
             document = _is_document(example)
             limit = None if document and not cut_documents else self.max_length
@@ -162,9 +164,6 @@ class Encoder:
         if not texts:
             return []
         return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-
-    def _is_end(self, last: int) -> bool:
-        return last in self.tokenizer.all_special_ids
 
     def _parts(self, example: Example) -> _Parts:
         if _is_document(example):
@@ -194,7 +193,8 @@ class Encoder:
         except Exception as error:  # templates raise what they like (jinja2, their own refusals)
             raise KavaError(
                 f"the tokenizer's chat template refuses a conversation with roles "
-                f"{', '.join(role for role, _ in pairs)} ({error}); reorder or rename the roles"
+                f"{', '.join(role for role, _ in pairs)} ({' '.join(str(error).split())}); "
+                "reorder or rename the roles"
             ) from error
         if not whole.startswith(prompt):
             raise KavaError(

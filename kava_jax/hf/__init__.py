@@ -1,1 +1,1 @@
-"""Hugging Face directories in and out: geometry, names, weights, model card."""
+"""Hugging Face directories in and out."""

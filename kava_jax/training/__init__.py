@@ -1,0 +1,1 @@
+"""Objective, optimizer, step, checkpoints, monitor and loop."""

@@ -1,8 +1,8 @@
 """The monitor against what a reader of its file, its pipe and its terminal must find."""
 
-import io
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -26,15 +26,11 @@ METRICS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def log_file(monkeypatch):
-    """Where people look: no terminal, unless a test asks for one."""
-    monkeypatch.setattr(sys, "stderr", io.StringIO())
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
+def pretend_terminal(monkeypatch, term="xterm-256color"):
+    """Called in the test itself: capturing makes a new stderr after the fixtures have run."""
+    monkeypatch.setenv("TERM", term)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
 
 
 def lines(path):
@@ -45,7 +41,6 @@ def run(run_dir, steps, *, start_step=0, total_steps=100, metrics=METRICS):
     with Monitor(run_dir, total_steps=total_steps, start_step=start_step) as monitor:
         for step in steps:
             monitor.log(step, metrics)
-    return sys.stderr.getvalue()
 
 
 def test_metrics_are_one_json_object_a_line(tmp_path):
@@ -69,9 +64,10 @@ def test_metrics_are_on_disk_before_the_run_ends(tmp_path):
         assert lines(tmp_path / "metrics.jsonl")[0]["loss"] == 2.5
 
 
-def test_what_is_not_finite_is_null_and_said_once(tmp_path):
+def test_what_is_not_finite_is_null_and_said_once(tmp_path, capsys):
     bad = {"loss": float("nan"), "kv": float("inf"), "cos_shuffled": None, "ce": 1.0}
-    text = run(tmp_path, [1, 2], metrics=bad)
+    run(tmp_path, [1, 2], metrics=bad)
+    text = capsys.readouterr().err
     assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
     for record in read_metrics(tmp_path / "metrics.jsonl", "train"):
         assert (record["loss"], record["kv"], record["cos_shuffled"]) == (None, None, None)
@@ -109,8 +105,7 @@ def test_a_start_from_zero_drops_the_earlier_attempt(tmp_path):
     assert [record["step"] for record in lines(tmp_path / "metrics.jsonl")] == [10]
 
 
-def test_other_processes_write_and_show_nothing(tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(sys, "stderr", sys.__stderr__)
+def test_other_processes_write_and_show_nothing(tmp_path, capfd):
     with Monitor(tmp_path / "run", total_steps=20, write=False) as monitor:
         monitor.log(10, METRICS)
         monitor.evaluation(10, METRICS)
@@ -123,13 +118,15 @@ def test_everything_for_people_goes_to_stderr(tmp_path, capsys):
     with Monitor(tmp_path, total_steps=20) as monitor:
         monitor.log(10, METRICS)
         monitor.note("truncated 3 of 100 rows")
-    assert capsys.readouterr().out == ""
-    assert "step 10/20" in sys.stderr.getvalue()
-    assert "truncated 3 of 100 rows\n" in sys.stderr.getvalue()
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "step 10/20" in captured.err
+    assert "truncated 3 of 100 rows\n" in captured.err
 
 
-def test_plain_lines_have_no_control_characters(tmp_path):
-    text = run(tmp_path, [10, 20])
+def test_plain_lines_have_no_control_characters(tmp_path, capsys):
+    run(tmp_path, [10, 20])
+    text = capsys.readouterr().err
     assert all(char.isprintable() or char == "\n" for char in text)
     first, second = text.splitlines()
     word = verdict(0.75, 0.5)
@@ -140,10 +137,11 @@ def test_plain_lines_have_no_control_characters(tmp_path):
     assert second.startswith("step  20/100")
 
 
-def test_time_left_is_the_pace_since_the_first_log(tmp_path, monkeypatch):
+def test_time_left_is_the_pace_since_the_first_log(tmp_path, monkeypatch, capsys):
     times = iter([1000.0, 1020.0])  # two steps a second after the first line
-    monkeypatch.setattr(monitor_module.time, "monotonic", lambda: next(times))
-    first, second = run(tmp_path, [10, 50], total_steps=200).splitlines()
+    monkeypatch.setattr(monitor_module, "time", SimpleNamespace(monotonic=lambda: next(times)))
+    run(tmp_path, [10, 50], total_steps=200)
+    first, second = capsys.readouterr().err.splitlines()
     assert "left" not in first
     assert second.endswith("left 1m15s")  # 150 steps at 2 a second
 
@@ -163,7 +161,7 @@ def test_the_verdict_is_withdrawn_when_the_gap_says_so():
     assert dict(shown({"cos_sim": 0.99, "cos_shuffled": None})) == {"cos": "0.990 (Excellent)"}
 
 
-def test_an_evaluation_shows_every_metric(tmp_path):
+def test_an_evaluation_shows_every_metric(tmp_path, capsys):
     with Monitor(tmp_path, total_steps=20) as monitor:
         monitor.evaluation(
             20,
@@ -175,57 +173,58 @@ def test_an_evaluation_shows_every_metric(tmp_path):
                 "exact_match_strict": 0.125,
             },
         )
-    assert sys.stderr.getvalue() == (
+    assert capsys.readouterr().err == (
         "evaluation at step 20  loss 2.0000  cos 0.750 (Acceptable)  gap 0.500"
         "  exact match strict 0.125\n"
     )
 
 
-def test_an_alarm_is_said_when_it_begins_and_not_on_every_line(tmp_path):
+def test_an_alarm_is_said_when_it_begins_and_not_on_every_line(tmp_path, capsys):
     with Monitor(tmp_path, total_steps=50) as monitor:
         for step, ratio in [(10, 1.0), (20, 3.0), (30, 3.25), (40, 1.0), (50, 2.5)]:
             monitor.log(step, {"mag_ratio": ratio})
-    warnings = [line for line in sys.stderr.getvalue().splitlines() if line.startswith("warning")]
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
     assert [line.split(":")[0] for line in warnings] == ["warning at step 20", "warning at step 50"]
 
 
-def test_an_oscillating_direction_loss_is_an_alarm(tmp_path):
+def test_an_oscillating_direction_loss_is_an_alarm(tmp_path, capsys):
     with Monitor(tmp_path, total_steps=50) as monitor:
         for step in range(1, 11):
             monitor.log(step, {"dir_loss": 0.5 if step % 2 else 0.1})
-    assert sys.stderr.getvalue().count("oscillates") == 1
+    assert capsys.readouterr().err.count("oscillates") == 1
 
 
-def test_a_terminal_gets_a_display_and_notes_above_it(tmp_path, monkeypatch):
-    monkeypatch.setenv("TERM", "xterm-256color")
-    monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setattr(sys, "stderr", Terminal())
+def test_a_terminal_gets_a_display_and_notes_above_it(tmp_path, monkeypatch, capsys):
+    pretend_terminal(monkeypatch)
     with Monitor(tmp_path, total_steps=20) as monitor:
         monitor.log(10, METRICS)
         monitor.note("a note with [brackets]")
         monitor.log(20, METRICS | {"mag_ratio": 3.0})
-    text = sys.stderr.getvalue()
+    text = capsys.readouterr().err
     for expected in ("20/20", "0.750 (Acceptable)", "12,346", "a note with [brackets]", "warning"):
         assert expected in text
     assert "\x1b[?25h" in text  # the cursor is back
 
 
-def test_a_dumb_terminal_gets_plain_lines(tmp_path, monkeypatch):
-    monkeypatch.setenv("TERM", "dumb")
-    monkeypatch.setattr(sys, "stderr", Terminal())
-    assert "\x1b" not in run(tmp_path, [10])
+def test_a_dumb_terminal_gets_plain_lines(tmp_path, monkeypatch, capsys):
+    pretend_terminal(monkeypatch, term="dumb")
+    run(tmp_path, [10])
+    assert "\x1b" not in capsys.readouterr().err
 
 
-def test_files_are_closed_and_the_terminal_restored_when_training_fails(tmp_path, monkeypatch):
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setattr(sys, "stderr", Terminal())
-    with (
-        pytest.raises(ZeroDivisionError),
-        Monitor(tmp_path, total_steps=20) as monitor,
-    ):
+def train_and_fail(run_dir):
+    with Monitor(run_dir, total_steps=20) as monitor:
         monitor.log(10, METRICS)
         raise ZeroDivisionError
-    assert sys.stderr.getvalue().rstrip().endswith("\x1b[?25h")
+
+
+def test_files_are_closed_and_the_terminal_restored_when_training_fails(
+    tmp_path, monkeypatch, capsys
+):
+    pretend_terminal(monkeypatch)
+    with pytest.raises(ZeroDivisionError):
+        train_and_fail(tmp_path)
+    assert capsys.readouterr().err.rstrip().endswith("\x1b[?25h")
     assert len(lines(tmp_path / "metrics.jsonl")) == 1
 
 

@@ -1,0 +1,257 @@
+"""Weights in: every dtype and file layout, by slice, and every way a directory can be wrong."""
+
+import json
+import math
+import struct
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from safetensors.numpy import save_file
+
+from kava_jax.errors import KavaError
+from kava_jax.hf.load import TensorFiles, load_decoder_params, read_spec
+from tests.tiny_models import CONFIGS, flat, random_tensors, write_directory
+
+
+@pytest.fixture
+def directory(tmp_path):
+    return write_directory(tmp_path / "qwen2", "qwen2")
+
+
+def rewrite(directory, tensors) -> None:
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def shard(directory, name: str, count: int = 3) -> None:
+    """Turn a single-file directory into a sharded one."""
+    (directory / "model.safetensors").unlink()
+    tensors = list(random_tensors(name).items())
+    weight_map = {}
+    for number in range(count):
+        file = f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+        part = dict(tensors[number::count])
+        save_file(part, directory / file)
+        weight_map |= dict.fromkeys(part, file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def load(directory, **options):
+    return load_decoder_params(directory, read_spec(directory), **options)
+
+
+def refusal(directory, **options) -> str:
+    with pytest.raises(KavaError) as error:
+        load(directory, **options)
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("name", sorted(CONFIGS))
+def test_layers_are_stacked_and_transposed(name, tmp_path):
+    params = load(write_directory(tmp_path / name, name))
+    tensors = random_tensors(name)
+    for layer in range(3):
+        up = params["blocks"]["mlp"]["up"]["kernel"][layer]
+        np.testing.assert_array_equal(up, tensors[f"model.layers.{layer}.mlp.up_proj.weight"].T)
+    np.testing.assert_array_equal(
+        params["embed"]["embedding"], tensors["model.embed_tokens.weight"]
+    )
+    assert ("head" in params) == (not CONFIGS[name]["tie_word_embeddings"])
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert count == sum(tensor.size for tensor in tensors.values())
+
+
+@pytest.mark.parametrize("stored", [np.float32, np.float16, ml_dtypes.bfloat16, np.float64])
+@pytest.mark.parametrize("wanted", ["float32", "bfloat16"])
+def test_any_float_dtype_is_read_and_cast(tmp_path, stored, wanted):
+    params = load(write_directory(tmp_path, "qwen3", stored), param_dtype=wanted)
+    tensors = random_tensors("qwen3", stored)
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(wanted)}
+    expected = tensors["model.layers.2.mlp.down_proj.weight"].T.astype(jnp.dtype(wanted))
+    np.testing.assert_array_equal(params["blocks"]["mlp"]["down"]["kernel"][2], expected)
+
+
+def test_sharded_files_read_the_same_as_one_file(tmp_path):
+    single = flat(load(write_directory(tmp_path / "one", "llama_biased")))
+    shard(write_directory(tmp_path / "many", "llama_biased"), "llama_biased")
+    many = flat(load(tmp_path / "many"))
+    assert single.keys() == many.keys()
+    for path, leaf in single.items():
+        np.testing.assert_array_equal(leaf, many[path])
+
+
+def test_a_cut_teacher_reads_only_what_it_keeps(directory, monkeypatch):
+    read = []
+    original = TensorFiles.slice
+
+    class Watched:
+        def __init__(self, name, view):
+            self.name, self.view = name, view
+
+        def __getattr__(self, attribute):
+            return getattr(self.view, attribute)
+
+        def __getitem__(self, index):
+            read.append(self.name)
+            return self.view[index]
+
+    monkeypatch.setattr(TensorFiles, "slice", lambda s, name: Watched(name, original(s, name)))
+    params = flat(load(directory, layers=1, tail=True, head=False))
+    tensors = random_tensors("qwen2")
+    assert not {path for path in params if path.startswith(("final_norm", "head", "tail/mlp"))}
+    assert params["blocks/mlp/up/kernel"].shape == (1, 48, 80)
+    key = tensors["model.layers.1.self_attn.k_proj.bias"].reshape(2, 8)
+    np.testing.assert_array_equal(params["tail/attention/k/bias"], key)
+    assert not [name for name in read if "layers.2." in name or "norm.weight" == name[6:]]
+    of_tail = {name.split("layers.1.")[1] for name in read if "layers.1." in name}
+    assert of_tail == {
+        "input_layernorm.weight",
+        "self_attn.k_proj.weight",
+        "self_attn.v_proj.weight",
+        "self_attn.k_proj.bias",
+        "self_attn.v_proj.bias",
+    }
+
+
+@pytest.mark.parametrize("cut", [{"layers": 4}, {"layers": 3, "tail": True}, {"layers": -1}])
+def test_more_layers_than_the_model_has_are_refused(directory, cut):
+    assert f"layers={cut['layers']}" in refusal(directory, **cut)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3"])
+def test_sharded_devices_read_their_own_slices_and_get_the_same_values(tmp_path, name, monkeypatch):
+    directory = write_directory(tmp_path, name)
+    whole = flat(load(directory))
+    mesh = Mesh(np.array(jax.devices()[:2]), ("x",))
+    elements = 0
+    original = TensorFiles.slice
+
+    class Counted:
+        def __init__(self, view):
+            self.view = view
+
+        def __getattr__(self, attribute):
+            return getattr(self.view, attribute)
+
+        def __getitem__(self, index):
+            nonlocal elements
+            part = self.view[index]
+            elements += part.size
+            return part
+
+    monkeypatch.setattr(TensorFiles, "slice", lambda self, key: Counted(original(self, key)))
+
+    for axis in range(3):
+        elements = 0
+
+        def put(path, shape, dtype, read, axis=axis):
+            names = [None] * len(shape)
+            if len(shape) > axis and shape[axis] % 2 == 0:
+                names[axis] = "x"
+            sharding = NamedSharding(mesh, PartitionSpec(*names))
+            return jax.make_array_from_callback(shape, sharding, read, dtype=dtype)
+
+        parts = load(directory, put=put)
+        expected = 0
+        for path, leaf in flat(parts).items():
+            np.testing.assert_array_equal(leaf, whole[path])
+        for leaf in jax.tree.leaves(parts):
+            expected += sum(
+                math.prod(piece.data.shape)
+                for piece in leaf.addressable_shards
+                if piece.replica_id == 0
+            )
+        assert elements == expected  # nothing was read that no device asked for
+
+
+def test_every_wrong_tensor_is_listed(directory):
+    tensors = random_tensors("qwen2")
+    for layer in range(3):
+        del tensors[f"model.layers.{layer}.self_attn.q_proj.bias"]
+    del tensors["model.norm.weight"]
+    tensors["model.layers.1.mlp.up_proj.weight"] = np.zeros((80, 47), np.float32)
+    tensors["model.embed_tokens.weight"] = np.zeros((98, 48), np.float32)
+    tensors["model.layers.3.mlp.up_proj.weight"] = np.zeros((80, 48), np.float32)
+    tensors["visual.patch_embed"] = np.zeros((1,), np.float32)
+    rewrite(directory, tensors)
+    message = refusal(directory, layers=0, tail=True, head=False)  # even for what is not read
+    assert "missing: model.layers.{0..2}.self_attn.q_proj.bias, model.norm.weight;" in message
+    assert "unexpected: model.layers.3.mlp.up_proj.weight, visual.patch_embed;" in message
+    assert "model.layers.1.mlp.up_proj.weight is [80, 47], expected [80, 48]" in message
+    assert "model.embed_tokens.weight is [98, 48], expected [97, 48]" in message
+
+
+def test_quantized_or_integer_tensors_are_listed(directory):
+    tensors = random_tensors("qwen2")
+    tensors["model.norm.weight"] = np.ones((48,), np.int8)
+    rewrite(directory, tensors)
+    message = refusal(directory)
+    assert "model.norm.weight is I8" in message
+    assert "F32" in message
+
+
+def test_rotary_tables_and_a_repeated_tied_head_are_ignored(directory):
+    tensors = random_tensors("qwen2")
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones((4,), np.float32)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
+    rewrite(directory, tensors)
+    assert "head" not in load(directory)
+    tensors["lm_head.weight"] = np.zeros((3, 3), np.float32)
+    rewrite(directory, tensors)
+    assert "lm_head.weight is [3, 3], expected [97, 48]" in refusal(directory)
+
+
+def test_an_untied_model_without_its_head_is_refused(tmp_path):
+    directory = write_directory(tmp_path, "qwen3")
+    tensors = random_tensors("qwen3")
+    del tensors["lm_head.weight"]
+    rewrite(directory, tensors)
+    assert "missing: lm_head.weight" in refusal(directory)
+
+
+@pytest.mark.parametrize("keep", [4, 60, -1000])
+def test_a_truncated_file_is_named(directory, keep):
+    file = directory / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    message = refusal(directory)
+    assert "qwen2/model.safetensors is truncated or damaged" in message
+
+
+def test_a_damaged_header_is_named(directory):
+    file = directory / "model.safetensors"
+    data = file.read_bytes()
+    size = struct.unpack("<Q", data[:8])[0]
+    file.write_bytes(data[:8] + b"?" * size + data[8 + size :])
+    assert "model.safetensors is truncated or damaged" in refusal(directory)
+
+
+def test_missing_shards_and_broken_indexes_are_named(directory):
+    shard(directory, "qwen2")
+    (directory / "model-00001-of-00003.safetensors").unlink()
+    (directory / "model-00003-of-00003.safetensors").unlink()
+    message = refusal(directory)
+    assert "model-00001-of-00003.safetensors, model-00003-of-00003.safetensors" in message
+    index = directory / "model.safetensors.index.json"
+    for text in ("{", "[]", "{}"):
+        index.write_text(text)
+        assert "model.safetensors.index.json" in refusal(directory)
+
+
+def test_a_broken_config_is_named(directory):
+    (directory / "config.json").write_text('{"model_type": ')
+    assert "qwen2/config.json is unreadable JSON" in refusal(directory)
+
+
+def test_overflow_to_half_precision_is_refused_by_name(directory):
+    tensors = random_tensors("qwen2")
+    tensors["model.layers.2.mlp.up_proj.weight"][0, 0] = 1e6
+    rewrite(directory, tensors)
+    message = refusal(directory, param_dtype="float16")
+    assert "model.layers.2.mlp.up_proj.weight" in message
+    load(directory, param_dtype="bfloat16")
