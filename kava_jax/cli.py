@@ -40,11 +40,11 @@ def train(
     Example: kava train configs/demo.yaml train.steps=200 run.dir=runs/short
     """
     from kava_jax.config_file import load_config
-    from kava_jax.runs import train as train_run
+    from kava_jax.runs.train import train as train_run
 
     loaded = load_config(config, overrides or [])
     if smoke:
-        from kava_jax.smoke import smoke_config
+        from kava_jax.runs.smoke import smoke_config
 
         loaded = smoke_config(loaded)
     trained = train_run(loaded, _command())
@@ -57,15 +57,18 @@ def evaluate(
     data: Annotated[str, typer.Option(help="JSONL, parquet or text file, hub id or builtin:...")],
     checkpoint: Annotated[str, typer.Option(help="Of a run: last, best or a step.")] = "last",
     rows: Annotated[int | None, typer.Option(min=1, help="Only the first so many rows.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="data.field=value or eval.field=value.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Held-out loss and exact match; for a run also its alignment with the teachers.
 
     Example: kava eval runs/demo --data builtin:word_problems --json
     """
-    from kava_jax.assess import assess
+    from kava_jax.runs.assess import assess
 
-    values = assess(model, data, checkpoint=checkpoint, rows=rows)
+    values = assess(model, data, checkpoint=checkpoint, rows=rows, overrides=overrides or [])
     _print_values(values, as_json)
 
 
@@ -80,12 +83,13 @@ def export(
 
     Example: kava export runs/demo --out exported/demo --checkpoint best --dtype bfloat16
     """
-    from kava_jax import runs
+    from kava_jax.runs.export import export as export_run
+    from kava_jax.runs.prepare import reopen, restore
 
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise KavaError(f"--dtype={dtype!r} is unknown; use auto, float32, bfloat16 or float16")
-    opened = runs.reopen(run)
-    runs.export(opened, runs.restore(opened, checkpoint), out, dtype)  # pyright: ignore[reportArgumentType]  (checked above)
+    opened = reopen(run)
+    export_run(opened, restore(opened, checkpoint), out, dtype)  # pyright: ignore[reportArgumentType]  (checked above)
     _say(f"exported to {out}")
 
 

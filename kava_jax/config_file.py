@@ -155,10 +155,8 @@ def _existing_path(raw: Any, loc: tuple[int | str, ...]) -> tuple[list[str], Any
     """The part of pydantic's location that is in the input; union member names are left out."""
     names, node = [], raw
     for part in loc:
-        if (
-            isinstance(node, dict)
-            and part in node
-            or (isinstance(node, list) and isinstance(part, int) and part < len(node))
+        if (isinstance(node, dict) and part in node) or (
+            isinstance(node, list) and isinstance(part, int) and part < len(node)
         ):
             node = node[part]
             names.append(str(part))

@@ -175,21 +175,34 @@ def write_directory(directory: Path, name: str, dtype: Any = np.float32) -> Path
     return directory
 
 
-def write_tokenizer(directory: Path) -> Path:
-    """A word tokenizer of 97 ids, made here, so that no test depends on shared files for it."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
+def write_tokenizer(directory: Path, *, words: bool = False) -> Path:
+    """A small tokenizer made here: byte-level BPE, or whole words, with pad 0, bos 1, eos 2."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    words = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(93))]
-    core = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    core.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = ["<pad>", "<s>", "</s>", "<unk>", "<tool>"]
+    if words:
+        vocabulary = {word: i for i, word in enumerate([*special, "Answer", "the"])}
+        core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+        core.pre_tokenizer = pre_tokenizers.Whitespace()
+    else:
+        core = Tokenizer(models.BPE())
+        core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        core.decoder = decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        core.train_from_iterator(
+            ["the answer to the question is the other one"] * 3,
+            trainers.BpeTrainer(
+                special_tokens=special, initial_alphabet=alphabet, show_progress=False
+            ),
+        )
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core,
         pad_token="<pad>",
         bos_token="<s>",
         eos_token="</s>",
         unk_token="<unk>",
-        extra_special_tokens=["w0"],
+        extra_special_tokens=["<tool>"],
     )
     tokenizer.save_pretrained(directory)
     return directory

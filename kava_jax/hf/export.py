@@ -31,6 +31,8 @@ _MARKER = "kava_export.json"
 # Keys of a source config that name its machine, point to code that is not copied, or follow from
 # the geometry.
 _NOT_KEPT = ("_name_or_path", "auto_map", "layer_types")
+# Words, case, digits, punctuation, several spaces and newlines: what pre-tokenizers differ on.
+_PROBE = "Question: Tom's 12,345 apples cost $6.70 each.\n\nAnswer:  he pays (a lot)\n#### 42"
 
 
 def export_model(
@@ -61,7 +63,7 @@ def export_model(
 
     Raises:
         KavaError: the destination holds something else, ``params`` do not fit ``spec``, or a value
-            does not fit ``dtype``. Nothing is left behind in that case.
+            does not fit ``dtype``, or the tokenizer would be misread. Nothing is left behind then.
     """
     _check_destination(directory)
     flat = _checked_params(params, spec)
@@ -70,9 +72,11 @@ def export_model(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
-        _write_weights(partial, flat, spec, jnp.dtype(dtype), max_shard_bytes)
         _write_tokenizer(partial, source_dir if tokenizer is None else tokenizer)
         _write_configs(partial, spec, dtype, tokenizer, source_dir)
+        if tokenizer is not None:
+            _check_tokenizer_reads_back(partial, tokenizer, spec)
+        _write_weights(partial, flat, spec, jnp.dtype(dtype), max_shard_bytes)
         (partial / "README.md").write_text(card, encoding="utf-8")
         names = sorted([_MARKER, *(path.name for path in partial.iterdir())])
         _write_json(partial / _MARKER, {"written_by": "kava-jax", "files": names})
@@ -191,11 +195,33 @@ def _write_configs(
     _write_json(directory / "generation_config.json", generation_config)
 
 
-def _special_ids(tokenizer: Any) -> dict[str, Any]:
+def _loaded(tokenizer: Any) -> Any:
+    """The tokenizer object, read from its directory where that is what we were given."""
     if isinstance(tokenizer, str | Path):
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer)
+        return AutoTokenizer.from_pretrained(tokenizer)
+    return tokenizer
+
+
+def _check_tokenizer_reads_back(directory: Path, tokenizer: Any, spec: DecoderSpec) -> None:
+    """Refuse an export that AutoTokenizer would tokenize differently than training did.
+
+    Beside the config of some families (qwen2) transformers 5.x takes the family's own tokenizer
+    class whatever tokenizer_config.json says, and rebuilds it from the vocabulary: other ids,
+    silently.
+    """
+    again = _loaded(directory)
+    if again(_PROBE).input_ids != _loaded(tokenizer)(_PROBE).input_ids:
+        raise KavaError(
+            f"the tokenizer gives other ids beside a model of family {spec.family}, where "
+            f"transformers reads it as {type(again).__name__}; use that family's own tokenizer, or "
+            "a model of another family"
+        )
+
+
+def _special_ids(tokenizer: Any) -> dict[str, Any]:
+    tokenizer = _loaded(tokenizer)
     keys = ("bos_token_id", "eos_token_id", "pad_token_id")
     return {key: getattr(tokenizer, key, None) for key in keys}
 

@@ -1,4 +1,4 @@
-"""Weights out: bit-identical round trips, transformers as reader, and nothing lost or half written."""
+"""Weights out: bit-identical round trips, transformers as reader, nothing lost or half written."""
 
 import json
 
@@ -218,10 +218,20 @@ def test_a_tokenizer_object_is_saved_in_a_spelling_old_transformers_reads(tmp_pa
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert "extra_special_tokens" not in config
     again = AutoTokenizer.from_pretrained(out)
-    text = "w1 w0 w92 </s>"
+    text = "the answer <tool> 12345\n\nOne</s>"
     assert again(text).input_ids == tokenizer(text).input_ids
     assert again.all_special_tokens == tokenizer.all_special_tokens
-    assert "w0" in again.all_special_tokens
+    assert "<tool>" in again.all_special_tokens
+
+
+def test_a_tokenizer_that_transformers_would_replace_is_refused(tmp_path):
+    """From 5.0 AutoTokenizer reads any tokenizer beside a qwen2 config as Qwen2Tokenizer."""
+    words = write_tokenizer(tmp_path / "words", words=True)
+    source = write_directory(tmp_path / "source", "qwen2")
+    with pytest.raises(KavaError, match="Qwen2Tokenizer"):
+        export(source, tmp_path / "out", words)
+    assert not (tmp_path / "out").exists()
+    export(write_directory(tmp_path / "llama", "llama3"), tmp_path / "out", words)
 
 
 def test_a_directory_with_other_files_is_never_touched(tmp_path, tokenizer_dir):
