@@ -24,9 +24,9 @@ class Section(BaseModel):
 class RunConfig(Section):
     """Where a run lives and what makes it repeatable."""
 
-    name: str = Field("run", min_length=1, pattern=r"^[A-Za-z0-9._-]+$")
-    dir: str | None = Field(None, description="run directory; runs/<name> when null")
-    seed: int = Field(0, ge=0)
+    name: str = Field(default="run", min_length=1, pattern=r"^[A-Za-z0-9._-]+$")
+    dir: str | None = Field(default=None, description="run directory; runs/<name> when null")
+    seed: int = Field(default=0, ge=0)
 
     @property
     def directory(self) -> Path:
@@ -37,25 +37,29 @@ class RunConfig(Section):
 class TeacherConfig(Section):
     """One frozen teacher."""
 
-    name: str = Field("teacher", min_length=1, pattern=r"^[A-Za-z0-9_-]+$")
+    name: str = Field(default="teacher", min_length=1, pattern=r"^[A-Za-z0-9_-]+$")
     path: str = Field(description="Hugging Face directory, hub id, or builtin:demo_teacher")
     revision: str | None = None
     dtype: Dtype = "auto"
     weight: Weight = 1.0
     layer_map: Literal["ratio"] | tuple[tuple[int, int], ...] = Field(
-        "ratio", description="'ratio', or [teacher, student] layer pairs"
+        default="ratio", description="'ratio', or [teacher, student] layer pairs"
     )
 
 
 class StudentConfig(Section):
     """The model that learns: an existing one (``path``) or a fresh one (``geometry``)."""
 
-    path: str | None = Field(None, description="Hugging Face directory or hub id to start from")
+    path: str | None = Field(
+        default=None, description="Hugging Face directory or hub id to start from"
+    )
     revision: str | None = None
     geometry: dict[str, Any] | None = Field(
-        None, description="config.json keys of a student to be trained from random weights"
+        default=None, description="config.json keys of a student to be trained from random weights"
     )
-    tokenizer: str | None = Field(None, description="where from, when not from student or teacher")
+    tokenizer: str | None = Field(
+        default=None, description="where from, when not from student or teacher"
+    )
     dtype: Dtype = "auto"
     remat: Literal["none", "dots", "full"] = "none"
 
@@ -72,11 +76,13 @@ class ProjectorConfig(Section):
 
     kind: Literal["elastic", "linear", "headwise"] = "elastic"
     direction: Literal["student_to_teacher", "teacher_to_student"] = "student_to_teacher"
-    mlp_ratio: float = Field(1.0, gt=0, le=16)
-    dropout: float = Field(0.1, ge=0, lt=1)
+    mlp_ratio: float = Field(default=1.0, gt=0, le=16)
+    dropout: float = Field(default=0.1, ge=0, lt=1)
     init: Literal["xavier", "kaiming", "normal"] = "xavier"
     per_layer: bool = False
-    per_head: bool = Field(False, description="headwise only: one dim map per head, not shared")
+    per_head: bool = Field(
+        default=False, description="headwise only: one dim map per head, not shared"
+    )
     trainable: bool = True
 
 
@@ -92,35 +98,41 @@ class LossConfig(Section):
 
     kv: Literal["mercator", "mse", "smooth_l1", "hybrid"] = "mercator"
     kv_weight: Weight | Ramp = 1.0
-    alpha: Weight = Field(1.0, description="mercator: weight of the direction term")
-    beta: Weight = Field(0.01, description="mercator: weight of the log-magnitude term")
-    mercator_weight: Weight | Ramp = Field(0.8, description="hybrid")
-    mse_weight: Weight | Ramp = Field(0.2, description="hybrid")
+    alpha: Weight = Field(default=1.0, description="mercator: weight of the direction term")
+    beta: Weight = Field(default=0.01, description="mercator: weight of the log-magnitude term")
+    mercator_weight: Weight | Ramp = Field(default=0.8, description="hybrid")
+    mse_weight: Weight | Ramp = Field(default=0.2, description="hybrid")
     ce_weight: Weight = 1.0
     kl_weight: Weight = 0.0
-    kl_temperature: float = Field(1.0, gt=0)
+    kl_temperature: float = Field(default=1.0, gt=0)
     key_space: Literal["pre_rope", "post_rope"] = "pre_rope"
-    sink_tokens: int = Field(4, ge=0, description="first tokens of a row left out of the KV loss")
+    sink_tokens: int = Field(
+        default=4, ge=0, description="first tokens of a row left out of the KV loss"
+    )
 
 
 class DataConfig(Section):
     """Rows of text, how they become tokens, and which are held out."""
 
     path: str = Field(description="JSONL, parquet or text file, hub id, or builtin:word_problems")
-    subset: str | None = Field(None, description="name of a hub dataset's configuration")
+    subset: str | None = Field(default=None, description="name of a hub dataset's configuration")
     revision: str | None = None
     split: str = "train"
-    eval_path: str | None = Field(None, description="held-out rows; else cut from data.path")
+    eval_path: str | None = Field(
+        default=None, description="held-out rows; else cut from data.path"
+    )
     eval_split: str | None = None
-    eval_rows: Positive = Field(256, description="number of held-out rows")
-    rows: Positive | None = Field(None, description="use only the first so many training rows")
+    eval_rows: Positive = Field(default=256, description="number of held-out rows")
+    rows: Positive | None = Field(
+        default=None, description="use only the first so many training rows"
+    )
     prompt_field: str = "question"
     answer_field: str = "answer"
     messages_field: str | None = None
-    separator: str = Field("<|endoftext|>", description="between documents of a text file")
+    separator: str = Field(default="<|endoftext|>", description="between documents of a text file")
     format: Literal["qa", "template", "chat"] = "qa"
-    template: str | None = Field(None, description="for format=template")
-    max_length: int = Field(512, ge=8)
+    template: str | None = Field(default=None, description="for format=template")
+    max_length: int = Field(default=512, ge=8)
     batch_size: Positive = 32
 
     @model_validator(mode="after")
@@ -136,12 +148,14 @@ class OptimizerConfig(Section):
     student_lr: Weight = 5e-5
     projector_lr: Weight = 1e-3
     weight_decay: Weight = 0.01
-    clip_norm: float = Field(1.0, gt=0)
-    b1: float = Field(0.9, ge=0, lt=1)
-    b2: float = Field(0.999, ge=0, lt=1)
-    warmup_steps: int = Field(0, ge=0)
+    clip_norm: float = Field(default=1.0, gt=0)
+    b1: float = Field(default=0.9, ge=0, lt=1)
+    b2: float = Field(default=0.999, ge=0, lt=1)
+    warmup_steps: int = Field(default=0, ge=0)
     schedule: Literal["cosine", "constant"] = "cosine"
-    final_lr_share: Share = Field(0.0, description="of the peak rate, reached at the last step")
+    final_lr_share: Share = Field(
+        default=0.0, description="of the peak rate, reached at the last step"
+    )
 
 
 class TrainConfig(Section):
@@ -150,7 +164,7 @@ class TrainConfig(Section):
     steps: Positive = 1000
     grad_accumulation: Positive = 1
     log_every: Positive = 10
-    eval_every: Positive | None = Field(None, description="null: only at the end")
+    eval_every: Positive | None = Field(default=None, description="null: only at the end")
     checkpoint_every: Positive = 500
     keep_checkpoints: Positive = 2
 
@@ -158,7 +172,7 @@ class TrainConfig(Section):
 class EvalConfig(Section):
     """Exact match on generated answers, at the end of a run and in ``kava eval``."""
 
-    exact_match: bool = Field(True, description="needs prompt/answer data")
+    exact_match: bool = Field(default=True, description="needs prompt/answer data")
     max_new_tokens: Positive = 256
     batch_size: Positive = 64
 
@@ -174,7 +188,10 @@ class MeshConfig(Section):
     def _sizes(self) -> "MeshConfig":
         sizes = (self.data, self.fsdp, self.tensor)
         if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
-            raise ValueError("each axis is a positive number or -1, and at most one is -1")
+            written = ", ".join(f"{axis}={size}" for axis, size in self)
+            raise ValueError(
+                f"{written}, but each axis is a positive number or -1, and at most one is -1"
+            )
         return self
 
 

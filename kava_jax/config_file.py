@@ -130,8 +130,8 @@ def _step_into(node: Any, part: str, fresh: Any, override: str) -> Any:
 def _assign(node: Any, last: str, value: Any, override: str) -> None:
     if isinstance(node, dict):
         node[last] = value
-    elif isinstance(node, list) and last.isdigit() and int(last) < len(node):
-        node[int(last)] = value
+    elif isinstance(node, list) and last.isdigit() and int(last) <= len(node):
+        node[int(last) : int(last) + 1] = [value]
     else:
         raise KavaError(f"override={override!r}: there is no field {last!r} to set; check the key")
 
@@ -153,12 +153,12 @@ def _problem(raw: Any, error: dict[str, Any]) -> str:
 
 def _existing_path(raw: Any, loc: tuple[int | str, ...]) -> tuple[list[str], Any]:
     """The part of pydantic's location that is in the input; union member names are left out."""
-    names, node = [], raw
+    names: list[str] = []
+    node: Any = raw
     for part in loc:
-        if (isinstance(node, dict) and part in node) or (
-            isinstance(node, list) and isinstance(part, int) and part < len(node)
-        ):
-            node = node[part]
+        children: Any = dict(enumerate(node)) if isinstance(node, list) else node
+        if isinstance(children, dict) and part in children:
+            node = children[part]
             names.append(str(part))
     return names, node
 

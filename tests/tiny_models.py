@@ -214,6 +214,7 @@ def torch_model(name: str) -> Any:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    torch.set_num_threads(1)  # matrices this small only lose by being split
     fields = {k: v for k, v in CONFIGS[name].items() if k not in ("architectures", "model_type")}
     config = AutoConfig.for_model(CONFIGS[name]["model_type"], **fields)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()

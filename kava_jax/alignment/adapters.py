@@ -94,7 +94,9 @@ class ElasticAdapter(nnx.Module):
     def __call__(self, x: Float[Array, "*B I"], key: Key[Array, ""] | None) -> Float[Array, "*B O"]:
         """Map; dropout only when a ``key`` is given."""
         wide = x.astype(jnp.float32)
-        normed = jax.nn.standardize(wide, axis=-1, epsilon=1e-5)
+        # standardize's own variance is mean(x^2) - mean(x)^2, which cancels under a shared offset.
+        variance = jnp.var(wide, axis=-1, keepdims=True)
+        normed = jax.nn.standardize(wide, axis=-1, variance=variance, epsilon=1e-5)
         lead = (1,) * (x.ndim - 1) + (-1,)
         normed = normed * self.scale[...].reshape(lead) + self.shift[...].reshape(lead)
         hidden = jax.nn.silu(self.inner(normed.astype(x.dtype)))

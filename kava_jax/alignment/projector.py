@@ -182,16 +182,17 @@ class KVDimensionProjector(nnx.Module):
             with safe_open(str(path), framework="np") as file:
                 arguments = json.loads(file.metadata()["kava_jax.projector"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
-        except (OSError, SafetensorError, KeyError, TypeError) as error:
+            projector = cls(**arguments)
+            state = nnx.to_pure_dict(nnx.state(projector, nnx.Param))
+            filled = jax.tree_util.tree_map_with_path(
+                lambda where, _: jnp.asarray(tensors["/".join(str(part.key) for part in where)]),
+                state,
+            )
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise KavaError(
                 f"projector={str(path)!r} is not a projector file ({error}); give one that "
                 f"KVDimensionProjector.save wrote"
             ) from None
-        projector = cls(**arguments)
-        state = nnx.to_pure_dict(nnx.state(projector, nnx.Param))
-        filled = jax.tree_util.tree_map_with_path(
-            lambda where, _: jnp.asarray(tensors["/".join(str(part.key) for part in where)]), state
-        )
         nnx.update(projector, filled)
         return projector
 
@@ -238,4 +239,4 @@ def _adapter(
 
     if layers is None:
         return build(rngs)
-    return nnx.vmap(build, in_axes=0, out_axes=0)(rngs.fork(split=layers))
+    return nnx.vmap(build, in_axes=0, out_axes=0)(rngs.split(layers))

@@ -10,7 +10,7 @@ background loading (a batch is an index and a copy).
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Array, Bool, Int
@@ -20,16 +20,19 @@ from kava_jax.errors import KavaError
 
 
 class Batch(NamedTuple):
-    """One global batch, or one process's rows of it. Rows are padded on the right."""
+    """One global batch, or one process's rows of it: numpy on the host, jax on devices.
 
-    tokens: Int[Array | np.ndarray, "B T"]
+    Rows are padded on the right.
+    """
+
+    tokens: Int[Array, "B T"]
     """Ids, int32; the pad id where not valid."""
-    valid: Bool[Array | np.ndarray, "B T"]
+    valid: Bool[Array, "B T"]
     """Real tokens."""
-    loss_mask: Bool[Array | np.ndarray, "B T"]
+    loss_mask: Bool[Array, "B T"]
     """Targets of cross-entropy: the answer and its end, never a row's first token. The prediction
     for position t is made at t - 1."""
-    kv_mask: Bool[Array | np.ndarray, "B T"]
+    kv_mask: Bool[Array, "B T"]
     """Tokens whose keys and values are compared: valid and not among the first ``sink_tokens``."""
 
 
@@ -185,12 +188,10 @@ def collate(rows: Sequence[Encoded], length: int, pad_id: int, sink_tokens: int)
     lengths_B1 = np.array([len(row.ids) for row in rows], np.int32)[:, None]
     targets_from_B1 = np.array([max(row.prompt_length, 1) for row in rows], np.int32)[:, None]
     valid_BT = position_1T < lengths_B1
-    return Batch(
-        tokens=tokens_BT,
-        valid=valid_BT,
-        loss_mask=valid_BT & (position_1T >= targets_from_B1),
-        kv_mask=valid_BT & (position_1T >= sink_tokens),
-    )
+    loss_mask_BT = valid_BT & (position_1T >= targets_from_B1)
+    kv_mask_BT = valid_BT & (position_1T >= sink_tokens)
+    arrays: tuple[Any, ...] = (tokens_BT, valid_BT, loss_mask_BT, kv_mask_BT)
+    return Batch(*arrays)
 
 
 def _with_targets(rows: Sequence[Encoded], max_length: int) -> list[Encoded]:

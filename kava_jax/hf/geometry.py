@@ -108,7 +108,9 @@ def spec_from_config(config: Mapping[str, Any], *, where: str) -> DecoderSpec:
         qk_norm=family.qk_norm,
         rope_scaling=rope_scaling,
         sliding_window=_sliding_window(config, name, family, where),
-        initializer_range=float(config.get("initializer_range", 0.02)),
+        initializer_range=_positive_float(
+            config.get("initializer_range", 0.02), "initializer_range", where
+        ),
         max_position_embeddings=positions,
     )
 

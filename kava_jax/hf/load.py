@@ -37,7 +37,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise KavaError(f"{path.parent.name}/{path.name} is unreadable JSON ({error})") from error
+        raise KavaError(
+            f"{path.parent.name}/{path.name} is unreadable JSON ({error}); restore the file"
+        ) from error
     if not isinstance(value, dict):
         raise KavaError(f"{path.parent.name}/{path.name} is not a JSON object; restore the file")
     return value

@@ -54,7 +54,8 @@ class Decoder(nnx.Module):
         """
         dtypes = Dtypes(jnp.dtype(param_dtype), jnp.dtype(dtype))
         count = spec.num_layers if blocks is None else blocks
-        self.spec, self.dtype, self.remat = spec, dtypes.compute, remat
+        self.spec, self.dtype = spec, dtypes.compute
+        self.remat: Remat = remat
         self.embed = Embedding(spec, dtypes=dtypes, rngs=rngs)
         self.blocks = _stacked_blocks(spec, count, dtypes, rngs) if count else None
         self.tail = Tail(spec, dtypes=dtypes, rngs=rngs) if tail else None
@@ -122,7 +123,7 @@ class Decoder(nnx.Module):
 def _stacked_blocks(spec: DecoderSpec, count: int, dtypes: Dtypes, rngs: nnx.Rngs) -> Block:
     """``count`` blocks as one module whose parameters have a leading layer axis."""
     build = nnx.vmap(lambda r: Block(spec, dtypes=dtypes, rngs=r), in_axes=0, out_axes=0)
-    return build(rngs.fork(split=count))
+    return build(rngs.split(count))
 
 
 def _remat(layer: Any, policy: Remat) -> Any:

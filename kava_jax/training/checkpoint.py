@@ -95,7 +95,8 @@ class Checkpoints:
 
     def restore(self, step: int, abstract: Any) -> TrainState:
         """Read a checkpoint into the shapes, dtypes and shardings of ``abstract``."""
-        return self._manager.restore(step, args=self._ocp.args.StandardRestore(abstract))
+        restored: Any = self._manager.restore(step, args=self._ocp.args.StandardRestore(abstract))
+        return restored
 
     def _name(self) -> str:
         return f"{self._directory.parent.name}/{self._directory.name}"

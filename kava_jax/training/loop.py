@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -78,7 +79,7 @@ def run_steps(
 def _line(metrics: Metrics, rates: Mapping[str, optax.Schedule], number: int) -> dict[str, float]:
     """One logged line: the metrics of this very step and the rates it was taken with."""
     return summarize(metrics) | {
-        f"lr_{group}": float(rate(number)) for group, rate in rates.items()
+        f"lr_{group}": float(np.asarray(rate(number))) for group, rate in rates.items()
     }
 
 

@@ -122,10 +122,10 @@ def write_manifest(
 ) -> None:
     """Write ``manifest.json``; on an existing one add this start to its list of starts.
 
-    Only one process of a run may call this. Identity (config hash, fingerprints) stands at the top;
-    what may differ from start to start (command, versions, git revision, hardware, time) in
-    ``starts``, oldest first. Write ``config.yaml`` first: the manifest is what makes a directory a
-    run.
+    Only one process of a run may call this. Identity (config and its hash, fingerprints) stands at
+    the top, in one file so that a kill cannot leave two halves that disagree; what may differ from
+    start to start (command, versions, git revision, hardware, time) in ``starts``, oldest first.
+    ``config.yaml`` is the copy for people and for ``read_config``; write it first.
     """
     earlier = read_manifest(run_dir) if (run_dir / MANIFEST_NAME).exists() else {}
     start = {
@@ -136,6 +136,7 @@ def write_manifest(
         "hardware": hardware._asdict(),
     }
     manifest = {
+        "config": _plain(config),
         "config_hash": config_hash(config),
         "fingerprints": fingerprints._asdict() | {"teachers": dict(fingerprints.teachers)},
         "starts": [*earlier.get("starts", []), start],
@@ -154,7 +155,7 @@ def read_manifest(run_dir: Path) -> dict[str, Any]:
         raise KavaError(
             f"{path} is not readable JSON ({_one_line(error)}); restore it or name another run.dir"
         ) from None
-    if not isinstance(manifest, dict) or not {"config_hash", "fingerprints"} <= manifest.keys():
+    if not isinstance(manifest, dict) or not {"config", "fingerprints"} <= manifest.keys():
         raise KavaError(f"{path} is no manifest of a run; restore it or name another run.dir")
     return manifest
 
@@ -176,13 +177,8 @@ def check_manifest(
     if not (run_dir / MANIFEST_NAME).exists():
         _check_fresh(run_dir)
         return False
-    manifest, old = read_manifest(run_dir), read_config(run_dir)
-    if config_hash(old) != manifest["config_hash"]:
-        raise KavaError(
-            f"{run_dir / CONFIG_NAME} was changed after the run started (its hash is not the one in"
-            f" {MANIFEST_NAME}); restore it or name another run.dir"
-        )
-    if changes := config_diff(old, config, free):
+    manifest = read_manifest(run_dir)
+    if changes := config_diff(manifest["config"], config, free):
         raise KavaError(
             f"run.dir={run_dir} belongs to another config: {', '.join(map(str, changes))};"
             " put the old values back or name another run.dir"
@@ -199,7 +195,9 @@ def _check_fresh(run_dir: Path) -> None:
     """Refuse a directory that is not ours. A lone config.yaml is a start that died early."""
     if run_dir.exists() and not run_dir.is_dir():
         raise KavaError(f"run.dir={run_dir} is a file; name a directory")
-    known = {CONFIG_NAME, _temporary(Path(CONFIG_NAME)).name, _temporary(Path(MANIFEST_NAME)).name}
+    # manifest.json too: the first process may be writing it while another one looks.
+    ours = [Path(CONFIG_NAME), Path(MANIFEST_NAME)]
+    known = {path.name for name in ours for path in (name, _temporary(name))}
     if run_dir.is_dir() and {path.name for path in run_dir.iterdir()} - known:
         raise KavaError(
             f"run.dir={run_dir} is not empty and has no {MANIFEST_NAME}, so it is not a run;"

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
@@ -27,7 +28,6 @@ from kava_jax.models.decoder import Decoder, KeySpace, Params
 from kava_jax.models.masks import attention_mask, token_positions
 
 Metrics = dict[str, Mean]
-Schedule = Callable[[Int[Array, ""]], Float[Array, ""]]
 KVLoss = Callable[[Array, Array, Array, Array], Mean]
 # Logits of one chunk of cross-entropy, per shard of the batch: 2**25 float32 are 128 MiB.
 CHUNK_LOGITS = 2**25
@@ -53,12 +53,12 @@ def kv_loss(
     *,
     alpha: float = 1.0,
     beta: float = 0.01,
-    mercator_weight: Schedule | float = 0.8,
-    mse_weight: Schedule | float = 0.2,
+    mercator_weight: optax.Schedule | float = 0.8,
+    mse_weight: optax.Schedule | float = 0.2,
 ) -> KVLoss:
     """The named loss as ``(student, target, mask, step) -> Mean``; weights may be schedules."""
 
-    def at(weight: Schedule | float, step: Array) -> Any:
+    def at(weight: optax.Schedule | float, step: Array) -> Any:
         return weight(step) if callable(weight) else weight
 
     table: dict[str, KVLoss] = {
@@ -89,7 +89,7 @@ class Objective:
     projector: nnx.GraphDef[KVDimensionProjector] | None
     teachers: Mapping[str, TeacherLink]
     kv_loss: KVLoss
-    kv_weight: Schedule
+    kv_weight: optax.Schedule
     ce_weight: float = 1.0
     kl_weight: float = 0.0
     kl_temperature: float = 1.0
@@ -149,7 +149,8 @@ class Objective:
         """The mapped layers of both sides in one space: (student's, target's) [P, B, T, K, H]."""
         student = _take_layers(student_cache, link.layer_map.student_layers)
         teacher = _take_layers(teacher_cache, link.layer_map.teacher_layers)
-        projector = nnx.merge(self.projector, projector_params)
+        assert self.projector is not None
+        projector: KVDimensionProjector = nnx.merge(self.projector, projector_params)
         if projector.direction == "student_to_teacher":
             return projector.project(name, student, dropout_key=key), teacher
         return student, projector.project(name, teacher, dropout_key=key)

@@ -68,7 +68,7 @@ def make_train_step(
         )
         metrics = jax.tree.map(lambda parts: parts.sum(axis=0), metrics)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params: Any = optax.apply_updates(state.params, updates)
         running = {name: _decayed_sum(old, metrics, name) for name, old in state.running.items()}
         metrics |= {"loss": _scalar(losses.sum()), "tokens": _scalar(batch.valid.sum())}
         metrics |= {

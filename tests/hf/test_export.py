@@ -105,7 +105,6 @@ def test_the_export_loads_in_transformers_with_equal_logits(name, tmp_path, toke
     assert (head.data_ptr() == embedding.data_ptr()) == CONFIGS[name]["tie_word_embeddings"]
     theirs = their_logits(loaded.eval())
     assert np.abs(theirs - their_logits(torch_model(name))).max() < TOL["parity"]
-    assert np.abs(theirs - our_logits(source)).max() < TOL["parity"]
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -194,12 +194,19 @@ def test_a_start_that_died_before_its_manifest_can_start_again(tmp_path):
     assert check(tmp_path) is False
 
 
-def test_a_config_edited_by_hand_is_refused(tmp_path):
+def test_a_config_file_edited_by_hand_does_not_change_the_identity(tmp_path):
     start(tmp_path)
     path = tmp_path / "config.yaml"
     path.write_text(path.read_text().replace("steps: 100", "steps: 200"))
-    with pytest.raises(KavaError, match="was changed after the run started"):
+    with pytest.raises(KavaError, match="steps 100 -> 200"):
         check(tmp_path, config=changed(steps=200))
+
+
+def test_a_start_that_died_between_its_two_files_can_start_again(tmp_path):
+    start(tmp_path)
+    write_config(tmp_path, changed(steps=200))
+    for steps in (100, 200):
+        assert check(tmp_path, config=changed(steps=steps), free=["steps"]) is True
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}"])

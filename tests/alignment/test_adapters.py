@@ -1,0 +1,151 @@
+"""Every adapter's forward pass against numpy in float64, and its dropout by counting."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from kava_jax.alignment.adapters import (
+    ElasticAdapter,
+    HeadShape,
+    HeadwiseAdapter,
+    LinearAdapter,
+    initial_kernel,
+)
+from tests.tolerances import TOL
+
+SOURCE, TARGET = HeadShape(4, 6), HeadShape(2, 5)
+
+
+def noisy(module: nnx.Module, seed: int = 0) -> dict:
+    """Put noise on every weight (no bias stays 0) and return them in float64."""
+    rng = np.random.default_rng(seed)
+    state = nnx.to_pure_dict(nnx.state(module, nnx.Param))
+    state = jax.tree.map(lambda x: x + 0.3 * rng.normal(size=x.shape).astype(np.float32), state)
+    nnx.update(module, state)
+    return jax.tree.map(lambda x: np.asarray(x, np.float64), state)
+
+
+def vectors(width: int, *lead: int) -> np.ndarray:
+    return np.random.default_rng(1).normal(1.0, 2.0, (*lead, width)).astype(np.float32)
+
+
+def test_linear_is_numpys_affine_map() -> None:
+    adapter = LinearAdapter(SOURCE, TARGET, "xavier", nnx.Rngs(0))
+    weights, x = noisy(adapter), vectors(SOURCE.width, 3, 4)
+    want = x.astype(np.float64) @ weights["out"]["kernel"] + weights["out"]["bias"]
+    np.testing.assert_allclose(adapter(jnp.asarray(x), None), want, atol=TOL["float32"])
+
+
+@pytest.mark.parametrize("ratio", [0.5, 1.0])
+def test_elastic_is_layer_norm_linear_silu_linear(ratio: float) -> None:
+    adapter = ElasticAdapter(
+        SOURCE, TARGET, "kaiming", nnx.Rngs(0), mlp_ratio=ratio, dropout=0.4
+    )
+    w, x = noisy(adapter), vectors(SOURCE.width, 2, 3, 4)
+    assert w["inner"]["kernel"].shape == (24, int(24 * ratio))
+    wide = x.astype(np.float64)
+    variance = wide.var(axis=-1, keepdims=True)
+    normed = (wide - wide.mean(axis=-1, keepdims=True)) / np.sqrt(variance + 1e-5)
+    hidden = (normed * w["scale"] + w["shift"]) @ w["inner"]["kernel"] + w["inner"]["bias"]
+    want = (hidden / (1 + np.exp(-hidden))) @ w["out"]["kernel"] + w["out"]["bias"]
+    # Several times the width of one formula: two matrix products in a row.
+    np.testing.assert_allclose(adapter(jnp.asarray(x), None), want, atol=TOL["float32"])
+
+
+def test_elastic_survives_vectors_that_are_all_offset() -> None:
+    adapter = ElasticAdapter(SOURCE, TARGET, "xavier", nnx.Rngs(0), mlp_ratio=1.0, dropout=0.0)
+    w, x = noisy(adapter), 300.0 + vectors(SOURCE.width, 64)
+    x[0] = 0.0
+    wide = x.astype(np.float64)
+    variance = wide.var(axis=-1, keepdims=True)
+    normed = (wide - wide.mean(axis=-1, keepdims=True)) / np.sqrt(variance + 1e-5)
+    hidden = (normed * w["scale"] + w["shift"]) @ w["inner"]["kernel"] + w["inner"]["bias"]
+    want = (hidden / (1 + np.exp(-hidden))) @ w["out"]["kernel"] + w["out"]["bias"]
+    np.testing.assert_allclose(adapter(jnp.asarray(x), None), want, atol=TOL["offset_norm"])
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+def test_headwise_mixes_heads_and_maps_the_head_dim(per_head: bool) -> None:
+    adapter = HeadwiseAdapter(SOURCE, TARGET, "xavier", nnx.Rngs(0), per_head=per_head)
+    w, x = noisy(adapter), vectors(SOURCE.width, 3, 4)
+    want = np.zeros((3, 4, 2, 5))
+    for k in range(2):
+        kernel = w["kernel"][k if per_head else 0]
+        for j in range(4):
+            head = x[..., 6 * j : 6 * (j + 1)].astype(np.float64)
+            want[..., k, :] += w["mixer_kernel"][j, k] * (head @ kernel)
+        want[..., k, :] += w["bias"][k]
+    got = adapter(jnp.asarray(x), None)
+    np.testing.assert_allclose(got, want.reshape(3, 4, 10), atol=TOL["float32"])
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "mixer"),
+    [
+        (4, 2, [[0.5, 0], [0.5, 0], [0, 0.5], [0, 0.5]]),
+        (2, 4, [[1, 1, 0, 0], [0, 0, 1, 1]]),
+        (3, 3, [[1, 0, 0], [0, 1, 0], [0, 0, 1]]),
+        (3, 2, [[2 / 3, 0], [1 / 3, 1 / 3], [0, 2 / 3]]),
+    ],
+)
+def test_headwise_starts_as_the_mean_of_each_heads_group(source, target, mixer) -> None:
+    adapter = HeadwiseAdapter(
+        HeadShape(source, 6), HeadShape(target, 6), "xavier", nnx.Rngs(0), per_head=False
+    )
+    np.testing.assert_allclose(adapter.mixer_kernel[...], mixer, rtol=TOL["float32"])
+
+
+def test_dropout_needs_a_key_and_keeps_the_mean() -> None:
+    adapter = ElasticAdapter(SOURCE, TARGET, "xavier", nnx.Rngs(0), mlp_ratio=1.0, dropout=0.25)
+    x = jnp.asarray(vectors(SOURCE.width, 1))
+    plain = adapter(x, None)
+    np.testing.assert_array_equal(plain, adapter(x, None))
+    first, second = (adapter(x, jax.random.key(i)) for i in (1, 2))
+    assert not np.array_equal(first, second)
+    assert not np.array_equal(first, plain)
+    np.testing.assert_array_equal(first, adapter(x, jax.random.key(1)))
+    many = adapter(jnp.broadcast_to(x, (20_000, SOURCE.width)), jax.random.key(3))
+    error = many.std(axis=0) / np.sqrt(20_000)
+    assert np.all(np.abs(many.mean(axis=0) - plain[0]) < 5 * error)
+
+
+def test_dropout_zeroes_the_asked_share_of_hidden_units() -> None:
+    adapter = ElasticAdapter(SOURCE, TARGET, "xavier", nnx.Rngs(0), mlp_ratio=1.0, dropout=0.25)
+    # With one hidden unit wired through, the output shows whether that unit was kept.
+    out = np.zeros((24, 10), np.float32)
+    out[5, 0] = 1.0
+    adapter.out.kernel[...] = jnp.asarray(out)
+    x = jnp.broadcast_to(jnp.asarray(vectors(SOURCE.width, 1)), (20_000, SOURCE.width))
+    plain, dropped = adapter(x, None)[0, 0], adapter(x, jax.random.key(0))[:, 0]
+    kept = np.asarray(dropped) != 0
+    np.testing.assert_allclose(dropped[kept], plain / 0.75, rtol=TOL["float32"])
+    assert abs(kept.mean() - 0.75) < 5 * np.sqrt(0.75 * 0.25 / 20_000)
+
+
+def test_bf16_in_bf16_out_with_float32_weights() -> None:
+    for adapter in (
+        LinearAdapter(SOURCE, TARGET, "xavier", nnx.Rngs(0)),
+        ElasticAdapter(SOURCE, TARGET, "xavier", nnx.Rngs(0), mlp_ratio=1.0, dropout=0.1),
+        HeadwiseAdapter(SOURCE, TARGET, "xavier", nnx.Rngs(0), per_head=True),
+    ):
+        x = jnp.asarray(vectors(SOURCE.width, 2, 3))
+        got = adapter(x.astype(jnp.bfloat16), jax.random.key(0))
+        assert got.dtype == jnp.bfloat16
+        assert got.shape == (2, 3, TARGET.width)
+        assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(adapter))} == {jnp.dtype("f4")}
+
+
+@pytest.mark.parametrize(
+    ("method", "std", "limit"),
+    [
+        ("xavier", np.sqrt(2 / (300 + 200)), np.sqrt(6 / (300 + 200))),
+        ("kaiming", np.sqrt(2 / 300), np.inf),
+        ("normal", 0.02, np.inf),
+    ],
+)
+def test_initial_kernels_have_their_formulas_spread(method, std: float, limit: float) -> None:
+    kernel = np.asarray(initial_kernel(method, jax.random.key(0), (300, 200)))
+    assert abs(kernel.std() / std - 1) < 5 / np.sqrt(2 * kernel.size)
+    assert np.abs(kernel).max() <= limit

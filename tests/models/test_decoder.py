@@ -1,0 +1,278 @@
+"""The decoder against itself run another way: loops, cuts, padding, a past, recomputation."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from kava_jax.cache import KVCache
+from kava_jax.models.decoder import Decoder
+from kava_jax.models.masks import attention_mask, token_positions
+from kava_jax.models.rope import rope_frequencies, rope_rotation, rotate
+from kava_jax.models.spec import DecoderSpec, Llama3RopeScaling
+from tests.tolerances import TOL
+
+SPEC = DecoderSpec(
+    family="qwen3",
+    vocab_size=40,
+    hidden_size=16,
+    intermediate_size=24,
+    num_layers=3,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=6,
+    rope_theta=100.0,
+    norm_eps=1e-6,
+    tie_embeddings=True,
+    qkv_bias=True,
+    output_bias=True,
+    mlp_bias=True,
+    qk_norm=True,
+    initializer_range=0.2,
+)
+TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 40, (2, 10)), jnp.int32)
+ALL = jnp.ones((2, 10), bool)
+
+
+def build(**options) -> Decoder:
+    spec = options.pop("spec", SPEC)
+    model = Decoder(spec, rngs=nnx.Rngs(0), **options)
+    rng = np.random.default_rng(1)
+    noisy = jax.tree.map(
+        lambda x: x + jnp.asarray(0.1 * rng.normal(size=x.shape), x.dtype),
+        nnx.to_pure_dict(nnx.state(model)),
+    )
+    nnx.update(model, noisy)
+    return model
+
+
+def inputs(valid: jax.Array, window: int | None = None) -> tuple[jax.Array, jax.Array]:
+    positions = token_positions(valid)
+    return positions, attention_mask(positions, positions, valid, window)
+
+
+@partial(jax.jit, static_argnames=("graph", "key_space"))
+def forward(graph, params, tokens, valid, key_space):
+    model = nnx.merge(graph, params)
+    return model(tokens, *inputs(valid, model.spec.sliding_window), key_space=key_space)
+
+
+def run(model: Decoder, tokens=TOKENS, valid=ALL, key_space="pre_rope"):
+    return forward(*nnx.split(model), tokens, valid, key_space)
+
+
+def assert_close(left, right, tolerance: str = "rearranged") -> None:
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=TOL[tolerance]), left, right)
+
+
+def test_scanned_layers_equal_a_loop_over_them() -> None:
+    model = build()
+    hidden, cache = run(model)
+    post = run(model, key_space="post_rope")[1]
+    positions, mask = inputs(ALL)
+    rotation = rope_rotation(positions, rope_frequencies(SPEC))
+    graph, layers = nnx.split(model.blocks)
+    x = model.embed.embedding[...][TOKENS]
+    for i in range(SPEC.num_layers):
+        block = nnx.merge(graph, jax.tree.map(lambda w, i=i: w[i], layers))
+        x, new = block(x, rotation, mask, None)
+        assert_close(tuple(new), (cache.k[i], post.k[i], cache.v[i]))
+    assert_close(hidden, model.final_norm(x))
+    assert hidden.shape == (2, 10, 16)
+    assert cache.k.shape == cache.v.shape == (3, 2, 10, 2, 6)
+
+
+def test_keys_after_rope_are_the_rotated_keys() -> None:
+    model = build()
+    before, after = run(model)[1], run(model, key_space="post_rope")[1]
+    np.testing.assert_array_equal(before.v, after.v)
+    # Independently: pair (i, i + 3) of position p as a complex number, turned by p * theta^(-i/3).
+    angle = np.arange(10)[:, None] * 100.0 ** -(np.arange(3) / 3)
+    turned = (np.asarray(before.k[..., :3]) + 1j * np.asarray(before.k[..., 3:])) * np.exp(
+        1j * angle
+    )[None, None, :, None, :]
+    want = np.concatenate([turned.real, turned.imag], axis=-1)
+    np.testing.assert_allclose(after.k, want, atol=TOL["float32"])
+    rotation = rope_rotation(token_positions(ALL), rope_frequencies(SPEC))
+    for layer in range(3):
+        assert_close(rotate(before.k[layer], rotation), after.k[layer])
+
+
+@pytest.mark.parametrize("blocks", [0, 1, 2])
+def test_a_cut_teacher_writes_the_caches_of_the_whole(blocks: int) -> None:
+    whole = build()
+    cut = build(blocks=blocks, tail=True, head=False)
+    source = nnx.to_pure_dict(nnx.state(whole))
+    target = nnx.to_pure_dict(nnx.state(cut))
+    assert "final_norm" not in target
+    assert "head" not in target
+    kept = {"embed": source["embed"]}
+    if blocks:
+        kept["blocks"] = jax.tree.map(lambda w: w[:blocks], source["blocks"])
+    layer = jax.tree.map(lambda w: w[blocks], source["blocks"])
+    names = ("k", "v", "k_norm")
+    attention = {name: layer["attention"][name] for name in names}
+    kept["tail"] = {"attention_norm": layer["attention_norm"], "attention": attention}
+    assert jax.tree.structure(kept) == jax.tree.structure(target)
+    nnx.update(cut, kept)
+    full, part = run(whole)[1], run(cut)[1]
+    assert_close(part, jax.tree.map(lambda x: x[: blocks + 1], full))
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_padding_on_either_side_changes_nothing(window: int | None) -> None:
+    spec = DecoderSpec(**{**vars(SPEC), "sliding_window": window})
+    model = build(spec=spec)
+    lengths = (6, 10)
+    for side in ("left", "right"):
+        columns = np.arange(10)[None]
+        ends = np.array(lengths)[:, None]
+        valid = columns >= 10 - ends if side == "left" else columns < ends
+        tokens = np.zeros((2, 10), np.int32)
+        for row, n in enumerate(lengths):
+            tokens[row, valid[row]] = np.asarray(TOKENS)[row, :n]
+        hidden, cache = run(model, jnp.asarray(tokens), jnp.asarray(valid), "post_rope")
+        for row, n in enumerate(lengths):
+            alone = run(model, TOKENS[row : row + 1, :n], jnp.ones((1, n), bool), "post_rope")
+            real = np.asarray(valid)[row]
+            assert_close(hidden[row, real], alone[0][0])
+            assert_close(
+                jax.tree.map(lambda x, r=row, m=real: x[:, r, m], cache),
+                jax.tree.map(lambda x: x[:, 0], alone[1]),
+            )
+
+
+def test_a_row_without_any_token_is_finite_and_so_is_its_gradient() -> None:
+    graph, params = nnx.split(build())
+    valid = ALL.at[0].set(False)
+
+    def total(params):
+        hidden, cache = run(nnx.merge(graph, params), valid=valid)
+        return jnp.sum(hidden**2) + jnp.sum(cache.k**2), (hidden, cache)
+
+    grads, outputs = jax.jit(jax.grad(total, has_aux=True))(params)
+    for leaf in jax.tree.leaves((grads, outputs)):
+        assert np.isfinite(leaf).all()
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_a_sliding_window_sees_only_so_far_and_a_past_continues_exactly(window) -> None:
+    spec = DecoderSpec(**{**vars(SPEC), "sliding_window": window})
+    model = build(spec=spec)
+    valid = ALL.at[0, :3].set(False)  # left padding in one row
+    positions, mask = inputs(valid, window)
+    hidden, cache = model(TOKENS, positions, mask, key_space="post_rope")
+    past: KVCache | None = None
+    parts = []
+    for start, stop in ((0, 6), (6, 7), (7, 10)):
+        part, new = model(
+            TOKENS[:, start:stop],
+            positions[:, start:stop],
+            mask[:, :, start:stop, :stop],
+            past=past,
+            key_space="post_rope",
+        )
+        assert new.k.shape[2] == stop - start
+        parts.append(part)
+        past = new if past is None else jax.tree.map(lambda *x: jnp.concatenate(x, 2), past, new)
+    joined = jnp.concatenate(parts, axis=1)
+    assert_close(joined[valid], hidden[valid])
+    assert_close(jax.tree.map(lambda x: x[:, valid], past), jax.tree.map(lambda x: x[:, valid], cache))
+
+
+def test_masks_by_hand() -> None:
+    valid = jnp.asarray([[0, 1, 1, 1], [1, 1, 1, 0]], bool)
+    positions = token_positions(valid)
+    np.testing.assert_array_equal(positions, [[0, 0, 1, 2], [0, 1, 2, 2]])
+    mask = attention_mask(positions, positions, valid)
+    np.testing.assert_array_equal(mask[0, 0, 1:], [[0, 1, 0, 0], [0, 1, 1, 0], [0, 1, 1, 1]])
+    np.testing.assert_array_equal(mask[1, 0, :3], [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0]])
+    mask = attention_mask(positions, positions, valid, 2)
+    np.testing.assert_array_equal(mask[0, 0, 1:], [[0, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]])
+
+
+def test_the_window_reaches_back_layer_by_layer() -> None:
+    # Two layers that see 2 tokens each see 3 together: token 0 no longer touches token 3.
+    model = build(spec=DecoderSpec(**{**vars(SPEC), "num_layers": 2, "sliding_window": 2}))
+    changed = TOKENS.at[:, 0].set((TOKENS[:, 0] + 1) % 40)
+    difference = np.abs(np.asarray(run(model)[0] - run(model, changed)[0])).max(axis=(0, 2))
+    assert (difference[:3] > TOL["rearranged"]).all()
+    np.testing.assert_array_equal(difference[3:], 0)
+
+
+def test_recomputation_changes_neither_value_nor_gradient() -> None:
+    found = {}
+    for policy in ("none", "dots", "full"):
+        graph, params = nnx.split(build(remat=policy))
+
+        def total(params, graph=graph):
+            hidden, cache = run(nnx.merge(graph, params))
+            return jnp.mean(hidden**3) + jnp.mean(cache.k * cache.v)
+
+        value, grads = jax.jit(jax.value_and_grad(total))(params)
+        found[policy] = value, nnx.to_pure_dict(grads)
+        text = str(jax.make_jaxpr(jax.grad(total))(params))
+        assert ("remat" in text or "checkpoint" in text) == (policy != "none")
+    assert_close(found["none"], found["dots"])
+    assert_close(found["none"], found["full"])
+
+
+def test_bf16_computes_in_bf16_over_float32_parameters() -> None:
+    graph, params = nnx.split(build(dtype=jnp.bfloat16))
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+
+    def total(params):
+        model = nnx.merge(graph, params)
+        hidden, cache = run(model)
+        logits = model.logits(hidden)
+        assert {x.dtype for x in (hidden, cache.k, cache.v, logits)} == {jnp.dtype("bfloat16")}
+        return jnp.mean(logits.astype(jnp.float32) ** 2), hidden
+
+    grads, hidden = jax.grad(total, has_aux=True)(params)
+    assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype("float32")}
+    wide = run(build())[0]
+    error = jnp.linalg.norm(hidden.astype(jnp.float32) - wide) / jnp.linalg.norm(wide)
+    assert 0 < error < TOL["bf16_model"]
+
+
+def test_a_teacher_can_be_kept_in_bf16() -> None:
+    model = Decoder(SPEC, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16, dtype=jnp.bfloat16)
+    assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model))} == {jnp.dtype("bfloat16")}
+
+
+def test_logits_tied_and_untied() -> None:
+    tied = build()
+    hidden = run(tied)[0]
+    table = np.asarray(tied.embed.embedding[...], np.float64)
+    want = np.asarray(hidden, np.float64) @ table.T
+    np.testing.assert_allclose(tied.logits(hidden), want, atol=TOL["float32"])
+    untied = build(spec=DecoderSpec(**{**vars(SPEC), "tie_embeddings": False}))
+    want = np.asarray(hidden, np.float64) @ np.asarray(untied.head.kernel[...], np.float64)
+    np.testing.assert_allclose(untied.logits(hidden), want, atol=TOL["float32"])
+
+
+def test_llama3_frequencies() -> None:
+    scaling = Llama3RopeScaling(8.0, 1.0, 4.0, 64)
+    spec = DecoderSpec(**{**vars(SPEC), "head_dim": 16, "rope_scaling": scaling})
+    want = []
+    for i in range(8):
+        frequency = 100.0 ** (-2 * i / 16)
+        wavelength = 2 * np.pi / frequency
+        if wavelength < 64 / 4.0:
+            want.append(frequency)
+        elif wavelength > 64 / 1.0:
+            want.append(frequency / 8.0)
+        else:
+            smooth = (64 / wavelength - 1.0) / (4.0 - 1.0)
+            want.append((1 - smooth) * frequency / 8.0 + smooth * frequency)
+    plain = 100.0 ** (-np.arange(8) / 8)
+    kinds = {"kept": want[0] == plain[0], "divided": np.isclose(want[-1], plain[-1] / 8)}
+    assert all(kinds.values())
+    found = rope_frequencies(spec)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, want, rtol=TOL["float32"])
+    between = (found < 0.99 * plain) & (found > 1.01 * plain / 8)
+    assert between.any()

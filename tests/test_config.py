@@ -1,0 +1,182 @@
+"""The configuration: what is accepted, what is refused, and that it survives a round trip."""
+
+import typing
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from kava_jax.config import FREE_FIELDS, Config, Ramp
+from kava_jax.config_file import dump_config, load_config, parse_config, shipped_config
+from kava_jax.errors import KavaError
+from tests.tiny import write_config
+
+CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.yaml"))
+LARGEST = 75
+
+
+def least() -> dict[str, typing.Any]:
+    """The shortest valid config."""
+    return {"student": {"path": "student"}, "data": {"path": "data.jsonl"}}
+
+
+def parse(*overrides: str) -> Config:
+    return parse_config(least(), overrides)
+
+
+def sections(annotation: object) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [] if annotation is Ramp else [annotation]  # a Ramp stands for a number
+    return [model for part in typing.get_args(annotation) for model in sections(part)]
+
+
+def leaves(model: type[BaseModel], prefix: str = "") -> list[str]:
+    names = []
+    for name, field in model.model_fields.items():
+        below = sections(field.annotation)
+        names += [leaf for s in below for leaf in leaves(s, f"{prefix}{name}.")] or [prefix + name]
+    return names
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_shipped_configs_parse_and_come_back(path):
+    config = load_config(path)
+    assert parse_config(dump_config(config)) == config
+    assert shipped_config(path.name).read_text() == path.read_text()
+
+
+def test_unknown_shipped_config():
+    with pytest.raises(KavaError, match=r"config='none.yaml'.*give a path"):
+        shipped_config("none.yaml")
+
+
+def test_the_config_stays_small():
+    names = leaves(Config)
+    assert "teachers.layer_map" in names  # the walk goes into lists of sections
+    assert "loss.kv_weight" in names
+    assert "mesh.tensor" in names
+    assert len(names) < LARGEST, names
+
+
+def test_free_fields_exist():
+    names = leaves(Config)
+    assert all(any(f"{n}.".startswith(f"{free}.") for n in names) for free in FREE_FIELDS)
+
+
+def test_defaults_are_those_of_the_design():
+    config = parse()
+    assert (config.optimizer.student_lr, config.optimizer.projector_lr) == (5e-5, 1e-3)
+    assert (config.loss.kv, config.loss.beta, config.loss.ce_weight) == ("mercator", 0.01, 1.0)
+    assert (config.loss.key_space, config.loss.sink_tokens) == ("pre_rope", 4)
+    assert (config.loss.mercator_weight, config.loss.mse_weight) == (0.8, 0.2)
+    assert config.projector.direction == "student_to_teacher"
+    assert config.teachers == ()
+    assert str(config.run.directory) == "runs/run"
+    assert str(parse("run.name=b", "run.dir=null").run.directory) == "runs/b"
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1e-3", 1e-3), ("1E-3", 1e-3), ("2.5e+1", 25.0), (".5e-2", 5e-3), ("3", 3.0), ("0.25", 0.25)],
+)
+def test_numbers_as_people_write_them(text, value, tmp_path):
+    assert parse(f"optimizer.student_lr={text}").optimizer.student_lr == value
+    path = tmp_path / "c.yaml"
+    path.write_text(f"student: {{path: s}}\ndata: {{path: d}}\noptimizer: {{student_lr: {text}}}\n")
+    assert load_config(path).optimizer.student_lr == value
+
+
+def test_text_that_resembles_a_number_stays_text():
+    assert parse("student.revision='1e-3'").student.revision == "1e-3"
+    assert parse("data.path=e3").data.path == "e3"
+
+
+def test_overrides_reach_everything():
+    config = parse(
+        "train.steps=7",
+        "teachers.0.path=big",
+        "teachers.1={name: other, path: second}",
+        "teachers.1.layer_map=[[3, 0], [5, 1]]",
+        "loss.kv_weight={start: 0, end: 1}",
+        "train.steps=8",
+        "student.revision=a=b",
+    )
+    assert config.train.steps == 8  # the last one counts
+    assert [t.path for t in config.teachers] == ["big", "second"]
+    assert config.teachers[1].layer_map == ((3, 0), (5, 1))
+    assert config.loss.kv_weight == Ramp(start=0, end=1)
+    assert config.student.revision == "a=b"
+
+
+def test_overrides_replace_what_the_file_says(tmp_path):
+    path = write_config(tmp_path / "tiny.yaml")
+    config = load_config(path, ["teachers.0.weight=2"])
+    assert config.teachers[0].weight == 2
+    assert config.teachers[0].path == "teacher"
+    assert load_config(path, ["teachers=[]"]).teachers == ()
+
+
+def test_every_problem_is_named_at_once():
+    with pytest.raises(KavaError) as caught:
+        parse("train.stesp=4", "train.log_every=0", "loss.kv=cosine", "optimiser.b1=1", "run.seed=-1")
+    message = str(caught.value)
+    for words in (
+        "did you mean train.steps?",
+        "train.log_every=0 is not valid",
+        "loss.kv='cosine'",
+        "did you mean optimizer?",
+        "run.seed=-1",
+    ):
+        assert words in message
+    assert "\n" not in message
+    assert "pydantic" not in message
+
+
+def test_a_weight_that_is_neither_number_nor_ramp_is_named_once():
+    with pytest.raises(KavaError) as caught:
+        parse("loss.kv_weight=heavy")
+    assert "loss.kv_weight='heavy'" in str(caught.value)
+    with pytest.raises(KavaError, match=r"loss.kv_weight.middle|loss.kv_weight"):
+        parse("loss.kv_weight={start: 0, end: 1, middle: 2}")
+
+
+def test_missing_sections_are_named():
+    with pytest.raises(KavaError) as caught:
+        parse_config({"student": {"path": "s"}})
+    assert str(caught.value) == "data is required but missing; add it"
+    with pytest.raises(KavaError, match=r"teachers\.0\.path is required but missing; add it"):
+        parse("teachers.0.weight=1")
+
+
+def test_an_unknown_key_without_a_near_one_gets_the_list():
+    with pytest.raises(KavaError, match=r"train.colour is not a known field; the fields there are"):
+        parse("train.colour=red")
+    with pytest.raises(KavaError, match=r"did you mean teachers\.0\.revision\?"):
+        parse("teachers.0={path: x, revison: main}")
+
+
+@pytest.mark.parametrize(
+    ("student", "given"), [({}, "neither"), ({"path": "s", "geometry": {"a": 1}}, "both")]
+)
+def test_exactly_one_origin_of_the_student(student, given):
+    with pytest.raises(KavaError, match=rf"student.*exactly one of path and geometry.*{given}"):
+        parse_config({"student": student, "data": {"path": "d"}})
+
+
+def test_the_config_is_frozen():
+    config = parse()
+    with pytest.raises(ValidationError, match="frozen"):
+        config.train.steps = 3  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def test_round_trip_through_yaml():
+    config = parse(
+        "teachers.0={name: a, path: x, layer_map: [[3, 0], [5, 1]]}",
+        "loss.kv_weight={start: 0, end: 1e-3}",
+        "data.format=template",
+        "data.template='Q {prompt} A {answer}'",
+        "mesh.data=2",
+    )
+    text = yaml.safe_dump(dump_config(config))
+    assert parse_config(yaml.safe_load(text)) == config
