@@ -4,6 +4,7 @@ Heavy modules are imported inside the commands, so that ``kava --help`` answers 
 """
 
 import json
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -136,6 +137,8 @@ def demo(
 
 def main() -> None:
     """Entry point: 0 done, 1 a check failed, 2 bad input."""
+    # Else transformers says on stderr, at every command, that there is no PyTorch; none is needed.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     try:
         app()
     except KavaError as error:

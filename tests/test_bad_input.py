@@ -4,23 +4,34 @@ Every case runs the real command line in a copy of one small workspace, whose ev
 before and after.
 """
 
-import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
 
-from tests.tiny import GEOMETRY, contents, kava, write_config, write_rows, write_workspace
-from tests.tiny_models import write_tokenizer
+from tests.spoil import (
+    Arrange,
+    append,
+    break_tensors,
+    change_row,
+    config,
+    foreign_folder,
+    fresh_student,
+    geometry,
+    larger_tokenizer,
+    no_checkpoints,
+    only_pickle,
+    other_vocabulary,
+    other_weights,
+    truncate_weights,
+    two_teachers,
+)
+from tests.tiny import contents, kava, write_rows, write_workspace
 
-Arrange = Callable[[Path], object]
 TRAIN = ("train", "tiny.yaml")
 EVAL = ("--data", "data.jsonl")
 
@@ -33,170 +44,264 @@ class Case(NamedTuple):
     arrange: Arrange = lambda workspace: None
 
 
-def config(text: str) -> Arrange:
-    """Replace the config file by this text."""
-    return lambda workspace: (workspace / "tiny.yaml").write_text(text)
-
-
-def append(line: bytes) -> Arrange:
-    """One more line in the data file."""
-
-    def arrange(workspace: Path) -> None:
-        with (workspace / "data.jsonl").open("ab") as file:
-            file.write(line)
-
-    return arrange
-
-
-def geometry(**keys: object) -> Arrange:
-    """Change the teacher's config.json."""
-
-    def arrange(workspace: Path) -> None:
-        path = workspace / "teacher" / "config.json"
-        path.write_text(json.dumps(json.loads(path.read_text()) | keys))
-
-    return arrange
-
-
-def break_tensors(workspace: Path) -> None:
-    """Two tensors missing, one that nobody expects, one of another shape."""
-    path = workspace / "teacher" / "model.safetensors"
-    tensors = load_file(path)
-    del tensors["model.norm.weight"]
-    del tensors["model.layers.1.mlp.up_proj.weight"]
-    tensors["model.layers.0.mlp.extra.weight"] = np.zeros((2, 2), np.float32)
-    tensors["model.layers.2.self_attn.k_proj.weight"] = np.zeros((7, 16), np.float32)
-    save_file(tensors, path)
-
-
-def only_pickle(workspace: Path) -> None:
-    (workspace / "teacher" / "model.safetensors").rename(workspace / "teacher/pytorch_model.bin")
-
-
-def truncate_weights(workspace: Path) -> None:
-    path = workspace / "teacher" / "model.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
-
-
-def larger_tokenizer(workspace: Path) -> None:
-    path = workspace / "student" / "tokenizer.json"
-    tokenizer = json.loads(path.read_text())
-    extra = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    tokenizer["added_tokens"].append({"id": 512, "content": "<new>", "special": True} | extra)
-    path.write_text(json.dumps(tokenizer))
-
-
-def other_vocabulary(workspace: Path) -> None:
-    write_tokenizer(workspace / "teacher")
-
-
-def other_weights(workspace: Path) -> None:
-    path = workspace / "teacher" / "model.safetensors"
-    tensors = load_file(path)
-    tensors["model.norm.weight"] = tensors["model.norm.weight"] + 1
-    save_file(tensors, path, metadata={"format": "pt"})
-
-
-def change_row(workspace: Path) -> None:
-    write_rows(workspace / "data.jsonl", 88, seed=1)
-
-
-def no_checkpoints(workspace: Path) -> None:
-    shutil.rmtree(workspace / "run" / "checkpoints")
-    (workspace / "run" / "checkpoints").mkdir()
-
-
-def foreign_folder(workspace: Path) -> None:
-    (workspace / "elsewhere").mkdir()
-    (workspace / "elsewhere" / "thesis.txt").write_text("years of work")
-
-
-def fresh_student(workspace: Path) -> None:
-    write_config(workspace / "tiny.yaml", teachers=[], student={"geometry": GEOMETRY})
-
-
-def two_teachers(workspace: Path) -> None:
-    both = [{"name": "big", "path": "teacher"}, {"name": "big", "path": "student"}]
-    write_config(workspace / "tiny.yaml", teachers=both)
-
-
 FRESH = {
-    "unknown key": Case((*TRAIN, "train.colour=red"), ("train.colour", "not a known field", "the fields there are steps")),
+    "unknown key": Case(
+        (*TRAIN, "train.colour=red"),
+        ("train.colour", "not a known field", "the fields there are steps"),
+    ),
     "misspelt key": Case((*TRAIN, "train.stesp=4"), ("train.stesp", "did you mean train.steps?")),
-    "misspelt section": Case((*TRAIN, "optimiser.student_lr=1"), ("optimiser", "did you mean optimizer?")),
+    "misspelt section": Case(
+        (*TRAIN, "optimiser.student_lr=1"), ("optimiser", "did you mean optimizer?")
+    ),
     "wrong type": Case((*TRAIN, "train.steps=many"), ("train.steps='many'", "valid integer")),
-    "out of range": Case((*TRAIN, "projector.dropout=1.5"), ("projector.dropout=1.5", "less than 1")),
+    "out of range": Case(
+        (*TRAIN, "projector.dropout=1.5"), ("projector.dropout=1.5", "less than 1")
+    ),
     "unknown choice": Case((*TRAIN, "loss.kv=cosine"), ("loss.kv='cosine'", "'mercator', 'mse'")),
     "not a number": Case((*TRAIN, "loss.beta=.nan"), ("loss.beta=nan", "finite number")),
     "wrong mesh": Case((*TRAIN, "mesh.data=0"), ("mesh", "data=0", "positive number or -1")),
-    "override without value": Case((*TRAIN, "train.steps"), ("override='train.steps'", "section.field=value")),
-    "override with broken value": Case((*TRAIN, "train.steps=[1"), ("override='train.steps=[1'", "mend")),
-    "override into a scalar": Case((*TRAIN, "train.steps.x=1"), ("override='train.steps.x=1'", "check the key")),
-    "override past a list's end": Case((*TRAIN, "teachers.3.path=x"), ("override='teachers.3.path=x'", "check the key")),
-    "warm-up longer than the run": Case((*TRAIN, "optimizer.warmup_steps=3"), ("optimizer.warmup_steps=3", "train.steps=2", "lower it")),
-    "accumulation does not divide": Case((*TRAIN, "train.grad_accumulation=3"), ("data.batch_size=8", "train.grad_accumulation=3", "use a multiple")),
-    "teachers of one name": Case(TRAIN, ("teachers", "['big', 'big']", "different names"), two_teachers),
-    "two origins": Case((*TRAIN, "student.geometry.model_type=llama"), ("student", "exactly one of path and geometry", "both")),
-    "template missing": Case((*TRAIN, "data.format=template"), ("data", "format=template", "give both or neither")),
-    "broken YAML": Case(TRAIN, ("config='tiny.yaml'", "line 2", "mend that line"), config("run: {name: x\ndata: [\n")),
-    "key given twice": Case(TRAIN, ("config='tiny.yaml'", "'train' is given twice", "mend"), config("train: {steps: 1}\ntrain: {steps: 2}\n")),
-    "config without sections": Case(TRAIN, ("config='tiny.yaml'", "no sections", "write"), config("steps\n")),
-    "config that is no text": Case(TRAIN, ("config='tiny.yaml'", "cannot be read", "give a YAML file"), lambda w: (w / "tiny.yaml").write_bytes(b"\xff\xfe\x00")),
-    "missing config": Case(("train", "absent.yaml"), ("config='absent.yaml'", "does not exist", "give the path")),
+    "override without value": Case(
+        (*TRAIN, "train.steps"), ("override='train.steps'", "section.field=value")
+    ),
+    "override with broken value": Case(
+        (*TRAIN, "train.steps=[1"), ("override='train.steps=[1'", "mend")
+    ),
+    "override into a scalar": Case(
+        (*TRAIN, "train.steps.x=1"), ("override='train.steps.x=1'", "check the key")
+    ),
+    "override past a list's end": Case(
+        (*TRAIN, "teachers.3.path=x"), ("override='teachers.3.path=x'", "check the key")
+    ),
+    "warm-up longer than the run": Case(
+        (*TRAIN, "optimizer.warmup_steps=3"),
+        ("optimizer.warmup_steps=3", "train.steps=2", "lower it"),
+    ),
+    "accumulation does not divide": Case(
+        (*TRAIN, "train.grad_accumulation=3"),
+        ("data.batch_size=8", "train.grad_accumulation=3", "use a multiple"),
+    ),
+    "teachers of one name": Case(
+        TRAIN, ("teachers", "['big', 'big']", "different names"), two_teachers
+    ),
+    "two origins": Case(
+        (*TRAIN, "student.geometry.model_type=llama"),
+        ("student", "exactly one of path and geometry", "both"),
+    ),
+    "template missing": Case(
+        (*TRAIN, "data.format=template"), ("data", "format=template", "give both or neither")
+    ),
+    "broken YAML": Case(
+        TRAIN,
+        ("config='tiny.yaml'", "line 2", "mend that line"),
+        config("run: {name: x\ndata: [\n"),
+    ),
+    "key given twice": Case(
+        TRAIN,
+        ("config='tiny.yaml'", "'train' is given twice", "mend"),
+        config("train: {steps: 1}\ntrain: {steps: 2}\n"),
+    ),
+    "config without sections": Case(
+        TRAIN, ("config='tiny.yaml'", "no sections", "write"), config("steps\n")
+    ),
+    "config that is no text": Case(
+        TRAIN,
+        ("config='tiny.yaml'", "cannot be read", "give a YAML file"),
+        lambda w: (w / "tiny.yaml").write_bytes(b"\xff\xfe\x00"),
+    ),
+    "missing config": Case(
+        ("train", "absent.yaml"), ("config='absent.yaml'", "does not exist", "give the path")
+    ),
     "config that is a folder": Case(("train", "teacher"), ("config='teacher'", "give a YAML file")),
-    "missing data": Case((*TRAIN, "data.path=absent.jsonl"), ("data.path='absent.jsonl'", "does not exist", "give a file")),
-    "missing held-out data": Case((*TRAIN, "data.eval_path=absent.jsonl"), ("absent.jsonl'", "does not exist", "give a file")),
-    "half-broken JSONL": Case(TRAIN, ("data.path='data.jsonl'", "line 89", "not JSON", "correct"), append(b'{"question": "a", "ans')),
-    "unreadable JSONL": Case(TRAIN, ("data.path='data.jsonl'", "line 89", "not UTF-8", "correct"), append(b"\xff\xfe\n")),
-    "missing field names": Case((*TRAIN, "data.answer_field=reply"), ("data.path='data.jsonl'", "'reply' is missing", "question, answer", "correct")),
-    "empty data": Case(TRAIN, ("data.path='data.jsonl'", "no rows", "give a data set"), lambda w: (w / "data.jsonl").write_text("")),
-    "a single row": Case(TRAIN, ("data.path='data.jsonl'", "1 row", "give data.eval_path"), lambda w: write_rows(w / "data.jsonl", 1)),
-    "unknown split": Case((*TRAIN, "data.path=builtin:word_problems", "data.split=validation"), ("split='validation'", "train")),
-    "chat without template": Case((*TRAIN, "data.format=chat"), ("data.format='chat'", "use data.format=qa")),
-    "tokenizer with more ids than rows": Case(TRAIN, ("student", "vocab_size=512", "513 ids", "use the tokenizer"), larger_tokenizer),
-    "different vocabularies": Case(TRAIN, ("teachers.big", "disagree", "use models with one tokenizer"), other_vocabulary),
-    "no tokenizer": Case((*TRAIN, "student.tokenizer=data"), ("tokenizer='data'", "give a local directory")),
-    "fresh student without tokenizer": Case(TRAIN, ("student.tokenizer=null", "name a tokenizer"), fresh_student),
-    "unsupported architecture": Case(TRAIN, ("teacher", "GPT2LMHeadModel", "use one of LlamaForCausalLM"), geometry(architectures=["GPT2LMHeadModel"], model_type="gpt2")),
-    "incomplete geometry": Case(TRAIN, ("teacher", "hidden_size", "add what the model has"), geometry(hidden_size=None)),
+    "missing data": Case(
+        (*TRAIN, "data.path=absent.jsonl"),
+        ("data.path='absent.jsonl'", "does not exist", "give a file"),
+    ),
+    "missing held-out data": Case(
+        (*TRAIN, "data.eval_path=absent.jsonl"), ("absent.jsonl'", "does not exist", "give a file")
+    ),
+    "half-broken JSONL": Case(
+        TRAIN,
+        ("data.path='data.jsonl'", "line 89", "not JSON", "correct"),
+        append(b'{"question": "a", "ans'),
+    ),
+    "unreadable JSONL": Case(
+        TRAIN, ("data.path='data.jsonl'", "line 89", "not UTF-8", "correct"), append(b"\xff\xfe\n")
+    ),
+    "missing field names": Case(
+        (*TRAIN, "data.answer_field=reply"),
+        ("data.path='data.jsonl'", "'reply' is missing", "question, answer", "correct"),
+    ),
+    "empty data": Case(
+        TRAIN,
+        ("data.path='data.jsonl'", "no rows", "give a data set"),
+        lambda w: (w / "data.jsonl").write_text(""),
+    ),
+    "a single row": Case(
+        TRAIN,
+        ("data.path='data.jsonl'", "1 row", "give data.eval_path"),
+        lambda w: write_rows(w / "data.jsonl", 1),
+    ),
+    "unknown split": Case(
+        (*TRAIN, "data.path=builtin:word_problems", "data.split=validation"),
+        ("split='validation'", "train"),
+    ),
+    "chat without template": Case(
+        (*TRAIN, "data.format=chat"), ("data.format='chat'", "use data.format=qa")
+    ),
+    "tokenizer with more ids than rows": Case(
+        TRAIN, ("student", "vocab_size=512", "513 ids", "use the tokenizer"), larger_tokenizer
+    ),
+    "different vocabularies": Case(
+        TRAIN, ("teachers.big", "disagree", "use models with one tokenizer"), other_vocabulary
+    ),
+    "no tokenizer": Case(
+        (*TRAIN, "student.tokenizer=data"), ("tokenizer='data'", "give a local directory")
+    ),
+    "fresh student without tokenizer": Case(
+        TRAIN, ("student.tokenizer=null", "name a tokenizer"), fresh_student
+    ),
+    "unsupported architecture": Case(
+        TRAIN,
+        ("teacher", "GPT2LMHeadModel", "use one of LlamaForCausalLM"),
+        geometry(architectures=["GPT2LMHeadModel"], model_type="gpt2"),
+    ),
+    "incomplete geometry": Case(
+        TRAIN, ("teacher", "hidden_size", "add what the model has"), geometry(hidden_size=None)
+    ),
     "tensors that do not fit": Case(
         TRAIN,
-        ("teacher", "missing: ", "model.norm.weight", "layers.1.mlp.up_proj", "unexpected: model.layers.0.mlp.extra.weight", "k_proj.weight is [7, 16], expected [8, 16]", "use matching weights"),
+        (
+            "teacher",
+            "missing: ",
+            "model.norm.weight",
+            "layers.1.mlp.up_proj",
+            "unexpected: model.layers.0.mlp.extra.weight",
+            "k_proj.weight is [7, 16], expected [8, 16]",
+            "use matching weights",
+        ),
         break_tensors,
     ),
-    "damaged weights": Case(TRAIN, ("teacher/model.safetensors", "truncated or damaged", "download or copy it again"), truncate_weights),
-    "pickled weights": Case(TRAIN, ("'teacher'", "pytorch_model.bin", "convert them to safetensors"), only_pickle),
-    "missing model directory": Case((*TRAIN, "student.path=./absent"), ("path='./absent'", "give an existing directory")),
-    "hub id while offline": Case((*TRAIN, "teachers.0.path=Qwen/Qwen2.5-14B"), ("Qwen/Qwen2.5-14B", "hub cannot be reached", "hf download")),
-    "layer outside": Case((*TRAIN, "teachers.0.layer_map=[[3, 1], [0, 0]]"), ("teachers.0.layer_map", "[[3, 1]]", "teacher of 3", "count layers from 0")),
-    "student layer twice": Case((*TRAIN, "teachers.0.layer_map=[[0, 1], [1, 1]]"), ("teachers.0.layer_map", "[1]", "twice", "give one")),
-    "batch not divisible": Case((*TRAIN, "mesh.data=8", "data.batch_size=6"), ("data.batch_size=6", "8 data-parallel devices", "use a multiple of 8")),
-    "devices left over": Case((*TRAIN, "mesh.data=3"), ("mesh.data=3", "8 devices", "make the product 8")),
-    "tensor axis does not divide": Case((*TRAIN, "mesh.data=1", "mesh.tensor=8"), ("mesh does not divide", "blocks/attention/q/kernel", "heads=4", "blocks/attention/k/kernel", "kv_heads=2", "use a mesh axis")),
-    "run directory that is no run": Case((*TRAIN, "run.dir=elsewhere"), ("run.dir=elsewhere", "not empty", "name an empty or new directory"), foreign_folder),
-    "run directory that is a file": Case((*TRAIN, "run.dir=data.jsonl"), ("run.dir=data.jsonl", "is a file", "name a directory")),
-    "smoke with a missing file": Case((*TRAIN, "--smoke", "data.path=absent.jsonl"), ("data.path='absent.jsonl'", "does not exist", "give a file")),
-    "evaluate a missing model": Case(("eval", "./absent", *EVAL), ("path='./absent'", "give an existing directory")),
-    "evaluate missing data": Case(("eval", "student", "--data", "absent.jsonl"), ("data.path='absent.jsonl'", "give a file")),
-    "checkpoint of a plain model": Case(("eval", "student", *EVAL, "--checkpoint", "best"), ("checkpoint='best'", "'student' is not a run", "leave it out")),
-    "override that eval does not take": Case(("eval", "student", *EVAL, "train.steps=3"), ("override='train.steps=3'", "data.* and eval.*")),
-    "misspelt override of eval": Case(("eval", "student", *EVAL, "eval.max_tokens=3"), ("eval.max_tokens", "did you mean eval.max_new_tokens?")),
-    "export what is no run": Case(("export", "student", "--out", "exported"), ("student", "name a run directory")),
-    "export what is missing": Case(("export", "absent", "--out", "exported"), ("absent", "name a run directory")),
-}  # fmt: skip
+    "damaged weights": Case(
+        TRAIN,
+        ("teacher/model.safetensors", "truncated or damaged", "download or copy it again"),
+        truncate_weights,
+    ),
+    "pickled weights": Case(
+        TRAIN, ("'teacher'", "pytorch_model.bin", "convert them to safetensors"), only_pickle
+    ),
+    "missing model directory": Case(
+        (*TRAIN, "student.path=./absent"), ("path='./absent'", "give an existing directory")
+    ),
+    "hub id while offline": Case(
+        (*TRAIN, "teachers.0.path=Qwen/Qwen2.5-14B"),
+        ("Qwen/Qwen2.5-14B", "hub cannot be reached", "hf download"),
+    ),
+    "layer outside": Case(
+        (*TRAIN, "teachers.0.layer_map=[[3, 1], [0, 0]]"),
+        ("teachers.0.layer_map", "[[3, 1]]", "teacher of 3", "count layers from 0"),
+    ),
+    "student layer twice": Case(
+        (*TRAIN, "teachers.0.layer_map=[[0, 1], [1, 1]]"),
+        ("teachers.0.layer_map", "[1]", "twice", "give one"),
+    ),
+    "batch not divisible": Case(
+        (*TRAIN, "mesh.data=8", "data.batch_size=6"),
+        ("data.batch_size=6", "8 data-parallel devices", "use a multiple of 8"),
+    ),
+    "devices left over": Case(
+        (*TRAIN, "mesh.data=3"), ("mesh.data=3", "8 devices", "make the product 8")
+    ),
+    "tensor axis does not divide": Case(
+        (*TRAIN, "mesh.data=1", "mesh.tensor=8"),
+        (
+            "mesh does not divide",
+            "blocks/attention/q/kernel",
+            "heads=4",
+            "blocks/attention/k/kernel",
+            "kv_heads=2",
+            "use a mesh axis",
+        ),
+    ),
+    "run directory that is no run": Case(
+        (*TRAIN, "run.dir=elsewhere"),
+        ("run.dir=elsewhere", "not empty", "name an empty or new directory"),
+        foreign_folder,
+    ),
+    "run directory that is a file": Case(
+        (*TRAIN, "run.dir=data.jsonl"), ("run.dir=data.jsonl", "is a file", "name a directory")
+    ),
+    "smoke with a missing file": Case(
+        (*TRAIN, "--smoke", "data.path=absent.jsonl"),
+        ("data.path='absent.jsonl'", "does not exist", "give a file"),
+    ),
+    "evaluate a missing model": Case(
+        ("eval", "./absent", *EVAL), ("path='./absent'", "give an existing directory")
+    ),
+    "evaluate missing data": Case(
+        ("eval", "student", "--data", "absent.jsonl"), ("data.path='absent.jsonl'", "give a file")
+    ),
+    "checkpoint of a plain model": Case(
+        ("eval", "student", *EVAL, "--checkpoint", "best"),
+        ("checkpoint='best'", "'student' is not a run", "leave it out"),
+    ),
+    "override that eval does not take": Case(
+        ("eval", "student", *EVAL, "train.steps=3"),
+        ("override='train.steps=3'", "data.* and eval.*"),
+    ),
+    "misspelt override of eval": Case(
+        ("eval", "student", *EVAL, "eval.max_tokens=3"),
+        ("eval.max_tokens", "did you mean eval.max_new_tokens?"),
+    ),
+    "export what is no run": Case(
+        ("export", "student", "--out", "exported"), ("student", "name a run directory")
+    ),
+    "export what is missing": Case(
+        ("export", "absent", "--out", "exported"), ("absent", "name a run directory")
+    ),
+}
 OLD = {
-    "run of another config": Case((*TRAIN, "train.steps=5", "loss.beta=0.5"), ("run.dir=run", "train.steps 2 -> 5", "loss.beta 0.01 -> 0.5", "name another run.dir")),
-    "changed teacher weights": Case(TRAIN, ("run.dir=run", "weights of teacher big", "restore the files"), other_weights),
+    "run of another config": Case(
+        (*TRAIN, "train.steps=5", "loss.beta=0.5"),
+        ("run.dir=run", "train.steps 2 -> 5", "loss.beta 0.01 -> 0.5", "name another run.dir"),
+    ),
+    "changed teacher weights": Case(
+        TRAIN, ("run.dir=run", "weights of teacher big", "restore the files"), other_weights
+    ),
     "changed data": Case(TRAIN, ("run.dir=run", "data", "restore the files"), change_row),
-    "broken manifest": Case(TRAIN, ("manifest.json", "not readable JSON", "restore it"), lambda w: (w / "run" / "manifest.json").write_text("{")),
-    "unknown checkpoint": Case(("export", "run", "--out", "exported", "--checkpoint", "7"), ("checkpoint='7'", "use last, best or one of 1, 2")),
-    "misspelt checkpoint": Case(("eval", "run", *EVAL, "--checkpoint", "newest"), ("checkpoint='newest'", "use last, best")),
-    "run without checkpoints": Case(("export", "run", "--out", "exported"), ("checkpoint='last'", "train the run first"), no_checkpoints),
-    "export into a foreign folder": Case(("export", "run", "--out", "elsewhere"), ("out=elsewhere", "thesis.txt", "give a new directory"), foreign_folder),
-    "export over a file": Case(("export", "run", "--out", "data.jsonl"), ("out=data.jsonl", "is a file", "give a new directory")),
-    "unknown dtype": Case(("export", "run", "--out", "exported", "--dtype", "int8"), ("--dtype='int8'", "use auto, float32")),
-    "evaluate a run on broken data": Case(("eval", "run", *EVAL), ("data.path='data.jsonl'", "line 89", "correct"), append(b"{\n")),
-}  # fmt: skip
+    "broken manifest": Case(
+        TRAIN,
+        ("manifest.json", "not readable JSON", "restore it"),
+        lambda w: (w / "run" / "manifest.json").write_text("{"),
+    ),
+    "unknown checkpoint": Case(
+        ("export", "run", "--out", "exported", "--checkpoint", "7"),
+        ("checkpoint='7'", "use last, best or one of 1, 2"),
+    ),
+    "misspelt checkpoint": Case(
+        ("eval", "run", *EVAL, "--checkpoint", "newest"), ("checkpoint='newest'", "use last, best")
+    ),
+    "run without checkpoints": Case(
+        ("export", "run", "--out", "exported"),
+        ("checkpoint='last'", "train the run first"),
+        no_checkpoints,
+    ),
+    "export into a foreign folder": Case(
+        ("export", "run", "--out", "elsewhere"),
+        ("out=elsewhere", "thesis.txt", "give a new directory"),
+        foreign_folder,
+    ),
+    "export over a file": Case(
+        ("export", "run", "--out", "data.jsonl"),
+        ("out=data.jsonl", "is a file", "give a new directory"),
+    ),
+    "unknown dtype": Case(
+        ("export", "run", "--out", "exported", "--dtype", "int8"),
+        ("--dtype='int8'", "use auto, float32"),
+    ),
+    "evaluate a run on broken data": Case(
+        ("eval", "run", *EVAL), ("data.path='data.jsonl'", "line 89", "correct"), append(b"{\n")
+    ),
+}
 
 
 @pytest.fixture(scope="module")

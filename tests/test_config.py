@@ -119,7 +119,9 @@ def test_overrides_replace_what_the_file_says(tmp_path):
 
 def test_every_problem_is_named_at_once():
     with pytest.raises(KavaError) as caught:
-        parse("train.stesp=4", "train.log_every=0", "loss.kv=cosine", "optimiser.b1=1", "run.seed=-1")
+        parse(
+            "train.stesp=4", "train.log_every=0", "loss.kv=cosine", "optimiser.b1=1", "run.seed=-1"
+        )
     message = str(caught.value)
     for words in (
         "did you mean train.steps?",

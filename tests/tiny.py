@@ -62,9 +62,7 @@ def kava(capsys, *arguments: str) -> Ended:
     return Ended(code, *capsys.readouterr())
 
 
-def write_model(
-    directory: Path, *, seed: int = 0, tokenizer: Any = None, **geometry: Any
-) -> Path:
+def write_model(directory: Path, *, seed: int = 0, tokenizer: Any = None, **geometry: Any) -> Path:
     """A random model as a Hugging Face directory with the built-in (or another) tokenizer."""
     spec = spec_from_config(GEOMETRY | geometry, where="tiny")
     rng = np.random.default_rng(seed)

@@ -38,8 +38,8 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
-def param_shardings(abstract: nnx.State, mesh: Mesh) -> dict[str, Any]:
-    """A NamedSharding for every parameter of an (abstract) module state, as a pure dict.
+def param_shardings(abstract: Any, mesh: Mesh) -> dict[str, Any]:
+    """A NamedSharding for every parameter of an (abstract) ``nnx.State``, as a pure dict.
 
     A parameter with one more axis than it has names is a stack: its first axis is ``layers``.
     Raises KavaError listing every parameter whose axis does not divide by its mesh axis.

@@ -4,6 +4,7 @@ Orbax writes to a temporary name and renames when complete, so a directory with 
 complete checkpoint. The teachers are not in it; their fingerprints are in the manifest.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -64,7 +65,9 @@ class Checkpoints:
         step = int(state.step)
         if step in self._manager.all_steps():
             return
-        scored = metrics if metrics and BEST_METRIC in metrics else None
+        # A loss that is NaN would be neither better nor worse than any other: it does not count.
+        known = metrics is not None and math.isfinite(metrics.get(BEST_METRIC, math.nan))
+        scored = metrics if known else None
         self._manager.save(step, args=self._ocp.args.StandardSave(state), metrics=scored)
 
     def steps(self) -> list[int]:

@@ -58,6 +58,7 @@ def run_steps(
     clock = _Clock(start)
     for number in range(start, cadence.steps):
         batch = stream.batch(number, jax.process_index(), jax.process_count())
+        clock.tokens += int(batch.valid.sum()) * jax.process_count()
         state, metrics = step(state, teachers, put_batch(batch, mesh))
         done = number + 1
         last = done == cadence.steps
@@ -84,18 +85,19 @@ def _line(metrics: Metrics, rates: Mapping[str, optax.Schedule], number: int) ->
 
 
 class _Clock:
-    """Seconds per step since the last logged line, evaluation left out."""
+    """Speed since the last logged line, evaluation left out; only real tokens count."""
 
     def __init__(self, step: int):
         self.restart(step)
 
     def restart(self, step: int) -> None:
-        self._step, self._time = step, time.perf_counter()
+        self._step, self._time, self.tokens = step, time.perf_counter(), 0
 
     def lap(self, step: int) -> dict[str, float]:
-        seconds = (time.perf_counter() - self._time) / max(1, step - self._step)
+        seconds, tokens = time.perf_counter() - self._time, self.tokens
+        steps = max(1, step - self._step)
         self.restart(step)
-        return {"step_seconds": seconds}
+        return {"step_seconds": seconds / steps, "tokens_per_second": tokens / seconds}
 
 
 def projector_path(run_dir: Path) -> Path:

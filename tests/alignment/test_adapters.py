@@ -40,9 +40,7 @@ def test_linear_is_numpys_affine_map() -> None:
 
 @pytest.mark.parametrize("ratio", [0.5, 1.0])
 def test_elastic_is_layer_norm_linear_silu_linear(ratio: float) -> None:
-    adapter = ElasticAdapter(
-        SOURCE, TARGET, "kaiming", nnx.Rngs(0), mlp_ratio=ratio, dropout=0.4
-    )
+    adapter = ElasticAdapter(SOURCE, TARGET, "kaiming", nnx.Rngs(0), mlp_ratio=ratio, dropout=0.4)
     w, x = noisy(adapter), vectors(SOURCE.width, 2, 3, 4)
     assert w["inner"]["kernel"].shape == (24, int(24 * ratio))
     wide = x.astype(np.float64)

@@ -28,7 +28,7 @@ SPEC = DecoderSpec(
     norm_eps=1e-6,
     tie_embeddings=False,
     qkv_bias=True,
-    initializer_range=0.4,
+    initializer_range=0.8,
 )
 LENGTHS = (8, 3, 5)
 
@@ -70,7 +70,7 @@ def test_greedy_tokens_equal_naive_recomputation_and_stop_at_eos(window: int | N
     graph, state = nnx.split(Decoder(spec, rngs=nnx.Rngs(4)))
     params = nnx.to_pure_dict(state)
     want = naive(graph, params, window)
-    assert all(len(set(row.tolist())) > 3 for row in want)  # not one token over and over
+    assert all(len(set(row.tolist())) > 2 for row in want)  # not one token over and over
     run = partial(generate, graph, params, *prompts(), max_new_tokens=NEW, pad_id=PAD)
     np.testing.assert_array_equal(run(eos_ids=()), want)
     if window is None:

@@ -105,7 +105,7 @@ def setting(
     parts = {"student": Part.of(student, mesh), "projector": Part.of(projector, mesh)}
     teacher_part = Part.of(teacher, mesh)
     shardings = {name: part.shardings for name, part in parts.items()}
-    teacher_shardings = {name: teacher_part.shardings for name in names}
+    teacher_shardings = dict.fromkeys(names, teacher_part.shardings)
     values = {"student": _values(student, 1), "projector": _values(projector, 2)}
     teachers = {name: _values(teacher, 3 + i) for i, name in enumerate(names)}
     objective = Objective(
@@ -132,13 +132,15 @@ def setting(
 
 
 def _values(build: Any, seed: int) -> Any:
-    """Random parameters with noise on top, so that no bias is 0 and no scale 1."""
-    fresh = jax.device_get(nnx.to_pure_dict(nnx.split(build(nnx.Rngs(seed)))[1]))
+    """Random parameters, norms near 1; nothing is built, so nothing is compiled."""
+    abstract = nnx.to_pure_dict(nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))[1])
     rng = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda x: (x + 0.1 * rng.normal(size=x.shape)).astype(np.float32),
-        fresh,
-    )
+
+    def draw(path: Any, leaf: Any) -> np.ndarray:
+        mean = float(path[-1].key == "scale")
+        return (mean + 0.2 * rng.normal(size=leaf.shape)).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, abstract)
 
 
 @cache

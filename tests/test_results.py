@@ -1,0 +1,60 @@
+"""The figures in the README are those of the committed JSON files, written by named commands."""
+
+import json
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def _section(name: str) -> str:
+    found = re.search(rf"<!-- results:{name} -->\n(.*?)<!-- /results:{name} -->", README, re.S)
+    assert found, f"README has no section results:{name}"
+    return found[1]
+
+
+def _result(name: str) -> dict:
+    return json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def _numbers(text: str) -> list[float]:
+    return [float(number.replace(",", "")) for number in re.findall(r"\d[\d,]*\.?\d*", text)]
+
+
+def test_demo_table_is_the_committed_result() -> None:
+    section, result = _section("demo"), _result("demo")
+    for model in result["models"]:
+        row = next(line for line in section.splitlines() if line.startswith(f"| {model['model']} |"))
+        _, _, parameters, loss, accuracy, _ = (cell.strip() for cell in row.split("|"))
+        assert _numbers(parameters) == [model["parameters"]]
+        assert _numbers(loss) == [round(model["loss"], 4)]
+        expected = [round(100 * model["exact_match"], 1), round(100 * model["standard_error"], 1)]
+        assert _numbers(accuracy) == expected
+    sentence = section.splitlines()[-1]
+    expected = [
+        result["questions"],
+        result["steps"],
+        round(result["cosine"], 3),
+        round(result["alignment_gap"], 3),
+        round(result["seconds"]),
+    ]
+    assert _numbers(sentence.replace("2 cores", "")) == expected
+    assert result["reimport_identical"] is True
+
+
+def test_tinystories_table_is_the_committed_result() -> None:
+    section, result = _section("tinystories_260k"), _result("tinystories_260k")
+    rows = {
+        "held-out loss": ("eval_loss_before", "eval_loss_distilled"),
+        "cosine": ("cosine_before", "cosine_after"),
+        "alignment gap": ("alignment_gap_before", "alignment_gap_after"),
+    }
+    for heading, keys in rows.items():
+        row = next(line for line in section.splitlines() if line.startswith(f"| {heading} |"))
+        assert _numbers(row) == [round(result[key], 3) for key in keys]
+    sentence = section.splitlines()[-1]
+    assert _numbers(sentence) == [
+        round(result["eval_loss_cross_entropy_only"], 3),
+        result["steps"],
+    ]

@@ -1,0 +1,138 @@
+"""The loop: what happens when, and a resumed run that is the uninterrupted one, bit for bit."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from kava_jax.data.batches import BatchStream
+from kava_jax.training.checkpoint import Checkpoints, abstract_state
+from kava_jax.training.loop import Cadence, run_steps
+from kava_jax.training.monitor import Monitor
+from kava_jax.training.optimizer import Rate, make_optimizer
+from kava_jax.training.step import initial_state, make_train_step
+from tests.training.small import one_device, rows, setting
+
+STEPS = 6
+RATES = {
+    "student": Rate(1e-2, STEPS, warmup_steps=2).build(),
+    "projector": Rate(3e-2, STEPS, warmup_steps=2).build(),
+}
+OPTIMIZER = make_optimizer(
+    RATES["student"], RATES["projector"], weight_decay=0.1, clip_norm=1.0, b1=0.9, b2=0.95
+)
+
+
+@pytest.fixture(scope="module")
+def made():
+    return setting(dropout=0.3)
+
+
+@pytest.fixture(scope="module")
+def step(made):
+    return jax.jit(make_train_step(made.objective, OPTIMIZER, seed=3, microbatches=2))
+
+
+class Record:
+    """The metrics and evaluations of every step, as they came."""
+
+    def __init__(self, step):
+        self.metrics, self.evaluated, self._step = {}, [], step
+
+    def step(self, state, teachers, batch):
+        new, metrics = self._step(state, teachers, batch)
+        self.metrics[int(state.step)] = jax.device_get(metrics)
+        return new, metrics
+
+    def evaluate(self, state, number: int) -> dict[str, float]:
+        assert int(state.step) == number
+        self.evaluated.append(number)
+        return {"eval_loss": float(state.params["student"]["final_norm"]["scale"].sum())}
+
+
+def train(directory: Path, made, step, *, until: int) -> tuple:
+    """Start, or continue from the newest checkpoint, as a run does."""
+    stream = BatchStream(rows(11), batch_size=4, max_length=12, seed=1, bucket=12, sink_tokens=2)
+    state = initial_state(made.params, OPTIMIZER)
+    places = jax.tree.map(lambda leaf: leaf.sharding, state)
+    record = Record(step)
+    with Checkpoints(directory, keep=2) as checkpoints:
+        if checkpoints.steps():
+            state = checkpoints.restore(checkpoints.steps()[-1], abstract_state(state, places))
+        with Monitor(directory, total_steps=STEPS, start_step=int(state.step)) as monitor:
+            state, evaluation = run_steps(
+                state,
+                step=record.step,
+                teachers=made.teachers,
+                stream=stream,
+                evaluate=record.evaluate,
+                checkpoints=checkpoints,
+                monitor=monitor,
+                mesh=one_device(),
+                rates=RATES,
+                cadence=Cadence(until, log_every=2, eval_every=4, checkpoint_every=3),
+            )
+    with Checkpoints(directory, keep=2) as checkpoints:
+        kept = checkpoints.steps()
+    return state, evaluation, record, kept
+
+
+def lines(directory: Path) -> list[dict]:
+    found = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    for line in found:
+        assert (line.pop("step_seconds", 1.0)) > 0
+    return found
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, made, step) -> None:
+    whole, evaluation, record, kept = train(tmp_path / "whole", made, step, until=STEPS)
+    assert sorted(record.metrics) == list(range(STEPS))
+    assert record.evaluated == [0, 4, 6]
+    assert kept == [3, 6]
+    assert int(whole.step) == STEPS
+    train(tmp_path / "parts", made, step, until=3)
+    again, second, resumed, kept = train(tmp_path / "parts", made, step, until=STEPS)
+    assert sorted(resumed.metrics) == [3, 4, 5]
+    assert resumed.evaluated == [4, 6]  # a resumed run does not evaluate its beginning again
+    assert kept[-2:] == [3, 6]
+    assert second == evaluation
+    for number, metrics in resumed.metrics.items():
+        jax.tree.map(np.testing.assert_array_equal, metrics, record.metrics[number])
+    for left, right in zip(jax.tree.leaves(again), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_array_equal(left, right)
+    logged = lines(tmp_path / "whole")
+    assert [(line["step"], line["kind"]) for line in logged] == [
+        (0, "eval"),
+        (2, "train"),
+        (4, "train"),
+        (4, "eval"),
+        (6, "train"),
+        (6, "eval"),
+    ]
+    assert [line for line in lines(tmp_path / "parts") if line["step"] > 3] == [
+        line for line in logged if line["step"] > 3
+    ]
+    by_step = {line["step"]: line for line in logged if line["kind"] == "train"}
+    # The rates are those of the step just taken: the second step has number 1.
+    assert by_step[2]["lr_student"] == pytest.approx(1e-2 * 2 / 3)
+    assert by_step[6]["lr_projector"] == pytest.approx(float(RATES["projector"](5)))
+
+
+def test_a_finished_run_only_evaluates(tmp_path: Path, made, step) -> None:
+    _, first, _, _ = train(tmp_path, made, step, until=2)
+    state, evaluation, record, kept = train(tmp_path, made, step, until=2)
+    assert record.metrics == {}
+    assert record.evaluated == [2]
+    assert evaluation == first
+    assert kept == [2]
+    assert int(state.step) == 2
+
+
+def test_steps_really_differ(tmp_path: Path, made, step) -> None:
+    _, _, record, _ = train(tmp_path, made, step, until=3)
+    values = [float(metrics["loss"].value) for metrics in record.metrics.values()]
+    assert len(set(values)) == 3
+    assert optax.tree.norm(made.params) > 0

@@ -1,0 +1,113 @@
+"""One step: accumulation, groups, dropout and running means, against the objective's gradient."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from kava_jax.training.objective import Share
+from kava_jax.training.optimizer import make_optimizer
+from kava_jax.training.step import initial_state, make_train_step
+from tests.tolerances import TOL
+from tests.training.small import Setting, batch, setting
+
+BATCH = batch()
+# Plain descent: Adam would blow the rounding of gradients near zero up to whole steps.
+PLAIN = optax.sgd(0.1)
+
+
+def run(made: Setting, optimizer=PLAIN, *, microbatches: int = 1, steps: int = 1, start=None):
+    step = jax.jit(make_train_step(made.objective, optimizer, seed=5, microbatches=microbatches))
+    state, lines = initial_state(made.params, optimizer) if start is None else start, []
+    for _ in range(steps):
+        state, metrics = step(state, made.teachers, BATCH)
+        lines.append(jax.device_get(metrics))
+    return state, lines
+
+
+def assert_params_close(left, right) -> None:
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=TOL["after_one_step"]), left, right
+    )
+
+
+def test_microbatches_take_the_step_of_the_whole_batch() -> None:
+    made = setting(kl_weight=0.5, direction="teacher_to_student")
+    share = Share(jnp.ones(()), jnp.ones(()))
+    objective = jax.jit(jax.value_and_grad(made.objective, has_aux=True))
+    zero = jnp.zeros((), jnp.int32)
+    (loss, _), grads = objective(made.params, made.teachers, BATCH, zero, share)
+    want = jax.tree.map(lambda p, g: p - 0.1 * g, made.params, grads)
+    assert max(jax.tree.leaves(jax.tree.map(lambda g: float(jnp.abs(g).max()), grads))) > 0.1
+    for microbatches in (1, 2, 4):
+        state, (line,) = run(made, microbatches=microbatches)
+        assert_params_close(state.params, want)
+        assert int(state.step) == 1
+        assert float(line["loss"].sum) == pytest.approx(float(loss), rel=TOL["float32"])
+        assert int(line["tokens"].sum) == int(np.asarray(BATCH.valid).sum())
+        assert int(line["ce"].count) == int(np.asarray(BATCH.loss_mask)[:, 1:].sum())
+        for group in ("student", "projector"):
+            norm = float(optax.tree.norm(grads[group]))
+            assert float(line[f"grad_norm_{group}"].sum) == pytest.approx(norm, rel=TOL["float32"])
+
+
+def test_a_frozen_projector_stays_bitwise_and_the_rates_are_the_groups_own() -> None:
+    made = setting(trainable=False)
+    optimizer = make_optimizer(
+        optax.constant_schedule(1e-3), None, weight_decay=0.1, clip_norm=1.0, b1=0.9, b2=0.95
+    )
+    state, _ = run(made, optimizer)
+    jax.tree.map(np.testing.assert_array_equal, state.params["projector"], made.params["projector"])
+    made = setting()
+    optimizer = make_optimizer(
+        optax.constant_schedule(1e-3),
+        optax.constant_schedule(1e-2),
+        weight_decay=0.0,
+        clip_norm=1.0,
+        b1=0.9,
+        b2=0.95,
+    )
+    state, _ = run(made, optimizer)
+    moved = jax.tree.map(lambda a, b: np.abs(a - b), state.params, made.params)
+    # Adam's first step is the rate times the gradient's sign, wherever there is a gradient.
+    for group, rate in (("student", 1e-3), ("projector", 1e-2)):
+        largest = max(float(leaf.max()) for leaf in jax.tree.leaves(moved[group]))
+        assert largest == pytest.approx(rate, rel=1e-3)
+
+
+def test_dropout_depends_on_the_step_and_running_means_forget() -> None:
+    made = setting(dropout=0.5)
+    still = optax.sgd(0.0)
+    state, lines = run(made, still, steps=3)
+    jax.tree.map(np.testing.assert_array_equal, state.params, made.params)
+    losses = [float(line["big/kv_k"].value) for line in lines]
+    assert len(set(losses)) == 3
+    assert len({float(line["ce"].value) for line in lines}) == 1
+    # The step is all there is to the dropout: the third step alone draws the third masks.
+    third = initial_state(made.params, still)._replace(step=jnp.asarray(2, jnp.int32))
+    _, (again,) = run(made, still, start=third)
+    assert float(again["big/kv_k"].value) == losses[2]
+    for name in ("cos", "cos_shuffled"):
+        total = count = 0.0
+        for line in lines:
+            parts = [line[f"big/{name}_{part}"] for part in "kv"]
+            total = 0.95 * total + sum(float(part.sum) for part in parts)
+            count = 0.95 * count + sum(float(part.count) for part in parts)
+            running = line[f"{name}_running"]
+            assert float(running.sum) == pytest.approx(total, rel=TOL["float32"])
+            assert float(running.count) == pytest.approx(count, rel=TOL["float32"])
+
+
+def test_training_lowers_the_loss() -> None:
+    optimizer = make_optimizer(
+        optax.constant_schedule(3e-3),
+        optax.constant_schedule(3e-3),
+        weight_decay=0.0,
+        clip_norm=1.0,
+        b1=0.9,
+        b2=0.95,
+    )
+    _, lines = run(setting(), optimizer, steps=30)
+    assert float(lines[-1]["loss"].sum) < 0.7 * float(lines[0]["loss"].sum)
+    assert float(lines[-1]["big/cos_k"].value) > float(lines[0]["big/cos_k"].value) + 0.1
