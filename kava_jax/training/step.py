@@ -71,9 +71,7 @@ def make_train_step(
         params: Any = optax.apply_updates(state.params, updates)
         running = {name: _decayed_sum(old, metrics, name) for name, old in state.running.items()}
         metrics |= {"loss": _scalar(losses.sum()), "tokens": _scalar(batch.valid.sum())}
-        metrics |= {
-            f"grad_norm_{group}": _scalar(optax.tree.norm(g)) for group, g in grads.items()
-        }
+        metrics |= {f"grad_norm_{group}": _scalar(optax.tree.norm(g)) for group, g in grads.items()}
         metrics |= {f"{name}_running": mean for name, mean in running.items()}
         return TrainState(state.step + 1, params, opt_state, running), metrics
 

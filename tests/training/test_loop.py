@@ -83,7 +83,8 @@ def train(directory: Path, made, step, *, until: int) -> tuple:
 def lines(directory: Path) -> list[dict]:
     found = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     for line in found:
-        assert (line.pop("step_seconds", 1.0)) > 0
+        for timed in ("step_seconds", "tokens_per_second"):
+            assert line.pop(timed, 1.0) > 0
     return found
 
 

@@ -1,0 +1,45 @@
+"""``kava eval``: any student on any data, a run's with its alignment, a directory's without."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kava_jax.config_file import parse_config
+from kava_jax.data.dataset import HeldOut
+from kava_jax.errors import KavaError
+from kava_jax.runs.evaluate import evaluate
+from kava_jax.runs.prepare import Run, data_loader, prepare, reopen, restore
+from kava_jax.training.manifest import MANIFEST_NAME
+
+
+def assess(
+    model: str, data: str, *, checkpoint: str, rows: int | None, overrides: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Held-out figures of a run directory, a Hugging Face directory or a hub id on ``data``.
+
+    ``overrides`` change fields of ``data`` and ``eval`` (format, field names, split, new tokens).
+    The built-in generator is asked for its test split unless ``data.eval_split`` says otherwise.
+    """
+    for override in overrides:
+        if not override.startswith(("data.", "eval.")):
+            raise KavaError(f"override={override!r}: kava eval takes data.* and eval.* fields only")
+    directory = Path(model)
+    if (directory / MANIFEST_NAME).is_file():
+        run = reopen(directory, overrides)
+        held = _held_out(run, data, rows)
+        state = restore(run, checkpoint)
+        return evaluate(run, held, state.params, run.blueprint.load_teachers())
+    if checkpoint != "last":
+        raise KavaError(
+            f"checkpoint={checkpoint!r}: {model!r} is not a run directory; leave it out"
+        )
+    fields = {"student": {"path": model}, "data": {"path": data, "batch_size": 32}}
+    run = prepare(parse_config(fields, overrides))
+    held = _held_out(run, data, rows)
+    return evaluate(run, held, {"student": run.blueprint.load_student(), "projector": {}}, {})
+
+
+def _held_out(run: Run, data: str, rows: int | None) -> HeldOut:
+    settings = run.config.data
+    split = settings.eval_split or ("test" if data.startswith("builtin:") else settings.split)
+    return HeldOut.of(data_loader(run)(data, split=split, rows=rows), run.encoder)

@@ -1,0 +1,71 @@
+"""The student of a run as a Hugging Face directory with a model card."""
+
+from pathlib import Path
+from typing import Literal
+
+from kava_jax.hf.card import model_card
+from kava_jax.hf.export import export_model
+from kava_jax.hf.load import read_json
+from kava_jax.runs.prepare import Run
+from kava_jax.training.manifest import read_manifest
+from kava_jax.training.monitor import METRICS_NAME, read_metrics
+from kava_jax.training.step import TrainState
+
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def export(run: Run, state: TrainState, out: Path, dtype: DtypeName = "auto") -> None:
+    """The student as a Hugging Face directory. ``auto`` is the dtype it came in, or float32."""
+    source = run.blueprint.student_dir
+    tokenizer = Path(run.tokenizer_source)
+    export_model(
+        out,
+        state.params["student"],
+        run.blueprint.student_spec,
+        dtype=_export_dtype(source) if dtype == "auto" else dtype,
+        tokenizer=tokenizer if tokenizer.is_dir() else run.tokenizer,
+        source_dir=source,
+        card=_card(run, int(state.step)),
+    )
+
+
+def _export_dtype(source: Path | None) -> Literal["float32", "bfloat16", "float16"]:
+    """The dtype that the student's own config.json names."""
+    if source is None:
+        return "float32"
+    config = read_json(source / "config.json")
+    name = config.get("dtype") or config.get("torch_dtype")
+    return name if name in ("bfloat16", "float16") else "float32"
+
+
+def _card(run: Run, step: int) -> str:
+    config, manifest = run.config, read_manifest(run.directory)
+    start = manifest["starts"][-1]
+    recipe = {
+        "KV loss": f"{config.loss.kv} x {config.loss.kv_weight}, {config.loss.key_space} keys",
+        "projector": f"{config.projector.kind}, {config.projector.direction}",
+        "steps": f"{step} of {config.train.steps}, batch {config.data.batch_size}",
+        "learning rates": f"student {config.optimizer.student_lr:g}, "
+        f"projector {config.optimizer.projector_lr:g}",
+    }
+    return model_card(
+        name=config.run.name,
+        base_model=config.student.path or "a student trained from random weights",
+        teachers=[teacher.path for teacher in config.teachers],
+        recipe=recipe if config.teachers else {name: recipe[name] for name in ("steps",)},
+        metrics=_last_evaluation(run.directory, step),
+        dataset=config.data.path,
+        command=start["command"],
+        versions=start["versions"],
+    )
+
+
+def _last_evaluation(run_dir: Path, step: int) -> dict[str, float]:
+    """The held-out figures logged at ``step``; none if the run was not evaluated there."""
+    records = [r for r in read_metrics(run_dir / METRICS_NAME, "eval") if r["step"] == step]
+    return {
+        name.removeprefix("eval_"): value
+        for record in records[-1:]
+        for name, value in record.items()
+        if name not in ("step", "kind")
+    }

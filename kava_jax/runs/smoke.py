@@ -1,0 +1,182 @@
+"""``kava train CONFIG --smoke``: the wiring of any config in seconds, without weights.
+
+Every model is replaced by a tiny random one of its family, written as a real Hugging Face
+directory, so that import, fingerprints and export run as they will in earnest. Query and KV head
+counts, the ratio of depths and the ratio of head dims are kept; widths, head dim and depth shrink.
+A tokenizer or data set that cannot be had is replaced by the built-in one, and that is said.
+"""
+
+import dataclasses
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from kava_jax.config import Config
+from kava_jax.config_file import dump_config, parse_config
+from kava_jax.data.sources import BUILTIN_PROBLEMS, load_examples
+from kava_jax.data.tokenizer import BUILTIN_TOKENIZER, load_tokenizer
+from kava_jax.errors import KavaError
+from kava_jax.hf.card import model_card
+from kava_jax.hf.export import export_model
+from kava_jax.hf.geometry import spec_from_config
+from kava_jax.hf.known import KNOWN_CONFIGS
+from kava_jax.hf.load import read_spec
+from kava_jax.hf.locate import resolve_model
+from kava_jax.hf.names import parameter_shapes
+from kava_jax.models.spec import DecoderSpec
+
+# Two rows are the fewest with a shuffled cosine. Every other length of a batch is compiled anew,
+# and that, with a vocabulary of full size, is what a smoke run spends its time on.
+STEPS, BATCH_ROWS, ROWS, HELD_OUT_ROWS, NEW_TOKENS = 3, 2, 512, 2, 8
+LARGEST_DEPTH, LARGEST_HEAD_DIM, WIDTH_SHRINK = 8, 8, 64
+
+
+def smoke_config(config: Config) -> Config:
+    """The same run with tiny random models, a few steps, and its own run directory."""
+    directory = config.run.directory.with_name(f"{config.run.directory.name}-smoke")
+    raw = dump_config(config)
+    specs = _specs(raw)
+    tokenizer, source = _tokenizer(raw)
+    raw["student"]["tokenizer"] = source
+    raw["data"] |= _data(raw["data"])
+    divisor = _depth_divisor(specs.values())
+    head_dims = max(spec.head_dim for spec in specs.values())
+    for name, spec in specs.items():
+        tiny = _shrunk(spec, divisor, head_dims, len(tokenizer))
+        where = directory.with_name(f"{directory.name}-models") / name
+        _write_random(where, tiny, tokenizer)
+        _point_at(raw, name, where)
+    for teacher in raw["teachers"]:
+        teacher["layer_map"] = _thinned(teacher["layer_map"], divisor)
+    shards = jax.device_count() * config.train.grad_accumulation
+    raw["data"]["batch_size"] = BATCH_ROWS * shards // math.gcd(BATCH_ROWS, shards)
+    raw["train"] |= {"steps": STEPS, "log_every": 1, "eval_every": None, "checkpoint_every": STEPS}
+    raw["eval"] |= {"max_new_tokens": NEW_TOKENS, "batch_size": HELD_OUT_ROWS}
+    raw["optimizer"]["warmup_steps"] = min(1, raw["optimizer"]["warmup_steps"])
+    raw["mesh"] = {"data": -1, "fsdp": 1, "tensor": 1}
+    raw["run"] |= {"name": f"{config.run.name}-smoke", "dir": str(directory)}
+    return parse_config(raw)
+
+
+def _specs(raw: Mapping[str, Any]) -> dict[str, DecoderSpec]:
+    """Geometry of every model of the run, the student under ``student``."""
+    student = raw["student"]
+    if student["geometry"] is not None:
+        geometry = {"vocab_size": 1} | student["geometry"]
+        specs = {"student": spec_from_config(geometry, where="student.geometry")}
+    else:
+        specs = {"student": _spec(student["path"], student["revision"])}
+    return specs | {
+        f"teacher-{teacher['name']}": _spec(teacher["path"], teacher["revision"])
+        for teacher in raw["teachers"]
+    }
+
+
+def _spec(path: str, revision: str | None) -> DecoderSpec:
+    """From the model itself where it can be had, else from the table of known models."""
+    if path in KNOWN_CONFIGS:
+        return spec_from_config(KNOWN_CONFIGS[path], where=path)
+    return read_spec(resolve_model(path, revision))
+
+
+def _tokenizer(raw: Mapping[str, Any]) -> tuple[Any, str]:
+    student, teachers = raw["student"], raw["teachers"]
+    candidates = (student["tokenizer"], student["path"], *(t["path"] for t in teachers[:1]))
+    wanted = next((name for name in candidates if name), BUILTIN_TOKENIZER)
+    try:
+        return load_tokenizer(wanted), wanted
+    except KavaError:
+        # A tokenizer that was named is meant; one that would have come with a model is not there.
+        if student["tokenizer"] is not None:
+            raise
+        _say(f"smoke: tokenizer of {wanted} is not at hand, using {BUILTIN_TOKENIZER}")
+        return load_tokenizer(BUILTIN_TOKENIZER), BUILTIN_TOKENIZER
+
+
+def _data(data: Mapping[str, Any]) -> dict[str, Any]:
+    """The first rows of the real data, or generated ones in its place."""
+    small = {"rows": min(ROWS, data["rows"] or ROWS), "eval_rows": HELD_OUT_ROWS}
+    if data["path"] == BUILTIN_PROBLEMS or Path(data["path"]).exists():
+        return small | {"rows": data["rows"]}
+    try:
+        load_examples(data["path"], split=data["split"], subset=data["subset"], rows=1)
+    except KavaError:
+        if Path(data["path"]).suffix:  # a file that was named is meant
+            raise
+        _say(f"smoke: data {data['path']} is not at hand, using {BUILTIN_PROBLEMS}")
+        return small | {"path": BUILTIN_PROBLEMS, "split": "train", "eval_split": None}
+    return small
+
+
+def _depth_divisor(specs: Any) -> int:
+    """The largest common divisor of all depths, or less, that leaves no model too deep."""
+    depths = [spec.num_layers for spec in specs]
+    return math.gcd(*depths) if max(depths) > LARGEST_DEPTH else 1
+
+
+def _shrunk(spec: DecoderSpec, depth: int, largest_head_dim: int, vocabulary: int) -> DecoderSpec:
+    head_dim = max(2, 2 * (spec.head_dim * LARGEST_HEAD_DIM // largest_head_dim // 2))
+    return dataclasses.replace(
+        spec,
+        num_layers=max(1, spec.num_layers // depth),
+        head_dim=min(spec.head_dim, head_dim),
+        hidden_size=max(8, spec.hidden_size // WIDTH_SHRINK),
+        intermediate_size=max(16, spec.intermediate_size // WIDTH_SHRINK),
+        vocab_size=max(spec.vocab_size, vocabulary),
+    )
+
+
+def _thinned(layer_map: Any, divisor: int) -> Any:
+    """Explicit layer pairs at the depths that are left, one for each student layer."""
+    if layer_map == "ratio":
+        return layer_map
+    teacher_of: dict[int, int] = {}
+    for teacher, student in layer_map:
+        teacher_of.setdefault(student // divisor, teacher // divisor)
+    return [[teacher, student] for student, teacher in teacher_of.items()]
+
+
+def _write_random(where: Path, spec: DecoderSpec, tokenizer: Any) -> None:
+    card = model_card(
+        name=f"tiny random {spec.family}",
+        base_model="random weights",
+        teachers=[],
+        recipe={"purpose": "kava train --smoke"},
+        metrics={},
+        dataset="none",
+        command="kava train --smoke",
+        versions={},
+    )
+    export_model(where, _random(spec), spec, dtype="float32", tokenizer=tokenizer, card=card)
+
+
+def _random(spec: DecoderSpec) -> dict[str, Any]:
+    """Parameters drawn by numpy: compiling JAX's generator would take longer than training."""
+    rng = np.random.default_rng(0)
+    tree: dict[str, Any] = {}
+    for path, shape in parameter_shapes(spec).items():
+        *parents, last = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        noise = rng.standard_normal(shape, np.float32) * np.float32(spec.initializer_range)
+        node[last] = np.ones(shape, np.float32) if last == "scale" else noise
+    return tree
+
+
+def _point_at(raw: dict[str, Any], name: str, where: Path) -> None:
+    if name == "student":
+        raw["student"] |= {"path": str(where), "revision": None, "geometry": None}
+        return
+    for teacher in raw["teachers"]:
+        if f"teacher-{teacher['name']}" == name:
+            teacher |= {"path": str(where), "revision": None}
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)

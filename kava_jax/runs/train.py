@@ -1,0 +1,135 @@
+"""Run, or continue, a training."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from flax import nnx
+
+from kava_jax.alignment.projector import KVDimensionProjector
+from kava_jax.config import FREE_FIELDS, Config
+from kava_jax.config_file import dump_config
+from kava_jax.data.dataset import Dataset
+from kava_jax.hf.locate import model_fingerprint
+from kava_jax.parallel.sharding import batch_sharding, replicated
+from kava_jax.runs.evaluate import evaluator
+from kava_jax.runs.prepare import Run, load_dataset, prepare, restore_target
+from kava_jax.training.checkpoint import Checkpoints
+from kava_jax.training.loop import Cadence, projector_path, run_steps
+from kava_jax.training.manifest import (
+    Fingerprints,
+    Hardware,
+    check_manifest,
+    write_config,
+    write_manifest,
+)
+from kava_jax.training.monitor import Monitor
+from kava_jax.training.step import TrainState, make_train_step
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What is left when a run has ended."""
+
+    run: Run
+    dataset: Dataset
+    state: TrainState
+    evaluation: dict[str, float]
+
+
+def train(config: Config, command: Sequence[str]) -> Trained:
+    """Run, or continue, the training that ``config`` describes.
+
+    Everything that can be wrong with the input is found before anything is written.
+    """
+    run = prepare(config)
+    dataset = load_dataset(run)
+    plain, fingerprints = dump_config(config), _fingerprints(run, dataset)
+    check_manifest(run.directory, config=plain, fingerprints=fingerprints, free=FREE_FIELDS)
+    teachers = run.blueprint.load_teachers()
+    start = run.blueprint.fresh_state()
+    write = jax.process_index() == 0
+    if write:
+        write_config(run.directory, plain)
+        write_manifest(
+            run.directory,
+            command=command,
+            config=plain,
+            fingerprints=fingerprints,
+            hardware=Hardware(
+                jax.process_count(), jax.device_count(), jax.devices()[0].device_kind
+            ),
+        )
+    with Checkpoints(run.directory, config.train.keep_checkpoints) as checkpoints:
+        resumed = checkpoints.steps()
+        if resumed:
+            start = checkpoints.restore(resumed[-1], restore_target(run))
+        with Monitor(
+            run.directory,
+            total_steps=config.train.steps,
+            start_step=int(start.step),
+            write=write,
+        ) as monitor:
+            for note in dataset.notes:
+                monitor.note(note)
+            if resumed:
+                monitor.note(f"continuing from the checkpoint at step {resumed[-1]}")
+            state, evaluation = run_steps(
+                start,
+                step=_jitted_step(run),
+                teachers=teachers,
+                stream=dataset.stream,
+                evaluate=evaluator(run, dataset.held_out, teachers),
+                checkpoints=checkpoints,
+                monitor=monitor,
+                mesh=run.mesh,
+                rates=run.blueprint.rates,
+                cadence=Cadence(
+                    config.train.steps,
+                    config.train.log_every,
+                    config.train.eval_every,
+                    config.train.checkpoint_every,
+                ),
+            )
+    if run.blueprint.projector and write:
+        _save_projector(run, state)
+    return Trained(run, dataset, state, evaluation)
+
+
+def _fingerprints(run: Run, dataset: Dataset) -> Fingerprints:
+    student = run.blueprint.student_dir
+    return Fingerprints(
+        teachers={
+            name: model_fingerprint(teacher.directory)
+            for name, teacher in run.blueprint.teachers.items()
+        },
+        student=model_fingerprint(student) if student else None,
+        data=dataset.fingerprint,
+    )
+
+
+def _jitted_step(run: Run) -> Any:
+    """The train step with its shardings; the old state's memory is reused for the new one."""
+    blueprint = run.blueprint
+    step = make_train_step(
+        blueprint.objective,
+        blueprint.optimizer,
+        seed=run.config.run.seed,
+        microbatches=run.config.train.grad_accumulation,
+    )
+    state = blueprint.state_shardings()
+    teachers = {name: teacher.part.shardings for name, teacher in blueprint.teachers.items()}
+    return jax.jit(
+        step,
+        in_shardings=(state, teachers, batch_sharding(run.mesh)),
+        out_shardings=(state, replicated(run.mesh)),
+        donate_argnums=0,
+    )
+
+
+def _save_projector(run: Run, state: TrainState) -> None:
+    projector = run.blueprint.projector
+    assert projector is not None
+    module: KVDimensionProjector = nnx.merge(projector.graph, state.params["projector"])
+    module.save(projector_path(run.directory))

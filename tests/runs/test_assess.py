@@ -1,0 +1,86 @@
+"""``assess``: the held-out figures of a model on any data, against transformers' own."""
+
+import json
+
+import numpy as np
+import pytest
+
+from kava_jax.data.problems import WordProblems
+from kava_jax.data.tokenizer import builtin_tokenizer
+from kava_jax.errors import KavaError
+from kava_jax.runs.assess import assess
+from tests.tiny import write_model, write_rows
+from tests.tolerances import TOL
+
+ROWS = 4
+SMALL = ("data.max_length=256", "data.batch_size=8", "eval.batch_size=8", "eval.max_new_tokens=4")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("assess") / "model", seed=3)
+
+
+def figures(model, data, *overrides, rows=ROWS):
+    return assess(
+        str(model), str(data), checkpoint="last", rows=rows, overrides=(*SMALL, *overrides)
+    )
+
+
+@pytest.fixture(scope="module")
+def on_builtin(model):
+    return figures(model, "builtin:word_problems")
+
+
+def test_the_generator_gives_rows_that_are_never_trained_on(model, on_builtin, tmp_path):
+    path = tmp_path / "test.jsonl"
+    rows = WordProblems("test", 0, ROWS)
+    path.write_text("".join(json.dumps({"q": r.prompt, "a": r.answer}) + "\n" for r in rows))
+    fields = ("data.prompt_field=q", "data.answer_field=a")
+    assert figures(model, path, *fields) == on_builtin
+    assert figures(model, "builtin:word_problems", "data.eval_split=train") != on_builtin
+
+
+def test_figures_of_a_plain_model(on_builtin):
+    assert set(on_builtin) == {
+        "eval_loss",
+        "exact_match_strict",
+        "exact_match_flexible",
+        "exact_match_stderr",
+        "exact_match_rows",
+    }
+    assert on_builtin["exact_match_rows"] == ROWS
+    json.dumps(on_builtin, allow_nan=False)
+
+
+def test_held_out_loss_is_that_of_transformers(model, on_builtin):
+    torch = pytest.importorskip("torch")
+    from transformers import AutoModelForCausalLM
+
+    theirs = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    tokenizer = builtin_tokenizer()
+    total, count = 0.0, 0
+    for row in WordProblems("test", 0, ROWS):
+        prompt = tokenizer(f"Question: {row.prompt}\nAnswer:").input_ids
+        ids = tokenizer(f"Question: {row.prompt}\nAnswer: {row.answer}").input_ids
+        ids = [*ids, tokenizer.eos_token_id]
+        with torch.no_grad():
+            logits = theirs(torch.tensor([ids])).logits[0, :-1].double()
+        losses = torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none")
+        answer = losses[len(prompt) - 1 :].numpy()
+        total, count = total + float(np.sum(answer)), count + len(answer)
+    assert on_builtin["eval_loss"] == pytest.approx(total / count, rel=TOL["parity"])
+
+
+def test_documents_have_a_loss_and_no_answers(model, tmp_path):
+    path = tmp_path / "stories.txt"
+    path.write_text("Tom has a ball.<|endoftext|>Mia has a kite.<|endoftext|>")
+    assert set(figures(model, path, rows=None)) == {"eval_loss"}
+
+
+def test_only_fields_of_data_and_eval_can_be_set(model, tmp_path):
+    data = write_rows(tmp_path / "data.jsonl", 2)
+    with pytest.raises(KavaError, match=r"override='loss.kv=mse'.*data\.\* and eval\.\*"):
+        figures(model, data, "loss.kv=mse")
+    with pytest.raises(KavaError, match=r"checkpoint='best'.*leave it out"):
+        assess(str(model), str(data), checkpoint="best", rows=None)

@@ -1,0 +1,148 @@
+"""``--smoke``: the wiring of every shipped config, with tiny models and without its real ones."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kava_jax.config import Config
+from kava_jax.config_file import load_config, parse_config
+from kava_jax.data.sources import BUILTIN_PROBLEMS
+from kava_jax.data.tokenizer import BUILTIN_TOKENIZER
+from kava_jax.hf.geometry import spec_from_config
+from kava_jax.hf.known import KNOWN_CONFIGS
+from kava_jax.hf.load import read_spec
+from kava_jax.runs.smoke import smoke_config
+from tests.tiny import CONFIG, contents, kava, write_model, write_rows
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+# Layers and head dims of teacher and student that must be left, worked out by hand.
+HUB = {
+    "qwen2.5_14b_to_1.5b_gsm8k": ((12, 7), (8, 8)),
+    "qwen2.5_7b_to_0.5b_gsm8k": ((7, 6), (8, 4)),
+    "llama3.2_3b_to_1b_gsm8k": ((7, 4), (8, 4)),
+}
+KEPT = (
+    "family",
+    "num_heads",
+    "num_kv_heads",
+    "tie_embeddings",
+    "qkv_bias",
+    "qk_norm",
+    "rope_theta",
+    "rope_scaling",
+    "norm_eps",
+    "vocab_size",
+)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def names(config: Config) -> list[str]:
+    """What the config calls its models: first teacher, then student."""
+    return [config.teachers[0].path, str(config.student.path)]
+
+
+def test_no_config_that_names_hub_models_is_left_out():
+    configs = {path.stem: load_config(path) for path in CONFIGS.glob("*.yaml")}
+    named = {stem for stem, c in configs.items() if any(t.path.count("/") == 1 for t in c.teachers)}
+    assert named == set(HUB)
+
+
+@pytest.mark.parametrize("stem", HUB)
+def test_structure_is_kept_and_size_is_not(stem, here, capsys):
+    config = load_config(CONFIGS / f"{stem}.yaml")
+    smoke = smoke_config(config)
+    tiny = [read_spec(Path(name)) for name in names(smoke)]
+    layers, head_dims = HUB[stem]
+    for name, spec in zip(names(config), tiny, strict=True):
+        real = spec_from_config(KNOWN_CONFIGS[name], where=name)
+        assert {f: getattr(spec, f) for f in KEPT} == {f: getattr(real, f) for f in KEPT}
+        assert spec.hidden_size <= 80
+    assert tuple(spec.num_layers for spec in tiny) == layers
+    assert tuple(spec.head_dim for spec in tiny) == head_dims
+    assert smoke.student.tokenizer == BUILTIN_TOKENIZER
+    assert smoke.data.path == BUILTIN_PROBLEMS
+    assert smoke.loss == config.loss
+    assert smoke.projector == config.projector
+    said = capsys.readouterr().err
+    assert f"using {BUILTIN_TOKENIZER}" in said
+    assert f"using {BUILTIN_PROBLEMS}" in said
+    assert not config.run.directory.exists()
+    assert smoke.run.directory.name == f"{stem}-smoke"
+
+
+def test_explicit_layer_pairs_shrink_with_the_models(here):
+    write_model(here / "deep", num_hidden_layers=24)
+    write_model(here / "shallow", num_hidden_layers=12)
+    write_rows(here / "data.jsonl", 88)
+    pairs = [[2 * layer, layer] for layer in range(12)]
+    teacher = {"name": "big", "path": "deep", "layer_map": pairs}
+    config = parse_config(CONFIG | {"teachers": [teacher], "student": {"path": "shallow"}})
+    smoke = smoke_config(config)
+    assert [read_spec(Path(name)).num_layers for name in names(smoke)] == [2, 1]
+    assert smoke.teachers[0].layer_map == ((0, 0),)
+
+
+def test_a_named_tokenizer_that_is_missing_is_an_error_and_writes_nothing(here, capsys):
+    ended = kava(
+        capsys,
+        "train",
+        str(CONFIGS / "qwen2.5_7b_to_0.5b_gsm8k.yaml"),
+        "--smoke",
+        "student.tokenizer=./absent",
+    )
+    assert ended.code == 2
+    assert "tokenizer='./absent' does not exist" in ended.err
+    assert contents(here) == {}
+
+
+def smoke(workspace: Path, stem: str, *overrides: str) -> str:
+    """The real command in a process of its own, on one device; returns what it said."""
+    program = "from kava_jax.cli import main; main()"
+    arguments = ["train", str(CONFIGS / f"{stem}.yaml"), "--smoke", *overrides]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        cwd=workspace,
+        env=os.environ | {"JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
+    return done.stderr
+
+
+def finite_metrics(run: Path) -> list[dict[str, object]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert all(value is not None for line in lines for value in line.values())
+    return lines
+
+
+def test_one_of_them_end_to_end(tmp_path):
+    said = smoke(tmp_path, "llama3.2_3b_to_1b_gsm8k")
+    run = tmp_path / "runs" / "llama3.2_3b_to_1b_gsm8k-smoke"
+    assert {line["kind"] for line in finite_metrics(run)} == {"train", "eval"}
+    assert {"config.yaml", "manifest.json", "checkpoints", "projector.safetensors"} <= set(
+        os.listdir(run)
+    )
+    assert not (tmp_path / "runs" / "llama3.2_3b_to_1b_gsm8k").exists()
+    assert "run directory: runs/llama3.2_3b_to_1b_gsm8k-smoke" in said
+
+
+def test_real_text_and_the_real_tokenizer(shared, tmp_path):
+    said = smoke(
+        tmp_path,
+        "qwen2.5_14b_to_1.5b_gsm8k",
+        f"data.path={shared / 'data' / 'gsm8k' / 'train.jsonl'}",
+        f"student.tokenizer={shared / 'tokenizers' / 'qwen2'}",
+    )
+    assert "7473 rows, 2 truncated to 512 tokens" in said
+    finite_metrics(tmp_path / "runs" / "qwen2.5_14b_to_1.5b_gsm8k-smoke")
