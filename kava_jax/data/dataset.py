@@ -1,6 +1,7 @@
 """A run's data: training batches by step, and held-out rows that are never trained on."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from kava_jax.data.batches import BatchStream
@@ -54,10 +55,13 @@ def split_examples(
     """Training and held-out examples, disjoint.
 
     Held-out rows come from ``eval_path`` or ``eval_split`` when given, from the generator's test
-    split when ``path`` is the generator, and else from the end of the training rows.
+    split when ``path`` is the generator, and else from the end of the training rows (always so for
+    a single file without ``eval_path``).
 
     Raises KavaError when a single row would have to be both.
     """
+    if eval_path is None and Path(path).is_file():
+        eval_split = None  # a single file has no splits: asking for one would give its first rows
     if eval_path is None and eval_split is None and path.startswith("builtin:"):
         eval_split = "test"
     if eval_path is not None or eval_split is not None:

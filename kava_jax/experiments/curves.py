@@ -60,8 +60,9 @@ def learning_curve(runs: Mapping[str, Path], out_png: Path) -> None:
             *held_out, color=colour, linestyle=style, linewidth=1.8, marker=marker, markersize=5
         )
         ends.append((last.steps[-1], last.values[-1], label, colour))
+    axes.set_yscale("log")
     _label_ends(axes, ends)
-    axes.set_title("Thin: training. Marked: held-out.", loc="left", fontsize=10, color=FAINT)
+    axes.set_title("Thin: training. Marked: held-out. Logarithmic scale.", loc="left", fontsize=10, color=FAINT)
     _save(figure, out_png)
 
 
@@ -152,14 +153,16 @@ def _shade_bands(axes: "Axes", lowest: float) -> None:
 def _label_ends(axes: "Axes", ends: Sequence[tuple[int, float, str, str]]) -> None:
     """Name every line at its end, moving names apart where lines end together."""
     axes.autoscale_view()
-    low, high = axes.get_ylim()
+    # Distances between names are distances on paper, so they are taken after the axis' own scale.
+    scale = axes.yaxis.get_transform()
+    low, high = scale.transform(axes.get_ylim())
     right = max(step for step, *_ in ends)
     placed = low - (high - low)
     for _, value, label, colour in sorted(ends, key=lambda end: end[1]):
-        placed = max(value, placed + 0.05 * (high - low))
+        placed = max(scale.transform(value), placed + 0.05 * (high - low))
         axes.annotate(
             label,
-            (right, placed),
+            (right, scale.inverted().transform(placed)),
             xytext=(10, 0),
             textcoords="offset points",
             va="center",

@@ -17,7 +17,7 @@ from kava_jax.hf.locate import resolve_model
 from kava_jax.parallel.mesh import make_mesh
 from kava_jax.training.blueprint import Blueprint, make_blueprint
 from kava_jax.training.checkpoint import Checkpoints, abstract_state
-from kava_jax.training.manifest import read_config
+from kava_jax.training.manifest import read_manifest
 from kava_jax.training.step import TrainState
 
 if TYPE_CHECKING:
@@ -96,15 +96,16 @@ def data_loader(run: Run) -> Load:
 
 
 def reopen(run_dir: Path, overrides: Sequence[str] = ()) -> Run:
-    """A run directory that ``train`` made, prepared again from its own resolved config."""
-    config = parse_config(read_config(run_dir), overrides)
+    """A run directory that ``train`` made, prepared again from the config it was started with."""
+    config = parse_config(read_manifest(run_dir)["config"], overrides)
     located = config.run.model_copy(update={"dir": str(run_dir)})
     return prepare(config.model_copy(update={"run": located}))
 
 
 def restore(run: Run, checkpoint: str = "last") -> TrainState:
     """The state at ``last``, ``best`` or a step number."""
-    with Checkpoints(run.directory, run.config.train.keep_checkpoints) as checkpoints:
+    keep = run.config.train.keep_checkpoints
+    with Checkpoints(run.directory, keep, read_only=True) as checkpoints:
         return checkpoints.restore(checkpoints.choose(checkpoint), restore_target(run))
 
 

@@ -8,6 +8,7 @@ A tokenizer or data set that cannot be had is replaced by the built-in one, and 
 
 import dataclasses
 import math
+import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,6 +30,7 @@ from kava_jax.hf.load import read_spec
 from kava_jax.hf.locate import resolve_model
 from kava_jax.hf.names import parameter_shapes
 from kava_jax.models.spec import DecoderSpec
+from kava_jax.training.manifest import MANIFEST_NAME
 
 # Two rows are the fewest with a shuffled cosine. Every other length of a batch is compiled anew,
 # and that, with a vocabulary of full size, is what a smoke run spends its time on.
@@ -37,8 +39,13 @@ LARGEST_DEPTH, LARGEST_HEAD_DIM, WIDTH_SHRINK = 8, 8, 64
 
 
 def smoke_config(config: Config) -> Config:
-    """The same run with tiny random models, a few steps, and its own run directory."""
+    """The same run with tiny random models, a few steps, and its own run directory.
+
+    An earlier smoke run there is removed: smoke runs start over, they do not continue.
+    """
     directory = config.run.directory.with_name(f"{config.run.directory.name}-smoke")
+    if (directory / MANIFEST_NAME).is_file():
+        shutil.rmtree(directory)
     raw = dump_config(config)
     specs = _specs(raw)
     tokenizer, source = _tokenizer(raw)

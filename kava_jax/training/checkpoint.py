@@ -21,8 +21,11 @@ BEST_METRIC = "eval_loss"
 class Checkpoints:
     """The ``checkpoints/`` directory of one run; a context manager that waits for writes to end."""
 
-    def __init__(self, run_dir: Path, keep: int):
-        """Keep the newest ``keep`` checkpoints and the one with the lowest held-out loss."""
+    def __init__(self, run_dir: Path, keep: int, *, read_only: bool = False):
+        """Keep the newest ``keep`` checkpoints and the one with the lowest held-out loss.
+
+        ``read_only`` creates and deletes nothing.
+        """
         import orbax.checkpoint as ocp
         from orbax.checkpoint.checkpoint_managers import preservation_policy as keeping
 
@@ -40,7 +43,9 @@ class Checkpoints:
                 preservation_policy=policy,
                 best_fn=lambda metrics: metrics[BEST_METRIC],
                 best_mode="min",
-                cleanup_tmp_directories=True,
+                create=not read_only,
+                read_only=read_only,
+                cleanup_tmp_directories=not read_only,
             ),
         )
 

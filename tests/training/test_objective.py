@@ -107,7 +107,8 @@ def assert_trees_close(left, right, tolerance: float) -> None:
     for (path, a), b in zip(
         jax.tree_util.tree_leaves_with_path(left), jax.tree.leaves(right), strict=True
     ):
-        np.testing.assert_allclose(a, b, atol=tolerance, err_msg=jax.tree_util.keystr(path))
+        name = jax.tree_util.keystr(path)
+        np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance, err_msg=name)
 
 
 @pytest.mark.parametrize(
