@@ -25,7 +25,9 @@ def _numbers(text: str) -> list[float]:
 def test_demo_table_is_the_committed_result() -> None:
     section, result = _section("demo"), _result("demo")
     for model in result["models"]:
-        row = next(line for line in section.splitlines() if line.startswith(f"| {model['model']} |"))
+        row = next(
+            line for line in section.splitlines() if line.startswith(f"| {model['model']} |")
+        )
         _, _, parameters, loss, accuracy, _ = (cell.strip() for cell in row.split("|"))
         assert _numbers(parameters) == [model["parameters"]]
         assert _numbers(loss) == [round(model["loss"], 4)]

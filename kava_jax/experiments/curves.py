@@ -62,7 +62,9 @@ def learning_curve(runs: Mapping[str, Path], out_png: Path) -> None:
         ends.append((last.steps[-1], last.values[-1], label, colour))
     axes.set_yscale("log")
     _label_ends(axes, ends)
-    axes.set_title("Thin: training. Marked: held-out. Logarithmic scale.", loc="left", fontsize=10, color=FAINT)
+    axes.set_title(
+        "Thin: training. Marked: held-out. Logarithmic scale.", loc="left", fontsize=10, color=FAINT
+    )
     _save(figure, out_png)
 
 

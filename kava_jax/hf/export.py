@@ -78,6 +78,8 @@ def export_model(
             _check_tokenizer_reads_back(partial, tokenizer, spec)
         _write_weights(partial, flat, spec, jnp.dtype(dtype), max_shard_bytes)
         (partial / "README.md").write_text(card, encoding="utf-8")
+        for weights in partial.glob("*.safetensors"):  # written readable by their owner alone
+            shutil.copymode(partial / "README.md", weights)
         names = sorted([_MARKER, *(path.name for path in partial.iterdir())])
         _write_json(partial / _MARKER, {"written_by": "kava-jax", "files": names})
         _move_into_place(partial, directory)

@@ -71,22 +71,6 @@ def write_config(run_dir: Path, config: Mapping[str, Any]) -> None:
     _write_atomically(run_dir / CONFIG_NAME, text)
 
 
-def read_config(run_dir: Path) -> dict[str, Any]:
-    """Read ``config.yaml`` of a run directory; a missing or broken file is a ``KavaError``."""
-    path = run_dir / CONFIG_NAME
-    try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise KavaError(f"{path} is missing; name a run directory made by `kava train`") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise KavaError(
-            f"{path} is not readable YAML ({_one_line(error)}); restore it or name another run.dir"
-        ) from None
-    if not isinstance(config, dict):
-        raise KavaError(f"{path} holds no mapping; restore it or name another run.dir")
-    return config
-
-
 def config_hash(config: Mapping[str, Any]) -> str:
     """SHA-256 of the config in canonical JSON: key order and tuple-or-list make no difference."""
     return hashlib.sha256(json.dumps(_plain(config), sort_keys=True).encode()).hexdigest()
@@ -125,7 +109,7 @@ def write_manifest(
     Only one process of a run may call this. Identity (config and its hash, fingerprints) stands at
     the top, in one file so that a kill cannot leave two halves that disagree; what may differ from
     start to start (command, versions, git revision, hardware, time) in ``starts``, oldest first.
-    ``config.yaml`` is the copy for people and for ``read_config``; write it first.
+    ``config.yaml`` is the copy for people; write it first.
     """
     earlier = read_manifest(run_dir) if (run_dir / MANIFEST_NAME).exists() else {}
     start = {

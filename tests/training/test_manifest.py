@@ -15,7 +15,6 @@ from kava_jax.training.manifest import (
     check_manifest,
     config_diff,
     config_hash,
-    read_config,
     read_manifest,
     write_config,
     write_manifest,
@@ -59,7 +58,8 @@ def test_the_same_run_is_recognised(tmp_path):
     start(tmp_path)
     assert check(tmp_path) is True
     # As the resolved file reads back: lists for tuples, and another key order.
-    assert check(tmp_path, config=dict(reversed(read_config(tmp_path).items()))) is True
+    config = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    assert check(tmp_path, config=dict(reversed(config.items()))) is True
 
 
 def test_the_manifest_says_what_ran_where(tmp_path):
@@ -217,23 +217,14 @@ def test_a_broken_manifest_is_refused(tmp_path, text):
         check(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "a: [", "- 1"])
-def test_a_broken_config_is_refused(tmp_path, text):
-    (tmp_path / "config.yaml").write_text(text)
-    with pytest.raises(KavaError) as error:
-        read_config(tmp_path)
-    assert "restore it" in one_line(error)
-
-
-@pytest.mark.parametrize("read", [read_config, read_manifest])
-def test_a_missing_file_is_named(tmp_path, read):
+def test_a_missing_manifest_is_named(tmp_path):
     with pytest.raises(KavaError, match="is missing; name a run directory"):
-        read(tmp_path)
+        read_manifest(tmp_path)
 
 
 def test_the_config_reads_back_as_numbers(tmp_path):
     write_config(tmp_path, CONFIG)
-    assert read_config(tmp_path)["optimizer"] == {
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["optimizer"] == {
         "student_lr": 5e-5,
         "betas": [0.9, 0.95],
         "clip": None,
