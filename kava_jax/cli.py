@@ -4,6 +4,7 @@ Heavy modules are imported inside the commands, so that ``kava --help`` answers 
 """
 
 import json
+import math
 import os
 import sys
 from collections.abc import Mapping
@@ -33,7 +34,7 @@ def train(
     ] = None,
     smoke: Annotated[
         bool,
-        typer.Option(help="A few steps with tiny random models of the same head structure."),
+        typer.Option("--smoke", help="A few steps with tiny random models, same heads."),
     ] = False,
 ) -> None:
     """Train one run, or continue it if its directory holds a checkpoint of the same config.
@@ -155,8 +156,9 @@ def _say(text: str) -> None:
 
 
 def _print_values(values: Mapping[str, Any], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps(values, indent=2))
+    if as_json:  # JSON has no NaN
+        finite = {n: v if math.isfinite(v) else None for n, v in values.items()}
+        print(json.dumps(finite, indent=2))
         return
     width = max(map(len, values))
     for name, value in values.items():

@@ -1,0 +1,49 @@
+"""The demo's road at three steps: both students, all four rows, export and pictures."""
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+
+from kava_jax import demo
+from kava_jax.config_file import load_config, shipped_config
+
+SHORT = (
+    "train.steps=3",
+    "train.eval_every=1",
+    "train.log_every=1",
+    "optimizer.warmup_steps=1",
+    "data.rows=64",
+    "data.eval_rows=8",
+    "eval.max_new_tokens=8",
+    "eval.batch_size=8",
+)
+
+
+def _png_size(path: Path) -> tuple[int, int]:
+    header = path.read_bytes()[:24]
+    assert header.startswith(b"\x89PNG\r\n\x1a\n")
+    return struct.unpack(">II", header[16:24])
+
+
+def test_three_steps_of_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    short = load_config(shipped_config("demo.yaml"), SHORT)
+    monkeypatch.setattr(demo, "load_config", lambda path: short)
+    result = demo.run_demo(tmp_path, ["kava", "demo"])
+    names = [row.model for row in result.rows]
+    assert names == [
+        "teacher",
+        "student before",
+        "student, cross-entropy only",
+        "student, distilled (KV)",
+    ]
+    teacher, before, alone, distilled = result.rows
+    # Same start, data and steps; the teacher knows the task and the students hardly moved yet.
+    assert teacher.loss < 0.1 < distilled.loss < before.loss
+    assert alone.loss < before.loss
+    assert before.parameters == alone.parameters == distilled.parameters < teacher.parameters
+    assert result.reimport_identical
+    assert (result.export / "model.safetensors").is_file()
+    assert all(min(_png_size(picture)) > 300 for picture in result.pictures)
+    assert json.loads(json.dumps(result.as_dict()))["questions"] == 8
