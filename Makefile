@@ -10,7 +10,7 @@ demo: $(VENV)/.installed
 	$(BIN)/kava demo
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
