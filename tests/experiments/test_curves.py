@@ -63,8 +63,9 @@ def test_the_learning_curve_names_every_run_and_draws_what_was_logged(tmp_path, 
     assert [len(line.get_xdata()) for line in lines] == [40, 4, 40, 4]
     assert lines[0].get_ydata()[0] == 1.0 + 2 * math.exp(-0.1)
     assert lines[0].get_linestyle() != lines[2].get_linestyle()
-    heights = sorted(text.xy[1] for text in figure.axes[0].texts)
-    low, high = figure.axes[0].get_ylim()
+    assert figure.axes[0].get_yscale() == "log"
+    heights = sorted(math.log(text.xy[1]) for text in figure.axes[0].texts)
+    low, high = map(math.log, figure.axes[0].get_ylim())
     assert heights[1] - heights[0] > 0.04 * (high - low)  # names of lines that end together
 
 
