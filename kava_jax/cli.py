@@ -4,6 +4,7 @@ Heavy modules are imported inside the commands, so that ``kava --help`` answers 
 """
 
 import json
+import logging
 import math
 import os
 import sys
@@ -140,6 +141,8 @@ def main() -> None:
     """Entry point: 0 done, 1 a check failed, 2 bad input."""
     # Else transformers says on stderr, at every command, that there is no PyTorch; none is needed.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    # Orbax warns through absl that a checkpoint directory opened for reading is read only.
+    logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         app()
     except KavaError as error:
