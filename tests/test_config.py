@@ -169,7 +169,7 @@ def test_exactly_one_origin_of_the_student(student, given):
 def test_the_config_is_frozen():
     config = parse()
     with pytest.raises(ValidationError, match="frozen"):
-        config.train.steps = 3  # pyright: ignore[reportAttributeAccessIssue]
+        config.train.steps = 3  # pyright: ignore[reportAttributeAccessIssue]  (the point)
 
 
 def test_round_trip_through_yaml():

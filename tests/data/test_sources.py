@@ -93,7 +93,9 @@ def test_broken_conversations(tmp_path, messages, what):
 
 
 def test_documents(tmp_path):
-    read = lambda text, **k: [e.answer for e in load_examples(write(tmp_path, "x.txt", text), **k)]  # noqa: E731
+    def read(text, **k):
+        return [e.answer for e in load_examples(write(tmp_path, "x.txt", text), **k)]
+
     assert read(" one \n<|endoftext|>\ntwo\nlines\n<|endoftext|> \n<|endoftext|>cut o") == [
         "one",
         "two\nlines",
