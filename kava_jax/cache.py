@@ -3,7 +3,7 @@
 Dimension key (suffix of local names, one letter per axis):
 
     B batch        T tokens       S tokens attended to (S >= T when there is a past)
-    L layers       P mapped layer pairs
+    L layers       P mapped layers (rows of the layer map)
     N query heads  K KV heads     G = N / K     H head dim
     D model width  F feed-forward width         V vocabulary rows
     suffix ``t`` / ``s``: teacher / student

@@ -24,15 +24,16 @@ app = typer.Typer(
     help="KV-cache distillation in JAX: pull a student's keys and values towards a teacher's.",
 )
 
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="section.field=value, as many as you like.")
+]
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 
 
 @app.command()
 def train(
     config: Annotated[Path, typer.Argument(help="YAML file; see configs/.")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="section.field=value, as many as you like.")
-    ] = None,
+    overrides: Overrides = None,
     smoke: Annotated[
         bool,
         typer.Option("--smoke", help="A few steps with tiny random models, same heads."),
@@ -76,6 +77,22 @@ def evaluate(
 
 
 @app.command()
+def report(
+    run: Annotated[Path, typer.Argument(help="Run directory; it may still be training.")],
+    out: Annotated[
+        Path | None, typer.Option(help="HTML file; report.html in the run directory when absent.")
+    ] = None,
+) -> None:
+    """Write one HTML file about a run: verdict, curves, figures by layer, layer maps.
+
+    Example: kava report runs/demo/distilled
+    """
+    from kava_jax.experiments.report import write_report
+
+    _say(f"report: {write_report(run, out)}")
+
+
+@app.command()
 def export(
     run: Annotated[Path, typer.Argument(help="Run directory.")],
     out: Annotated[Path, typer.Option(help="Hugging Face directory to write.")],
@@ -97,6 +114,44 @@ def export(
 
 
 @app.command()
+def explain(
+    config: Annotated[Path, typer.Argument(help="YAML file; see configs/.")],
+    overrides: Overrides = None,
+) -> None:
+    """Say in words what a config will do: what is compared, in which frame, what learns.
+
+    Example: kava explain configs/qwen2.5_14b_to_1.5b_gsm8k.yaml recipe=original
+    """
+    from kava_jax.config_file import load_config
+    from kava_jax.runs.explain import explain as explain_config
+
+    print(explain_config(load_config(config, overrides or [])))
+
+
+@app.command()
+def calibrate(
+    config: Annotated[Path, typer.Argument(help="YAML file; see configs/.")],
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Fit projector and layer map in closed form, before training; kava train does so by itself.
+
+    Example: kava calibrate configs/tinystories_260k.yaml recipe=calibrated student.path=DIR
+    """
+    from kava_jax.config_file import load_config
+    from kava_jax.runs.calibrate import calibrate as calibrate_run
+    from kava_jax.runs.calibrate import describe
+
+    loaded = load_config(config, overrides or [])
+    found = calibrate_run(loaded)
+    if as_json:
+        print(json.dumps(found.report, indent=2))
+    else:
+        print(describe(found))
+    _say(f"written to {loaded.run.directory / 'calibration'}")
+
+
+@app.command()
 def verify(as_json: Json = False) -> None:
     """Check the three verification tables of the original method, row by row.
 
@@ -113,6 +168,30 @@ def verify(as_json: Json = False) -> None:
         Console().print(render(verification))
     if not verification.holds:
         raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    name: Annotated[str, typer.Argument(help="What to measure: diagnostics.")],
+    config: Annotated[Path | None, typer.Option(help="YAML file; the demo's when absent.")] = None,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Measure speed: warmed up, in alternating rounds, with medians and spread.
+
+    Example: kava bench diagnostics --json
+    """
+    from kava_jax.bench import bench_diagnostics
+    from kava_jax.config_file import load_config, shipped_config
+
+    if name != "diagnostics":
+        raise KavaError(f"name={name!r} is not a benchmark; use diagnostics")
+    found = bench_diagnostics(load_config(config or shipped_config("demo.yaml"), overrides or []))
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        seconds = {key: found[key]["median"] for key in ("step_seconds", "probe_seconds")}
+        _print_values(seconds | {"share_of_step": found["share_of_step"]}, as_json=False)
 
 
 @app.command()

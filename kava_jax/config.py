@@ -4,15 +4,26 @@ The config stops at the edge: below the command line, functions take plain value
 is not configured here but read from each model's own ``config.json``.
 """
 
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+LayerMapName = Literal["ratio", "uniform", "skip", "last", "interpolated", "cka", "calibrated"]
 
 
 class Section(BaseModel):
@@ -42,8 +53,9 @@ class TeacherConfig(Section):
     revision: str | None = None
     dtype: Dtype = "auto"
     weight: Weight = 1.0
-    layer_map: Literal["ratio"] | tuple[tuple[int, int], ...] = Field(
-        default="ratio", description="'ratio', or [teacher, student] layer pairs"
+    layer_map: LayerMapName | tuple[tuple[int, int], ...] = Field(
+        default="ratio",
+        description="a name, or [teacher, student] layer pairs; cka and calibrated are measured",
     )
 
 
@@ -72,18 +84,32 @@ class StudentConfig(Section):
 
 
 class ProjectorConfig(Section):
-    """The bridge between the two caches' widths and heads."""
+    """The bridge between the two caches' widths and heads.
+
+    ``training``: ``joint`` learns beside the student from the first step; ``warmup`` learns alone
+    for the first ``warmup_steps``, then beside the student; ``frozen`` stays as it was initialised.
+    """
 
     kind: Literal["elastic", "linear", "headwise"] = "elastic"
     direction: Literal["student_to_teacher", "teacher_to_student"] = "student_to_teacher"
     mlp_ratio: float = Field(default=1.0, gt=0, le=16)
     dropout: float = Field(default=0.1, ge=0, lt=1)
-    init: Literal["xavier", "kaiming", "normal"] = "xavier"
+    init: Literal["xavier", "kaiming", "normal", "calibrated"] = "xavier"
     per_layer: bool = False
     per_head: bool = Field(
         default=False, description="headwise only: one dim map per head, not shared"
     )
-    trainable: bool = True
+    training: Literal["joint", "warmup", "frozen"] = "joint"
+    warmup_steps: Positive = Field(default=100, description="of training=warmup")
+
+    @model_validator(mode="after")
+    def _calibrated(self) -> "ProjectorConfig":
+        if self.init == "calibrated" and (self.kind != "linear" or not self.per_layer):
+            raise ValueError(
+                f"init=calibrated with kind={self.kind}, per_layer={self.per_layer}: the fit is "
+                f"one linear map per layer; set kind=linear and per_layer=true"
+            )
+        return self
 
 
 class Ramp(Section):
@@ -93,15 +119,65 @@ class Ramp(Section):
     end: Weight
 
 
-class LossConfig(Section):
-    """What is minimised: ce_weight * CE + kl_weight * KL + kv_weight * KV."""
+class AutoShare(Section):
+    """A weight that keeps the KV gradient at a share of the cross-entropy gradient.
 
-    kv: Literal["mercator", "mse", "smooth_l1", "hybrid"] = "mercator"
-    kv_weight: Weight | Ramp = 1.0
+    ``share`` is ``||weight * g_kv|| / ||g_ce||`` over the student's parameters, measured anew every
+    ``every`` steps (and more often at the start). ``auto(0.2)`` is short for ``{share: 0.2}``.
+    """
+
+    share: float = Field(gt=0, le=10)
+    every: Positive = 50
+
+
+def _auto(value: Any) -> Any:
+    """``auto(0.2)`` as the mapping it stands for; any other text that is no number is refused."""
+    if not isinstance(value, str):
+        return value
+    if written := re.fullmatch(r"auto\(\s*([0-9.eE+-]+)\s*\)", value):
+        return {"share": written[1]}
+    try:
+        return float(value)
+    except ValueError:
+        raise PydanticCustomError(
+            "weight", "write a number, auto(0.2), or a mapping with start and end"
+        ) from None
+
+
+def _kind_of_weight(value: Any) -> str:
+    """Which of the three forms is meant, so that only its own errors are reported."""
+    if isinstance(value, AutoShare) or (isinstance(value, dict) and "share" in value):
+        return "auto"
+    return "ramp" if isinstance(value, Ramp | dict) else "number"
+
+
+KVWeight = Annotated[
+    Annotated[Weight, Tag("number")]
+    | Annotated[Ramp, Tag("ramp")]
+    | Annotated[AutoShare, Tag("auto")],
+    Discriminator(_kind_of_weight),
+]
+
+
+class LossConfig(Section):
+    """What is minimised: ce_weight * CE + kl_weight * KL + kv_weight * KV.
+
+    ``remove_key_bias`` to ``per_head`` say in which frame keys and values are compared.
+    """
+
+    kv: Literal["mercator", "mse", "smooth_l1", "hybrid", "structural", "infonce", "gram"] = (
+        "mercator"
+    )
+    kv_weight: Annotated[KVWeight, BeforeValidator(_auto)] = 1.0
     alpha: Weight = Field(default=1.0, description="mercator: weight of the direction term")
     beta: Weight = Field(default=0.01, description="mercator: weight of the log-magnitude term")
     mercator_weight: Weight | Ramp = Field(default=0.8, description="hybrid")
     mse_weight: Weight | Ramp = Field(default=0.2, description="hybrid")
+    attention_weight: Weight = Field(default=1.0, description="structural: of the attention KL")
+    temperature: float = Field(default=0.1, gt=0, description="infonce")
+    divide_by_std: bool = Field(
+        default=False, description="mse, smooth_l1, structural: in units of the layer's std"
+    )
     ce_weight: Weight = 1.0
     kl_weight: Weight = 0.0
     kl_temperature: float = Field(default=1.0, gt=0)
@@ -109,6 +185,48 @@ class LossConfig(Section):
     sink_tokens: int = Field(
         default=4, ge=0, description="first tokens of a row left out of the KV loss"
     )
+    remove_key_bias: bool = Field(
+        default=False, description="compare keys without their projection's bias"
+    )
+    center: Literal["none", "batch", "running"] = Field(
+        default="none", description="subtract means per layer and head, on both sides"
+    )
+    standardize: bool = Field(default=False, description="divide every dimension by its std")
+    per_head: bool = Field(default=True, description="false: one vector per token, all heads")
+
+    @model_validator(mode="after")
+    def _fitting(self) -> "LossConfig":
+        if self.remove_key_bias and self.key_space == "post_rope":
+            raise ValueError(
+                "remove_key_bias=true with key_space=post_rope: RoPE has turned the bias by then; "
+                "set key_space=pre_rope"
+            )
+        if self.divide_by_std and self.kv not in ("mse", "smooth_l1", "structural"):
+            raise ValueError(
+                f"divide_by_std=true does nothing for kv={self.kv}; set it to false, or kv to mse, "
+                f"smooth_l1 or structural"
+            )
+        return self
+
+
+class RouterConfig(Section):
+    """How much each of several teachers counts, token by token.
+
+    ``fixed``: the teachers' weights. ``similarity``: by the cosines between the student's hidden
+    state and each teacher's prototype. ``learned``: a linear gate on that hidden state, whose
+    entropy is rewarded by ``entropy_weight``. The shares of the two last ones sum to 1.
+    """
+
+    kind: Literal["fixed", "similarity", "learned"] = "fixed"
+    entropy_weight: Weight = Field(default=0.01, description="learned")
+
+
+class CalibrationConfig(Section):
+    """The closed-form fit of projectors and layer maps that are asked for by name."""
+
+    rows: Positive = Field(default=512, description="training rows to fit and score on")
+    layers: int = Field(default=4, ge=1, le=8, description="teacher layers per student layer")
+    ridge: float = Field(default=1e-4, gt=0, description="times the mean variance of the inputs")
 
 
 class DataConfig(Section):
@@ -165,6 +283,9 @@ class TrainConfig(Section):
     grad_accumulation: Positive = 1
     log_every: Positive = 10
     eval_every: Positive | None = Field(default=None, description="null: only at the end")
+    diagnose_every: Positive | None = Field(
+        default=100, description="gradient shares and per-layer figures; null: never"
+    )
     checkpoint_every: Positive = 500
     keep_checkpoints: Positive = 2
 
@@ -199,10 +320,15 @@ class Config(Section):
     """A whole run."""
 
     run: RunConfig = RunConfig()
+    recipe: Literal["original", "anchored", "calibrated"] = Field(
+        default="anchored", description="fields that are not given are set by it; see recipes.py"
+    )
     teachers: tuple[TeacherConfig, ...] = ()
     student: StudentConfig
     projector: ProjectorConfig = ProjectorConfig()
     loss: LossConfig = LossConfig()
+    router: RouterConfig = RouterConfig()
+    calibration: CalibrationConfig = CalibrationConfig()
     data: DataConfig
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
@@ -226,7 +352,30 @@ class Config(Section):
                 f"optimizer.warmup_steps={self.optimizer.warmup_steps} exceeds "
                 f"train.steps={self.train.steps}; lower it"
             )
+        waits = self.projector.training == "warmup" and self.projector.warmup_steps
+        if self.teachers and waits and waits + self.optimizer.warmup_steps >= self.train.steps:
+            raise ValueError(
+                f"projector.warmup_steps={waits} and optimizer.warmup_steps="
+                f"{self.optimizer.warmup_steps} leave the student nothing of train.steps="
+                f"{self.train.steps}; lower them"
+            )
+        if isinstance(self.loss.kv_weight, AutoShare) and self.loss.ce_weight == 0:
+            raise ValueError(
+                f"loss.kv_weight=auto({self.loss.kv_weight.share:g}) is a share of the "
+                f"cross-entropy gradient, but loss.ce_weight=0; give a number"
+            )
+        if self.router.kind != "fixed" and len(self.teachers) < 2:
+            raise ValueError(
+                f"router.kind={self.router.kind} with {len(self.teachers)} teachers has nothing to "
+                f"route; use fixed, or name two teachers"
+            )
         return self
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether a projector or a layer map comes out of a calibration."""
+        measured = any(teacher.layer_map in ("cka", "calibrated") for teacher in self.teachers)
+        return bool(self.teachers) and (measured or self.projector.init == "calibrated")
 
 
 # Fields that may change between a run and its continuation without changing what is learnt.
@@ -234,6 +383,7 @@ FREE_FIELDS = (
     "run.dir",
     "train.log_every",
     "train.eval_every",
+    "train.diagnose_every",
     "train.checkpoint_every",
     "train.keep_checkpoints",
     "eval",

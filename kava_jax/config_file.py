@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 
 from kava_jax.config import Config
 from kava_jax.errors import KavaError
+from kava_jax.recipes import apply_recipe
 
 
 class _Loader(yaml.SafeLoader):
@@ -61,7 +62,7 @@ def parse_config(raw: dict[str, Any], overrides: Iterable[str] = ()) -> Config:
     for override in overrides:
         _apply(raw, override)
     try:
-        return Config.model_validate(raw)
+        return Config.model_validate(apply_recipe(raw))
     except ValidationError as error:
         problems = dict.fromkeys(_problem(raw, dict(item)) for item in error.errors())
         raise KavaError("; ".join(problems)) from None

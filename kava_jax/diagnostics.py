@@ -1,140 +1,323 @@
-"""What a cosine alone hides: its baselines, and the words and warnings built on them.
+"""What a cosine alone hides, in numbers: its baselines, collapse, and who pulls the student.
 
 A cosine of 0.95 can mean nothing: a shared offset r times as long as the content gives *unrelated*
-vectors r^2 / (1 + r^2). So every cosine is reported beside those of pairs that should not agree.
+vectors r^2 / (1 + r^2). ``alignment`` is what every step measures. ``diagnose`` compares all pairs
+of a sample of tokens, so it is for evaluation: ``sample_tokens`` of each batch, ``join``,
+``diagnose``. Everything works under ``jit``, with the batch axis sharded or not. A vector that
+counts and holds NaN gives NaN (retrieval and quantiles excepted: it is not found, and left out).
 
-Left out on purpose: printing and logging (``training.monitor``).
+Left out on purpose: what is good or bad (``verdict``), choosing and averaging layers.
 """
 
-import itertools
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
+from kava_jax.errors import KavaError
 from kava_jax.geometry import Mean, center, cosine, magnitude, masked_mean, unit
 
-# Lower ends of the original method's bands; below the last one it is "Poor".
-EXCELLENT, GOOD, ACCEPTABLE = 0.95, 0.80, 0.50
-# The word is withdrawn when the gap, or its share of what was left to gain, is below these.
-LEAST_GAP, LEAST_GAP_SHARE = 0.05, 0.1
+# Cosines this close are one: nothing is retrieved by what may be rounding.
+TIE = 1e-6
+# A Gram matrix of which centring leaves less than this share holds only rounding.
+ROUNDING = 1e-5
 
 
 class Alignment(NamedTuple):
-    """How well the student's vectors point where the target's do, with the baselines.
+    """How well the student's vectors point where the target's do; each a Mean of [P] layers.
 
     cos            the student's vector and its target, the headline
     cos_shuffled   the student's vector and the target at the same position of the *next* example
-    cos_constant   the target and the best constant vector of its layer and head
-    cos_centered   after subtracting each side's mean over tokens, per layer and head
     s_magnitude, t_magnitude   lengths
     """
 
     cos: Mean
     cos_shuffled: Mean
-    cos_constant: Mean
-    cos_centered: Mean
     s_magnitude: Mean
     t_magnitude: Mean
 
 
 def alignment(
-    student: Float[Array, "L B T K H"],
-    target: Float[Array, "L B T K H"],
-    mask: Shaped[Array, "B T"],
-    *,
-    per_layer: bool = False,
+    student: Float[Array, "P B T K H"],
+    target: Float[Array, "P B T K H"],
+    mask_BT: Shaped[Array, "B T"],
 ) -> Alignment:
-    """Alignment of one batch of keys (or values), each entry a scalar, or [L] if ``per_layer``.
+    """Alignment of one batch of keys (or values), layer by layer; add sums and counts over layers.
 
     Only vectors of tokens whose mask is not zero count; what the others hold does not matter.
     ``cos_shuffled`` counts a token where both examples have one, and nothing in a batch of one.
-    ``cos_constant`` takes, per layer and head, the direction of the mean unit target, the vector
-    with the highest mean cosine to all targets. ``cos_centered`` takes means over this batch.
     """
-    keep = (mask != 0)[None, :, :, None, None]
-    s, t = (jnp.where(keep, x.astype(jnp.float32), 0.0) for x in (student, target))
-
-    def mean(values: Float[Array, "L B T K"], counted: Array) -> Mean:
-        return masked_mean(values, counted[..., 0], (1, 2, 3) if per_layer else None)
-
-    both = keep & jnp.roll(keep, -1, axis=1) & (mask.shape[0] > 1)
-    next_target = jnp.roll(t, -1, axis=1)
-    unit_mean = jnp.expand_dims(masked_mean(unit(t), keep, (1, 2)).value, (1, 2))
-    constant = jnp.broadcast_to(unit(unit_mean), t.shape)
+    keep = (mask_BT != 0)[None, :, :, None]
+    s, t = (jnp.where(keep[..., None], x.astype(jnp.float32), 0.0) for x in (student, target))
+    both = keep & jnp.roll(keep, -1, axis=1) & (mask_BT.shape[0] > 1)
+    over = (1, 2, 3)
     return Alignment(
-        cos=mean(cosine(s, t), keep),
-        cos_shuffled=mean(cosine(s, next_target), both),
-        cos_constant=mean(cosine(constant, t), keep),
-        cos_centered=mean(cosine(center(s, keep, (1, 2)), center(t, keep, (1, 2))), keep),
-        s_magnitude=mean(magnitude(s), keep),
-        t_magnitude=mean(magnitude(t), keep),
+        cos=masked_mean(cosine(s, t), keep, over),
+        cos_shuffled=masked_mean(cosine(s, jnp.roll(t, -1, axis=1)), both, over),
+        s_magnitude=masked_mean(magnitude(s), keep, over),
+        t_magnitude=masked_mean(magnitude(t), keep, over),
     )
 
 
-def alignment_gap(cos: float, cos_shuffled: float | None) -> float | None:
-    """``cos - cos_shuffled``, the headline; None where there is no baseline (None or NaN)."""
-    if cos_shuffled is None or math.isnan(cos_shuffled):
-        return None
-    return cos - cos_shuffled
+class Sample(NamedTuple):
+    """Keys (or values) of n tokens in float32; where ``counted`` is False there is no token."""
+
+    student: Float[Array, "P n K H"]
+    target: Float[Array, "P n K H"]
+    counted: Bool[Array, "n"]
 
 
-def verdict(cos: float, cos_shuffled: float | None = None) -> str:
-    """The original's word for a cosine, or "collapsed" where unrelated pairs do as well.
+def sample_tokens(
+    student: Float[Array, "P B T K H"],
+    target: Float[Array, "P B T K H"],
+    mask_BT: Shaped[Array, "B T"],
+    size: int,
+) -> Sample:
+    """``size`` tokens, spread evenly over those of the batch that count, in row-major order.
 
-    Excellent above 0.95, Good from 0.80, Acceptable from 0.50, else Poor. "collapsed" when the gap
-    is below 0.05 or below a tenth of ``1 - cos_shuffled``; never without a baseline.
+    With ``total`` such tokens, entry i is number ``floor((i + 0.5) * total / size)``. If there are
+    fewer than ``size``, each is taken once and the rest is not counted, and zero.
+
+    Raises:
+        KavaError: ``size`` is below 1.
     """
-    gap = alignment_gap(cos, cos_shuffled)
-    if cos_shuffled is not None and gap is not None:
-        possible = 1.0 - cos_shuffled
-        if gap < LEAST_GAP or gap < LEAST_GAP_SHARE * possible:
-            return "collapsed"
-    if cos > EXCELLENT:
-        return "Excellent"
-    if cos >= GOOD:
-        return "Good"
-    return "Acceptable" if cos >= ACCEPTABLE else "Poor"
+    if size < 1:
+        raise KavaError(f"size={size} tokens are no sample; 512 is usual")
+    keep = (mask_BT != 0).reshape(-1)
+    seen = jnp.cumsum(keep.astype(jnp.int32))
+    total = seen[-1]
+    entry = jnp.arange(size)
+    rank = jnp.where(total >= size, _spread(entry, total, size), entry)
+    # The token of a rank is where that many and one have been seen.
+    place = jnp.minimum(jnp.searchsorted(seen, rank + 1), keep.size - 1)
+    row, column = jnp.divmod(place, mask_BT.shape[1])
+    counted = entry < total
+    s, t = (
+        jnp.where(counted[None, :, None, None], x[:, row, column].astype(jnp.float32), 0.0)
+        for x in (student, target)
+    )
+    return Sample(s, t, counted)
 
 
-def alarms(*, mag_ratio: float, mag_loss: float, dir_losses: Sequence[float] = ()) -> list[str]:
-    """One sentence, with its remedy, for each thing the original method warns of.
+def _spread(entry: Int[Array, "n"], total: Int[Array, ""], size: int) -> Int[Array, "n"]:
+    """``floor((entry + 0.5) * total / size)`` in int32, where the product itself would overflow."""
+    whole, rest = jnp.divmod(total, size)
+    twice = (2 * entry + 1) * whole
+    return twice // 2 + ((twice % 2) * size + (2 * entry + 1) * rest) // (2 * size)
 
-    Args:
-        mag_ratio: mean|s| / mean|t|; alarming outside 0.5 to 2.0, abnormal outside 0.1 to 10.
-        mag_loss: the magnitude term before its weight beta; alarming above 1.
-        dir_losses: the last few logged direction losses, oldest first (see ``oscillates``).
+
+def join(samples: Sequence[Sample]) -> Sample:
+    """Samples of several batches (at least one) as one sample."""
+    return Sample(
+        jnp.concatenate([sample.student for sample in samples], axis=1),
+        jnp.concatenate([sample.target for sample in samples], axis=1),
+        jnp.concatenate([sample.counted for sample in samples]),
+    )
+
+
+class Diagnostics(NamedTuple):
+    """What a sample says of each layer; *vector* is one head's, *token* all K heads as one [K*H].
+
+    cos_constant   the target's vectors and the best constant one of their layer and head (the
+                   direction of the mean unit target); mean over heads and tokens
+    cos_centered   after subtracting each side's mean over the sample, per layer and head; likewise
+    retrieval      share of tokens whose own target has a higher cosine than every other token's; a
+                   tie (within 1e-6) is not found, and one token alone is not either: 0
+    retrieval_centered   the same after centring both sides
+    cka            debiased linear CKA of tokens, in [-1, 1], near 0 for unrelated sides however
+                   wide; 0 where undefined: fewer than 4 tokens, or a side without any variation
+    student_rank, target_rank         effective rank of tokens: ``(tr C)^2 / tr(C^2)``, C their
+                   covariance; 0 without any variation
+    student_min_std, target_min_std   smallest standard deviation (1/n) of the K*H dimensions
+    student_top3, target_top3         share of the squared norm in the 3 largest of them
+    mag_ratio_q10, _q50, _q90         quantiles over heads and tokens of |s| / |t|, where the target
+                   is not zero; 0 if it always is
     """
-    found = []
-    if not 0.1 <= mag_ratio <= 10.0:
-        what = "has exploded" if mag_ratio > 10.0 else "has collapsed"
-        found.append(
-            f"The student's magnitude {what} (ratio {mag_ratio:.3g}); "
-            "stop, lower the learning rates and set beta to 0.01."
-        )
-    elif not 0.5 <= mag_ratio <= 2.0:
-        found.append(
-            f"The magnitude ratio {mag_ratio:.3g} is outside 0.5 to 2.0; "
-            "set beta to 0.01, or raise it a little (0.05 at most)."
-        )
-    if oscillates(dir_losses):
-        found.append("The direction loss oscillates; halve the learning rates.")
-    if mag_loss > 1.0:
-        found.append(f"The magnitude loss {mag_loss:.3g} is above 1; lower beta (0.01 is usual).")
-    return found
+
+    cos_constant: Float[Array, "P"]
+    cos_centered: Float[Array, "P"]
+    retrieval: Float[Array, "P"]
+    retrieval_centered: Float[Array, "P"]
+    cka: Float[Array, "P"]
+    student_rank: Float[Array, "P"]
+    target_rank: Float[Array, "P"]
+    student_min_std: Float[Array, "P"]
+    target_min_std: Float[Array, "P"]
+    student_top3: Float[Array, "P"]
+    target_top3: Float[Array, "P"]
+    mag_ratio_q10: Float[Array, "P"]
+    mag_ratio_q50: Float[Array, "P"]
+    mag_ratio_q90: Float[Array, "P"]
 
 
-def oscillates(losses: Sequence[float], share: float = 0.1) -> bool:
-    """Whether a short history swings instead of settling.
+def diagnose(sample: Sample) -> Diagnostics:
+    """All figures of every layer, one layer after the other: n x n matrices exist for one only."""
 
-    True when there are at least six values, two thirds or more of the successive differences turn
-    the other way, and the mean step is above ``share`` of the mean value.
+    def one(layer: tuple[Array, Array]) -> Diagnostics:
+        return _diagnose_layer(*layer, sample.counted)
+
+    return jax.lax.map(one, (sample.student, sample.target))
+
+
+def _diagnose_layer(
+    student: Float[Array, "n K H"], target: Float[Array, "n K H"], counted: Bool[Array, "n"]
+) -> Diagnostics:
+    """The figures of one layer, scalars."""
+    keep = counted[:, None, None]
+    s, t = (jnp.where(keep, x.astype(jnp.float32), 0.0) for x in (student, target))
+    s_centred, t_centred = (_centred(x, counted) for x in (s, t))
+    s_gram, t_gram = (_gram(x) for x in (s_centred, t_centred))
+    constant = unit(masked_mean(unit(t), keep, 0).value)
+    low, middle, high = _magnitude_ratios(s, t)
+    return Diagnostics(
+        cos_constant=masked_mean(
+            cosine(jnp.broadcast_to(constant[None], t.shape), t), keep[..., 0]
+        ).value,
+        cos_centered=masked_mean(cosine(s_centred, t_centred), keep[..., 0]).value,
+        retrieval=_retrieval(s, t, counted),
+        retrieval_centered=_retrieval(s_centred, t_centred, counted),
+        cka=_debiased_cka(s_gram, t_gram, counted),
+        student_rank=_participation_ratio(s_gram),
+        target_rank=_participation_ratio(t_gram),
+        student_min_std=_min_std(s_centred, counted),
+        target_min_std=_min_std(t_centred, counted),
+        student_top3=_top3(s),
+        target_top3=_top3(t),
+        mag_ratio_q10=low,
+        mag_ratio_q50=middle,
+        mag_ratio_q90=high,
+    )
+
+
+def _flat(x: Float[Array, "n K H"]) -> Float[Array, "n D"]:
+    """All heads of a token as one vector."""
+    return x.reshape(x.shape[0], -1)
+
+
+def _scaled(x: Float[Array, "..."]) -> tuple[Float[Array, "..."], Float[Array, ""]]:
+    """X divided by its largest |entry|, so that squares neither overflow nor vanish, and that."""
+    peak = jnp.max(jnp.abs(x), initial=0.0)
+    return x / jnp.where(peak == 0, 1.0, peak), peak
+
+
+def _centred(x: Float[Array, "n K H"], counted: Bool[Array, "n"]) -> Float[Array, "n K H"]:
+    """X minus its mean over the tokens that count.
+
+    A token is subtracted first: what does not vary is then exactly zero, not the rounding of a
+    mean, whose direction would be compared and retrieved like any other.
     """
-    if len(losses) < 6:
-        return False
-    steps = [after - before for before, after in itertools.pairwise(losses)]
-    turns = sum(a * b < 0 for a, b in itertools.pairwise(steps))
-    mean_step = sum(map(abs, steps)) / len(steps)
-    return 3 * turns >= 2 * (len(steps) - 1) and mean_step > share * sum(losses) / len(losses)
+    moved = x - x[jnp.argmax(counted)][None]
+    return center(moved, counted[:, None, None], 0)
+
+
+def _gram(x: Float[Array, "n K H"]) -> Float[Array, "n n"]:
+    """Products of all pairs of tokens, up to a common factor."""
+    flat, _ = _scaled(_flat(x))
+    return jnp.matmul(flat, flat.T, precision=jax.lax.Precision.HIGHEST)
+
+
+def _retrieval(
+    s: Float[Array, "n K H"], t: Float[Array, "n K H"], counted: Bool[Array, "n"]
+) -> Float[Array, ""]:
+    """Share of tokens whose own target is strictly the nearest by angle."""
+    highest = jax.lax.Precision.HIGHEST
+    cos = jnp.matmul(unit(_flat(s)), unit(_flat(t)).T, precision=highest)
+    other = counted[None, :] & ~jnp.eye(len(cos), dtype=bool)
+    rival = jnp.max(jnp.where(other, cos, -jnp.inf), axis=1)
+    found = (jnp.diagonal(cos) > rival + TIE) & (jnp.sum(counted) > 1)
+    return masked_mean(found.astype(jnp.float32), counted).value
+
+
+def _debiased_cka(
+    s_gram: Float[Array, "n n"], t_gram: Float[Array, "n n"], counted: Bool[Array, "n"]
+) -> Float[Array, ""]:
+    """``HSIC(s, t) / sqrt(HSIC(s, s) * HSIC(t, t))`` with the unbiased HSIC.
+
+    Song et al. 2012, equation 5, written as the product of U-centred matrices (Szekely and Rizzo
+    2014); CKA after Kornblith et al. 2019. The factor 1 / (n (n - 3)) cancels.
+    """
+    s, s_alive = _u_centred(s_gram, counted)
+    t, t_alive = _u_centred(t_gram, counted)
+    length = jnp.sqrt(jnp.sum(s * s)) * jnp.sqrt(jnp.sum(t * t))
+    defined = s_alive & t_alive & (jnp.sum(counted) >= 4)
+    return jnp.where(defined, jnp.sum(s * t) / jnp.where(defined, length, 1.0), 0.0)
+
+
+def _u_centred(
+    gram: Float[Array, "n n"], counted: Bool[Array, "n"]
+) -> tuple[Float[Array, "n n"], Bool[Array, ""]]:
+    """The off-diagonal part minus its row and column effects, and whether anything is left."""
+    pair = counted[:, None] & counted[None, :] & ~jnp.eye(len(counted), dtype=bool)
+    apart = jnp.where(pair, gram, 0.0)
+    n = jnp.sum(counted).astype(jnp.float32)
+    row = jnp.sum(apart, axis=1, keepdims=True) / jnp.maximum(n - 2, 1)
+    whole = jnp.sum(apart) / jnp.maximum((n - 1) * (n - 2), 1)
+    rest = jnp.where(pair, apart - row - row.T + whole, 0.0)
+    # Written so that NaN is alive, and stays visible.
+    return rest, ~(jnp.sum(rest**2) <= ROUNDING**2 * jnp.sum(apart**2))
+
+
+def _participation_ratio(gram: Float[Array, "n n"]) -> Float[Array, ""]:
+    """``(tr C)^2 / tr(C^2)``: the covariance and the Gram matrix of tokens share eigenvalues."""
+    squares = jnp.sum(gram**2)
+    return jnp.where(squares == 0, 0.0, jnp.trace(gram) ** 2 / jnp.where(squares == 0, 1, squares))
+
+
+def _min_std(centred: Float[Array, "n K H"], counted: Bool[Array, "n"]) -> Float[Array, ""]:
+    """The smallest standard deviation of a dimension."""
+    flat, peak = _scaled(_flat(centred))
+    return peak * jnp.sqrt(jnp.min(masked_mean(flat**2, counted[:, None], 0).value))
+
+
+def _top3(x: Float[Array, "n K H"]) -> Float[Array, ""]:
+    """The share of the squared norm in the three largest dimensions; 0 if there is no norm."""
+    energy = jnp.sum(_scaled(_flat(x))[0] ** 2, axis=0)
+    largest, _ = jax.lax.top_k(energy, min(3, len(energy)))
+    return Mean(jnp.sum(largest), jnp.sum(energy)).value
+
+
+def _magnitude_ratios(
+    s: Float[Array, "n K H"], t: Float[Array, "n K H"]
+) -> tuple[Float[Array, ""], ...]:
+    """Quantiles 0.1, 0.5 and 0.9 of |s| / |t|, linear between values.
+
+    Zero targets have no ratio; tokens that do not count are such.
+    """
+    length = magnitude(t)
+    defined = length > 0
+    ratio = jnp.where(defined, magnitude(s) / jnp.where(defined, length, 1.0), jnp.nan)
+    quantiles = jnp.nanquantile(ratio, jnp.array([0.1, 0.5, 0.9]))
+    return tuple(jnp.where(jnp.any(defined), quantiles, 0.0))
+
+
+def gradient_share(
+    kv_grads: PyTree[Float[Array, "..."]], ce_grads: PyTree[Float[Array, "..."]]
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """How strongly, and whether, the KV term pulls where cross-entropy does.
+
+    ``(|kv| / |ce|, cosine of kv and ce)`` with each tree of gradients as one flat float32 vector.
+    The share is 0 where ce is zero, the cosine where either is. Both trees have one structure.
+    """
+    (kv, kv_length), (ce, ce_length) = (_unit_tree(grads) for grads in (kv_grads, ce_grads))
+    products = jax.tree.map(lambda a, b: jnp.sum(a * b), kv, ce)
+    alive = ce_length != 0
+    share = jnp.where(alive, kv_length / jnp.where(alive, ce_length, 1.0), 0.0)
+    return share, jnp.clip(_total(products), -1.0, 1.0)
+
+
+def _unit_tree(
+    grads: PyTree[Float[Array, "..."]],
+) -> tuple[PyTree[Float[Array, "..."]], Float[Array, ""]]:
+    """A tree divided by its length, and that; zeros stay."""
+    grads = jax.tree.map(lambda x: x.astype(jnp.float32), grads)
+    peak = jnp.max(jnp.stack([_scaled(x)[1] for x in jax.tree.leaves(grads)]))
+    scaled = jax.tree.map(lambda x: x / jnp.where(peak == 0, 1.0, peak), grads)
+    length = jnp.sqrt(_total(jax.tree.map(lambda x: jnp.sum(x * x), scaled)))
+    return jax.tree.map(lambda x: x / jnp.where(length == 0, 1.0, length), scaled), peak * length
+
+
+def _total(tree: PyTree[Float[Array, ""]]) -> Float[Array, ""]:
+    """The sum of the scalars in a tree."""
+    return jnp.sum(jnp.stack(jax.tree.leaves(tree)))

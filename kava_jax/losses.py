@@ -3,7 +3,8 @@
 Pure functions return a ``Mean`` (sum, count), float32 inside whatever comes in. Callables return
 ``(loss, metrics)``, the three-line form of the original method. None of them stops a gradient: the
 caller decides what is a constant (usually the teacher). Vectors and rows that the mask leaves out
-may hold NaN and change neither value nor gradient.
+may hold NaN and change neither value nor gradient. ``*_values`` are the formulas alone: float32
+vectors in, one number per vector out.
 
 Left out on purpose: choosing layers, projecting, weighting terms (``alignment``, ``training``).
 """
@@ -53,8 +54,19 @@ def mercator(
     Raises:
         KavaError: the two shapes differ, or the mask fits neither form.
     """
-    s, t, keep = _comparable(student, target, mask)
-    return masked_mean(alpha * (1.0 - cosine(s, t)) + beta * _log_ratio_squared(s, t, eps), keep)
+    s, t, keep = comparable(student, target, mask)
+    return masked_mean(mercator_values(s, t, alpha, beta, eps), keep)
+
+
+def mercator_values(
+    s: Float[Array, "*B H"],
+    t: Float[Array, "*B H"],
+    alpha: Scalar = 1.0,
+    beta: Scalar = 0.0,
+    eps: float = EPS,
+) -> Float[Array, "*B"]:
+    """``alpha * (1 - cos) + beta * (log(|s| + eps) - log(|t| + eps))^2`` of each vector."""
+    return alpha * (1.0 - cosine(s, t)) + beta * _log_ratio_squared(s, t, eps)
 
 
 def mse(
@@ -66,8 +78,13 @@ def mse(
 
     Unlike Mercator it overflows in float32 where entries pass about 1e19.
     """
-    s, t, keep = _comparable(student, target, mask)
-    return masked_mean(jnp.mean((s - t) ** 2, axis=-1), keep)
+    s, t, keep = comparable(student, target, mask)
+    return masked_mean(mse_values(s, t), keep)
+
+
+def mse_values(s: Float[Array, "*B H"], t: Float[Array, "*B H"]) -> Float[Array, "*B"]:
+    """``mean((s - t)^2)`` of each vector."""
+    return jnp.mean((s - t) ** 2, axis=-1)
 
 
 def smooth_l1(
@@ -85,12 +102,18 @@ def smooth_l1(
     """
     if transition <= 0:
         raise KavaError(f"transition={transition} is not above 0; 1.0 is usual")
-    s, t, keep = _comparable(student, target, mask)
+    s, t, keep = comparable(student, target, mask)
+    return masked_mean(smooth_l1_values(s, t, transition), keep)
+
+
+def smooth_l1_values(
+    s: Float[Array, "*B H"], t: Float[Array, "*B H"], transition: float | int = 1.0
+) -> Float[Array, "*B"]:
+    """Mean over each vector's entries of the square that turns into a line at ``transition``."""
     distance = jnp.abs(s - t)
     # No square of a distance beyond the transition: it could be infinite, its gradient NaN.
     curved = jnp.minimum(distance, transition)
-    loss = 0.5 * curved**2 / transition + (distance - curved)
-    return masked_mean(jnp.mean(loss, axis=-1), keep)
+    return jnp.mean(0.5 * curved**2 / transition + (distance - curved), axis=-1)
 
 
 def hybrid(
@@ -104,9 +127,21 @@ def hybrid(
     beta: Scalar = 0.01,
 ) -> Mean:
     """``mercator_weight * mercator(alpha, beta) + mse_weight * mse``; masks, errors as there."""
-    direction = mercator(student, target, mask, alpha=alpha, beta=beta)
-    value = mse(student, target, mask)
-    return Mean(mercator_weight * direction.sum + mse_weight * value.sum, direction.count)
+    s, t, keep = comparable(student, target, mask)
+    return masked_mean(hybrid_values(s, t, mercator_weight, mse_weight, alpha, beta), keep)
+
+
+def hybrid_values(
+    s: Float[Array, "*B H"],
+    t: Float[Array, "*B H"],
+    mercator_weight: Scalar = 0.8,
+    mse_weight: Scalar = 0.2,
+    alpha: Scalar = 1.0,
+    beta: Scalar = 0.01,
+) -> Float[Array, "*B"]:
+    """``mercator_weight * mercator_values(alpha, beta) + mse_weight * mse_values``."""
+    direction = mercator_values(s, t, alpha, beta)
+    return mercator_weight * direction + mse_weight * mse_values(s, t)
 
 
 def cross_entropy(
@@ -164,7 +199,7 @@ def alignment_accuracy(
     threshold: float = 0.95,
 ) -> Float[Array, ""]:
     """Percent of counted vectors whose cosine is at least ``threshold``; masks as ``mercator``."""
-    s, t, keep = _comparable(student, teacher, mask)
+    s, t, keep = comparable(student, teacher, mask)
     return 100.0 * masked_mean((cosine(s, t) >= threshold).astype(jnp.float32), keep).value
 
 
@@ -254,7 +289,7 @@ def _over_pair(
 
 def _sphere_metrics(student: Array, teacher: Array, mask: Array | None) -> Metrics:
     """What every KV loss reports beside itself."""
-    s, t, keep = _comparable(student, teacher, mask)
+    s, t, keep = comparable(student, teacher, mask)
     cos = cosine(s, t)
     s_magnitude = masked_mean(magnitude(s), keep).value
     t_magnitude = masked_mean(magnitude(t), keep).value
@@ -273,10 +308,13 @@ def _log_ratio_squared(s: Float[Array, "*B H"], t: Float[Array, "*B H"], eps: fl
     return (jnp.log(magnitude(s) + eps) - jnp.log(magnitude(t) + eps)) ** 2
 
 
-def _comparable(
+def comparable(
     student: Array, target: Array, mask: Array | None
 ) -> tuple[Array, Array, Array | None]:
-    """Both sides in float32 with zeros where they do not count, and the mask of whole vectors."""
+    """Both sides in float32 with zeros where they do not count, and the mask of whole vectors.
+
+    Mask and errors as ``mercator``; the mask comes out as booleans [*B], or None for None.
+    """
     if student.shape != target.shape:
         raise KavaError(
             f"student shape {student.shape} differs from target shape {target.shape}; "

@@ -1,49 +1,142 @@
-"""Which teacher layer each student layer is compared with."""
+"""Which teacher layers each student layer is compared with.
 
-from collections.abc import Sequence
+Maps are made from a name or from a written list by ``make_layer_map``; the two that are measured
+(``CALIBRATED_MAPS``) come out of a calibration as a ``LayerMap``. Left out on purpose: how a layer
+is chosen or fitted by measurement (``calibrate``), and what bridges the widths (``projector``).
+"""
+
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from reprlib import repr as shortened
+from typing import Any
 
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from kava_jax.cache import KVCache
 from kava_jax.errors import KavaError
 
 
 @dataclass(frozen=True)
 class LayerMap:
-    """Pairs (teacher layer, student layer), counted from 0, in student order."""
+    """Which teacher layers each mapped student layer is compared with, in student order.
 
-    pairs: tuple[tuple[int, int], ...]
+    Layers are counted from 0. ``teacher_layers`` has one row per student layer, all rows equally
+    long. Without ``weights`` the layers of a row stand side by side in the target, their heads
+    concatenated; with ``weights`` the target is their weighted mean, and a row's weights sum to 1.
 
-    @property
-    def teacher_layers(self) -> tuple[int, ...]:
-        """Teacher layer of every pair."""
-        return tuple(teacher for teacher, _ in self.pairs)
+    Raises KavaError, naming every wrong row, for anything else: maps are read from files too.
+    """
 
-    @property
-    def student_layers(self) -> tuple[int, ...]:
-        """Student layer of every pair."""
-        return tuple(student for _, student in self.pairs)
+    student_layers: tuple[int, ...]
+    teacher_layers: tuple[tuple[int, ...], ...]
+    weights: tuple[tuple[float, ...], ...] | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what the class does not describe."""
+        problem = _problem_of_layers(self.student_layers, self.teacher_layers)
+        if problem is None and self.weights is not None:
+            problem = _problem_of_weights(self.teacher_layers, self.weights)
+        if problem is not None:
+            raise KavaError(f"layer map: {problem}")
+
+    def __len__(self) -> int:
+        """Number of rows, which is the number of mapped student layers."""
+        return len(self.student_layers)
 
     @property
     def last_teacher_layer(self) -> int:
         """The deepest teacher layer that is needed; the teacher is cut after it."""
-        return max(self.teacher_layers)
+        return max(max(row) for row in self.teacher_layers)
 
+    @property
+    def sources(self) -> int:
+        """How many teacher layers stand side by side in the target; 1 where they are averaged."""
+        return 1 if self.weights is not None else len(self.teacher_layers[0])
 
-def ratio_map(teacher_layers: int, student_layers: int) -> LayerMap:
-    """Every student layer at its relative depth; first meets first and last meets last.
+    def student_cache(self, cache: KVCache) -> KVCache:
+        """The mapped layers [P, B, T, K, H] of the student's cache [L, B, T, K, H].
 
-    ``teacher = round(student * (teacher_layers - 1) / (student_layers - 1))``, halves rounded up;
-    a student of one layer meets the teacher's last.
-    """
-    if student_layers == 1:
-        return LayerMap(((teacher_layers - 1, 0),))
-    span = student_layers - 1
-    # Integer arithmetic: Python's round() sends halves to the even neighbour.
-    return LayerMap(
-        tuple(
-            ((2 * student * (teacher_layers - 1) + span) // (2 * span), student)
-            for student in range(student_layers)
-        )
-    )
+        When all layers in order are mapped, these are the arrays themselves. Raises KavaError for
+        a cache with fewer layers than the map reads.
+        """
+        return KVCache(*(_take(x_LBTKH, self.student_layers, "student") for x_LBTKH in cache))
+
+    def teacher_cache(self, cache: KVCache) -> KVCache:
+        """The teacher's side of every row [P, B, T, sources * K, H] from its [L, B, T, K, H].
+
+        Side by side: all heads of a row's first layer, then all of its second. Weighted: the mean
+        ``sum_j weights[p][j] * layer teacher_layers[p][j]`` in float32, cast to the cache's dtype.
+        Raises KavaError for a cache with fewer layers than the map reads.
+        """
+        return KVCache(*(self._target(x_LBTKH) for x_LBTKH in cache))
+
+    def _target(self, x_LBTKH: Float[Array, "L B T K H"]) -> Float[Array, "P B T J H"]:
+        """One of the cache's two arrays as the target; J = sources * K."""
+        by_column = zip(*self.teacher_layers, strict=True)
+        columns = [_take(x_LBTKH, column, "teacher") for column in by_column]
+        if self.weights is None:
+            return columns[0] if len(columns) == 1 else jnp.concatenate(columns, axis=3)
+        total = jnp.zeros(columns[0].shape, jnp.float32)
+        for column, weights in zip(columns, zip(*self.weights, strict=True), strict=True):
+            w_P = np.array(weights, np.float32).reshape(-1, 1, 1, 1, 1)
+            total = total + w_P * column.astype(jnp.float32)
+        return total.astype(x_LBTKH.dtype)
+
+    def rows(self) -> list[tuple[int, str]]:
+        """(student layer, its teacher layers in words) for printing.
+
+        ``"7"``, side by side ``"7 + 8 + 9"``, or weighted ``"0.25 x 7 + 0.75 x 8"``; layers of
+        weight 0 are left out.
+        """
+        if self.weights is None:
+            texts = [" + ".join(map(str, row)) for row in self.teacher_layers]
+        else:
+            texts = list(map(_weighted_text, self.teacher_layers, self.weights))
+        return list(zip(self.student_layers, texts, strict=True))
+
+    def table(self, field: str) -> list[str]:
+        """The map as lines of text for a terminal: ``field``, headings, one line per row."""
+        kind = "weighted mean" if self.weights is not None else "side by side"
+        wide = len(self.teacher_layers[0]) > 1
+        heading = "student layer", "teacher layers, " + kind if wide else "teacher layer"
+        width = len(heading[0])
+        lines = [f"{student:>{width}} | {text}" for student, text in self.rows()]
+        return [field, " | ".join(heading), *lines]
+
+    def as_dict(self) -> dict[str, Any]:
+        """The map as plain data for a JSON file; ``from_dict`` reads it back."""
+        weights = None if self.weights is None else [list(row) for row in self.weights]
+        return {
+            "student_layers": list(self.student_layers),
+            "teacher_layers": [list(row) for row in self.teacher_layers],
+            "weights": weights,
+        }
+
+    @classmethod
+    def from_dict(cls, raw: Any, where: str) -> "LayerMap":
+        """The map that ``as_dict`` wrote, ``weights`` being optional.
+
+        Raises KavaError, naming ``where`` (a file, or a field of one), for anything else.
+        """
+        keys = ("student_layers", "teacher_layers", "weights")
+        if not isinstance(raw, dict) or not set(keys[:2]) <= set(raw) <= set(keys):
+            found = sorted(map(str, raw)) if isinstance(raw, dict) else raw
+            raise KavaError(
+                f"{where}: a layer map has the keys {', '.join(keys)}, found {shortened(found)}; "
+                f"make it anew with `kava calibrate CONFIG`"
+            )
+        try:
+            students = _read(raw["student_layers"], "student_layers", 1, whole=True)
+            teachers = _read(raw["teacher_layers"], "teacher_layers", 2, whole=True)
+            weights = raw.get("weights")
+            if weights is not None:
+                weights = _read(weights, "weights", 2, whole=False)
+            return cls(students, teachers, weights)
+        except KavaError as error:
+            raise KavaError(f"{where}: {error}") from None
 
 
 def make_layer_map(
@@ -53,15 +146,120 @@ def make_layer_map(
     *,
     field: str = "layer_map",
 ) -> LayerMap:
-    """A checked map from ``"ratio"`` or explicit pairs.
+    """A checked map between two depths, from one of ``NAMED_MAPS`` or [teacher, student] pairs.
 
-    Raises KavaError, naming ``field``, for an unknown name, an empty list, a layer that does not
-    exist, or a student layer used twice.
+    Raises KavaError, naming ``field``, for an unknown name, a map that has to be measured
+    (``CALIBRATED_MAPS``), ``"last"`` with a teacher shallower than the student, an empty list, a
+    layer that does not exist, or a student layer used twice.
     """
-    if isinstance(setting, str):
-        if setting != "ratio":
-            raise KavaError(f"{field}={setting!r} is unknown; use 'ratio' or a list of pairs")
-        return ratio_map(teacher_layers, student_layers)
+    if not isinstance(setting, str):
+        return _from_pairs(setting, teacher_layers, student_layers, field)
+    if setting in CALIBRATED_MAPS:
+        raise KavaError(
+            f"{field}={setting!r} needs a calibration; `kava calibrate CONFIG` makes it"
+        )
+    if setting not in _MAKERS:
+        known = ", ".join(map(repr, (*NAMED_MAPS, *CALIBRATED_MAPS)))
+        raise KavaError(f"{field}={setting!r} is unknown; use {known} or a list of pairs")
+    try:
+        return _MAKERS[setting](teacher_layers, student_layers)
+    except KavaError as error:
+        raise KavaError(f"{field}={setting!r}: {error}") from None
+
+
+def window(teacher_layers: int, student_layers: int, width: int = 8) -> tuple[tuple[int, ...], ...]:
+    """Per student layer the consecutive teacher layers that a calibration chooses from.
+
+    ``min(width, teacher_layers)`` layers around the one of the ratio map. Of an even number, the
+    extra one is deeper: 8 are three before the centre, the centre and four after it. At both ends
+    the window is shifted inside the teacher. Raises KavaError for a width below 1.
+    """
+    if width < 1:
+        raise KavaError(f"width={width} holds no teacher layer; use 1 or more")
+    width = min(width, teacher_layers)
+    centres = [_nearest(teacher_layers, student_layers, s) for s in range(student_layers)]
+    starts = (centre - (width - 1) // 2 for centre in centres)
+    inside = (min(max(start, 0), teacher_layers - width) for start in starts)
+    return tuple(tuple(range(start, start + width)) for start in inside)
+
+
+def _depth(teacher_layers: int, student_layers: int, student: int) -> Fraction:
+    """The student layer's relative depth, in teacher layers: ``s * (Lt - 1) / (Ls - 1)``.
+
+    First meets first and last meets last; a student of one layer meets the teacher's last.
+    """
+    if student_layers == 1:
+        return Fraction(teacher_layers - 1)
+    return Fraction(student * (teacher_layers - 1), student_layers - 1)
+
+
+def _nearest(teacher_layers: int, student_layers: int, student: int) -> int:
+    """The teacher layer nearest to that depth, halves rounded up."""
+    # Python's round() sends halves to the even neighbour.
+    return (2 * _depth(teacher_layers, student_layers, student) + 1) // 2
+
+
+def _ratio(teacher_layers: int, student_layers: int) -> LayerMap:
+    """The nearest layer at the same relative depth."""
+    return _one_each(_nearest(teacher_layers, student_layers, s) for s in range(student_layers))
+
+
+def _uniform(teacher_layers: int, student_layers: int) -> LayerMap:
+    """The last layer of each student layer's equal share: ``ceil((s + 1) * Lt / Ls) - 1``."""
+    ends = ((s + 1) * teacher_layers for s in range(student_layers))
+    return _one_each(-(-end // student_layers) - 1 for end in ends)
+
+
+def _skip(teacher_layers: int, student_layers: int) -> LayerMap:
+    """Every (Lt / Ls)-th layer from the first: ``floor(s * Lt / Ls)``."""
+    return _one_each(s * teacher_layers // student_layers for s in range(student_layers))
+
+
+def _last(teacher_layers: int, student_layers: int) -> LayerMap:
+    """The teacher's last layers: ``Lt - Ls + s``."""
+    if teacher_layers < student_layers:
+        raise KavaError(
+            f"a teacher of {teacher_layers} layers has no last {student_layers} for the student; "
+            f"use 'ratio'"
+        )
+    return _one_each(range(teacher_layers - student_layers, teacher_layers))
+
+
+def _interpolated(teacher_layers: int, student_layers: int) -> LayerMap:
+    """Between the two layers around the same relative depth x: weights (1 - frac(x), frac(x)).
+
+    The second layer is ``ceil(x)``: at a whole x the layer itself, which always exists.
+    """
+    depths = [_depth(teacher_layers, student_layers, s) for s in range(student_layers)]
+    return LayerMap(
+        tuple(range(student_layers)),
+        tuple((x // 1, -(-x // 1)) for x in depths),
+        tuple((float(1 - x % 1), float(x % 1)) for x in depths),
+    )
+
+
+# Makers of maps between a teacher and a student of given depths, by the name they have in a config.
+_MAKERS: dict[str, Callable[[int, int], LayerMap]] = {
+    "ratio": _ratio,
+    "uniform": _uniform,
+    "skip": _skip,
+    "last": _last,
+    "interpolated": _interpolated,
+}
+NAMED_MAPS = tuple(_MAKERS)
+CALIBRATED_MAPS = ("cka", "calibrated")
+
+
+def _one_each(layers: Iterable[int]) -> LayerMap:
+    """One teacher layer for each student layer from the first."""
+    rows = tuple((layer,) for layer in layers)
+    return LayerMap(tuple(range(len(rows))), rows)
+
+
+def _from_pairs(
+    setting: Sequence[tuple[int, int]], teacher_layers: int, student_layers: int, field: str
+) -> LayerMap:
+    """The map of [teacher, student] pairs in any order."""
     pairs = tuple(sorted(((int(t), int(s)) for t, s in setting), key=lambda pair: pair[1]))
     outside = [
         [t, s] for t, s in pairs if not (0 <= t < teacher_layers and 0 <= s < student_layers)
@@ -76,4 +274,75 @@ def make_layer_map(
     if not pairs or twice:
         problem = f"student layers {twice} stand twice" if twice else "it holds no pairs"
         raise KavaError(f"{field}: {problem}; give one [teacher, student] pair per student layer")
-    return LayerMap(pairs)
+    return LayerMap(tuple(students), tuple((teacher,) for teacher, _ in pairs))
+
+
+def _take(
+    x_LBTKH: Float[Array, "L B T K H"], layers: tuple[int, ...], side: str
+) -> Float[Array, "P B T K H"]:
+    """The given layers; the array itself when that is all of them in order."""
+    depth = x_LBTKH.shape[0]
+    if max(layers) >= depth:  # JAX would clamp the number and go on with the wrong layer
+        raise KavaError(
+            f"layer map: it reads {side} layer {max(layers)}, the cache ends with layer "
+            f"{depth - 1}; make the map for this {side}"
+        )
+    return x_LBTKH if layers == tuple(range(depth)) else x_LBTKH[np.array(layers)]
+
+
+def _problem_of_layers(
+    students: tuple[int, ...], teachers: tuple[tuple[int, ...], ...]
+) -> str | None:
+    """What is wrong with the layer numbers of a map, in words, with the remedy."""
+    if not students or len(students) != len(teachers):
+        return (
+            f"{len(teachers)} rows of teacher_layers for {len(students)} student_layers; give one "
+            f"row per student layer, and at least one"
+        )
+    lengths = sorted({len(row) for row in teachers})
+    if len(lengths) > 1 or lengths[0] < 1:
+        return (
+            f"rows of teacher_layers hold {', '.join(map(str, lengths))} layers; give every row "
+            f"the same number, at least one"
+        )
+    if list(students) != sorted(set(students)):
+        return f"student_layers={list(students)} do not increase; put the rows in student order"
+    negative = sorted({n for row in (students, *teachers) for n in row if n < 0})
+    return f"layers {negative} are negative; count layers from 0" if negative else None
+
+
+def _problem_of_weights(
+    teachers: tuple[tuple[int, ...], ...], weights: tuple[tuple[float, ...], ...]
+) -> str | None:
+    """What is wrong with the weights of a map whose layers are right."""
+    if [len(row) for row in weights] != [len(row) for row in teachers]:
+        return (
+            f"rows of weights hold {[len(row) for row in weights]} numbers, rows of teacher_layers "
+            f"{[len(row) for row in teachers]}; give one weight per teacher layer"
+        )
+    # Written so that NaN is wrong too.
+    wrong = {p: sum(row) for p, row in enumerate(weights) if not abs(sum(row) - 1.0) <= 1e-6}
+    sums = ", ".join(f"row {p} sums to {total:g}" for p, total in wrong.items())
+    return f"weights: {sums}; make every row sum to 1" if wrong else None
+
+
+def _read(raw: Any, name: str, levels: int, *, whole: bool) -> Any:
+    """Nested lists of numbers from JSON as tuples of int (``whole``) or float."""
+    if levels > 0 and isinstance(raw, list):
+        return tuple(_read(item, name, levels - 1, whole=whole) for item in raw)
+    kinds = int if whole else (int, float)
+    # A JSON true is an int to Python, and an int of 400 digits is no float.
+    if levels > 0 or not isinstance(raw, kinds) or isinstance(raw, bool) or abs(raw) > 2**31:
+        kind = "a list" if levels > 0 else "a whole number" if whole else "a number"
+        raise KavaError(
+            f"layer map: {name} holds {shortened(raw)}, which is not {kind}; correct it"
+        )
+    return raw if whole else float(raw)
+
+
+def _weighted_text(layers: tuple[int, ...], weights: tuple[float, ...]) -> str:
+    """``"0.25 x 7 + 0.75 x 8"``, or the layer alone where one carries all the weight."""
+    terms = [(layer, w) for layer, w in zip(layers, weights, strict=True) if w != 0]
+    if len(terms) == 1:
+        return str(terms[0][0])
+    return " + ".join(f"{w:.3g} x {layer}" for layer, w in terms)

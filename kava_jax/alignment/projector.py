@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
@@ -165,8 +166,9 @@ class KVDimensionProjector(nnx.Module):
         from safetensors.numpy import save_file
 
         state = nnx.to_pure_dict(nnx.state(self, nnx.Param))
+        # safetensors writes memory as it lies: in another order it would be read back scrambled.
         tensors = {
-            "/".join(str(part.key) for part in where): jax.device_get(leaf)
+            "/".join(str(part.key) for part in where): np.ascontiguousarray(jax.device_get(leaf))
             for where, leaf in jax.tree_util.tree_flatten_with_path(state)[0]
         }
         save_file(
@@ -185,8 +187,7 @@ class KVDimensionProjector(nnx.Module):
             projector = cls(**arguments)
             state = nnx.to_pure_dict(nnx.state(projector, nnx.Param))
             filled = jax.tree_util.tree_map_with_path(
-                lambda where, _: jnp.asarray(tensors["/".join(str(part.key) for part in where)]),
-                state,
+                lambda where, leaf: _taken(tensors, where, leaf.shape), state
             )
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise KavaError(
@@ -215,6 +216,14 @@ class KVDimensionProjector(nnx.Module):
             "per_layer": self.per_layer,
             "per_head": self.shape.per_head,
         }
+
+
+def _taken(tensors: Mapping[str, Any], where: tuple[Any, ...], shape: tuple[int, ...]) -> Array:
+    """The tensor of a parameter's path; ValueError when it has another shape."""
+    name = "/".join(str(part.key) for part in where)
+    if tensors[name].shape != shape:
+        raise ValueError(f"{name} has shape {tensors[name].shape} instead of {shape}")
+    return jnp.asarray(tensors[name])
 
 
 def _head_shape(field: str, width: int, heads: int) -> HeadShape:

@@ -194,6 +194,13 @@ def collate(rows: Sequence[Encoded], length: int, pad_id: int, sink_tokens: int)
     return Batch(*arrays)
 
 
+def padded(batch: Batch, length: int) -> Batch:
+    """The batch with positions added on the right that count nowhere; for one shape only."""
+    missing = ((0, 0), (0, length - batch.tokens.shape[1]))
+    arrays: tuple[Any, ...] = tuple(np.pad(array, missing) for array in batch)
+    return Batch(*arrays)
+
+
 def _with_targets(rows: Sequence[Encoded], max_length: int) -> list[Encoded]:
     longest = max((len(row.ids) for row in rows), default=0)
     if longest > max_length:

@@ -1,52 +1,88 @@
-"""Held-out loss and alignment: the objective on rows that are never trained on, without dropout."""
+"""Held-out loss and alignment: the objective on rows that are never trained on, without dropout.
 
-from collections.abc import Callable, Iterable, Mapping
+Loss and cosine are means over all batches. What needs a whole sample (retrieval, CKA, ranks,
+centred cosine) is taken on one sample of tokens, drawn evenly from up to ``EXAMINED`` batches.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from kava_jax.data.batches import Batch
 from kava_jax.models.decoder import Params
-from kava_jax.training.objective import Metrics, Objective, Share
-from kava_jax.training.summary import summarize
+from kava_jax.training.objective import Metrics, Objective, Share, Statistics
+from kava_jax.training.probe import Examination, examine, figures
+from kava_jax.training.summary import Figures, summarize, summarize_layers
 
-Measure = Callable[[Mapping[str, Params], Mapping[str, Params], Batch], Metrics]
+Measure = Callable[[Mapping[str, Params], Mapping[str, Params], Statistics, Batch], Metrics]
+Examine = Callable[[Mapping[str, Params], Mapping[str, Params], Batch, int], Examination]
 
+EXAMINED, TOKENS = 8, 1024
 # Their values on held-out data would depend on weights and schedules, not on the model.
 _LEFT_OUT = ("kv", "dir_loss", "mag_loss")
 
 
 def make_measure(objective: Objective) -> Measure:
-    """A jitted ``(params, teachers, batch) -> (sum, count) metrics``."""
+    """A jitted ``(params, teachers, statistics, batch) -> (sum, count) metrics``."""
 
     @jax.jit
     def measure(
-        params: Mapping[str, Params], teachers: Mapping[str, Params], batch: Batch
+        params: Mapping[str, Params],
+        teachers: Mapping[str, Params],
+        statistics: Statistics,
+        batch: Batch,
     ) -> Metrics:
-        whole = Share(jnp.ones(()), jnp.ones(()))
-        return objective(params, teachers, batch, jnp.zeros((), jnp.int32), whole)[1]
+        whole, step = Share(jnp.ones(()), jnp.ones(())), jnp.zeros((), jnp.int32)
+        return objective(params, teachers, batch, step, whole, statistics)[1][0]
 
     return measure
 
 
+def make_examine(objective: Objective) -> Examine:
+    """A jitted ``(params, teachers, batch, tokens) -> Examination`` (``training.probe``)."""
+
+    def run(params: Any, teachers: Any, batch: Batch, tokens: int) -> Examination:
+        return examine(objective, params, teachers, batch, tokens=tokens)
+
+    return jax.jit(run, static_argnums=3)
+
+
 def held_out(
     measure: Measure,
+    examine: Examine,
     params: Mapping[str, Params],
     teachers: Mapping[str, Params],
-    batches: Iterable[Batch],
-) -> dict[str, float]:
+    statistics: Statistics,
+    batches: Sequence[Callable[[], Batch]],
+) -> Figures:
     """Token-weighted means over all batches: ``eval_loss`` (cross-entropy) and the alignment.
 
     Alignment figures, when there is a teacher, are named as in training with ``eval_`` before.
+    ``statistics`` are the train state's (the router may need them). ``batches`` are called for one
+    after the other, so that one is on the devices at a time.
     """
     total: Metrics | None = None
-    for batch in batches:
-        metrics = measure(params, teachers, batch)
-        total = metrics if total is None else _add(total, metrics)
+    chosen = range(0, len(batches), -(-len(batches) // EXAMINED))
+    examined = []
+    for number, make in enumerate(batches):
+        batch = make()
+        metrics = measure(params, teachers, statistics, batch)
+        total = metrics if total is None else jax.tree.map(jnp.add, total, metrics)
+        if teachers and number in chosen:
+            examined.append(examine(params, teachers, batch, TOKENS // len(chosen)))
     values = summarize(total or {})
     values["loss"] = values.pop("ce")
-    return {f"eval_{name}": value for name, value in values.items() if name not in _LEFT_OUT}
-
-
-def _add(left: Metrics, right: Metrics) -> Metrics:
-    return jax.tree.map(jnp.add, left, right)
+    layers: dict[str, list[float]] = {}
+    if examined:
+        found = summarize_layers(jax.jit(figures)(examined))
+        values, layers = found.values | values, found.layers
+        counted = next(iter(zip(*(one.samples.values() for one in examined), strict=True)))
+        values["sampled_tokens"] = float(sum(int(sample.counted.sum()) for sample in counted))
+    kept = {
+        f"eval_{name}": value
+        for name, value in values.items()
+        if name.rpartition("/")[2] not in _LEFT_OUT
+    }
+    return Figures(kept, layers)

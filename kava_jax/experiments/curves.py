@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from kava_jax.diagnostics import ACCEPTABLE, EXCELLENT, GOOD
 from kava_jax.errors import KavaError
 from kava_jax.training.monitor import read_metrics
+from kava_jax.verdict import ACCEPTABLE, EXCELLENT, GOOD
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -61,6 +61,7 @@ def learning_curve(runs: Mapping[str, Path], out_png: Path) -> None:
         )
         ends.append((last.steps[-1], last.values[-1], label, colour))
     axes.set_yscale("log")
+    _plain_ticks(axes)
     _label_ends(axes, ends)
     axes.set_title(
         "Thin: training. Marked: held-out. Logarithmic scale.", loc="left", fontsize=10, color=FAINT
@@ -129,6 +130,14 @@ def _figure(y_label: str) -> "tuple[Figure, Axes]":
     axes.grid(axis="y", color="#dddddd", linewidth=0.6)
     axes.set_axisbelow(True)
     return figure, axes
+
+
+def _plain_ticks(axes: "Axes") -> None:
+    """4.5 and not 4.5 x 10^0, on the minor ticks too where there are few."""
+    from matplotlib.ticker import FuncFormatter, LogFormatter
+
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.4)))
 
 
 def _shade_bands(axes: "Axes", lowest: float) -> None:

@@ -138,8 +138,16 @@ FAMILY_ROWS = {
     "mistral": _DENSE + _UNTIED,
 }
 
-# What a cut teacher keeps of the layer after its last full block: enough to write K and V.
-_TAIL_PARTS = ("attention_norm", "attention/k", "attention/v", "attention/k_norm")
+# What a cut teacher keeps of the layer after its last full block: enough to write K and V, and the
+# queries that diagnostics read them with.
+_TAIL_PARTS = (
+    "attention_norm",
+    "attention/q",
+    "attention/k",
+    "attention/v",
+    "attention/q_norm",
+    "attention/k_norm",
+)
 
 
 def rows_of(spec: DecoderSpec) -> tuple[Row, ...]:

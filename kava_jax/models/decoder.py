@@ -6,6 +6,7 @@ the cache is a return value. A teacher is *cut* by building fewer blocks, a KV-o
 head. Sampling, beam search and mixture-of-experts layers are left out on purpose.
 """
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -14,7 +15,15 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from kava_jax.cache import KVCache
-from kava_jax.models.layers import Block, Dtypes, Projection, RMSNorm, Tail
+from kava_jax.models.layers import (
+    Block,
+    Dtypes,
+    KeyValue,
+    Projection,
+    RMSNorm,
+    Rotation,
+    Tail,
+)
 from kava_jax.models.rope import rope_frequencies, rope_rotation
 from kava_jax.models.spec import DecoderSpec
 
@@ -90,24 +99,66 @@ class Decoder(nnx.Module):
         the returned cache holds the *new* tokens' [L, B, T, K, H] alone, keys in ``key_space``.
         Positions and mask come from ``models.masks``.
         """
+
+        def cache(new: KeyValue) -> KVCache:
+            return new.cache(key_space)
+
+        return self._run(tokens_BT, positions_BT, mask_BTS, past, cache)
+
+    def with_queries(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        positions_BT: Int[Array, "B T"],
+        mask_BTS: Bool[Array, "B 1 T S"],
+        *,
+        key_space: KeySpace = "pre_rope",
+    ) -> tuple[Float[Array, "B T D"], KVCache, Float[Array, "L B T N H"]]:
+        """As a call without a past, and the post-RoPE queries of all layers."""
+
+        def both(new: KeyValue) -> tuple[KVCache, Array | None]:
+            return new.cache(key_space), new.q
+
+        hidden, (cache, queries) = self._run(tokens_BT, positions_BT, mask_BTS, None, both)
+        return hidden, cache, queries
+
+    def rotation(self, positions_BT: Int[Array, "B T"]) -> Rotation:
+        """What turns pre-RoPE keys at these positions into post-RoPE ones (``rope.rotate``)."""
+        return rope_rotation(positions_BT, rope_frequencies(self.spec))
+
+    def key_bias(self) -> Float[Array, "L K H"] | None:
+        """The bias that every key carries, for all layers that write keys; None without one."""
+        projections = [part.attention.k for part in (self.blocks, self.tail) if part is not None]
+        biases = [projection.bias[...] for projection in projections if projection.bias is not None]
+        shape = (-1, self.spec.num_kv_heads, self.spec.head_dim)
+        return jnp.concatenate([bias.reshape(shape) for bias in biases]) if biases else None
+
+    def _run(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        positions_BT: Int[Array, "B T"],
+        mask_BTS: Bool[Array, "B 1 T S"],
+        past: KVCache | None,
+        keep: Callable[[KeyValue], Any],
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """Hidden states, and what ``keep`` takes of every layer, stacked over layers."""
         x_BTD = self.embed.embedding[...][tokens_BT].astype(self.dtype)
-        rotation = rope_rotation(positions_BT, rope_frequencies(self.spec))
-        caches = []
+        rotation = self.rotation(positions_BT)
+        kept = []
         if self.blocks is not None:
             graph, layers = nnx.split(self.blocks)
 
-            def layer(x_BTD: Array, xs: tuple[Any, KVCache | None]) -> tuple[Array, KVCache]:
+            def layer(x_BTD: Array, xs: tuple[Any, KVCache | None]) -> tuple[Array, Any]:
                 params, layer_past = xs
                 x_BTD, new = nnx.merge(graph, params)(x_BTD, rotation, mask_BTS, layer_past)
-                return x_BTD, new.cache(key_space)
+                return x_BTD, keep(new)
 
-            x_BTD, cache = jax.lax.scan(_remat(layer, self.remat), x_BTD, (layers, past))
-            caches.append(cache)
+            x_BTD, of_blocks = jax.lax.scan(_remat(layer, self.remat), x_BTD, (layers, past))
+            kept.append(of_blocks)
         if self.tail is not None:
-            new = self.tail(x_BTD, rotation).cache(key_space)
-            caches.append(jax.tree.map(lambda array: array[None], new))
-        cache = jax.tree.map(lambda *parts: jnp.concatenate(parts), *caches)
-        return (x_BTD if self.final_norm is None else self.final_norm(x_BTD)), cache
+            of_tail = keep(self.tail(x_BTD, rotation))
+            kept.append(jax.tree.map(lambda array: array[None], of_tail))
+        stacked = jax.tree.map(lambda *parts: jnp.concatenate(parts), *kept)
+        return (x_BTD if self.final_norm is None else self.final_norm(x_BTD)), stacked
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """LM head: all V rows, in the compute dtype; the transposed embedding when tied."""

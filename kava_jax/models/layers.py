@@ -77,11 +77,12 @@ class RMSNorm(nnx.Module):
 
 
 class KeyValue(NamedTuple):
-    """One layer's keys before and after RoPE, and its values."""
+    """One layer's keys before and after RoPE, its values, and (where asked for) its queries."""
 
     pre_rope: Float[Array, "B T K H"]
     post_rope: Float[Array, "B T K H"]
     v: Float[Array, "B T K H"]
+    q: Float[Array, "B T N H"] | None = None
 
     def cache(self, key_space: str) -> KVCache:
         """The pair that is asked for: ``pre_rope`` or ``post_rope`` keys with the values."""
@@ -89,9 +90,9 @@ class KeyValue(NamedTuple):
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention. With ``queries=False`` only keys and values exist (cut teacher)."""
+    """Grouped-query attention. With ``output=False`` it cannot attend (a cut teacher's tail)."""
 
-    def __init__(self, spec: DecoderSpec, *, dtypes: Dtypes, rngs: nnx.Rngs, queries: bool = True):
+    def __init__(self, spec: DecoderSpec, *, dtypes: Dtypes, rngs: nnx.Rngs, output: bool = True):
         """Build the projections; ``std`` is the model's initializer range throughout."""
         model = {"embed": spec.hidden_size}
         kv_heads = {"kv_heads": spec.num_kv_heads, "head_dim": spec.head_dim}
@@ -108,11 +109,11 @@ class Attention(nnx.Module):
 
         self.k = project(model, kv_heads, bias)
         self.v = project(model, kv_heads, bias)
+        self.q = project(model, heads, bias)
+        self.q_norm = norm()
         self.k_norm = norm()
-        if queries:
-            self.q = project(model, heads, bias)
+        if output:
             self.o = project(heads, model, spec.output_bias)
-            self.q_norm = norm()
 
     def keys_values(self, x_BTD: Float[Array, "B T D"], rotation: Rotation) -> KeyValue:
         """Project ``x`` to keys (bias and key norm included) and values."""
@@ -120,6 +121,13 @@ class Attention(nnx.Module):
         if self.k_norm is not None:
             k_BTKH = self.k_norm(k_BTKH)
         return KeyValue(k_BTKH, rotate(k_BTKH, rotation), self.v(x_BTD))
+
+    def queries(self, x_BTD: Float[Array, "B T D"], rotation: Rotation) -> Float[Array, "B T N H"]:
+        """Project ``x`` to post-RoPE queries (bias and query norm included)."""
+        q_BTNH = self.q(x_BTD)
+        if self.q_norm is not None:
+            q_BTNH = self.q_norm(q_BTNH)
+        return rotate(q_BTNH, rotation)
 
     def __call__(
         self,
@@ -129,17 +137,13 @@ class Attention(nnx.Module):
         past: KVCache | None,
     ) -> tuple[Float[Array, "B T D"], KeyValue]:
         """Attend over ``past`` (post-RoPE, one layer) followed by the tokens of ``x``."""
-        new = self.keys_values(x_BTD, rotation)
-        q_BTNH = self.q(x_BTD)
-        if self.q_norm is not None:
-            q_BTNH = self.q_norm(q_BTNH)
-        q_BTNH = rotate(q_BTNH, rotation)
+        new, q_BTNH = self.keys_values(x_BTD, rotation), self.queries(x_BTD, rotation)
         k_BSKH, v_BSKH = new.post_rope, new.v
         if past is not None:
             k_BSKH = jnp.concatenate([past.k, k_BSKH], axis=1)
             v_BSKH = jnp.concatenate([past.v, v_BSKH], axis=1)
         y_BTNH = jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask_BTS)
-        return self.o(y_BTNH), new
+        return self.o(y_BTNH), new._replace(q=q_BTNH)
 
 
 class MLP(nnx.Module):
@@ -193,13 +197,15 @@ class Block(nnx.Module):
 
 
 class Tail(nnx.Module):
-    """The last layer of a cut teacher: its input norm and K/V projections, and nothing else."""
+    """The last layer of a cut teacher: what it writes to the cache and reads it with."""
 
     def __init__(self, spec: DecoderSpec, *, dtypes: Dtypes, rngs: nnx.Rngs):
-        """Build the norm and the two projections."""
+        """Build the norm and the three projections."""
         self.attention_norm = RMSNorm(spec.hidden_size, "embed", eps=spec.norm_eps, dtypes=dtypes)
-        self.attention = Attention(spec, dtypes=dtypes, rngs=rngs, queries=False)
+        self.attention = Attention(spec, dtypes=dtypes, rngs=rngs, output=False)
 
     def __call__(self, x_BTD: Float[Array, "B T D"], rotation: Rotation) -> KeyValue:
-        """Keys and values of the layer, without attending."""
-        return self.attention.keys_values(self.attention_norm(x_BTD), rotation)
+        """What the layer writes, without attending; under ``jit`` what is unused costs nothing."""
+        normed = self.attention_norm(x_BTD)
+        new = self.attention.keys_values(normed, rotation)
+        return new._replace(q=self.attention.queries(normed, rotation))

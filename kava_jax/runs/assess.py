@@ -28,7 +28,7 @@ def assess(
         run = reopen(directory, overrides)
         held = _held_out(run, data, rows)
         state = restore(run, checkpoint)
-        return evaluate(run, held, state.params, run.blueprint.load_teachers())
+        return evaluate(run, held, state.params, run.blueprint.load_teachers(), state.statistics)
     if checkpoint != "last":
         raise KavaError(
             f"checkpoint={checkpoint!r}: {model!r} is not a run directory; leave it out"

@@ -1,6 +1,7 @@
 """What a student can do on held-out rows: loss, alignment, and answers."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import jax
 import numpy as np
@@ -9,13 +10,15 @@ from kava_jax.data.batches import Batch, eval_batches
 from kava_jax.data.dataset import HeldOut, bucket_of
 from kava_jax.data.tokenizer import pad_id
 from kava_jax.evaluation.exact_match import ExactMatch, Generate, exact_match
-from kava_jax.evaluation.heldout import held_out, make_measure
+from kava_jax.evaluation.heldout import held_out, make_examine, make_measure
 from kava_jax.hf.load import read_json
 from kava_jax.models.decoder import Params
 from kava_jax.models.generate import generate
 from kava_jax.parallel.sharding import put_batch
 from kava_jax.runs.prepare import Run
+from kava_jax.training.objective import Statistics
 from kava_jax.training.step import TrainState
+from kava_jax.training.summary import Figures
 
 
 def answer(run: Run, held: HeldOut, student: Params) -> ExactMatch:
@@ -31,27 +34,44 @@ def answer(run: Run, held: HeldOut, student: Params) -> ExactMatch:
 
 
 def evaluate(
-    run: Run, held: HeldOut, params: Mapping[str, Params], teachers: Mapping[str, Params]
+    run: Run,
+    held: HeldOut,
+    params: Mapping[str, Params],
+    teachers: Mapping[str, Params],
+    statistics: Statistics | None = None,
 ) -> dict[str, float]:
-    """Held-out loss, alignment with the run's teachers, and exact match."""
-    values = held_out(
-        make_measure(run.blueprint.objective), params, teachers, _held_out_batches(run, held)
+    """Held-out loss, alignment with the run's teachers, and exact match.
+
+    ``statistics`` are a train state's; those of no step yet when absent.
+    """
+    objective = run.blueprint.objective
+    batches = _held_out_batches(run, held)
+    found = held_out(
+        make_measure(objective),
+        make_examine(objective),
+        params,
+        teachers,
+        run.blueprint.empty_statistics() if statistics is None else statistics,
+        batches,
     )
-    return values | (_scores(run, held, params["student"]) if held.has_answers else {})
+    return found.values | (_scores(run, held, params["student"]) if held.has_answers else {})
 
 
 def evaluator(
     run: Run, held: HeldOut, teachers: Mapping[str, Params]
-) -> Callable[[TrainState, int], dict[str, float]]:
+) -> Callable[[TrainState, int], Figures]:
     """What the loop is handed; answers are generated at the end only, being slow."""
-    measure = make_measure(run.blueprint.objective)
+    objective = run.blueprint.objective
+    measure, examine = make_measure(objective), make_examine(objective)
+    batches = _held_out_batches(run, held)
     answers = run.config.eval.exact_match and held.has_answers
 
-    def evaluate_at(state: TrainState, step: int) -> dict[str, float]:
-        values = held_out(measure, state.params, teachers, _held_out_batches(run, held))
+    def evaluate_at(state: TrainState, step: int) -> Figures:
+        found = held_out(measure, examine, state.params, teachers, state.statistics, batches)
         if answers and step == run.config.train.steps:
-            values |= _scores(run, held, state.params["student"])
-        return values
+            scores = _scores(run, held, state.params["student"])
+            found = found._replace(values=found.values | scores)
+        return found
 
     return evaluate_at
 
@@ -90,7 +110,8 @@ def _generate(run: Run, student: Params) -> Generate:
     return continued
 
 
-def _held_out_batches(run: Run, held: HeldOut) -> Iterator[Batch]:
+def _held_out_batches(run: Run, held: HeldOut) -> list[Callable[[], Batch]]:
+    """What puts each batch on the devices, when it is its turn."""
     batches = eval_batches(
         held.rows,
         run.config.data.batch_size,
@@ -101,4 +122,4 @@ def _held_out_batches(run: Run, held: HeldOut) -> Iterator[Batch]:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    return (put_batch(batch, run.mesh) for batch in batches)
+    return [partial(put_batch, batch, run.mesh) for batch in batches]

@@ -1,23 +1,25 @@
 """A run before its weights: mesh, tokenizer, geometry; and a run directory opened again."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jax.sharding import Mesh
 
+from kava_jax.alignment.layer_map import LayerMap
 from kava_jax.config import Config
 from kava_jax.config_file import parse_config
 from kava_jax.data.dataset import Dataset, Load, loader, make_dataset, split_examples
 from kava_jax.data.text import Encoder
 from kava_jax.data.tokenizer import BUILTIN_TOKENIZER, check_same_ids, load_tokenizer, pad_id
 from kava_jax.errors import KavaError
-from kava_jax.hf.locate import resolve_model
+from kava_jax.hf.locate import model_fingerprint, resolve_model
 from kava_jax.parallel.mesh import make_mesh
 from kava_jax.training.blueprint import Blueprint, make_blueprint
 from kava_jax.training.checkpoint import Checkpoints, abstract_state
-from kava_jax.training.manifest import read_manifest
+from kava_jax.training.manifest import CALIBRATION_NAME, Fingerprints, read_manifest
 from kava_jax.training.step import TrainState
 
 if TYPE_CHECKING:
@@ -41,14 +43,15 @@ class Run:
         return self.config.run.directory
 
 
-def prepare(config: Config) -> Run:
+def prepare(config: Config, measured_maps: Mapping[str, LayerMap] | None = None) -> Run:
     """Mesh, tokenizer and geometry. Loads no weights and writes nothing.
 
-    Raises KavaError for whatever does not fit together.
+    ``measured_maps`` are the layer maps that a calibration found, by teacher. Raises KavaError for
+    whatever does not fit together.
     """
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     tokenizer, source = _tokenizer(config)
-    blueprint = make_blueprint(config, mesh, len(tokenizer))
+    blueprint = make_blueprint(config, mesh, len(tokenizer), measured_maps or {})
     for name, teacher in blueprint.teachers.items():
         check_same_ids(tokenizer, teacher.directory, name)
     data = config.data
@@ -81,6 +84,19 @@ def load_dataset(run: Run) -> Dataset:
     )
 
 
+def fingerprints_of(run: Run, dataset: Dataset) -> Fingerprints:
+    """Hashes of every file that the run reads."""
+    student = run.blueprint.student_dir
+    return Fingerprints(
+        teachers={
+            name: model_fingerprint(teacher.directory)
+            for name, teacher in run.blueprint.teachers.items()
+        },
+        student=model_fingerprint(student) if student else None,
+        data=dataset.fingerprint,
+    )
+
+
 def data_loader(run: Run) -> Load:
     """``(path, split, rows) -> examples`` with the run's field names and seed."""
     data = run.config.data
@@ -99,7 +115,32 @@ def reopen(run_dir: Path, overrides: Sequence[str] = ()) -> Run:
     """A run directory that ``train`` made, prepared again from the config it was started with."""
     config = parse_config(read_manifest(run_dir)["config"], overrides)
     located = config.run.model_copy(update={"dir": str(run_dir)})
-    return prepare(config.model_copy(update={"run": located}))
+    located_config = config.model_copy(update={"run": located})
+    return prepare(located_config, read_measured_maps(located_config))
+
+
+def calibration_path(run_dir: Path) -> Path:
+    """Where a run keeps what its calibration found."""
+    return run_dir / CALIBRATION_NAME / "calibration.json"
+
+
+def read_measured_maps(config: Config) -> dict[str, LayerMap]:
+    """The layer maps in the run's calibration; none where the config asks for none.
+
+    Raises KavaError when there is no calibration, or its file is not whole.
+    """
+    if not config.needs_calibration:
+        return {}
+    path = calibration_path(config.run.directory)
+    try:
+        teachers = json.loads(path.read_text(encoding="utf-8"))["teachers"]
+        maps = {name: found["layer_map"] for name, found in teachers.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise KavaError(
+            f"calibration={str(path)!r} cannot be read ({type(error).__name__}); run `kava "
+            f"calibrate` with the run's config.yaml"
+        ) from None
+    return {name: LayerMap.from_dict(found, str(path)) for name, found in maps.items()}
 
 
 def restore(run: Run, checkpoint: str = "last") -> TrainState:

@@ -24,17 +24,15 @@ from kava_jax.data.tokenizer import BUILTIN_TOKENIZER, load_tokenizer
 from kava_jax.errors import KavaError
 from kava_jax.hf.card import model_card
 from kava_jax.hf.export import export_model
-from kava_jax.hf.geometry import spec_from_config
-from kava_jax.hf.known import KNOWN_CONFIGS
-from kava_jax.hf.load import read_spec
-from kava_jax.hf.locate import resolve_model
 from kava_jax.hf.names import parameter_shapes
 from kava_jax.models.spec import DecoderSpec
+from kava_jax.runs.geometry import model_specs
 from kava_jax.training.manifest import MANIFEST_NAME
 
 # Two rows are the fewest with a shuffled cosine. Every other length of a batch is compiled anew,
 # and that, with a vocabulary of full size, is what a smoke run spends its time on.
 STEPS, BATCH_ROWS, ROWS, HELD_OUT_ROWS, NEW_TOKENS = 3, 2, 512, 2, 8
+CALIBRATION_ROWS = 8
 LARGEST_DEPTH, LARGEST_HEAD_DIM, WIDTH_SHRINK = 8, 8, 64
 
 
@@ -47,7 +45,7 @@ def smoke_config(config: Config) -> Config:
     if (directory / MANIFEST_NAME).is_file():
         shutil.rmtree(directory)
     raw = dump_config(config)
-    specs = _specs(raw)
+    specs = model_specs(raw)
     tokenizer, source = _tokenizer(raw)
     raw["student"]["tokenizer"] = source
     raw["data"] |= _data(raw["data"])
@@ -63,32 +61,13 @@ def smoke_config(config: Config) -> Config:
     shards = jax.device_count() * config.train.grad_accumulation
     raw["data"]["batch_size"] = BATCH_ROWS * shards // math.gcd(BATCH_ROWS, shards)
     raw["train"] |= {"steps": STEPS, "log_every": 1, "eval_every": None, "checkpoint_every": STEPS}
+    raw["calibration"]["rows"] = CALIBRATION_ROWS
     raw["eval"] |= {"max_new_tokens": NEW_TOKENS, "batch_size": HELD_OUT_ROWS}
+    raw["projector"]["warmup_steps"] = 1
     raw["optimizer"]["warmup_steps"] = min(1, raw["optimizer"]["warmup_steps"])
     raw["mesh"] = {"data": -1, "fsdp": 1, "tensor": 1}
     raw["run"] |= {"name": f"{config.run.name}-smoke", "dir": str(directory)}
     return parse_config(raw)
-
-
-def _specs(raw: Mapping[str, Any]) -> dict[str, DecoderSpec]:
-    """Geometry of every model of the run, the student under ``student``."""
-    student = raw["student"]
-    if student["geometry"] is not None:
-        geometry = {"vocab_size": 1} | student["geometry"]
-        specs = {"student": spec_from_config(geometry, where="student.geometry")}
-    else:
-        specs = {"student": _spec(student["path"], student["revision"])}
-    return specs | {
-        f"teacher-{teacher['name']}": _spec(teacher["path"], teacher["revision"])
-        for teacher in raw["teachers"]
-    }
-
-
-def _spec(path: str, revision: str | None) -> DecoderSpec:
-    """From the model itself where it can be had, else from the table of known models."""
-    if path in KNOWN_CONFIGS:
-        return spec_from_config(KNOWN_CONFIGS[path], where=path)
-    return read_spec(resolve_model(path, revision))
 
 
 def _tokenizer(raw: Mapping[str, Any]) -> tuple[Any, str]:
@@ -140,7 +119,7 @@ def _shrunk(spec: DecoderSpec, depth: int, largest_head_dim: int, vocabulary: in
 
 def _thinned(layer_map: Any, divisor: int) -> Any:
     """Explicit layer pairs at the depths that are left, one for each student layer."""
-    if layer_map == "ratio":
+    if isinstance(layer_map, str):
         return layer_map
     teacher_of: dict[int, int] = {}
     for teacher, student in layer_map:

@@ -8,23 +8,23 @@ import jax
 from flax import nnx
 
 from kava_jax.alignment.projector import KVDimensionProjector
-from kava_jax.config import FREE_FIELDS, Config
+from kava_jax.config import FREE_FIELDS, AutoShare, Config
 from kava_jax.config_file import dump_config
 from kava_jax.data.dataset import Dataset
-from kava_jax.hf.locate import model_fingerprint
 from kava_jax.parallel.sharding import batch_sharding, replicated
+from kava_jax.runs.calibrate import calibrated, place, unmeasured
 from kava_jax.runs.evaluate import evaluator
-from kava_jax.runs.prepare import Run, load_dataset, prepare, restore_target
+from kava_jax.runs.prepare import Run, fingerprints_of, load_dataset, prepare, restore_target
 from kava_jax.training.checkpoint import Checkpoints
 from kava_jax.training.loop import Cadence, projector_path, run_steps
 from kava_jax.training.manifest import (
-    Fingerprints,
     Hardware,
     check_manifest,
     write_config,
     write_manifest,
 )
 from kava_jax.training.monitor import Monitor
+from kava_jax.training.probe import make_probe
 from kava_jax.training.step import TrainState, make_train_step
 
 
@@ -43,12 +43,15 @@ def train(config: Config, command: Sequence[str]) -> Trained:
 
     Everything that can be wrong with the input is found before anything is written.
     """
-    run = prepare(config)
+    run = prepare(unmeasured(config))
     dataset = load_dataset(run)
-    plain, fingerprints = dump_config(config), _fingerprints(run, dataset)
+    plain, fingerprints = dump_config(config), fingerprints_of(run, dataset)
     check_manifest(run.directory, config=plain, fingerprints=fingerprints, free=FREE_FIELDS)
+    measured = calibrated(config, run, dataset, fingerprints)
+    run = prepare(config, measured.maps) if measured else run
     teachers = run.blueprint.load_teachers()
-    start = run.blueprint.fresh_state()
+    fitted = measured.projector if measured else None
+    start = run.blueprint.fresh_state(None if fitted is None else place(run, fitted))
     write = jax.process_index() == 0
     if write:
         write_config(run.directory, plain)
@@ -61,6 +64,7 @@ def train(config: Config, command: Sequence[str]) -> Trained:
                 jax.process_count(), jax.device_count(), jax.devices()[0].device_kind
             ),
         )
+    share = _share(config)
     with Checkpoints(run.directory, config.train.keep_checkpoints) as checkpoints:
         resumed = checkpoints.steps()
         if resumed:
@@ -77,7 +81,8 @@ def train(config: Config, command: Sequence[str]) -> Trained:
                 monitor.note(f"continuing from the checkpoint at step {resumed[-1]}")
             state, evaluation = run_steps(
                 start,
-                step=_jitted_step(run),
+                step=jitted_step(run),
+                probe=jitted_probe(run) if config.teachers else None,
                 teachers=teachers,
                 stream=dataset.stream,
                 evaluate=evaluator(run, dataset.held_out, teachers),
@@ -90,6 +95,8 @@ def train(config: Config, command: Sequence[str]) -> Trained:
                     config.train.log_every,
                     config.train.eval_every,
                     config.train.checkpoint_every,
+                    config.train.diagnose_every,
+                    share.every if share else None,
                 ),
             )
     if run.blueprint.projector and write:
@@ -97,24 +104,13 @@ def train(config: Config, command: Sequence[str]) -> Trained:
     return Trained(run, dataset, state, evaluation)
 
 
-def _fingerprints(run: Run, dataset: Dataset) -> Fingerprints:
-    student = run.blueprint.student_dir
-    return Fingerprints(
-        teachers={
-            name: model_fingerprint(teacher.directory)
-            for name, teacher in run.blueprint.teachers.items()
-        },
-        student=model_fingerprint(student) if student else None,
-        data=dataset.fingerprint,
-    )
-
-
-def _jitted_step(run: Run) -> Any:
+def jitted_step(run: Run) -> Any:
     """The train step with its shardings; the old state's memory is reused for the new one."""
     blueprint = run.blueprint
     step = make_train_step(
         blueprint.objective,
         blueprint.optimizer,
+        kv_weight=blueprint.kv_weight,
         seed=run.config.run.seed,
         microbatches=run.config.train.grad_accumulation,
     )
@@ -126,6 +122,28 @@ def _jitted_step(run: Run) -> Any:
         out_shardings=(state, replicated(run.mesh)),
         donate_argnums=0,
     )
+
+
+def jitted_probe(run: Run) -> Any:
+    """The probe with its shardings; it reads the state and leaves it alone."""
+    blueprint, share = run.blueprint, _share(run.config)
+    probe = make_probe(
+        blueprint.objective,
+        kv_weight=blueprint.kv_weight,
+        share=share.share if share else None,
+        microbatches=run.config.train.grad_accumulation,
+    )
+    teachers = {name: teacher.part.shardings for name, teacher in blueprint.teachers.items()}
+    return jax.jit(
+        probe,
+        in_shardings=(blueprint.state_shardings(), teachers, batch_sharding(run.mesh)),
+        out_shardings=replicated(run.mesh),
+    )
+
+
+def _share(config: Config) -> AutoShare | None:
+    weight = config.loss.kv_weight
+    return weight if isinstance(weight, AutoShare) else None
 
 
 def _save_projector(run: Run, state: TrainState) -> None:

@@ -4,6 +4,7 @@ A blueprint holds graphs, abstract parameters, shardings, objective and optimize
 evaluation need it as much as training does; teachers are loaded, and a state made, from it.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,9 +17,10 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh
 
-from kava_jax.alignment.layer_map import make_layer_map
+from kava_jax.alignment.layer_map import LayerMap, make_layer_map
 from kava_jax.alignment.projector import KVDimensionProjector
-from kava_jax.config import Config, OptimizerConfig, Ramp, TeacherConfig
+from kava_jax.alignment.router import Gate
+from kava_jax.config import Config, TeacherConfig
 from kava_jax.errors import KavaError
 from kava_jax.hf.geometry import spec_from_config
 from kava_jax.hf.load import load_decoder_params, read_spec
@@ -27,8 +29,15 @@ from kava_jax.models.decoder import Decoder, Params
 from kava_jax.models.spec import DecoderSpec
 from kava_jax.parallel.mesh import batch_shards
 from kava_jax.parallel.sharding import matching_shardings, param_shardings
-from kava_jax.training.objective import Objective, TeacherLink, kv_loss
-from kava_jax.training.optimizer import Rate, make_optimizer
+from kava_jax.training.assembly import (
+    empty_statistics,
+    kv_weight,
+    learning_rates,
+    make_objective,
+    optimizer_of,
+)
+from kava_jax.training.comparison import Comparison
+from kava_jax.training.objective import Objective, Statistics, TeacherLink
 from kava_jax.training.step import TrainState, initial_state
 
 
@@ -38,13 +47,14 @@ class Part:
 
     graph: nnx.GraphDef[Any]
     build: Any
+    abstract: Any
     shardings: Params
 
     @classmethod
     def of(cls, build: Any, mesh: Mesh) -> "Part":
         """Trace ``build(rngs)`` without allocating anything."""
         graph, abstract = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
-        return cls(graph, build, param_shardings(abstract, mesh))
+        return cls(graph, build, abstract, param_shardings(abstract, mesh))
 
     def fresh(self, seed: int) -> Params:
         """Random parameters, created where they lie: no device ever holds the whole."""
@@ -66,6 +76,11 @@ class TeacherPart:
     blocks: int
     headless: bool
     dtype: Any
+
+    @property
+    def layer_map(self) -> LayerMap:
+        """Which of its layers the student's are compared with."""
+        return self.link.comparison.layer_map
 
     def load(self) -> Params:
         """Read the weights that are needed, each straight to its place on the mesh."""
@@ -91,7 +106,9 @@ class Blueprint:
     student_dir: Path | None
     teachers: dict[str, TeacherPart]
     projector: Part | None
+    router: Part | None
     objective: Objective
+    kv_weight: optax.Schedule
     rates: dict[str, optax.Schedule]
     optimizer: optax.GradientTransformation
 
@@ -99,16 +116,21 @@ class Blueprint:
         """All teachers' weights."""
         return {name: teacher.load() for name, teacher in self.teachers.items()}
 
-    def fresh_state(self) -> TrainState:
-        """Step 0: the student as it came (or random), a random projector, empty moments."""
-        seed = self.config.run.seed
-        student = self.load_student() if self.student_dir else self.student.fresh(seed)
-        projector = self.projector.fresh(seed + 1) if self.projector else {}
-        params = {"student": student, "projector": projector}
-        shardings = self.state_shardings()
-        return jax.jit(
-            lambda params: initial_state(params, self.optimizer), out_shardings=shardings
-        )(params)
+    def fresh_state(self, projector: Params | None = None) -> TrainState:
+        """Step 0: the student as it came (or random), empty moments, and a projector.
+
+        The projector is random unless one is given (a calibrated one).
+        """
+        seed, student = self.config.run.seed, self.student_start()
+        if projector is None:
+            projector = self.projector.fresh(seed + 1) if self.projector else {}
+        router = self.router.fresh(seed + 2) if self.router else {}
+        params = {"student": student, "projector": projector, "router": router}
+        return jax.jit(self._state_of, out_shardings=self.state_shardings())(params)
+
+    def student_start(self) -> Params:
+        """The student before its first step."""
+        return self.load_student() if self.student_dir else self.student.fresh(self.config.run.seed)
 
     def load_student(self) -> Params:
         """The student's starting weights, in float32."""
@@ -119,21 +141,37 @@ class Blueprint:
     def abstract_state(self) -> TrainState:
         """Shapes and dtypes of the state."""
 
+        parts = {"student": self.student, "projector": self.projector, "router": self.router}
+
         def build() -> TrainState:
-            params = {"student": _initial(self.student), "projector": _initial(self.projector)}
-            return initial_state(params, self.optimizer)
+            return self._state_of({name: _initial(part) for name, part in parts.items()})
 
         return jax.eval_shape(build)
 
+    def _state_of(self, params: dict[str, Params]) -> TrainState:
+        return initial_state(params, self.optimizer, self.empty_statistics())
+
+    def empty_statistics(self) -> Statistics:
+        """Those of a run that has not taken a step."""
+        return empty_statistics(self.objective, self.student_spec)
+
     def state_shardings(self) -> Any:
         """Where every leaf of the state lies."""
-        projector = self.projector.shardings if self.projector else {}
-        params = {"student": self.student.shardings, "projector": projector}
+        parts = {"student": self.student, "projector": self.projector, "router": self.router}
+        params = {name: part.shardings if part else {} for name, part in parts.items()}
         return matching_shardings(self.abstract_state(), params, self.mesh)
 
 
-def make_blueprint(config: Config, mesh: Mesh, vocabulary: int) -> Blueprint:
-    """Resolve models, geometry and layer maps; ``vocabulary`` is the tokenizer's number of ids.
+def make_blueprint(
+    config: Config, mesh: Mesh, vocabulary: int, measured_maps: Mapping[str, LayerMap]
+) -> Blueprint:
+    """Resolve models, geometry and layer maps.
+
+    Args:
+        config: the run.
+        mesh: its devices.
+        vocabulary: the tokenizer's number of ids.
+        measured_maps: by teacher, the layer maps that a calibration found.
 
     Raises KavaError for whatever does not fit together.
     """
@@ -149,11 +187,17 @@ def make_blueprint(config: Config, mesh: Mesh, vocabulary: int) -> Blueprint:
     build = partial(_build_decoder, student_spec, dtype=dtype, remat=config.student.remat)
     student = Part.of(build, mesh)
     teachers = {
-        teacher.name: _teacher(index, teacher, student_spec, config, mesh, vocabulary)
+        teacher.name: _teacher(
+            index, teacher, student_spec, config, mesh, vocabulary, measured_maps
+        )
         for index, teacher in enumerate(config.teachers)
     }
+    _check_frame(config, student_spec, teachers)
     projector = _projector(config, student_spec, teachers, mesh) if teachers else None
-    rates = _rates(config.optimizer, config.train.steps)
+    learned = config.router.kind == "learned"
+    gate = partial(_build_gate, student_spec.hidden_size, len(teachers))
+    router = Part.of(gate, mesh) if learned else None
+    rates = learning_rates(config)
     return Blueprint(
         config=config,
         mesh=mesh,
@@ -162,16 +206,18 @@ def make_blueprint(config: Config, mesh: Mesh, vocabulary: int) -> Blueprint:
         student_dir=student_dir,
         teachers=teachers,
         projector=projector,
-        objective=_objective(config, student, teachers, projector, mesh),
-        rates=rates,
-        optimizer=make_optimizer(
-            rates["student"],
-            rates["projector"] if config.projector.trainable else None,
-            weight_decay=config.optimizer.weight_decay,
-            clip_norm=config.optimizer.clip_norm,
-            b1=config.optimizer.b1,
-            b2=config.optimizer.b2,
+        router=router,
+        objective=make_objective(
+            config,
+            student.graph,
+            {name: teacher.link for name, teacher in teachers.items()},
+            projector.graph if projector else None,
+            router.graph if router else None,
+            batch_shards(mesh),
         ),
+        kv_weight=kv_weight(config),
+        rates=rates,
+        optimizer=optimizer_of(config, rates),
     )
 
 
@@ -203,12 +249,13 @@ def _teacher(
     config: Config,
     mesh: Mesh,
     vocabulary: int,
+    measured_maps: Mapping[str, LayerMap],
 ) -> TeacherPart:
     field = f"teachers.{index}"
     directory = resolve_model(teacher.path, teacher.revision)
     spec = read_spec(directory)
     _check_vocabulary(field, spec, vocabulary)
-    layer_map = make_layer_map(
+    layer_map = measured_maps.get(teacher.name) or make_layer_map(
         teacher.layer_map, spec.num_layers, student.num_layers, field=f"{field}.layer_map"
     )
     # Logits need every layer and the head; the caches alone only the layers up to the last mapped.
@@ -225,7 +272,10 @@ def _teacher(
         dtype=dtype,
     )
     part = Part.of(build, mesh)
-    link = TeacherLink(part.graph, layer_map, teacher.weight)
+    comparison = Comparison(
+        teacher.name, layer_map, config.loss.key_space, config.loss.remove_key_bias
+    )
+    link = TeacherLink(part.graph, comparison, spec)
     return TeacherPart(part, spec, directory, link, blocks, headless, dtype)
 
 
@@ -235,9 +285,9 @@ def _projector(
     settings = config.projector
     shapes = {
         name: {
-            "d_model": teacher.spec.kv_width,
-            "num_heads": teacher.spec.num_kv_heads,
-            "num_layers": len(teacher.link.layer_map.pairs),
+            "d_model": teacher.spec.kv_width * teacher.layer_map.sources,
+            "num_heads": teacher.spec.num_kv_heads * teacher.layer_map.sources,
+            "num_layers": len(teacher.layer_map),
         }
         for name, teacher in teachers.items()
     }
@@ -248,8 +298,9 @@ def _projector(
             student.kv_width,
             settings.mlp_ratio,
             settings.dropout,
-            settings.init,
-            settings.trainable,
+            # A calibrated projector is read from its file; this one only has its shape.
+            "xavier" if settings.init == "calibrated" else settings.init,
+            settings.training != "frozen",
             kind=settings.kind,
             direction=settings.direction,
             student_heads=student.num_kv_heads,
@@ -261,46 +312,26 @@ def _projector(
     return Part.of(build, mesh)
 
 
-def _objective(
-    config: Config,
-    student: Part,
-    teachers: dict[str, TeacherPart],
-    projector: Part | None,
-    mesh: Mesh,
-) -> Objective:
-    loss, steps = config.loss, config.train.steps
-    return Objective(
-        student=student.graph,
-        projector=projector.graph if projector else None,
-        teachers={name: teacher.link for name, teacher in teachers.items()},
-        kv_loss=kv_loss(
-            loss.kv,
-            alpha=loss.alpha,
-            beta=loss.beta,
-            mercator_weight=_ramp(loss.mercator_weight, steps),
-            mse_weight=_ramp(loss.mse_weight, steps),
-        ),
-        kv_weight=_ramp(loss.kv_weight, steps),
-        ce_weight=loss.ce_weight,
-        kl_weight=loss.kl_weight,
-        kl_temperature=loss.kl_temperature,
-        key_space=loss.key_space,
-        batch_shards=batch_shards(mesh),
-    )
-
-
-def _rates(settings: OptimizerConfig, steps: int) -> dict[str, optax.Schedule]:
-    shape = (steps, settings.warmup_steps, settings.schedule, settings.final_lr_share)
-    return {
-        "student": Rate(settings.student_lr, *shape).build(),
-        "projector": Rate(settings.projector_lr, *shape).build(),
-    }
-
-
-def _ramp(weight: float | Ramp, steps: int) -> optax.Schedule:
-    if isinstance(weight, Ramp):
-        return optax.linear_schedule(weight.start, weight.end, max(1, steps - 1))
-    return optax.constant_schedule(weight)
+def _check_frame(config: Config, student: DecoderSpec, teachers: Mapping[str, TeacherPart]) -> None:
+    """What ``remove_key_bias`` and the attention terms cannot do with these models and maps."""
+    specs = {"student": student, **{name: part.spec for name, part in teachers.items()}}
+    if config.loss.remove_key_bias and teachers:
+        normed = [name for name, spec in specs.items() if spec.qk_norm and spec.qkv_bias]
+        if normed:
+            raise KavaError(
+                f"loss.remove_key_bias=true: the keys of {', '.join(normed)} are normalised after "
+                f"the bias, so it cannot be taken out; set it to false and use loss.center"
+            )
+    if config.loss.kv != "structural":
+        return
+    direction = config.projector.direction
+    for name, part in teachers.items():
+        if not part.link.comparison.can_attend(direction):
+            raise KavaError(
+                f"loss.kv=structural: the target of teacher {name} joins or mixes several layers, "
+                f"so it has no queries of its own; give one teacher layer per student layer, or "
+                f"set projector.direction=teacher_to_student"
+            )
 
 
 def _dtype(name: str) -> Any:
@@ -312,6 +343,11 @@ def _dtype(name: str) -> Any:
 
 def _build_decoder(spec: DecoderSpec, rngs: nnx.Rngs, **options: Any) -> Decoder:
     return Decoder(spec, rngs=rngs, **options)
+
+
+def _build_gate(width: int, teachers: int, rngs: nnx.Rngs) -> Gate:
+    del rngs  # it starts at zero
+    return Gate(width, teachers)
 
 
 def _initial(part: Part | None) -> Params:

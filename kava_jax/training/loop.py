@@ -1,7 +1,9 @@
 """The loop: batches in, checkpoints and metrics out. All decisions were made before it starts."""
 
+import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,32 +12,37 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from kava_jax.data.batches import Batch, BatchStream
+from kava_jax.data.batches import Batch, BatchStream, padded
 from kava_jax.models.decoder import Params
 from kava_jax.parallel.sharding import put_batch
 from kava_jax.training.checkpoint import Checkpoints
 from kava_jax.training.monitor import Monitor
 from kava_jax.training.objective import Metrics
-from kava_jax.training.step import TrainState
-from kava_jax.training.summary import summarize
+from kava_jax.training.probe import Probed, share_is_due
+from kava_jax.training.step import LossScale, TrainState
+from kava_jax.training.summary import Figures, summarize, summarize_layers
 
 Step = Callable[[TrainState, Mapping[str, Params], Batch], tuple[TrainState, Metrics]]
-Evaluate = Callable[[TrainState, int], dict[str, float]]
+Probe = Callable[[TrainState, Mapping[str, Params], Batch], Probed]
+Evaluate = Callable[[TrainState, int], Figures]
 
 
 class Cadence(NamedTuple):
-    """How long, and how often what happens, in steps."""
+    """How long, and how often what happens, in steps; None is never."""
 
     steps: int
     log_every: int
     eval_every: int | None
     checkpoint_every: int
+    diagnose_every: int | None = None
+    share_every: int | None = None
 
 
 def run_steps(
     state: TrainState,
     *,
     step: Step,
+    probe: Probe | None,
     teachers: Mapping[str, Params],
     stream: BatchStream,
     evaluate: Evaluate,
@@ -49,15 +56,23 @@ def run_steps(
 
     ``evaluate(state, step)`` is called before the first step of a fresh run, every ``eval_every``
     steps and at the end. A checkpoint is written every ``checkpoint_every`` steps and at the end.
+    ``probe`` (None without teachers) is called before a step, every ``diagnose_every`` and whenever
+    a share is due.
     """
     start = int(state.step)
-    evaluation: dict[str, float] = {}
+    evaluation = Figures({}, {})
     if start == 0:
         evaluation = evaluate(state, 0)
-        monitor.evaluation(0, evaluation)
+        monitor.evaluation(0, evaluation.values, evaluation.layers)
     clock = _Clock(start)
     for number in range(start, cadence.steps):
         batch = stream.batch(number, jax.process_index(), jax.process_count())
+        measuring = share_is_due(number, cadence.share_every)
+        if probe and (measuring or _due(number, cadence.diagnose_every)):
+            whole = put_batch(padded(batch, stream.max_length), mesh)
+            scale = _probed(probe, state, teachers, whole, monitor, clock)
+            # Only then: how often one looks must not change what is learnt.
+            state = state._replace(kv_scale=scale) if measuring else state
         clock.tokens += int(batch.valid.sum()) * jax.process_count()
         state, metrics = step(state, teachers, put_batch(batch, mesh))
         done = number + 1
@@ -65,16 +80,41 @@ def run_steps(
         if last or done % cadence.log_every == 0:
             monitor.log(done, _line(metrics, rates, number) | clock.lap(done))
         measured = None
-        if last or (cadence.eval_every and done % cadence.eval_every == 0):
-            measured = evaluation = evaluate(state, done)
-            monitor.evaluation(done, evaluation)
+        if last or _due(done, cadence.eval_every):
+            evaluation = evaluate(state, done)
+            measured = evaluation.values
+            monitor.evaluation(done, evaluation.values, evaluation.layers)
         if last or done % cadence.checkpoint_every == 0:
             checkpoints.save(state, measured)
         if measured is not None:
             clock.restart(done)
     if start >= cadence.steps:
         evaluation = evaluate(state, start)
-    return state, evaluation
+    return state, evaluation.values
+
+
+def _due(number: int, every: int | None) -> bool:
+    return every is not None and number % every == 0
+
+
+def _probed(
+    probe: Probe,
+    state: TrainState,
+    teachers: Mapping[str, Params],
+    batch: Batch,
+    monitor: Monitor,
+    clock: "_Clock",
+) -> LossScale:
+    """The scale that the probe measured; what else it found goes to the monitor."""
+    jax.block_until_ready(state)  # else the probe would be charged for steps still under way
+    with clock.paused():
+        found = probe(state, teachers, batch)
+        gradients = {name: float(value) for name, value in found.gradients.items()}
+        figures = summarize_layers(found.layers)
+    step = int(state.step)
+    values = gradients | figures.values | clock.cost_of_pauses(step)
+    monitor.diagnostics(step, values, figures.layers)
+    return found.kv_scale
 
 
 def _line(metrics: Metrics, rates: Mapping[str, optax.Schedule], number: int) -> dict[str, float]:
@@ -85,19 +125,43 @@ def _line(metrics: Metrics, rates: Mapping[str, optax.Schedule], number: int) ->
 
 
 class _Clock:
-    """Speed since the last logged line, evaluation left out; only real tokens count."""
+    """Speed since the last logged line, evaluations and probes left out; only real tokens count."""
 
     def __init__(self, step: int):
+        self._start = step
+        self._laps: list[float] = []
+        self._pauses: list[float] = []
         self.restart(step)
 
     def restart(self, step: int) -> None:
         self._step, self._time, self.tokens = step, time.perf_counter(), 0
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out what is done inside."""
+        started = time.perf_counter()
+        yield
+        self._pauses.append(time.perf_counter() - started)
+        self._time += self._pauses[-1]
+
     def lap(self, step: int) -> dict[str, float]:
         seconds, tokens = time.perf_counter() - self._time, self.tokens
         steps = max(1, step - self._step)
+        self._laps.append(seconds / steps)
         self.restart(step)
         return {"step_seconds": seconds / steps, "tokens_per_second": tokens / seconds}
+
+    def cost_of_pauses(self, step: int) -> dict[str, float]:
+        """Seconds of the last probe, and of all probes as a share of the steps' time.
+
+        The share takes medians, so that compiling counts on neither side; it needs three of each.
+        """
+        cost = {"probe_seconds": self._pauses[-1]}
+        if min(len(self._laps), len(self._pauses)) >= 3:
+            probes = len(self._pauses) * statistics.median(self._pauses)
+            steps = (step - self._start) * statistics.median(self._laps)
+            cost["probe_share_of_time"] = probes / steps
+        return cost
 
 
 def projector_path(run_dir: Path) -> Path:

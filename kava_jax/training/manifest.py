@@ -27,6 +27,8 @@ from kava_jax.errors import KavaError
 
 CONFIG_NAME = "config.yaml"
 MANIFEST_NAME = "manifest.json"
+# What `kava calibrate` leaves for a run that has not started yet.
+CALIBRATION_NAME = "calibration"
 PACKAGES = (
     "kava-jax",
     "jax",
@@ -115,7 +117,7 @@ def write_manifest(
     start = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(command),
-        "versions": _versions(),
+        "versions": versions(),
         "git": _git_revision(),
         "hardware": hardware._asdict(),
     }
@@ -133,7 +135,7 @@ def read_manifest(run_dir: Path) -> dict[str, Any]:
     path = run_dir / MANIFEST_NAME
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise KavaError(f"{path} is missing; name a run directory made by `kava train`") from None
     except ValueError as error:
         raise KavaError(
@@ -181,7 +183,7 @@ def _check_fresh(run_dir: Path) -> None:
         raise KavaError(f"run.dir={run_dir} is a file; name a directory")
     # manifest.json too: the first process may be writing it while another one looks.
     ours = [Path(CONFIG_NAME), Path(MANIFEST_NAME)]
-    known = {path.name for name in ours for path in (name, _temporary(name))}
+    known = {path.name for name in ours for path in (name, _temporary(name))} | {CALIBRATION_NAME}
     if run_dir.is_dir() and {path.name for path in run_dir.iterdir()} - known:
         raise KavaError(
             f"run.dir={run_dir} is not empty and has no {MANIFEST_NAME}, so it is not a run;"
@@ -230,14 +232,15 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that results depend on."""
+    found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            versions[package.replace("kava-jax", "kava_jax")] = metadata.version(package)
+            found[package.replace("kava-jax", "kava_jax")] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return versions
+    return found
 
 
 def _git_revision() -> dict[str, str | bool] | None:

@@ -15,7 +15,7 @@ import re
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -27,8 +27,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
 
-from kava_jax.diagnostics import alarms, verdict
 from kava_jax.errors import KavaError
+from kava_jax.verdict import alarms, collapse_signs, verdict
 
 METRICS_NAME = "metrics.jsonl"
 TENSORBOARD_NAME = "tensorboard"
@@ -36,8 +36,19 @@ TENSORBOARD_NAME = "tensorboard"
 # Logged direction losses that are looked at for oscillation.
 HISTORY = 8
 
-Kind = Literal["train", "eval"]
+# What an evaluation shows beyond a training line; the rest is only written down.
+EVALUATED = {
+    "kl": ("kl", "{:.4f}"),
+    "cos_centered": ("centred", "{:.3f}"),
+    "retrieval": ("retrieval", "{:.3f}"),
+    "attention_cos": ("attention output", "{:.3f}"),
+    "exact_match_strict": ("exact match", "{:.4f}"),
+}
+
+Kind = Literal["train", "eval", "diagnostics"]
 Metrics = Mapping[str, float | int | None]
+# Figures by mapped layer, such as {"teacher/cka_k": [0.3, 0.5]}.
+Layers = Mapping[str, Sequence[float]]
 
 
 class Monitor:
@@ -114,14 +125,21 @@ class Monitor:
                 self._display.say(f"warning at step {step}: {alarm}")
         self._raised = set(raised)
 
-    def evaluation(self, step: int, metrics: Metrics) -> None:
+    def diagnostics(self, step: int, values: Metrics, layers: Layers) -> None:
+        """Record what a probe found on a training batch; it is not shown."""
+        if self._write:
+            self._record(step, "diagnostics", values, layers)
+
+    def evaluation(self, step: int, metrics: Metrics, layers: Layers) -> None:
         """Record and show one evaluation on held-out data (``eval_`` is not shown twice)."""
         if not self._write:
             return
-        self._record(step, "eval", metrics)
+        self._record(step, "eval", metrics, layers)
         names = {key.removeprefix("eval_"): value for key, value in metrics.items()}
-        fields = shown(names, rest=True)
+        fields = shown(names, EVALUATED)
         self._display.say(f"evaluation at step {step}  {_join(fields)}")
+        if signs := _signs(names):
+            self._display.say(f"warning at step {step}: collapsed: {'; '.join(signs)}")
         if bad := _not_finite(metrics):
             self._display.say(f"warning at step {step}: {', '.join(bad)}")
 
@@ -130,15 +148,21 @@ class Monitor:
         if self._write:
             self._display.say(text)
 
-    def _record(self, step: int, kind: Kind, metrics: Metrics) -> None:
-        finite = {key: _finite(value) for key, value in metrics.items()}
-        line = json.dumps({"step": step, "kind": kind, **finite}, allow_nan=False)
-        self._file.write(line + "\n")
+    def _record(
+        self, step: int, kind: Kind, metrics: Metrics, layers: Layers | None = None
+    ) -> None:
+        finite: dict[str, Any] = {key: _finite(value) for key, value in metrics.items()}
+        by_layer = {key: [_finite(value) for value in row] for key, row in (layers or {}).items()}
+        record = {"step": step, "kind": kind, **finite}
+        record |= {"layers": by_layer} if by_layer else {}
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
-        for key, value in finite.items():
+        points = {key.removeprefix("eval_"): value for key, value in finite.items()}
+        for key, row in by_layer.items():
+            points |= {f"layers/{key}/{layer:02d}": value for layer, value in enumerate(row)}
+        for key, value in points.items():
             if value is not None:
-                tag = f"{kind}/{key.removeprefix('eval_')}"
-                self._tensorboard.add_scalar(tag, value, global_step=step)
+                self._tensorboard.add_scalar(f"{kind}/{key}", value, global_step=step)
 
     def _alarms(self, metrics: Metrics) -> list[str]:
         finite = {key: _finite(value) for key, value in metrics.items()}
@@ -185,12 +209,14 @@ def read_metrics(path: Path, kind: Kind) -> list[dict[str, Any]]:
     return [record for record in records if record["kind"] == kind]
 
 
-def shown(metrics: Metrics, rest: bool = False) -> list[tuple[str, str]]:
+def shown(
+    metrics: Metrics, more: Mapping[str, tuple[str, str]] | None = None
+) -> list[tuple[str, str]]:
     """Names and values as people read them, most important first; what is absent is left out.
 
     The verdict word stands beside the cosine and is taken over the same steps: the running mean
     with its running gap where there is one, else this step's cosine and shuffled cosine.
-    ``rest`` adds every other metric under its own name.
+    ``more`` adds further metrics: their key, the name to show, and the number's format.
     """
     cosine, gap, shuffled = "cos_running", "gap_running", None
     if metrics.get(cosine) is None:
@@ -206,11 +232,8 @@ def shown(metrics: Metrics, rest: bool = False) -> list[tuple[str, str]]:
         "mag_ratio": ("magnitude", "{:.2f}"),
         "tokens_per_second": ("tokens/s", "{:,.0f}"),
     }
-    if rest:
-        known = (*formats, "cos_shuffled")
-        formats |= {key: (key.replace("_", " "), "{:.4g}") for key in metrics if key not in known}
     fields = []
-    for key, (name, form) in formats.items():
+    for key, (name, form) in (formats | dict(more or {})).items():
         if (value := metrics.get(key)) is None:
             continue
         text = form.format(value)
@@ -293,10 +316,18 @@ def _cut(path: Path, step: int) -> None:
     with path.open("r+b") as file:
         for line in file:
             record = _parse(line)
-            if record is None or record["step"] > step or step == 0:
+            if record is None or step == 0 or _after(record, step):
                 break
             end += len(line)
         file.truncate(end)
+
+
+def _after(record: Mapping[str, Any], step: int) -> bool:
+    """Whether a run that continues after ``step`` writes this record again.
+
+    Diagnostics of a step are taken before it, that is after everything else of the step before.
+    """
+    return record["step"] > step or (record["kind"] == "diagnostics" and record["step"] == step)
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
@@ -320,6 +351,25 @@ def _not_finite(metrics: Metrics) -> list[str]:
         for key, value in metrics.items()
         if value is not None and not math.isfinite(value)
     ]
+
+
+def _signs(names: Metrics) -> list[str]:
+    """Why an evaluation is called collapsed, where it is."""
+    cosine, shuffled, gap = (names.get(n) for n in ("cos_sim", "cos_shuffled", "alignment_gap"))
+    if cosine is None or shuffled is None or gap is None:
+        return []
+    if verdict(cosine, shuffled) != "collapsed":
+        return []
+    tokens = names.get("sampled_tokens")
+    return collapse_signs(
+        cos_shuffled=shuffled,
+        gap=gap,
+        cos_centered=names.get("cos_centered"),
+        retrieval=names.get("retrieval"),
+        tokens=None if tokens is None else int(tokens),
+        student_rank=names.get("student_rank"),
+        target_rank=names.get("target_rank"),
+    )
 
 
 def _join(fields: list[tuple[str, str]]) -> str:

@@ -5,40 +5,39 @@ objective is built; parameters and data are arguments. The teachers' parameters 
 differentiated: gradients are taken with respect to ``params`` alone.
 """
 
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-import optax
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
-from kava_jax.alignment.layer_map import LayerMap
-from kava_jax.alignment.projector import KVDimensionProjector
-from kava_jax.cache import KVCache
+from kava_jax.alignment.attention import attention_kl
+from kava_jax.alignment.frame import Frame, Moments, measure
+from kava_jax.alignment.kv_losses import TokenLoss
+from kava_jax.alignment.projector import Direction, KVDimensionProjector
+from kava_jax.alignment.router import Router, entropy, served
 from kava_jax.data.batches import Batch
 from kava_jax.diagnostics import alignment
-from kava_jax.geometry import Mean
-from kava_jax.losses import cross_entropy, hybrid, logit_kl, mercator, mse, smooth_l1
+from kava_jax.geometry import Mean, masked_mean
+from kava_jax.losses import cross_entropy, logit_kl, mercator
 from kava_jax.models.decoder import Decoder, KeySpace, Params
-from kava_jax.models.masks import attention_mask, token_positions
+from kava_jax.models.spec import DecoderSpec
+from kava_jax.training.comparison import Compared, Comparison, Reading, read
+from kava_jax.training.vocabulary import ChunkLoss, losses_of_next_token
 
 Metrics = dict[str, Mean]
-KVLoss = Callable[[Array, Array, Array, Array], Mean]
-# Logits of one chunk of cross-entropy, per shard of the batch: 2**25 float32 are 128 MiB.
-CHUNK_LOGITS = 2**25
+PARTS = ("k", "v")
 
 
 class TeacherLink(NamedTuple):
     """How one teacher is tied to the student; its weights are an argument of the step."""
 
     graph: nnx.GraphDef[Decoder]
-    layer_map: LayerMap
-    weight: float
+    comparison: Comparison
+    spec: DecoderSpec
 
 
 class Share(NamedTuple):
@@ -48,51 +47,61 @@ class Share(NamedTuple):
     kv: Float[Array, ""]
 
 
-def kv_loss(
-    kind: str,
-    *,
-    alpha: float = 1.0,
-    beta: float = 0.01,
-    mercator_weight: optax.Schedule | float = 0.8,
-    mse_weight: optax.Schedule | float = 0.2,
-) -> KVLoss:
-    """The named loss as ``(student, target, mask, step) -> Mean``; weights may be schedules."""
+class SideMoments(NamedTuple):
+    """Statistics of one part (keys or values) of both sides."""
 
-    def at(weight: optax.Schedule | float, step: Array) -> Any:
-        return weight(step) if callable(weight) else weight
+    student: Moments
+    target: Moments
 
-    table: dict[str, KVLoss] = {
-        "mercator": lambda s, t, mask, step: mercator(s, t, mask, alpha=alpha, beta=beta),
-        "mse": lambda s, t, mask, step: mse(s, t, mask),
-        "smooth_l1": lambda s, t, mask, step: smooth_l1(s, t, mask),
-        "hybrid": lambda s, t, mask, step: hybrid(
-            s,
-            t,
-            mask,
-            mercator_weight=at(mercator_weight, step),
-            mse_weight=at(mse_weight, step),
-            alpha=alpha,
-            beta=beta,
-        ),
-    }
-    return table[kind]
+
+class Statistics(NamedTuple):
+    """What the objective reads from the train state, and measures anew for it.
+
+    ``moments``: of the running frame, by teacher and part; ``prototypes``: of the similarity
+    router. Each is empty or None when nothing asks for it.
+    """
+
+    moments: dict[str, dict[str, SideMoments]]
+    prototypes: Mean | None
+
+
+class Losses(NamedTuple):
+    """CE and KL with their weights, and KV before its weight."""
+
+    language: Float[Array, ""]
+    kv: Float[Array, ""]
+
+
+class _OfTeacher(NamedTuple):
+    """One teacher's losses, token by token, its metrics, and its statistics."""
+
+    kv: Float[Array, "B T"]
+    kl: Float[Array, "B U"] | None
+    metrics: Metrics
+    moments: dict[str, SideMoments]
 
 
 @dataclass(frozen=True)
 class Objective:
-    """``ce_weight * CE + kl_weight * KL + kv_weight(step) * (KV of keys + KV of values) / 2``.
+    """``ce_weight * CE + kl_weight * KL``, and KV, to which the caller gives its weight.
 
-    KV and KL are sums over teachers, each times its weight. ``projector`` is None without teachers.
+    KV is the mean of keys' and values' losses (plus ``attention_weight`` times the attention KL),
+    summed over teachers by the router's shares, token by token, minus ``entropy_weight`` times the
+    router's entropy where it learns. KL is routed likewise. ``projector`` is None without teachers.
     """
 
     student: nnx.GraphDef[Decoder]
     projector: nnx.GraphDef[KVDimensionProjector] | None
     teachers: Mapping[str, TeacherLink]
-    kv_loss: KVLoss
-    kv_weight: optax.Schedule
+    router: Router
+    kv_loss: TokenLoss
+    frame: Frame
+    direction: Direction = "student_to_teacher"
+    attention_weight: float = 0.0
     ce_weight: float = 1.0
     kl_weight: float = 0.0
     kl_temperature: float = 1.0
+    entropy_weight: float = 0.0
     key_space: KeySpace = "pre_rope"
     batch_shards: int = 1
 
@@ -103,121 +112,167 @@ class Objective:
         batch: Batch,
         step: Int[Array, ""],
         share: Share,
+        statistics: Statistics,
         dropout_key: Key[Array, ""] | None = None,
-    ) -> tuple[Float[Array, ""], Metrics]:
-        """This microbatch's part of the loss, and its metrics as (sum, count).
+    ) -> tuple[Losses, tuple[Metrics, Statistics]]:
+        """This microbatch's part of the losses; its metrics as (sum, count), its own statistics.
 
-        Parts of all microbatches add up to the loss of the whole batch. Dropout is on only when a
+        Parts of all microbatches add up to the losses of the whole batch. Dropout is on only when a
         key is given.
         """
-        student, hidden_BTD, cache = self._run(self.student, params["student"], batch)
-        ce = self._over_vocabulary(batch, {"student": (student, hidden_BTD)}, _ce_of_chunk)
-        loss, metrics = self.ce_weight * share.targets * ce.value, {"ce": ce}
-        for index, (name, link) in enumerate(self.teachers.items()):
-            teacher, teacher_hidden, teacher_cache = self._run(link.graph, teachers[name], batch)
+        student = self._read(self.student, params["student"], batch)
+        ce = self._next_token(batch, {"student": student}, _cross_entropy)
+        mean_ce = masked_mean(ce, batch.loss_mask[:, 1:])
+        language, metrics = self.ce_weight * share.targets * mean_ce.value, {"ce": mean_ce}
+        if not self.teachers:
+            return Losses(language, jnp.zeros(())), (metrics, Statistics({}, None))
+        found = {}
+        for index, name in enumerate(self.teachers):
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
-            aligned = self._aligned(name, link, params["projector"], cache, teacher_cache, key)
-            terms = self._kv_terms(*aligned, batch.kv_mask, step)
-            kv = (terms["kv_k"].value + terms["kv_v"].value) / 2
-            loss = loss + link.weight * self.kv_weight(step) * share.kv * kv
-            if self.kl_weight > 0:
-                models = {"student": (student, hidden_BTD), "teacher": (teacher, teacher_hidden)}
-                terms["kl"] = self._over_vocabulary(batch, models, self._kl_of_chunk)
-                loss = loss + link.weight * self.kl_weight * share.targets * terms["kl"].value
-            metrics |= {f"{name}/{term}": mean for term, mean in terms.items()}
-        return loss, metrics
+            running = statistics.moments.get(name)
+            found[name] = self._of_teacher(
+                name, params, teachers[name], student, batch, step, running, key
+            )
+            metrics |= {f"{name}/{term}": mean for term, mean in found[name].metrics.items()}
+        kv_BTM = jnp.stack([one.kv for one in found.values()], axis=-1)
+        shares_BTM = self.router.shares(student.hidden, params.get("router"), statistics.prototypes)
+        kv = masked_mean((shares_BTM * kv_BTM).sum(axis=-1), batch.kv_mask)
+        if self.kl_weight > 0:
+            kl_BUM = jnp.stack([one.kl for one in found.values()], axis=-1)
+            routed = (shares_BTM[:, :-1] * kl_BUM).sum(axis=-1)
+            kl = masked_mean(routed, batch.loss_mask[:, 1:])
+            language = language + self.kl_weight * share.targets * kl.value
+        bonus, routing = self._routing(shares_BTM, batch)
+        new = Statistics(
+            {name: one.moments for name, one in found.items() if one.moments},
+            served(student.hidden, kv_BTM, batch.kv_mask) if statistics.prototypes else None,
+        )
+        losses = Losses(language, share.kv * (kv.value - bonus))
+        return losses, (metrics | routing, jax.lax.stop_gradient(new))
 
-    def _run(
-        self, graph: nnx.GraphDef[Decoder], params: Params, batch: Batch
-    ) -> tuple[Decoder, Float[Array, "B T D"], KVCache]:
-        """A forward pass over the batch: the merged model, its hidden states and its cache."""
-        model = nnx.merge(graph, params)
-        positions_BT = token_positions(batch.valid)
-        window = model.spec.sliding_window
-        mask = attention_mask(positions_BT, positions_BT, batch.valid, window)
-        return model, *model(batch.tokens, positions_BT, mask, key_space=self.key_space)
+    def compared(
+        self, params: Mapping[str, Params], teachers: Mapping[str, Params], batch: Batch
+    ) -> dict[str, tuple[Compared, Reading, Reading]]:
+        """Every teacher's cache and the student's in one space, with queries, without dropout."""
+        student = self._read(self.student, params["student"], batch, queries=True)
+        result = {}
+        for name, link in self.teachers.items():
+            teacher = self._read(link.graph, teachers[name], batch, queries=True)
+            compared = link.comparison(self._projector(params), student, teacher)
+            result[name] = (compared, student, teacher)
+        return result
 
-    def _aligned(
+    def _read(
+        self,
+        graph: nnx.GraphDef[Decoder],
+        params: Params,
+        batch: Batch,
+        *,
+        queries: bool | None = None,
+    ) -> Reading:
+        queries = self.attention_weight > 0 if queries is None else queries
+        return read(graph, params, batch, key_space=self.key_space, queries=queries)
+
+    def _projector(self, params: Mapping[str, Params]) -> KVDimensionProjector:
+        assert self.projector is not None
+        return nnx.merge(self.projector, params["projector"])
+
+    def _of_teacher(
         self,
         name: str,
-        link: TeacherLink,
-        projector_params: Params,
-        student_cache: KVCache,
-        teacher_cache: KVCache,
-        key: Key[Array, ""] | None,
-    ) -> tuple[KVCache, KVCache]:
-        """The mapped layers of both sides in one space: (student's, target's) [P, B, T, K, H]."""
-        student = _take_layers(student_cache, link.layer_map.student_layers)
-        teacher = _take_layers(teacher_cache, link.layer_map.teacher_layers)
-        assert self.projector is not None
-        projector: KVDimensionProjector = nnx.merge(self.projector, projector_params)
-        if projector.direction == "student_to_teacher":
-            return projector.project(name, student, dropout_key=key), teacher
-        return student, projector.project(name, teacher, dropout_key=key)
-
-    def _kv_terms(
-        self, student: KVCache, target: KVCache, mask_BT: Bool[Array, "B T"], step: Array
-    ) -> Metrics:
-        """The loss and the alignment of keys and of values."""
-        metrics = {}
-        for part in ("k", "v"):
-            s, t = getattr(student, part), getattr(target, part)
-            measured = alignment(jax.lax.stop_gradient(s), jax.lax.stop_gradient(t), mask_BT)
-            metrics |= {
-                f"kv_{part}": self.kv_loss(s, t, mask_BT, step),
-                f"mag_loss_{part}": mercator(s, t, mask_BT, alpha=0.0, beta=1.0),
-                **{f"{field}_{part}": mean for field, mean in measured._asdict().items()},
-            }
-        return metrics
-
-    def _kl_of_chunk(self, logits: dict[str, Array], labels: Array, mask: Array) -> Mean:
-        del labels
-        temperature = self.kl_temperature
-        return logit_kl(logits["student"], logits["teacher"], mask, temperature=temperature)
-
-    def _over_vocabulary(
-        self,
+        params: Mapping[str, Params],
+        teacher_params: Params,
+        student: Reading,
         batch: Batch,
-        models: dict[str, tuple[Decoder, Float[Array, "B T D"]]],
-        loss_of_chunk: Callable[[dict[str, Array], Array, Array], Mean],
-    ) -> Mean:
-        """Sum a loss on logits over chunks of tokens, so that [B, T, V] never exists at once.
+        step: Int[Array, ""],
+        running: Mapping[str, SideMoments] | None,
+        dropout_key: Key[Array, ""] | None,
+    ) -> _OfTeacher:
+        """One teacher's part in the losses."""
+        link, projector = self.teachers[name], self._projector(params)
+        teacher = self._read(link.graph, teacher_params, batch)
+        compared = link.comparison(projector, student, teacher, dropout_key)
+        kv, metrics, moments = self._kv(compared, batch, step, running)
+        if self.attention_weight > 0:
+            attended = link.comparison.attended(compared, self.direction, student, teacher)
+            attention = attention_kl(
+                jax.lax.stop_gradient(attended.queries),
+                attended.student.k,
+                attended.target.k,
+                attended.mask,
+                batch.kv_mask,
+            )
+            kv = kv + self.attention_weight * attention
+            metrics["attention_kl"] = masked_mean(attention, batch.kv_mask)
+        kl = None
+        if self.kl_weight > 0:
+            models = {"student": student, "teacher": teacher}
+            kl = self._next_token(batch, models, self._divergence)
+            metrics["kl"] = masked_mean(kl, batch.loss_mask[:, 1:])
+        return _OfTeacher(kv, kl, metrics, moments)
 
-        The token at t predicts the one at t + 1; ``loss_mask`` marks the predicted tokens.
-        """
-        rows, length = batch.tokens.shape
-        vocabulary = max(model.spec.vocab_size for model, _ in models.values())
-        budget = CHUNK_LOGITS * self.batch_shards // (rows * vocabulary)
-        chunks = math.ceil((length - 1) / max(1, budget))
+    def _kv(
+        self,
+        compared: Compared,
+        batch: Batch,
+        step: Int[Array, ""],
+        running: Mapping[str, SideMoments] | None,
+    ) -> tuple[Float[Array, "B T"], Metrics, dict[str, SideMoments]]:
+        """Loss of every token, the mean of keys' and values'; alignment and magnitudes; moments."""
+        tokens, metrics, moments = jnp.zeros(batch.tokens.shape), {}, {}
+        for part in PARTS:
+            sides: list[Array] = [getattr(side, part) for side in compared]
+            known = running[part] if running else (None, None)
+            framed_s, framed_t = (
+                self.frame(side, batch.kv_mask, memory)
+                for side, memory in zip(sides, known, strict=True)
+            )
+            losses = self.kv_loss(framed_s, framed_t, batch.kv_mask, step)
+            tokens = tokens + losses / len(PARTS)
+            metrics[f"kv_{part}"] = masked_mean(losses, batch.kv_mask)
+            s, t = jax.lax.stop_gradient(sides)
+            metrics[f"mag_loss_{part}"] = mercator(s, t, batch.kv_mask, alpha=0.0, beta=1.0)
+            measured = alignment(s, t, batch.kv_mask)
+            metrics |= {
+                f"{field}_{part}": _whole(mean) for field, mean in measured._asdict().items()
+            }
+            if running:
+                moments[part] = SideMoments(measure(s, batch.kv_mask), measure(t, batch.kv_mask))
+        return tokens, metrics, moments
 
-        def term(inputs: tuple[dict[str, Array], Array, Array]) -> Mean:
-            hiddens, labels, mask = inputs
-            logits = {name: models[name][0].logits(hidden) for name, hidden in hiddens.items()}
-            return loss_of_chunk(logits, labels, mask)
+    def _routing(self, shares_BTM: Float[Array, "B T M"], batch: Batch) -> tuple[Array, Metrics]:
+        """The router's entropy bonus and, where it chooses, what it chose."""
+        if self.router.kind == "fixed":
+            return jnp.zeros(()), {}
+        spread = masked_mean(entropy(shares_BTM), batch.kv_mask)
+        chosen = {
+            f"{name}/route": masked_mean(shares_BTM[..., index], batch.kv_mask)
+            for index, name in enumerate(self.teachers)
+        }
+        learned = self.router.kind == "learned"
+        bonus = self.entropy_weight * spread.value if learned else jnp.zeros(())
+        return bonus, chosen | {"router_entropy": spread}
 
-        hiddens = {name: hidden[:, :-1] for name, (_, hidden) in models.items()}
-        inputs = (hiddens, batch.tokens[:, 1:], batch.loss_mask[:, 1:])
-        if chunks == 1:
-            return term(inputs)
-        means = jax.lax.map(jax.checkpoint(term), jax.tree.map(lambda x: _split(x, chunks), inputs))
-        return Mean(means.sum.sum(), means.count.sum())
+    def _divergence(self, logits: dict[str, Array], labels: Array) -> Array:
+        del labels
+
+        def of_token(student: Array, teacher: Array) -> Array:
+            return logit_kl(student, teacher, temperature=self.kl_temperature).value
+
+        return jax.vmap(jax.vmap(of_token))(logits["student"], logits["teacher"])
+
+    def _next_token(self, batch: Batch, readings: Mapping[str, Reading], loss: ChunkLoss) -> Array:
+        models = {name: (reading.model, reading.hidden) for name, reading in readings.items()}
+        return losses_of_next_token(batch, models, loss, batch_shards=self.batch_shards)
 
 
-def _ce_of_chunk(logits: dict[str, Array], labels: Array, mask: Array) -> Mean:
-    return cross_entropy(logits["student"], labels, mask)
+def _cross_entropy(logits: dict[str, Array], labels: Array) -> Array:
+    def of_token(row: Array, label: Array) -> Array:
+        return cross_entropy(row, label).value
+
+    return jax.vmap(jax.vmap(of_token))(logits["student"], labels)
 
 
-def _split(x: Array, chunks: int) -> Array:
-    """[B, T, ...] -> [chunks, B, T / chunks, ...], zero-padded (and so masked) at the end."""
-    size = math.ceil(x.shape[1] / chunks)
-    pad = [(0, 0)] * x.ndim
-    pad[1] = (0, size * chunks - x.shape[1])
-    padded = jnp.pad(x, pad).reshape(x.shape[0], chunks, size, *x.shape[2:])
-    return jnp.moveaxis(padded, 1, 0)
-
-
-def _take_layers(cache: KVCache, layers: tuple[int, ...]) -> KVCache:
-    """The given layers of a cache; the cache itself when that is all of them in order."""
-    if layers == tuple(range(cache.k.shape[0])):
-        return cache
-    return jax.tree.map(lambda array: array[np.array(layers)], cache)
+def _whole(mean: Mean) -> Mean:
+    """All layers together."""
+    return Mean(mean.sum.sum(), mean.count.sum())

@@ -1,5 +1,6 @@
 """AdamW with one learning rate for the student and one for the projector, clipped apart."""
 
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -37,18 +38,17 @@ class Rate(NamedTuple):
 
 
 def make_optimizer(
-    student: optax.Schedule,
-    projector: optax.Schedule | None,
+    rates: Mapping[str, optax.Schedule | None],
     *,
     weight_decay: float,
     clip_norm: float,
     b1: float,
     b2: float,
 ) -> optax.GradientTransformation:
-    """One chain per group over ``{"student": ..., "projector": ...}``.
+    """One chain per group (``student``, ``projector``, ``router``), each with its own rate.
 
     Each group's gradient is clipped by its own global norm. Weight decay leaves out norms and
-    biases. ``projector=None`` freezes the projector.
+    biases. A rate of None freezes its group.
     """
 
     def group(rate: optax.Schedule | None) -> optax.GradientTransformation:
@@ -62,7 +62,7 @@ def make_optimizer(
     def labels(params: dict[str, Any]) -> dict[str, Any]:
         return {name: jax.tree.map(partial(_just, name), tree) for name, tree in params.items()}
 
-    return optax.multi_transform({"student": group(student), "projector": group(projector)}, labels)
+    return optax.multi_transform({name: group(rate) for name, rate in rates.items()}, labels)
 
 
 def _just(name: str, _: Any) -> str:

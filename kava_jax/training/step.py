@@ -6,14 +6,29 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
+from kava_jax.alignment.frame import Moments, decay, merge, merge_stacked
+from kava_jax.alignment.router import remember
 from kava_jax.data.batches import Batch
 from kava_jax.geometry import Mean
 from kava_jax.models.decoder import Params
-from kava_jax.training.objective import Metrics, Objective, Share
+from kava_jax.training.objective import Metrics, Objective, Share, Statistics
 
 RUNNING_DECAY = 0.95
+# Running moments of the frame forget one hundredth a step: about a hundred batches count.
+MEMORY = 0.99
+
+
+class LossScale(NamedTuple):
+    """A weight that is measured: its value, and the decayed mean that it is taken from.
+
+    ``log_ratio`` is of ``log(||g_ce|| / ||g_kv||)`` over the last few measurements: one batch's
+    ratio is often double or half the usual.
+    """
+
+    value: Float[Array, ""]
+    log_ratio: Mean
 
 
 class TrainState(NamedTuple):
@@ -25,19 +40,33 @@ class TrainState(NamedTuple):
 
     step: Int[Array, ""]
     params: dict[str, Params]
+    """``student``, ``projector`` and ``router``; the last two may be empty."""
     opt_state: Any
     running: Metrics
+    """Decayed means for the display."""
+    statistics: Statistics
+    """Running moments of the frame and prototypes of the router."""
+    kv_scale: LossScale
+    """Times the scheduled KV weight: 1, or as measured for a share of the gradient."""
 
 
-def initial_state(params: dict[str, Params], optimizer: optax.GradientTransformation) -> TrainState:
-    """Step 0 of a run over ``{"student": ..., "projector": ...}``."""
+def initial_state(
+    params: dict[str, Params], optimizer: optax.GradientTransformation, statistics: Statistics
+) -> TrainState:
+    """Step 0 of a run over ``{"student": ..., "projector": ..., "router": ...}``."""
     zero = Mean(jnp.zeros(()), jnp.zeros(()))
     running = {"cos": zero, "cos_shuffled": zero} if params["projector"] else {}
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), running)
+    step, scale = jnp.zeros((), jnp.int32), LossScale(jnp.ones(()), zero)
+    return TrainState(step, params, optimizer.init(params), running, statistics, scale)
 
 
 def make_train_step(
-    objective: Objective, optimizer: optax.GradientTransformation, *, seed: int, microbatches: int
+    objective: Objective,
+    optimizer: optax.GradientTransformation,
+    *,
+    kv_weight: optax.Schedule,
+    seed: int,
+    microbatches: int,
 ) -> Callable[[TrainState, Mapping[str, Params], Batch], tuple[TrainState, Metrics]]:
     """``(state, teachers, batch) -> (state, metrics)``, to be jitted by the caller.
 
@@ -49,21 +78,26 @@ def make_train_step(
         state: TrainState, teachers: Mapping[str, Params], batch: Batch
     ) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
-        micro = jax.tree.map(lambda x: _split(x, microbatches), batch)
-        totals = _loss_tokens(batch)
+        totals = loss_tokens(batch)
+        weight = kv_weight(state.step) * state.kv_scale.value
 
-        def accumulate(grads: Any, xs: tuple[Batch, Array]) -> tuple[Any, tuple[Array, Metrics]]:
-            rows, index = xs
-            share = jax.tree.map(_part, _loss_tokens(rows), totals)
+        def loss(
+            params: Any, rows: Batch, index: Array
+        ) -> tuple[Array, tuple[Metrics, Statistics]]:
+            share = jax.tree.map(_part, loss_tokens(rows), totals)
             dropout_key = jax.random.fold_in(key, index)
-            (loss, metrics), new = jax.value_and_grad(objective, has_aux=True)(
-                state.params, teachers, rows, state.step, share, dropout_key
+            losses, seen = objective(
+                params, teachers, rows, state.step, share, state.statistics, dropout_key
             )
-            light = {name: mean for name, mean in metrics.items() if _is_light(name)}
-            return jax.tree.map(jnp.add, grads, new), (loss, light)
+            return losses.language + weight * losses.kv, seen
+
+        def accumulate(grads: Any, xs: tuple[Batch, Array]) -> tuple[Any, Any]:
+            (value, seen), new = jax.value_and_grad(loss, has_aux=True)(state.params, *xs)
+            return jax.tree.map(jnp.add, grads, new), (value, seen)
 
         zeros = jax.tree.map(jnp.zeros_like, state.params)
-        grads, (losses, metrics) = jax.lax.scan(
+        micro = split_rows(batch, microbatches)
+        grads, (losses, (metrics, seen)) = jax.lax.scan(
             accumulate, zeros, (micro, jnp.arange(microbatches))
         )
         metrics = jax.tree.map(lambda parts: parts.sum(axis=0), metrics)
@@ -73,28 +107,49 @@ def make_train_step(
         metrics |= {"loss": _scalar(losses.sum()), "tokens": _scalar(batch.valid.sum())}
         metrics |= {f"grad_norm_{group}": _scalar(optax.tree.norm(g)) for group, g in grads.items()}
         metrics |= {f"{name}_running": mean for name, mean in running.items()}
-        return TrainState(state.step + 1, params, opt_state, running), metrics
+        metrics |= {"kv_weight": _scalar(jnp.asarray(weight))} if objective.teachers else {}
+        statistics = remembered(state.statistics, seen)
+        return state._replace(
+            step=state.step + 1,
+            params=params,
+            opt_state=opt_state,
+            running=running,
+            statistics=statistics,
+        ), metrics
 
     return train_step
 
 
-def _is_light(name: str) -> bool:
-    """Baselines that cost passes of their own are left to the held-out evaluation."""
-    return "cos_constant" not in name and "cos_centered" not in name
+def remembered(old: Statistics, seen: Statistics) -> Statistics:
+    """The statistics after one more step; ``seen`` has a leading axis of microbatches."""
+
+    def moments(before: Moments, parts: Moments) -> Moments:
+        return merge(decay(before, MEMORY), merge_stacked(parts))
+
+    def is_moments(x: Any) -> bool:
+        return isinstance(x, Moments)
+
+    prototypes = old.prototypes
+    if prototypes is not None:
+        assert seen.prototypes is not None
+        new = jax.tree.map(lambda parts: parts.sum(axis=0), seen.prototypes)
+        prototypes = remember(prototypes, new)
+    merged = jax.tree.map(moments, old.moments, seen.moments, is_leaf=is_moments)
+    return Statistics(merged, prototypes)
+
+
+def split_rows(batch: Batch, parts: int) -> Batch:
+    """[B, T] -> [A, B / A, T] by taking every A-th row, so that no row changes its device."""
+    return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1), batch)
+
+
+def loss_tokens(batch: Batch) -> Share:
+    """Tokens that carry cross-entropy (the first of a row is never predicted) and KV loss."""
+    return Share(batch.loss_mask[:, 1:].sum(), batch.kv_mask.sum())
 
 
 def _part(part: Array, total: Array) -> Array:
     return part / jnp.maximum(total, 1)
-
-
-def _split(x: Array, microbatches: int) -> Array:
-    """[B, T] -> [A, B / A, T] by taking every A-th row, so that no row changes its device."""
-    return jnp.swapaxes(x.reshape(-1, microbatches, *x.shape[1:]), 0, 1)
-
-
-def _loss_tokens(batch: Batch) -> Share:
-    """Tokens that carry cross-entropy (the first of a row is never predicted) and KV loss."""
-    return Share(batch.loss_mask[:, 1:].sum(), batch.kv_mask.sum())
 
 
 def _decayed_sum(old: Mean, metrics: Metrics, name: str) -> Mean:

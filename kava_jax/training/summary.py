@@ -1,44 +1,81 @@
 """From (sum, count) on devices to the numbers that are logged: here, and only here, divided."""
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Array, Float
 
-from kava_jax.diagnostics import alignment_gap
 from kava_jax.geometry import Mean
+from kava_jax.verdict import alignment_gap
 
-_PAIRED = ("kv", "cos", "cos_shuffled", "cos_constant", "cos_centered", "mag_loss")
+_PAIRED = ("kv", "cos", "cos_shuffled", "mag_loss")
+
+
+class Figures(NamedTuple):
+    """Plain numbers: of the whole, and by mapped layer as ``teacher/figure_part``."""
+
+    values: dict[str, float]
+    layers: dict[str, list[float]]
 
 
 def summarize(metrics: Mapping[str, Mean]) -> dict[str, float]:
     """Plain floats by the names that ``metrics.jsonl`` uses.
 
-    Figures of several teachers are averaged; with more than one, each teacher's own cosine and gap
-    are added as ``<teacher>/...``. A mean over nothing is NaN.
+    Figures of several teachers are averaged; with more than one, each teacher's own are added as
+    ``<teacher>/...``. A mean over nothing is NaN.
     """
     values = {name: _divide(mean) for name, mean in jax.device_get(dict(metrics)).items()}
-    teachers = list(dict.fromkeys(name.split("/")[0] for name in values if "/" in name))
     result = {name: value for name, value in values.items() if "/" not in name}
-    if teachers:
-        parts = [_of_teacher(values, teacher) for teacher in teachers]
-        result |= {name: float(np.mean([part[name] for part in parts])) for name in parts[0]}
-        if len(teachers) > 1:
-            for teacher, part in zip(teachers, parts, strict=True):
-                result |= {f"{teacher}/{name}": part[name] for name in ("cos_sim", "alignment_gap")}
+    result |= _over_teachers({name: _of_teacher(own) for name, own in _by_teacher(values).items()})
     if "cos_running" in result:
         gap = alignment_gap(result["cos_running"], result.pop("cos_shuffled_running"))
         result["gap_running"] = np.nan if gap is None else gap
     return result
 
 
-def _of_teacher(values: Mapping[str, float], teacher: str) -> dict[str, float]:
-    """One teacher's figures: keys and values apart where that matters, and their mean."""
-    own = {
-        name.removeprefix(f"{teacher}/"): value
-        for name, value in values.items()
-        if name.startswith(f"{teacher}/")
+def summarize_layers(layers: Mapping[str, Float[Array, "P"]]) -> Figures:
+    """Per-layer arrays ``teacher/figure_part`` as lists, and as means over layers and parts."""
+    plain = {name: [float(x) for x in row] for name, row in jax.device_get(dict(layers)).items()}
+    means: dict[str, dict[str, float]] = {}
+    for teacher, own in _by_teacher(
+        {name: float(np.mean(row)) for name, row in plain.items()}
+    ).items():
+        names = dict.fromkeys(name.removesuffix("_k").removesuffix("_v") for name in own)
+        means[teacher] = {
+            name: float(
+                np.mean([own[key] for key in (name, f"{name}_k", f"{name}_v") if key in own])
+            )
+            for name in names
+        }
+    return Figures(_over_teachers(means), plain)
+
+
+def _by_teacher(values: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """``teacher/figure`` as one dict per teacher."""
+    result: dict[str, dict[str, float]] = {}
+    for key, value in values.items():
+        teacher, slash, name = key.partition("/")
+        if slash:
+            result.setdefault(teacher, {})[name] = value
+    return result
+
+
+def _over_teachers(parts: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Means over teachers, and each one's own where there are several."""
+    names = dict.fromkeys(name for own in parts.values() for name in own)
+    result = {
+        name: float(np.mean([own[name] for own in parts.values() if name in own])) for name in names
     }
+    if len(parts) > 1:
+        for teacher, own in parts.items():
+            result |= {f"{teacher}/{name}": value for name, value in own.items()}
+    return result
+
+
+def _of_teacher(own: Mapping[str, float]) -> dict[str, float]:
+    """One teacher's figures: keys and values apart where that matters, and their mean."""
     result = {
         name: (own[f"{name}_k"] + own[f"{name}_v"]) / 2 for name in _PAIRED if f"{name}_k" in own
     }
@@ -49,7 +86,7 @@ def _of_teacher(values: Mapping[str, float], teacher: str) -> dict[str, float]:
     result["dir_loss"] = 1.0 - result["cos_sim"]
     ratios = [own[f"s_magnitude_{p}"] / max(own[f"t_magnitude_{p}"], 1e-30) for p in ("k", "v")]
     result["mag_ratio"] = float(np.mean(ratios))
-    return result | ({"kl": own["kl"]} if "kl" in own else {})
+    return result | {name: own[name] for name in ("kl", "attention_kl", "route") if name in own}
 
 
 def _divide(mean: Mean) -> float:

@@ -1,9 +1,24 @@
-"""Layer maps against lists written by hand."""
+"""Layer maps against lists written by hand, and their caches against numpy's gathers."""
 
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from kava_jax.alignment.layer_map import make_layer_map
+from kava_jax.alignment.layer_map import (
+    CALIBRATED_MAPS,
+    NAMED_MAPS,
+    LayerMap,
+    make_layer_map,
+    window,
+)
+from kava_jax.cache import KVCache
 from kava_jax.errors import KavaError
+from tests.tolerances import TOL
 
 # s * 47 / 27 and s * 27 / 23, rounded by hand.
 FROM_48_TO_28 = [0, 2, 3, 5, 7, 9, 10, 12, 14, 16, 17, 19, 21, 23]
@@ -11,12 +26,20 @@ FROM_48_TO_28 += [24, 26, 28, 30, 31, 33, 35, 37, 38, 40, 42, 44, 45, 47]
 FROM_28_TO_24 = [0, 1, 2, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14, 15, 16, 18, 19, 20, 21, 22, 23, 25, 26]
 FROM_28_TO_24 += [27]
 
+SIDE_BY_SIDE = LayerMap((0, 2), ((3, 1, 4), (0, 4, 2)))
+# Thirds do not sum to 1 in every rounding, and a weight may be negative.
+WEIGHTED = LayerMap(
+    (0, 1, 3), ((0, 1), (4, 2), (3, 3)), ((0.25, 0.75), (1 / 3, 2 / 3), (-1.0, 2.0))
+)
+GATHERED = LayerMap((1, 2), ((4,), (0,)))
+
 
 @pytest.mark.parametrize(
     ("teacher", "student", "layers"),
     [
         (48, 28, FROM_48_TO_28),
         (28, 24, FROM_28_TO_24),
+        (12, 6, [0, 2, 4, 7, 9, 11]),
         (4, 2, [0, 3]),
         (3, 3, [0, 1, 2]),
         (4, 3, [0, 2, 3]),  # 1.5 goes up
@@ -30,23 +53,91 @@ FROM_28_TO_24 += [27]
 )
 def test_ratio(teacher: int, student: int, layers: list[int]) -> None:
     found = make_layer_map("ratio", teacher, student)
-    assert list(found.teacher_layers) == layers
+    assert found.teacher_layers == tuple((layer,) for layer in layers)
     assert found.student_layers == tuple(range(student))
+    assert found.weights is None
     assert found.last_teacher_layer == teacher - 1
+    assert (len(found), found.sources) == (student, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "teacher", "student", "layers"),
+    [
+        ("uniform", 12, 6, [1, 3, 5, 7, 9, 11]),
+        ("uniform", 5, 3, [1, 3, 4]),  # shares end at 1.67, 3.33 and 5
+        ("uniform", 4, 2, [1, 3]),
+        ("uniform", 3, 1, [2]),
+        ("uniform", 2, 4, [0, 0, 1, 1]),
+        ("skip", 12, 6, [0, 2, 4, 6, 8, 10]),
+        ("skip", 5, 3, [0, 1, 3]),
+        ("skip", 4, 2, [0, 2]),
+        ("skip", 3, 1, [0]),
+        ("skip", 2, 4, [0, 0, 1, 1]),
+        ("last", 12, 6, [6, 7, 8, 9, 10, 11]),
+        ("last", 48, 28, list(range(20, 48))),
+        ("last", 4, 2, [2, 3]),
+        ("last", 3, 1, [2]),
+        *((name, 5, 5, [0, 1, 2, 3, 4]) for name in ("ratio", "uniform", "skip", "last")),
+    ],
+)
+def test_one_layer_each(name: str, teacher: int, student: int, layers: list[int]) -> None:
+    found = make_layer_map(name, teacher, student)
+    assert found == LayerMap(tuple(range(student)), tuple((layer,) for layer in layers))
+
+
+@pytest.mark.parametrize(("name", "ends"), [("uniform", (1, 47)), ("skip", (0, 46))])
+def test_the_ends_of_28_layers_in_48(name: str, ends: tuple[int, int]) -> None:
+    layers = make_layer_map(name, 48, 28).teacher_layers
+    assert (layers[0], layers[-1]) == ((ends[0],), (ends[1],))
+    # Every student layer moves on by one or two of 48 / 28 = 1.7 teacher layers.
+    assert set(np.diff(np.array(layers)[:, 0])) == {1, 2}
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student", "layers", "second_weights"),
+    [
+        (12, 6, [(0, 0), (2, 3), (4, 5), (6, 7), (8, 9), (11, 11)], [0, 0.2, 0.4, 0.6, 0.8, 0]),
+        (4, 2, [(0, 0), (3, 3)], [0, 0]),
+        (3, 1, [(2, 2)], [0]),
+        (5, 5, [(s, s) for s in range(5)], [0] * 5),
+        (2, 4, [(0, 0), (0, 1), (0, 1), (1, 1)], [0, 1 / 3, 2 / 3, 0]),
+        (1, 2, [(0, 0), (0, 0)], [0, 0]),
+    ],
+)
+def test_interpolated(teacher: int, student: int, layers, second_weights: list) -> None:
+    found = make_layer_map("interpolated", teacher, student)
+    assert found.teacher_layers == tuple(layers)
+    # Exact: the fractions are whole-number arithmetic until they become floats.
+    assert found.weights is not None
+    assert [second for _, second in found.weights] == second_weights
+    assert [first for first, _ in found.weights] == pytest.approx([1 - w for w in second_weights])
+    assert found.sources == 1
+
+
+def test_interpolated_28_in_48_meets_both_ends_and_is_evenly_spaced() -> None:
+    found = make_layer_map("interpolated", 48, 28)
+    assert found.teacher_layers[:2] == ((0, 0), (1, 2))
+    assert found.teacher_layers[-1] == (47, 47)
+    assert found.weights is not None
+    assert found.weights[1] == (7 / 27, 20 / 27)
+    assert found.weights[-1] == (1.0, 0.0)
+    depths = np.sum(np.array(found.teacher_layers) * np.array(found.weights), axis=1)
+    np.testing.assert_allclose(depths, np.linspace(0, 47, 28), rtol=1e-14)
 
 
 def test_explicit_pairs_are_put_in_student_order() -> None:
     found = make_layer_map([(5, 3), (7, 0), (5, 1)], 8, 4)
-    assert found.pairs == ((7, 0), (5, 1), (5, 3))
-    assert found.teacher_layers == (7, 5, 5)
-    assert found.student_layers == (0, 1, 3)
+    assert found == LayerMap((0, 1, 3), ((7,), (5,), (5,)))
     assert found.last_teacher_layer == 7
 
 
 @pytest.mark.parametrize(
     ("setting", "words"),
     [
-        ("raito", ["'raito' is unknown", "'ratio'"]),
+        ("raito", ["='raito' is unknown", *map(repr, NAMED_MAPS), *map(repr, CALIBRATED_MAPS)]),
+        ("", ["='' is unknown", "list of pairs"]),
+        ("cka", ["='cka' needs a calibration", "`kava calibrate CONFIG` makes it"]),
+        ("calibrated", ["='calibrated' needs a calibration", "`kava calibrate CONFIG` makes it"]),
         ([], ["holds no pairs"]),
         ([(8, 0), (0, 4), (1, 1), (-1, 2)], ["[[8, 0], [-1, 2], [0, 4]]", "8 and", "of 4 layers"]),
         ([(0, 1), (1, 1), (2, 3), (3, 3), (4, 0)], ["[1, 3] stand twice"]),
@@ -60,3 +151,243 @@ def test_errors_name_the_field_and_every_bad_item(setting, words: list[str]) -> 
     assert "\n" not in message
     for word in words:
         assert word in message
+
+
+def test_last_needs_a_teacher_as_deep_as_the_student() -> None:
+    with pytest.raises(KavaError, match=r"^layer_map='last': a teacher of 4 layers .*last 6.*use"):
+        make_layer_map("last", 4, 6)
+
+
+def test_the_named_maps_are_the_ones_described() -> None:
+    assert NAMED_MAPS == ("ratio", "uniform", "skip", "last", "interpolated")
+    assert CALIBRATED_MAPS == ("cka", "calibrated")
+
+
+@pytest.mark.parametrize(
+    ("depths", "width", "firsts", "size"),
+    [
+        ((12, 6), 3, [0, 1, 3, 6, 8, 9], 3),  # centres 0, 2, 4, 7, 9, 11: one on either side
+        ((12, 6), 4, [0, 1, 3, 6, 8, 8], 4),  # one before the centre, two after it
+        ((12, 6), 1, [0, 2, 4, 7, 9, 11], 1),
+        ((12, 6), 12, [0] * 6, 12),
+        ((3, 2), 8, [0, 0], 3),
+        ((2, 4), 8, [0] * 4, 2),
+        ((9, 1), 8, [1], 8),
+    ],
+)
+def test_windows(depths: tuple[int, int], width: int, firsts: list[int], size: int) -> None:
+    found = window(*depths, width=width)
+    assert found == tuple(tuple(range(first, first + size)) for first in firsts)
+
+
+def test_windows_are_eight_wide_unless_told() -> None:
+    found = window(48, 28)
+    assert (len(found), found[0], found[27]) == (28, tuple(range(8)), tuple(range(40, 48)))
+    assert found[14] == (21, 22, 23, 24, 25, 26, 27, 28)  # around layer 24
+
+
+def test_a_window_holds_something() -> None:
+    with pytest.raises(KavaError, match=r"width=0 .*use 1 or more"):
+        window(4, 2, width=0)
+
+
+def caches(dtype=np.float32, rows: int = 2) -> KVCache:
+    """Random keys and values of 5 layers, 3 tokens, 2 heads of dim 4."""
+    rng = np.random.default_rng(0)
+    k, v = rng.normal(size=(2, 5, rows, 3, 2, 4))
+    return KVCache(jnp.asarray(k, dtype), jnp.asarray(v, dtype))
+
+
+def wide(x) -> np.ndarray:
+    return np.asarray(x, np.float64)
+
+
+student_side = jax.jit(LayerMap.student_cache, static_argnums=0)
+teacher_side = jax.jit(LayerMap.teacher_cache, static_argnums=0)
+
+
+def test_gathers_are_numpys() -> None:
+    cache = caches()
+    student, teacher = student_side(GATHERED, cache), teacher_side(GATHERED, cache)
+    for part in ("k", "v"):
+        x = np.asarray(getattr(cache, part))
+        np.testing.assert_array_equal(getattr(student, part), x[[1, 2]])
+        np.testing.assert_array_equal(getattr(teacher, part), x[[4, 0]])
+
+
+def test_side_by_side_are_all_heads_of_the_first_then_of_the_second() -> None:
+    assert (SIDE_BY_SIDE.sources, SIDE_BY_SIDE.last_teacher_layer) == (3, 4)
+    cache = caches()
+    found = teacher_side(SIDE_BY_SIDE, cache)
+    for part in ("k", "v"):
+        x, y = np.asarray(getattr(cache, part)), np.asarray(getattr(found, part))
+        assert y.shape == (2, 2, 3, 6, 4)
+        for p, row in enumerate(((3, 1, 4), (0, 4, 2))):
+            for head in range(6):
+                np.testing.assert_array_equal(y[p, :, :, head], x[row[head // 2], :, :, head % 2])
+
+
+def test_weighted_means_are_numpys_and_so_is_their_gradient() -> None:
+    cache = caches()
+    found = teacher_side(WEIGHTED, cache)
+    table = np.zeros((3, 5))
+    table[[0, 0, 1, 1, 2], [0, 1, 4, 2, 3]] = 0.25, 0.75, 1 / 3, 2 / 3, 1.0
+    for part in ("k", "v"):
+        want = np.einsum("pl,lbtkh->pbtkh", table, wide(getattr(cache, part)))
+        np.testing.assert_allclose(getattr(found, part), want, atol=TOL["float32"])
+    row_P = np.array([1.0, 10.0, 100.0])
+    weigh = jnp.asarray(row_P, jnp.float32).reshape(-1, 1, 1, 1, 1)
+    gradient = jax.jit(jax.grad(lambda c: jnp.sum(weigh * WEIGHTED.teacher_cache(c).v)))(cache)
+    want = np.broadcast_to((row_P @ table).reshape(-1, 1, 1, 1, 1), cache.v.shape)
+    np.testing.assert_allclose(gradient.v, want, rtol=TOL["float32"])
+    assert not np.any(gradient.k)
+
+
+def test_a_mean_of_bfloat16_is_rounded_once() -> None:
+    # Whole numbers up to 255 are exact in bfloat16, their quarters only in float32.
+    whole = np.random.default_rng(0).integers(-255, 256, (2, 2, 8, 3, 2, 4))
+    cache = KVCache(*(jnp.asarray(x, jnp.bfloat16) for x in whole))
+    found = teacher_side(LayerMap((0,), ((0, 1),), ((0.25, 0.75),)), cache)
+    want = jnp.asarray(0.25 * whole[0, 0] + 0.75 * whole[0, 1], jnp.bfloat16)[None]
+    assert found.k.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(wide(found.k), wide(want))
+
+
+def test_vectors_that_hold_nan_stay_where_they_are() -> None:
+    cache = caches()
+    cache = KVCache(*(x.at[:, 1, 2].set(jnp.nan) for x in cache))
+    for layer_map in (SIDE_BY_SIDE, WEIGHTED):
+        bad = np.isnan(np.asarray(teacher_side(layer_map, cache).k))
+        assert bad[:, 1, 2].all()
+        assert bad.sum() == bad[:, 1, 2].size
+
+
+def test_all_layers_in_order_are_the_arrays_themselves() -> None:
+    cache, identity = caches(), make_layer_map("ratio", 5, 5)
+    for side in (identity.student_cache(cache), identity.teacher_cache(cache)):
+        assert side.k is cache.k
+        assert side.v is cache.v
+    first_four = make_layer_map("ratio", 4, 4).student_cache(cache)
+    np.testing.assert_array_equal(first_four.k, np.asarray(cache.k)[:4])
+
+
+def test_a_sharded_batch_stays_where_it_is() -> None:
+    cache = caches(rows=8)
+    batch = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), PartitionSpec(None, "data"))
+    sharded = jax.device_put(cache, batch)
+    for layer_map in (SIDE_BY_SIDE, WEIGHTED):
+        program = teacher_side.lower(layer_map, sharded).compile()
+        assert "all-" not in program.as_text()  # neither gather, reduce nor to-all
+        found, want = program(sharded), teacher_side(layer_map, cache)
+        assert found.k.sharding.is_equivalent_to(batch, 5)
+        np.testing.assert_allclose(found.k, want.k, atol=TOL["rearranged"])
+
+
+def test_a_cache_that_is_too_short_is_refused_while_tracing() -> None:
+    deeper = LayerMap((0, 5), ((0,), (7,)))
+    with pytest.raises(
+        KavaError, match=r"reads student layer 5, the cache ends with layer 4; make"
+    ):
+        student_side(deeper, caches())
+    with pytest.raises(
+        KavaError, match=r"reads teacher layer 7, the cache ends with layer 4; make"
+    ):
+        teacher_side(deeper, caches())
+
+
+@pytest.mark.parametrize("layer_map", [SIDE_BY_SIDE, WEIGHTED, GATHERED])
+def test_a_map_survives_its_file(layer_map: LayerMap) -> None:
+    text = json.dumps(layer_map.as_dict(), allow_nan=False)
+    found = LayerMap.from_dict(json.loads(text), "map.json")
+    assert found == layer_map
+    assert hash(found) == hash(layer_map)
+
+
+def test_the_file_is_plain_and_forgiving_where_it_can_be() -> None:
+    assert WEIGHTED.as_dict() == {
+        "student_layers": [0, 1, 3],
+        "teacher_layers": [[0, 1], [4, 2], [3, 3]],
+        "weights": [[0.25, 0.75], [1 / 3, 2 / 3], [-1.0, 2.0]],
+    }
+    raw = {"student_layers": [2], "teacher_layers": [[4, 5]]}
+    assert LayerMap.from_dict(raw, "x") == LayerMap((2,), ((4, 5),))
+    found = LayerMap.from_dict({**raw, "weights": [[1, 0]]}, "x")
+    assert found == LayerMap((2,), ((4, 5),), ((1.0, 0.0),))
+    assert found.weights is not None
+    assert isinstance(found.weights[0][0], float)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"student_layers": []}, ["1 rows", "0 student_layers", "row per student layer"]),
+        ({"student_layers": [0, 1]}, ["1 rows", "2 student_layers"]),
+        ({"student_layers": [], "teacher_layers": []}, ["0 rows", "at least one"]),
+        ({"teacher_layers": [[]]}, ["hold 0 layers", "at least one"]),
+        ({"student_layers": [0, 1], "teacher_layers": [[1], [1, 2]]}, ["hold 1, 2 layers"]),
+        ({"student_layers": [1, 0], "teacher_layers": [[1], [2]]}, ["[1, 0] do not increase"]),
+        ({"student_layers": [1, 1], "teacher_layers": [[1], [2]]}, ["[1, 1] do not increase"]),
+        ({"student_layers": [-1]}, ["layers [-1] are negative", "from 0"]),
+        ({"teacher_layers": [[3, -2]]}, ["layers [-2] are negative"]),
+        ({"weights": []}, ["weights hold [] numbers", "[2]"]),
+        ({"weights": [[1.0]]}, ["weights hold [1] numbers", "[2]", "one weight per"]),
+        ({"weights": [[0.5, 0.50001]]}, ["row 0 sums to 1.00001", "make every row sum to 1"]),
+        ({"weights": [[math.nan, 1.0]]}, ["row 0 sums to nan"]),
+        ({"weights": [[math.inf, -math.inf]]}, ["weights holds inf"]),
+        ({"weights": [[10**400, 1]]}, ["not a number"]),
+        ({"weights": [[True, 0.0]]}, ["weights holds True", "not a number"]),
+        ({"weights": [["1", 0]]}, ["weights holds '1'", "not a number"]),
+        ({"weights": [0.5, 0.5]}, ["weights holds 0.5", "not a list"]),
+        ({"weights": {"0": 1}}, ["weights holds {'0': 1}", "not a list"]),
+        ({"student_layers": 0}, ["student_layers holds 0", "not a list"]),
+        ({"student_layers": [True]}, ["student_layers holds True", "not a whole number"]),
+        ({"teacher_layers": [[1, 2.0]]}, ["teacher_layers holds 2.0", "not a whole number"]),
+        ({"teacher_layers": [[1, None]]}, ["teacher_layers holds None"]),
+        ({"teacher_layers": [[[1], 2]]}, ["teacher_layers holds [1]", "not a whole number"]),
+        ({"teacher_layers": None}, ["teacher_layers holds None", "not a list"]),
+        ({"weight": [[0.5, 0.5]]}, ["'weight'", "student_layers, teacher_layers, weights"]),
+    ],
+)
+def test_a_malformed_file_is_named(change: dict, words: list[str]) -> None:
+    raw = {"student_layers": [0], "teacher_layers": [[1, 2]], "weights": None} | change
+    with pytest.raises(KavaError) as caught:
+        LayerMap.from_dict(raw, "runs/a/map.json")
+    message = str(caught.value)
+    assert message.startswith("runs/a/map.json: ")
+    assert "\n" not in message
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize("raw", [None, 3, [[0, 0]], "ratio", {}, {"student_layers": [0]}])
+def test_something_else_than_a_map_is_named(raw) -> None:
+    with pytest.raises(KavaError, match=r"^map\.json: a layer map has the keys .*make it anew"):
+        LayerMap.from_dict(raw, "map.json")
+
+
+def test_the_class_checks_itself() -> None:
+    with pytest.raises(KavaError, match=r"^layer map: .*do not increase"):
+        LayerMap((1, 0), ((0,), (1,)))
+    with pytest.raises(KavaError, match=r"^layer map: weights: row 1 sums to 0.5"):
+        LayerMap((0, 1), ((0,), (1,)), ((1.0,), (0.5,)))
+    # Weights of a fit are rounded: a sum within 1e-6 of 1 counts as 1.
+    assert LayerMap((0,), ((0, 1),), ((0.5, 0.5000009),)).sources == 1
+
+
+def test_rows_are_words() -> None:
+    assert GATHERED.rows() == [(1, "4"), (2, "0")]
+    assert SIDE_BY_SIDE.rows() == [(0, "3 + 1 + 4"), (2, "0 + 4 + 2")]
+    assert WEIGHTED.rows()[:2] == [(0, "0.25 x 0 + 0.75 x 1"), (1, "0.333 x 4 + 0.667 x 2")]
+    ends = make_layer_map("interpolated", 4, 3).rows()
+    assert ends == [(0, "0"), (1, "0.5 x 1 + 0.5 x 2"), (2, "3")]
+
+
+def test_the_table_is_two_columns_of_plain_text() -> None:
+    assert LayerMap((0, 11), ((3, 4), (11, 12))).table("teachers.0.layer_map") == [
+        "teachers.0.layer_map",
+        "student layer | teacher layers, side by side",
+        "            0 | 3 + 4",
+        "           11 | 11 + 12",
+    ]
+    assert GATHERED.table("x")[1] == "student layer | teacher layer"
+    assert WEIGHTED.table("x")[1] == "student layer | teacher layers, weighted mean"

@@ -41,6 +41,11 @@ def weights(projector: KVDimensionProjector) -> dict:
     return nnx.to_pure_dict(nnx.state(projector, nnx.Param))
 
 
+def _flat(projector: KVDimensionProjector) -> dict[str, np.ndarray]:
+    leaves = jax.tree_util.tree_leaves_with_path(weights(projector))
+    return {"/".join(part.key for part in where): np.asarray(leaf) for where, leaf in leaves}
+
+
 def vectors(*shape: int, seed: int = 0) -> jax.Array:
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
@@ -195,6 +200,17 @@ def test_bad_shapes_and_names_are_told() -> None:
         make().project_teacher_kv("Qwen2-70B", vectors(3, 10))
 
 
+def test_a_file_does_not_depend_on_how_arrays_lie_in_memory(tmp_path) -> None:
+    """What linear algebra returns is often laid out column by column."""
+    projector = make(kind="linear", per_layer=True)
+    by_columns = jax.tree.map(lambda x: np.asfortranarray(np.asarray(x)), weights(projector))
+    nnx.update(projector, by_columns)
+    assert any(not x.flags["C_CONTIGUOUS"] for x in jax.tree.leaves(by_columns))
+    projector.save(tmp_path / "file")
+    loaded = weights(KVDimensionProjector.load(tmp_path / "file"))
+    jax.tree.map(np.testing.assert_array_equal, loaded, by_columns)
+
+
 def test_a_file_that_is_none_of_ours_is_told(tmp_path) -> None:
     from safetensors.numpy import save_file
 
@@ -207,8 +223,10 @@ def test_a_file_that_is_none_of_ours_is_told(tmp_path) -> None:
     save_file(tensor, tmp_path / "no_json", metadata={mark: "{"})
     save_file(tensor, tmp_path / "no_arguments", metadata={mark: json.dumps({"kind": "linear"})})
     save_file(tensor, tmp_path / "no_tensors", metadata={mark: json.dumps(arguments)})
+    short = {name: value[:-1] for name, value in _flat(make(kind="linear")).items()}
+    save_file(short, tmp_path / "other_shapes", metadata={mark: json.dumps(arguments)})
     files = sorted(path.name for path in tmp_path.iterdir())
-    assert len(files) == 6
+    assert len(files) == 7
     for name in [*files, "missing"]:
         with pytest.raises(KavaError, match="is not a projector file") as caught:
             KVDimensionProjector.load(tmp_path / name)

@@ -8,10 +8,17 @@ import numpy as np
 import pytest
 
 from kava_jax.data.batches import collate, eval_batches
-from kava_jax.evaluation.heldout import held_out, make_measure
+from kava_jax.evaluation.heldout import held_out, make_examine, make_measure
 from kava_jax.training.objective import Share
 from tests.tolerances import TOL
-from tests.training.small import SINKS, rows, setting
+from tests.training.small import SINKS, rows, setting, total_loss
+
+
+def figures(made, batches, measure=None):
+    measure = measure or make_measure(made.objective)
+    makers = [lambda batch=batch: batch for batch in batches]
+    examine = make_examine(made.objective)
+    return held_out(measure, examine, made.params, made.teachers, made.statistics, makers)
 
 
 def test_uneven_batches_equal_one_big_one() -> None:
@@ -24,8 +31,8 @@ def test_uneven_batches_equal_one_big_one() -> None:
         for batch in eval_batches(rows(8), 3, max_length=12, bucket=1, sink_tokens=SINKS)
     ]
     assert [part.tokens.shape for part in parts] == [(3, 12), (3, 12), (3, 5)]
-    one = held_out(measure, made.params, made.teachers, [whole])
-    many = held_out(measure, made.params, made.teachers, parts)
+    one, layers = figures(made, [whole], measure)
+    many, more = figures(made, parts, measure)
     assert one.keys() == many.keys()
     assert one.keys() >= {"eval_loss", "eval_cos_sim", "eval_alignment_gap", "eval_cos_centered"}
     assert not one.keys() & {"eval_kv", "eval_dir_loss", "eval_mag_loss", "eval_ce"}
@@ -34,20 +41,26 @@ def test_uneven_batches_equal_one_big_one() -> None:
             one[f"eval_{name}"], rel=TOL["float32"], abs=TOL["float32"]
         )
     # And not the mean of the batches' means.
-    alone = [held_out(measure, made.params, made.teachers, [part])["eval_loss"] for part in parts]
+    alone = [figures(made, [part], measure).values["eval_loss"] for part in parts]
     assert abs(np.mean(alone) - one["eval_loss"]) > 1e-3
     # Without dropout and without the training's weights.
     share = Share(jnp.ones(()), jnp.ones(()))
     zero = jnp.zeros((), jnp.int32)
-    objective = jax.jit(lambda params: made.objective(params, made.teachers, whole, zero, share))
+    objective = jax.jit(lambda params: total_loss(made)(params, made.teachers, whole, zero, share))
     _, metrics = objective(made.params)
     assert one["eval_loss"] == pytest.approx(float(metrics["ce"].value), rel=TOL["float32"])
-    assert held_out(measure, made.params, made.teachers, [whole]) == one
+    assert figures(made, [whole], measure) == (one, layers)
+    # Fewer tokens than the sample holds: the sample is all of them, however they are batched.
+    assert layers.keys() == more.keys() >= {"big/cka_k", "big/retrieval_v", "big/attention_cos"}
+    for name, row in layers.items():
+        assert len(row) == 2
+        if "retrieval" not in name and name != "big/attention_cos":
+            assert more[name] == pytest.approx(row, rel=1e-3, abs=1e-4), name
 
 
 def test_one_row_has_no_gap() -> None:
     made = setting()
     batch = jax.tree.map(jnp.asarray, collate(rows(1), 12, 0, SINKS))
-    found = held_out(make_measure(made.objective), made.params, made.teachers, [batch])
+    found = figures(made, [batch]).values
     assert math.isfinite(found["eval_cos_sim"])
     assert math.isnan(found["eval_alignment_gap"])

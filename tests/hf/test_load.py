@@ -112,6 +112,8 @@ def test_a_cut_teacher_reads_only_what_it_keeps(directory, monkeypatch):
     of_tail = {name.split("layers.1.")[1] for name in read if "layers.1." in name}
     assert of_tail == {
         "input_layernorm.weight",
+        "self_attn.q_proj.weight",
+        "self_attn.q_proj.bias",
         "self_attn.k_proj.weight",
         "self_attn.v_proj.weight",
         "self_attn.k_proj.bias",

@@ -66,6 +66,15 @@ def run(model: Decoder, tokens=TOKENS, valid=ALL, key_space="pre_rope"):
     return forward(*nnx.split(model), tokens, valid, key_space)
 
 
+@partial(jax.jit, static_argnames="graph")
+def forward_with_queries(graph, params):
+    return nnx.merge(graph, params).with_queries(TOKENS, *inputs(ALL))
+
+
+def run_with_queries(model: Decoder):
+    return forward_with_queries(*nnx.split(model))
+
+
 def assert_close(left, right, tolerance: str = "rearranged") -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=TOL[tolerance]), left, right)
 
@@ -81,7 +90,7 @@ def test_scanned_layers_equal_a_loop_over_them() -> None:
     for i in range(SPEC.num_layers):
         block = nnx.merge(graph, jax.tree.map(lambda w, i=i: w[i], layers))
         x, new = block(x, rotation, mask, None)
-        assert_close(tuple(new), (cache.k[i], post.k[i], cache.v[i]))
+        assert_close((*new[:3],), (cache.k[i], post.k[i], cache.v[i]))
     assert_close(hidden, model.final_norm(x))
     assert hidden.shape == (2, 10, 16)
     assert cache.k.shape == cache.v.shape == (3, 2, 10, 2, 6)
@@ -115,13 +124,50 @@ def test_a_cut_teacher_writes_the_caches_of_the_whole(blocks: int) -> None:
     if blocks:
         kept["blocks"] = jax.tree.map(lambda w: w[:blocks], source["blocks"])
     layer = jax.tree.map(lambda w: w[blocks], source["blocks"])
-    names = ("k", "v", "k_norm")
+    names = ("q", "k", "v", "q_norm", "k_norm")
     attention = {name: layer["attention"][name] for name in names}
     kept["tail"] = {"attention_norm": layer["attention_norm"], "attention": attention}
     assert jax.tree.structure(kept) == jax.tree.structure(target)
     nnx.update(cut, kept)
     full, part = run(whole)[1], run(cut)[1]
     assert_close(part, jax.tree.map(lambda x: x[: blocks + 1], full))
+    queries = [run_with_queries(model)[2] for model in (whole, cut)]
+    assert_close(queries[1], queries[0][: blocks + 1])
+
+
+def test_queries_of_the_first_layer_written_out() -> None:
+    model = build()
+    layer = jax.tree.map(
+        lambda w: np.asarray(w[0], np.float64), nnx.to_pure_dict(nnx.state(model))["blocks"]
+    )
+    hidden, cache, queries = run_with_queries(model)
+    assert_close((hidden, cache), run(model))
+
+    def rms(x, scale):
+        return x / np.sqrt((x**2).mean(axis=-1, keepdims=True) + 1e-6) * scale
+
+    x = rms(
+        np.asarray(model.embed.embedding[...], np.float64)[TOKENS], layer["attention_norm"]["scale"]
+    )
+    q, norm = layer["attention"]["q"], layer["attention"]["q_norm"]["scale"]
+    q = rms(np.einsum("btd,dnh->btnh", x, q["kernel"]) + q["bias"], norm)
+    angle = np.arange(10)[:, None] * 100.0 ** -(np.arange(3) / 3)
+    turned = (q[..., :3] + 1j * q[..., 3:]) * np.exp(1j * angle)[None, :, None, :]
+    want = np.concatenate([turned.real, turned.imag], axis=-1)
+    np.testing.assert_allclose(queries[0], want, atol=TOL["float32"])
+
+
+def test_key_bias_is_what_keys_of_zero_input_are() -> None:
+    spec = DecoderSpec(**{**vars(SPEC), "qk_norm": False})
+    model = build(spec=spec, blocks=2, tail=True, head=False)
+    bias = model.key_bias()
+    assert bias is not None
+    for norm in (model.blocks.attention_norm, model.tail.attention_norm):
+        norm.scale[...] = jnp.zeros_like(norm.scale[...])
+    keys = run(model)[1].k
+    assert_close(keys, jnp.broadcast_to(bias[:, None, None], keys.shape))
+    plain = DecoderSpec(**{**vars(SPEC), "qkv_bias": False})
+    assert build(spec=plain).key_bias() is None
 
 
 @pytest.mark.parametrize("window", [None, 4])

@@ -65,8 +65,14 @@ def test_moments_lie_where_their_parameters_lie() -> None:
     mesh = make_mesh(2, 2, 2)
     made = setting(mesh)
     rate = optax.constant_schedule(1e-3)
-    optimizer = make_optimizer(rate, rate, weight_decay=0.1, clip_norm=1.0, b1=0.9, b2=0.95)
-    state = jax.eval_shape(lambda: initial_state(made.params, optimizer))
+    optimizer = make_optimizer(
+        dict.fromkeys(("student", "projector", "router"), rate),
+        weight_decay=0.1,
+        clip_norm=1.0,
+        b1=0.9,
+        b2=0.95,
+    )
+    state = jax.eval_shape(lambda: initial_state(made.params, optimizer, made.statistics))
     placed = matching_shardings(state, made.shardings, mesh)
     assert placed.params == made.shardings
     flat = jax.tree_util.tree_leaves_with_path(placed.opt_state)
@@ -98,11 +104,15 @@ def one_step(mesh: Mesh):
     """Loss and the state after one plain step, laid out and donated as a run does it."""
     made = setting(mesh, direction="teacher_to_student")
     optimizer = optax.sgd(0.1, momentum=0.9)
-    abstract = jax.eval_shape(lambda: initial_state(made.params, optimizer))
+    abstract = jax.eval_shape(lambda: initial_state(made.params, optimizer, made.statistics))
     places = matching_shardings(abstract, made.shardings, mesh)
-    state = jax.jit(lambda p: initial_state(p, optimizer), out_shardings=places)(made.params)
+    state = jax.jit(lambda p: initial_state(p, optimizer, made.statistics), out_shardings=places)(
+        made.params
+    )
     step = jax.jit(
-        make_train_step(made.objective, optimizer, seed=0, microbatches=1),
+        make_train_step(
+            made.objective, optimizer, kv_weight=made.kv_weight, seed=0, microbatches=1
+        ),
         in_shardings=(places, made.teacher_shardings, batch_sharding(mesh)),
         out_shardings=(places, replicated(mesh)),
         donate_argnums=0,

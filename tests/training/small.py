@@ -1,5 +1,6 @@
 """A small teacher, student and projector, one uneven batch, and the training between them."""
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -7,20 +8,27 @@ import jax
 import numpy as np
 import optax
 from flax import nnx
+from jax.errors import JaxRuntimeError
 from jax.sharding import AxisType, Mesh
 
+from kava_jax.alignment.frame import Frame
+from kava_jax.alignment.kv_losses import kv_loss
 from kava_jax.alignment.layer_map import LayerMap
 from kava_jax.alignment.projector import KVDimensionProjector
+from kava_jax.alignment.router import Gate, Router
 from kava_jax.data.batches import Batch, collate
 from kava_jax.data.text import Encoded
 from kava_jax.models.decoder import Decoder
 from kava_jax.models.spec import DecoderSpec
 from kava_jax.parallel.mesh import AXES, batch_shards
+from kava_jax.training.assembly import empty_statistics
 from kava_jax.training.blueprint import Part
-from kava_jax.training.objective import Objective, TeacherLink, kv_loss
+from kava_jax.training.comparison import Comparison
+from kava_jax.training.objective import Objective, Statistics, TeacherLink
 
 SINKS = 2
 PAIRS = ((1, 0), (2, 2))
+MAP = LayerMap((0, 2), ((1,), (2,)))
 STUDENT = DecoderSpec(
     family="qwen2",
     vocab_size=48,
@@ -57,6 +65,8 @@ class Setting(NamedTuple):
     """An objective, the parameters it is evaluated at, and where they lie."""
 
     objective: Objective
+    kv_weight: optax.Schedule
+    statistics: Statistics
     params: dict[str, Any]
     teachers: dict[str, Any]
     shardings: dict[str, Any]
@@ -71,64 +81,132 @@ def setting(
     mesh: Mesh | None = None,
     *,
     names: tuple[str, ...] = ("big",),
+    layer_map: LayerMap = MAP,
     direction: str = "student_to_teacher",
+    kind: str = "elastic",
+    per_layer: bool = False,
     dropout: float = 0.0,
-    kl_weight: float = 0.0,
+    trainable: bool = True,
+    kv: str = "mercator",
+    divide_by_std: bool = False,
     kv_weight: float = 0.7,
     ce_weight: float = 1.0,
+    kl_weight: float = 0.0,
     beta: float = 0.01,
-    trainable: bool = True,
+    center: str = "none",
+    standardize: bool = False,
+    per_head: bool = True,
+    remove_key_bias: bool = False,
+    key_space: str = "pre_rope",
+    router: str = "fixed",
+    weights: tuple[float, ...] | None = None,
 ) -> Setting:
     """The two models joined by layers 1 -> 0 and 2 -> 2, the teacher cut unless KL needs it all."""
     mesh = one_device() if mesh is None else mesh
     headless = kl_weight == 0
+    weights = weights or tuple(1.0 + i for i in range(len(names)))
 
     def student(rngs: nnx.Rngs) -> Decoder:
         return Decoder(STUDENT, rngs=rngs)
 
     def teacher(rngs: nnx.Rngs) -> Decoder:
-        blocks = 2 if headless else None
+        blocks = layer_map.last_teacher_layer if headless else None
         return Decoder(TEACHER, rngs=rngs, blocks=blocks, tail=headless, head=not headless)
 
     def projector(rngs: nnx.Rngs) -> KVDimensionProjector:
-        sides = {name: {"d_model": TEACHER.kv_width, "num_heads": 4} for name in names}
+        side = {
+            "d_model": TEACHER.kv_width * layer_map.sources,
+            "num_heads": 4 * layer_map.sources,
+            "num_layers": len(layer_map),
+        }
         return KVDimensionProjector(
-            sides,
+            dict.fromkeys(names, side),
             STUDENT.kv_width,
             dropout=dropout,
             trainable=trainable,
+            kind=kind,
+            per_layer=per_layer,
             direction=direction,
             student_heads=2,
             rngs=rngs,
         )
 
-    parts = {"student": Part.of(student, mesh), "projector": Part.of(projector, mesh)}
+    def gate(rngs: nnx.Rngs) -> Gate:
+        del rngs
+        return Gate(STUDENT.hidden_size, len(names))
+
+    builds = {"student": student, "projector": projector}
+    builds |= {"router": gate} if router == "learned" else {}
+    parts = {name: Part.of(build, mesh) for name, build in builds.items()}
     teacher_part = Part.of(teacher, mesh)
     shardings = {name: part.shardings for name, part in parts.items()}
     teacher_shardings = dict.fromkeys(names, teacher_part.shardings)
-    values = {"student": _values(student, 1), "projector": _values(projector, 2)}
+    values = {name: _values(build, 1 + i) for i, (name, build) in enumerate(builds.items())}
     teachers = {name: _values(teacher, 3 + i) for i, name in enumerate(names)}
+    if router != "learned":
+        shardings["router"], values["router"] = {}, {}
     objective = Objective(
         student=parts["student"].graph,
         projector=parts["projector"].graph,
         teachers={
-            name: TeacherLink(teacher_part.graph, LayerMap(PAIRS), 1.0 + i)
-            for i, name in enumerate(names)
+            name: TeacherLink(
+                teacher_part.graph,
+                Comparison(name, layer_map, key_space, remove_key_bias),
+                TEACHER,
+            )
+            for name in names
         },
-        kv_loss=kv_loss("mercator", beta=beta),
-        kv_weight=optax.constant_schedule(kv_weight),
+        router=Router(router, weights, parts["router"].graph if router == "learned" else None),
+        kv_loss=kv_loss(kv, beta=beta, divide_by_std=divide_by_std),
+        frame=Frame(center, standardize, per_head),
+        direction=direction,
+        attention_weight=1.0 if kv == "structural" else 0.0,
         ce_weight=ce_weight,
         kl_weight=kl_weight,
         kl_temperature=2.0,
+        entropy_weight=0.01,
+        key_space=key_space,
         batch_shards=batch_shards(mesh),
     )
     return Setting(
         objective,
+        optax.constant_schedule(kv_weight),
+        empty_statistics(objective, STUDENT),
         jax.device_put(values, shardings),
         jax.device_put(teachers, teacher_shardings),
         shardings,
         teacher_shardings,
     )
+
+
+def quick_jit(function: Callable) -> Callable:
+    """``jax.jit`` that compiles several times faster, for programs that run only a few times."""
+    return jax.jit(function, compiler_options=_quick_options())
+
+
+@cache
+def _quick_options() -> dict[str, Any]:
+    """LLVM without optimisation, elementwise kernels without MLIR; flags come and go, so tried."""
+
+    def known(name: str, value: Any) -> bool:
+        try:
+            jax.jit(jax.numpy.zeros, static_argnums=0, compiler_options={name: value})(())
+        except JaxRuntimeError:
+            return False
+        return True
+
+    wanted = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+    return {name: value for name, value in wanted.items() if known(name, value)}
+
+
+def total_loss(made: Setting) -> Callable:
+    """``(params, teachers, batch, step, share) -> (loss, metrics)``, KV weighted as it was set."""
+
+    def loss(params, teachers, data, step, share):
+        found, (metrics, _) = made.objective(params, teachers, data, step, share, made.statistics)
+        return found.language + made.kv_weight(step) * found.kv, metrics
+
+    return loss
 
 
 def _values(build: Any, seed: int) -> Any:
@@ -160,5 +238,6 @@ def rows(count: int = 8) -> tuple[Encoded, ...]:
 
 def batch(first: int = 0, last: int = 8, length: int = 12) -> Batch:
     return jax.tree.map(
-        jax.numpy.asarray, collate(rows(16)[first:last], length, pad_id=0, sink_tokens=SINKS)
+        jax.numpy.asarray,
+        collate(rows(max(16, last))[first:last], length, pad_id=0, sink_tokens=SINKS),
     )

@@ -9,21 +9,29 @@ import optax
 import pytest
 
 from kava_jax.errors import KavaError
+from kava_jax.geometry import Mean
 from kava_jax.parallel.mesh import make_mesh
 from kava_jax.parallel.sharding import matching_shardings
 from kava_jax.training.checkpoint import Checkpoints, abstract_state
+from kava_jax.training.objective import Statistics
 from kava_jax.training.optimizer import make_optimizer
-from kava_jax.training.step import TrainState, initial_state
+from kava_jax.training.step import LossScale, TrainState, initial_state
 from tests.training.small import one_device, setting
 
 RATE = optax.constant_schedule(1e-3)
-OPTIMIZER = make_optimizer(RATE, RATE, weight_decay=0.1, clip_norm=1.0, b1=0.9, b2=0.95)
+OPTIMIZER = make_optimizer(
+    dict.fromkeys(("student", "projector", "router"), RATE),
+    weight_decay=0.1,
+    clip_norm=1.0,
+    b1=0.9,
+    b2=0.95,
+)
 
 
 def full_state(mesh):
     """A state with noise in every moment, and where it lies."""
-    made = setting(mesh)
-    abstract = jax.eval_shape(lambda: initial_state(made.params, OPTIMIZER))
+    made = setting(mesh, names=("big", "other"), center="running", router="similarity")
+    abstract = jax.eval_shape(lambda: initial_state(made.params, OPTIMIZER, made.statistics))
     places = matching_shardings(abstract, made.shardings, mesh)
     rng = np.random.default_rng(0)
 
@@ -36,7 +44,10 @@ def full_state(mesh):
 
 
 def small_state(step: int) -> TrainState:
-    return TrainState(jnp.asarray(step, jnp.int32), {"x": jnp.full((3,), float(step))}, {}, {})
+    params = {"x": jnp.full((3,), float(step))}
+    none = Statistics({}, None)
+    scale = LossScale(jnp.ones(()), Mean(jnp.zeros(()), jnp.zeros(())))
+    return TrainState(jnp.asarray(step, jnp.int32), params, {}, {}, none, scale)
 
 
 def assert_bitwise(left, right) -> None:

@@ -14,6 +14,7 @@ from kava_jax.training.loop import Cadence, run_steps
 from kava_jax.training.monitor import Monitor
 from kava_jax.training.optimizer import Rate, make_optimizer
 from kava_jax.training.step import initial_state, make_train_step
+from kava_jax.training.summary import Figures
 from tests.training.small import one_device, rows, setting
 
 STEPS = 6
@@ -22,7 +23,7 @@ RATES = {
     "projector": Rate(3e-2, STEPS, warmup_steps=2).build(),
 }
 OPTIMIZER = make_optimizer(
-    RATES["student"], RATES["projector"], weight_decay=0.1, clip_norm=1.0, b1=0.9, b2=0.95
+    RATES | {"router": None}, weight_decay=0.1, clip_norm=1.0, b1=0.9, b2=0.95
 )
 
 
@@ -33,7 +34,9 @@ def made():
 
 @pytest.fixture(scope="module")
 def step(made):
-    return jax.jit(make_train_step(made.objective, OPTIMIZER, seed=3, microbatches=2))
+    return jax.jit(
+        make_train_step(made.objective, OPTIMIZER, kv_weight=made.kv_weight, seed=3, microbatches=2)
+    )
 
 
 class Record:
@@ -47,16 +50,17 @@ class Record:
         self.metrics[int(state.step)] = jax.device_get(metrics)
         return new, metrics
 
-    def evaluate(self, state, number: int) -> dict[str, float]:
+    def evaluate(self, state, number: int) -> Figures:
         assert int(state.step) == number
         self.evaluated.append(number)
-        return {"eval_loss": float(state.params["student"]["final_norm"]["scale"].sum())}
+        loss = float(state.params["student"]["final_norm"]["scale"].sum())
+        return Figures({"eval_loss": loss}, {"big/cka_k": [loss, 1.0]})
 
 
-def train(directory: Path, made, step, *, until: int) -> tuple:
+def train(directory: Path, made, step, *, until: int, probe=None) -> tuple:
     """Start, or continue from the newest checkpoint, as a run does."""
     stream = BatchStream(rows(11), batch_size=4, max_length=12, seed=1, bucket=12, sink_tokens=2)
-    state = initial_state(made.params, OPTIMIZER)
+    state = initial_state(made.params, OPTIMIZER, made.statistics)
     places = jax.tree.map(lambda leaf: leaf.sharding, state)
     record = Record(step)
     with Checkpoints(directory, keep=2) as checkpoints:
@@ -66,6 +70,7 @@ def train(directory: Path, made, step, *, until: int) -> tuple:
             state, evaluation = run_steps(
                 state,
                 step=record.step,
+                probe=probe,
                 teachers=made.teachers,
                 stream=stream,
                 evaluate=record.evaluate,
@@ -83,7 +88,7 @@ def train(directory: Path, made, step, *, until: int) -> tuple:
 def lines(directory: Path) -> list[dict]:
     found = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     for line in found:
-        for timed in ("step_seconds", "tokens_per_second"):
+        for timed in ("step_seconds", "tokens_per_second", "probe_seconds", "probe_share_of_time"):
             assert line.pop(timed, 1.0) > 0
     return found
 

@@ -1,15 +1,16 @@
 """The monitor against what a reader of its file, its pipe and its terminal must find."""
 
 import json
+import math
 import sys
 from types import SimpleNamespace
 
 import pytest
 
-from kava_jax.diagnostics import verdict
 from kava_jax.errors import KavaError
 from kava_jax.training import monitor as monitor_module
 from kava_jax.training.monitor import Monitor, read_metrics, shown
+from kava_jax.verdict import verdict
 
 METRICS = {
     "loss": 2.5,
@@ -46,7 +47,7 @@ def run(run_dir, steps, *, start_step=0, total_steps=100, metrics=METRICS):
 def test_metrics_are_one_json_object_a_line(tmp_path):
     with Monitor(tmp_path, total_steps=20) as monitor:
         monitor.log(10, {"loss": 2.5})
-        monitor.evaluation(10, {"eval_loss": 2.0, "exact_match_strict": 0.25})
+        monitor.evaluation(10, {"eval_loss": 2.0, "exact_match_strict": 0.25}, {})
         monitor.log(20, {"loss": 2.25})
     path = tmp_path / "metrics.jsonl"
     assert lines(path) == [
@@ -88,6 +89,17 @@ def test_resume_drops_later_steps_and_a_half_written_line(tmp_path):
     assert path.read_bytes() == whole
 
 
+def test_resume_drops_diagnostics_that_will_be_taken_again(tmp_path):
+    with Monitor(tmp_path, total_steps=20) as monitor:
+        monitor.diagnostics(0, {"kv_gradient_share": 1.0}, {})
+        monitor.log(10, {"loss": 2.0})
+        monitor.diagnostics(10, {"kv_gradient_share": 0.5}, {})
+    with Monitor(tmp_path, total_steps=20, start_step=10) as monitor:
+        monitor.diagnostics(10, {"kv_gradient_share": 0.5}, {})
+    kinds = [(line["step"], line["kind"]) for line in lines(tmp_path / "metrics.jsonl")]
+    assert kinds == [(0, "diagnostics"), (10, "train"), (10, "diagnostics")]
+
+
 def test_resume_after_the_last_step_drops_only_the_half_written_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
     run(tmp_path, [10, 20])
@@ -100,7 +112,7 @@ def test_resume_after_the_last_step_drops_only_the_half_written_line(tmp_path):
 
 def test_a_start_from_zero_drops_the_earlier_attempt(tmp_path):
     with Monitor(tmp_path, total_steps=20) as monitor:
-        monitor.evaluation(0, {"eval_loss": 3.0})
+        monitor.evaluation(0, {"eval_loss": 3.0}, {})
     run(tmp_path, [10])
     assert [record["step"] for record in lines(tmp_path / "metrics.jsonl")] == [10]
 
@@ -108,7 +120,7 @@ def test_a_start_from_zero_drops_the_earlier_attempt(tmp_path):
 def test_other_processes_write_and_show_nothing(tmp_path, capfd):
     with Monitor(tmp_path / "run", total_steps=20, write=False) as monitor:
         monitor.log(10, METRICS)
-        monitor.evaluation(10, METRICS)
+        monitor.evaluation(10, METRICS, {})
         monitor.note("hello")
     assert not (tmp_path / "run").exists()
     assert capfd.readouterr() == ("", "")
@@ -170,13 +182,46 @@ def test_an_evaluation_shows_every_metric(tmp_path, capsys):
                 "eval_cos_sim": 0.75,
                 "eval_cos_shuffled": 0.25,
                 "eval_alignment_gap": 0.5,
+                "eval_cos_centered": 0.25,
+                "eval_student_rank": 3.5,
                 "exact_match_strict": 0.125,
             },
+            {"big/cka_k": [0.5, math.nan]},
         )
+    (line,) = lines(tmp_path / "metrics.jsonl")
+    assert line["layers"] == {"big/cka_k": [0.5, None]}
+    assert line["eval_student_rank"] == 3.5
     assert capsys.readouterr().err == (
         "evaluation at step 20  loss 2.0000  cos 0.750 (Acceptable)  gap 0.500"
-        "  exact match strict 0.125\n"
+        "  centred 0.250  exact match 0.1250\n"
     )
+
+
+def test_a_collapsed_evaluation_says_by_which_signs(tmp_path, capsys):
+    figures = {"eval_cos_sim": 0.99, "eval_cos_shuffled": 0.98, "eval_alignment_gap": 0.01}
+    more = {"eval_cos_centered": 0.02, "eval_retrieval": 0.5, "eval_sampled_tokens": 100.0}
+    with Monitor(tmp_path, total_steps=20) as monitor:
+        monitor.evaluation(20, figures | more, {})
+        monitor.evaluation(20, more | {"eval_cos_sim": 0.9, "eval_cos_shuffled": 0.3}, {})
+    _, warning, _ = capsys.readouterr().err.splitlines()
+    assert warning.startswith("warning at step 20: collapsed: ")
+    assert "0.01" in warning
+    assert "0.02" in warning
+    assert "retrieved" not in warning
+
+
+def test_diagnostics_are_written_and_not_shown(tmp_path, capsys):
+    with Monitor(tmp_path, total_steps=20) as monitor:
+        monitor.diagnostics(10, {"kv_gradient_share": 0.25}, {"big/cka_v": [0.5]})
+    assert read_metrics(tmp_path / "metrics.jsonl", "diagnostics") == [
+        {
+            "step": 10,
+            "kind": "diagnostics",
+            "kv_gradient_share": 0.25,
+            "layers": {"big/cka_v": [0.5]},
+        }
+    ]
+    assert capsys.readouterr().err == ""
 
 
 def test_an_alarm_is_said_when_it_begins_and_not_on_every_line(tmp_path, capsys):
@@ -233,7 +278,7 @@ def test_tensorboard_gets_every_finite_number(tmp_path):
 
     with Monitor(tmp_path, total_steps=20) as monitor:
         monitor.log(10, {"loss": 2.5, "kv": float("nan")})
-        monitor.evaluation(10, {"eval_loss": 2.0})
+        monitor.evaluation(10, {"eval_loss": 2.0}, {})
     (path,) = (tmp_path / "tensorboard").iterdir()
     data, values = path.read_bytes(), {}
     while data:  # TFRecord: length (8 bytes), its checksum (4), record, checksum (4)

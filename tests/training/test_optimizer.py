@@ -72,8 +72,10 @@ def test_what_decays() -> None:
 
 def optimizer(clip: float = 1.0, projector: float | None = 1e-2) -> optax.GradientTransformation:
     return make_optimizer(
-        optax.constant_schedule(1e-3),
-        None if projector is None else optax.constant_schedule(projector),
+        {
+            "student": optax.constant_schedule(1e-3),
+            "projector": None if projector is None else optax.constant_schedule(projector),
+        },
         weight_decay=0.1,
         clip_norm=clip,
         b1=0.9,

@@ -10,20 +10,33 @@ from kava_jax.training.objective import Share
 from kava_jax.training.optimizer import make_optimizer
 from kava_jax.training.step import initial_state, make_train_step
 from tests.tolerances import TOL
-from tests.training.small import Setting, batch, setting
+from tests.training.small import Setting, batch, setting, total_loss
 
 BATCH = batch()
 # Plain descent: Adam would blow the rounding of gradients near zero up to whole steps.
 PLAIN = optax.sgd(0.1)
 
 
+def rates(student: float, projector: float) -> dict:
+    groups = {"student": student, "projector": projector, "router": projector}
+    return {name: optax.constant_schedule(rate) for name, rate in groups.items()}
+
+
 def run(made: Setting, optimizer=PLAIN, *, microbatches: int = 1, steps: int = 1, start=None):
-    step = jax.jit(make_train_step(made.objective, optimizer, seed=5, microbatches=microbatches))
-    state, lines = initial_state(made.params, optimizer) if start is None else start, []
+    step = jax.jit(
+        make_train_step(
+            made.objective, optimizer, kv_weight=made.kv_weight, seed=5, microbatches=microbatches
+        )
+    )
+    state, lines = start_of(made, optimizer) if start is None else start, []
     for _ in range(steps):
         state, metrics = step(state, made.teachers, BATCH)
         lines.append(jax.device_get(metrics))
     return state, lines
+
+
+def start_of(made: Setting, optimizer):
+    return initial_state(made.params, optimizer, made.statistics)
 
 
 def assert_params_close(left, right) -> None:
@@ -35,7 +48,7 @@ def assert_params_close(left, right) -> None:
 def test_microbatches_take_the_step_of_the_whole_batch() -> None:
     made = setting(kl_weight=0.5, direction="teacher_to_student")
     share = Share(jnp.ones(()), jnp.ones(()))
-    objective = jax.jit(jax.value_and_grad(made.objective, has_aux=True))
+    objective = jax.jit(jax.value_and_grad(total_loss(made), has_aux=True))
     zero = jnp.zeros((), jnp.int32)
     (loss, _), grads = objective(made.params, made.teachers, BATCH, zero, share)
     want = jax.tree.map(lambda p, g: p - 0.1 * g, made.params, grads)
@@ -55,14 +68,17 @@ def test_microbatches_take_the_step_of_the_whole_batch() -> None:
 def test_a_frozen_projector_stays_bitwise_and_the_rates_are_the_groups_own() -> None:
     made = setting(trainable=False)
     optimizer = make_optimizer(
-        optax.constant_schedule(1e-3), None, weight_decay=0.1, clip_norm=1.0, b1=0.9, b2=0.95
+        {"student": optax.constant_schedule(1e-3), "projector": None, "router": None},
+        weight_decay=0.1,
+        clip_norm=1.0,
+        b1=0.9,
+        b2=0.95,
     )
     state, _ = run(made, optimizer)
     jax.tree.map(np.testing.assert_array_equal, state.params["projector"], made.params["projector"])
     made = setting()
     optimizer = make_optimizer(
-        optax.constant_schedule(1e-3),
-        optax.constant_schedule(1e-2),
+        rates(1e-3, 1e-2),
         weight_decay=0.0,
         clip_norm=1.0,
         b1=0.9,
@@ -85,7 +101,7 @@ def test_dropout_depends_on_the_step_and_running_means_forget() -> None:
     assert len(set(losses)) == 3
     assert len({float(line["ce"].value) for line in lines}) == 1
     # The step is all there is to the dropout: the third step alone draws the third masks.
-    third = initial_state(made.params, still)._replace(step=jnp.asarray(2, jnp.int32))
+    third = start_of(made, still)._replace(step=jnp.asarray(2, jnp.int32))
     _, (again,) = run(made, still, start=third)
     assert float(again["big/kv_k"].value) == losses[2]
     for name in ("cos", "cos_shuffled"):
@@ -101,8 +117,7 @@ def test_dropout_depends_on_the_step_and_running_means_forget() -> None:
 
 def test_training_lowers_the_loss() -> None:
     optimizer = make_optimizer(
-        optax.constant_schedule(3e-3),
-        optax.constant_schedule(3e-3),
+        rates(3e-3, 3e-3),
         weight_decay=0.0,
         clip_norm=1.0,
         b1=0.9,

@@ -1,0 +1,214 @@
+"""Which teacher layers to map and how, in closed form from the moments of a calibration split.
+
+Linear maps are fitted by ridge regression on ``grams`` of one split and scored, from the ``grams``
+of another, by the share of the variance they explain. All in float64 on the host.
+
+Left out on purpose: collecting the moments (``grams``), and the projector the fit is put into.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from kava_jax.alignment.grams import Grams
+from kava_jax.alignment.projector import Direction
+from kava_jax.errors import KavaError
+
+
+class AffineWeights(NamedTuple):
+    """One affine map per mapped layer, float32: ``y = x @ kernel + bias``."""
+
+    kernel: Float[np.ndarray, "P I O"]
+    bias: Float[np.ndarray, "P O"]
+
+
+class Fitted(NamedTuple):
+    """The maps of the keys and of the values."""
+
+    k: AffineWeights
+    v: AffineWeights
+
+
+class _Sides(NamedTuple):
+    """Moments of a map's input x and target y; ``variance_y`` is summed over y's dimensions."""
+
+    cov_xx: np.ndarray
+    cov_xy: np.ndarray
+    mean_x: np.ndarray
+    mean_y: np.ndarray
+    variance_y: float
+
+
+def linear_cka(grams: Grams, p: int, layer: int) -> float:
+    """Linear centred kernel alignment of student layer p and a teacher layer, 0 to 1.
+
+    ``|Cts|^2 / (|Ctt| |Css|)`` in Frobenius norms of the centred second moments; blind to rotation
+    and scale of either side; 0 where a side is constant. Kornblith et al. 2019, section 3.
+    """
+    cross, teacher, student = (
+        np.linalg.norm(block)
+        for block in (
+            grams.cross_cov(p, (layer,)),
+            grams.teacher_cov((layer,)),
+            grams.student_cov(p),
+        )
+    )
+    return float(cross**2 / (teacher * student)) if teacher * student > 0 else 0.0
+
+
+def choose_by_cka(fit_k: Grams, fit_v: Grams, p: int, window: tuple[int, ...]) -> int:
+    """The teacher layer of the window with the highest CKA, mean of keys' and values'."""
+    return max(window, key=lambda n: linear_cka(fit_k, p, n) + linear_cka(fit_v, p, n))
+
+
+def ridge(
+    cov_xx: Float[np.ndarray, "I I"],
+    cov_xy: Float[np.ndarray, "I O"],
+    mean_x: Float[np.ndarray, "I"],
+    mean_y: Float[np.ndarray, "O"],
+    strength: float | int,
+) -> tuple[Float[np.ndarray, "I O"], Float[np.ndarray, "O"]]:
+    """Kernel and bias, float64, of the ridge regression of y on x.
+
+    ``W = (Cxx + strength * mean(diag Cxx) * I)^-1 Cxy`` by Cholesky, ``bias = mean_y - mean_x W``.
+    The strength has no unit: it is relative to the mean variance of an input dimension. Inputs may
+    be constant or repeat each other as long as it is not too near zero.
+
+    Raises KavaError where it is, so that the matrix is not positive definite.
+    """
+    from scipy.linalg import LinAlgError, cho_factor, cho_solve
+
+    # Were every input constant, any positive ridge gives the same answer: no map, the mean of y.
+    penalty = strength * (float(np.mean(np.diag(cov_xx))) or 1.0)
+    try:
+        factor = cho_factor(cov_xx + penalty * np.eye(len(cov_xx)), lower=True)
+    except LinAlgError:
+        raise KavaError(
+            f"calibration: ridge strength={strength} leaves {len(cov_xx)} input dimensions that "
+            f"repeat each other or are constant; raise it, say to 1e-3"
+        ) from None
+    kernel = cho_solve(factor, cov_xy)
+    return kernel, mean_y - mean_x @ kernel
+
+
+def r_squared(
+    kernel: Float[np.ndarray, "I O"],
+    bias: Float[np.ndarray, "O"],
+    grams: Grams,
+    p: int,
+    layers: tuple[int, ...],
+    direction: Direction,
+) -> float:
+    """``1 - SSE / SST`` of the map on the split that ``grams`` is of; 1 is perfect, 0 the mean.
+
+    From the moments alone: ``SSE = tr Cyy - 2 tr W'Cxy + tr W'Cxx W + |mean_y - mean_x W - b|^2``
+    and ``SST = tr Cyy``, about this split's own mean. Negative where the map does worse than that
+    mean, 0 where the target is constant. Dimensions count by their variance.
+    """
+    sides = _sides(grams, p, layers, direction)
+    if sides.variance_y <= 0:
+        return 0.0
+    fitted = np.sum(kernel * (sides.cov_xx @ kernel - 2 * sides.cov_xy))
+    mean_error = sides.mean_y - sides.mean_x @ kernel - bias
+    return float(-(fitted + mean_error @ mean_error) / sides.variance_y)
+
+
+def choose_layers(
+    fit_k: Grams,
+    fit_v: Grams,
+    p: int,
+    window: tuple[int, ...],
+    count: int,
+    strength: float | int,
+    direction: Direction,
+    *,
+    dev_k: Grams,
+    dev_v: Grams,
+) -> tuple[int, ...]:
+    """The ``count`` teacher layers of the window that map best, ascending.
+
+    Maps are fitted on the ``fit`` split and scored by R^2 on the ``dev`` split, mean of keys' and
+    values'. Teacher to student: each round adds the layer that, beside those already chosen, gives
+    the highest score. Student to teacher, where each layer is predicted by itself: the layers with
+    the highest scores. Of equals the earlier.
+
+    Raises KavaError for a count that the window does not hold.
+    """
+    if not 1 <= count <= len(window):
+        raise KavaError(
+            f"calibration: count={count} layers out of a window of {len(window)}; "
+            f"choose 1 to {len(window)}"
+        )
+
+    def score(layers: tuple[int, ...]) -> float:
+        return sum(
+            r_squared(*_solve(fit, p, layers, direction, strength), dev, p, layers, direction)
+            for fit, dev in ((fit_k, dev_k), (fit_v, dev_v))
+        )
+
+    if direction == "student_to_teacher":
+        ranked = sorted(window, key=lambda layer: score((layer,)), reverse=True)
+        return tuple(sorted(ranked[:count]))
+    chosen: tuple[int, ...] = ()
+    for _ in range(count):
+        chosen = max(((*chosen, layer) for layer in window if layer not in chosen), key=score)
+    return tuple(sorted(chosen))
+
+
+def fit(
+    grams: tuple[Grams, Grams],
+    rows: tuple[tuple[int, ...], ...],
+    direction: Direction,
+    strength: float | int,
+) -> Fitted:
+    """Ridge maps of keys and values for every mapped layer.
+
+    Args:
+        grams: moments of the keys and of the values.
+        rows: per student layer of the moments its teacher layers, n in every row; side by side in
+            this order they are the map's input (teacher to student, [P, n * Et, Es]) or its output
+            (student to teacher, [P, Es, n * Et]).
+        direction: which side is mapped onto the other.
+        strength: see ``ridge``.
+
+    Raises KavaError for another number of rows, for rows of different lengths, and for layers
+    outside their window.
+    """
+    lengths = {len(row) for row in rows}
+    students = len(grams[0].windows)
+    if len(rows) != students or len(lengths) != 1 or 0 in lengths:
+        raise KavaError(
+            f"layer_map: {len(rows)} rows of lengths {sorted(lengths)} for {students} student "
+            f"layers; give each student layer the same number of teacher layers"
+        )
+
+    def stack(side: Grams) -> AffineWeights:
+        maps = [_solve(side, p, row, direction, strength) for p, row in enumerate(rows)]
+        kernels, biases = zip(*maps, strict=True)
+        return AffineWeights(*(np.stack(x).astype(np.float32) for x in (kernels, biases)))
+
+    return Fitted(*(stack(side) for side in grams))
+
+
+def projector_params(fitted: Fitted) -> dict[str, dict[str, dict[str, np.ndarray]]]:
+    """What ``pairs/<teacher>`` of a ``per_layer`` linear KVDimensionProjector holds."""
+    return {name: {"out": side._asdict()} for name, side in fitted._asdict().items()}
+
+
+def _solve(
+    grams: Grams, p: int, layers: tuple[int, ...], direction: Direction, strength: float | int
+) -> tuple[np.ndarray, np.ndarray]:
+    return ridge(*_sides(grams, p, layers, direction)[:4], strength)
+
+
+def _sides(grams: Grams, p: int, layers: tuple[int, ...], direction: Direction) -> _Sides:
+    cross, teacher, student = (
+        grams.cross_cov(p, layers),
+        grams.teacher_cov(layers),
+        grams.student_cov(p),
+    )
+    mean_t, mean_s = grams.teacher_mean(layers), grams.student_mean(p)
+    if direction == "teacher_to_student":
+        return _Sides(teacher, cross, mean_t, mean_s, float(np.trace(student)))
+    return _Sides(student, cross.T, mean_s, mean_t, float(np.trace(teacher)))

@@ -1,0 +1,66 @@
+"""The three named recipes: what a config's ``recipe`` sets where the config itself says nothing.
+
+All of them leave padding and the first tokens out of the comparison and keep cross-entropy on. Any
+field can still be set by hand; ``kava explain CONFIG`` says in words what comes out.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+RECIPES: dict[str, dict[str, Any]] = {
+    # As the method's authors describe it: the teacher's cache is mapped to the student's width by a
+    # projector that learns with the student. Both may drift to one direction: watch the gap.
+    "original": {
+        "projector": {"kind": "elastic", "direction": "teacher_to_student", "training": "joint"},
+        "loss": {"kv": "mercator", "beta": 0.01, "center": "none"},
+        "optimizer": {"student_lr": 5e-5, "projector_lr": 1e-3, "weight_decay": 0.01},
+    },
+    # The projector stands on the student's side and is dropped at export, so the target is the
+    # teacher's own cache and cannot drift.
+    "anchored": {
+        "projector": {"kind": "elastic", "direction": "student_to_teacher", "training": "joint"},
+        "loss": {"kv": "mercator", "beta": 0.01, "key_space": "pre_rope"},
+    },
+    # The map from teacher to student is fitted in closed form before training and stays fixed; what
+    # every key shares (bias, means) is taken out on both sides.
+    "calibrated": {
+        "teachers": {"layer_map": "calibrated"},
+        "projector": {
+            "kind": "linear",
+            "per_layer": True,
+            "direction": "teacher_to_student",
+            "init": "calibrated",
+            "training": "frozen",
+        },
+        "loss": {
+            "kv": "mercator",
+            "beta": 0.01,
+            "key_space": "pre_rope",
+            "remove_key_bias": True,
+            "center": "running",
+        },
+    },
+}
+
+
+def apply_recipe(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The raw config with its recipe's fields under its own; what is given by hand stays.
+
+    An unknown recipe, and anything that is not of the expected shape, passes through unchanged: the
+    config's validation says what is wrong with it.
+    """
+    name = raw.get("recipe", "anchored")
+    recipe = RECIPES.get(name, {}) if isinstance(name, str) else {}
+    merged = dict(raw)
+    for section, fields in recipe.items():
+        given = merged.get(section)
+        if section == "teachers":
+            if isinstance(given, list | tuple):
+                merged[section] = [_under(fields, teacher) for teacher in given]
+        else:
+            merged[section] = _under(fields, {} if given is None else given)
+    return merged
+
+
+def _under(defaults: Mapping[str, Any], given: Any) -> Any:
+    return {**defaults, **given} if isinstance(given, Mapping) else given

@@ -1,0 +1,333 @@
+"""``kava calibrate``: layer maps and projectors fitted in closed form, before any training.
+
+Training rows are streamed once through student and teacher. Six of eight rows are fitted on, one
+chooses layers, one scores. Memory does not depend on the number of rows (``alignment.grams``).
+What is found lies in ``<run.dir>/calibration``; a run of the same models and data uses it again.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from kava_jax.alignment.calibrate import (
+    choose_by_cka,
+    choose_layers,
+    fit,
+    linear_cka,
+    projector_params,
+    r_squared,
+)
+from kava_jax.alignment.grams import Grams
+from kava_jax.alignment.layer_map import LayerMap, window
+from kava_jax.alignment.projector import KVDimensionProjector
+from kava_jax.config import FREE_FIELDS, Config
+from kava_jax.config_file import dump_config, parse_config
+from kava_jax.data.batches import Batch, eval_batches
+from kava_jax.data.dataset import Dataset, bucket_of
+from kava_jax.data.tokenizer import pad_id
+from kava_jax.errors import KavaError
+from kava_jax.evaluation.heldout import held_out, make_examine, make_measure
+from kava_jax.models.decoder import Params
+from kava_jax.parallel.sharding import put_batch
+from kava_jax.runs.moments import Candidates, Moments
+from kava_jax.runs.prepare import (
+    Run,
+    calibration_path,
+    fingerprints_of,
+    load_dataset,
+    prepare,
+    read_measured_maps,
+)
+from kava_jax.training.manifest import Fingerprints, check_manifest, config_hash
+from kava_jax.training.objective import PARTS
+
+# Of every eight rows: six to fit on, one to choose layers by, one to score.
+SPLITS = {"fit": (0, 1, 2, 3, 4, 5), "dev": (6,), "score": (7,)}
+LEAST_ROWS = 8
+MEASURED = ("cka", "calibrated")
+# What a calibration depends on: a change anywhere else leaves it as it is.
+IDENTITY = ("teachers", "student", "projector", "calibration", "data")
+FRAME_FIELDS = ("key_space", "remove_key_bias", "sink_tokens")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was found: a layer map per teacher, the projector's weights, and the scores."""
+
+    maps: dict[str, LayerMap]
+    projector: Params | None
+    report: dict[str, Any]
+
+
+def calibrated(
+    config: Config, run: Run, dataset: Dataset, fingerprints: Fingerprints
+) -> Calibration | None:
+    """What the config needs measured: read from the run directory, or measured and written there.
+
+    None when it needs nothing. ``run`` is that of the ``unmeasured`` config, with its data set and
+    fingerprints. Raises KavaError for whatever does not fit together.
+    """
+    if not config.needs_calibration:
+        return None
+    path, identity = calibration_path(config.run.directory), _identity(config, fingerprints)
+    if path.is_file() and _written_identity(path) == identity:
+        return _read(config)
+    found = _measure(config, run, dataset, identity)
+    if jax.process_index() == 0:
+        _write(config, found)
+    return found
+
+
+def calibrate(config: Config) -> Calibration:
+    """Measure what the config asks for, write it to the run directory, and return it.
+
+    Raises KavaError when the config asks for nothing that is measured, for a combination that has
+    no closed form, and for a run directory that belongs to another run.
+    """
+    if not config.needs_calibration:
+        raise KavaError(
+            "the config measures nothing: set recipe=calibrated, projector.init=calibrated or a "
+            "teacher's layer_map to cka or calibrated"
+        )
+    run = prepare(unmeasured(config))
+    dataset = load_dataset(run)
+    fingerprints = fingerprints_of(run, dataset)
+    check_manifest(
+        run.directory, config=dump_config(config), fingerprints=fingerprints, free=FREE_FIELDS
+    )
+    found = calibrated(config, run, dataset, fingerprints)
+    assert found is not None
+    return found
+
+
+def _measure(config: Config, run: Run, dataset: Dataset, identity: str) -> Calibration:
+    """Stream the rows through student and every teacher, one after the other; fit; score."""
+    rows = dataset.stream.rows[: config.calibration.rows]
+    if len(rows) < LEAST_ROWS:
+        raise KavaError(
+            f"calibration.rows={config.calibration.rows}: {len(rows)} rows cannot be split; give "
+            f"at least {LEAST_ROWS}"
+        )
+    student = run.blueprint.student_start()
+    batches = {name: _batches(run, rows, places) for name, places in SPLITS.items()}
+    maps, weights, report = {}, {}, {}
+    for index, teacher in enumerate(config.teachers):
+        candidates = _candidates(config, run, index)
+        moments = Moments(run, teacher.name, student, candidates)
+        grams = {split: moments.of(batches[split]) for split in SPLITS}
+        maps[teacher.name] = _layer_map(config, index, candidates, grams)
+        found = _fit(config, maps[teacher.name], grams)
+        weights[teacher.name], report[teacher.name] = found
+    projector = {"pairs": weights} if config.projector.init == "calibrated" else None
+    scored = _score(config, maps, projector, student, batches["score"]) if projector else {}
+    teachers = {name: report[name] | scored.get(name, {}) for name in report}
+    return Calibration(
+        maps, projector, {"identity": identity, "rows": len(rows), "teachers": teachers}
+    )
+
+
+def unmeasured(config: Config) -> Config:
+    """The same run with nothing left to measure: what can be built before a calibration."""
+    if not config.needs_calibration:
+        return config
+    raw = dump_config(config)
+    for teacher in raw["teachers"]:
+        if teacher["layer_map"] in MEASURED:
+            teacher["layer_map"] = "ratio"  # it reaches the teacher's last layer, so none is cut
+    if raw["projector"]["init"] == "calibrated":
+        raw["projector"]["init"] = "xavier"
+    return parse_config(raw)
+
+
+def _candidates(config: Config, run: Run, index: int) -> Candidates:
+    """The student layers that are mapped, and each one's candidates among the teacher's layers."""
+    setting = config.teachers[index].layer_map
+    teacher = run.blueprint.teachers[config.teachers[index].name]
+    if setting in MEASURED:
+        students = run.blueprint.student_spec.num_layers
+        return Candidates(tuple(range(students)), window(teacher.spec.num_layers, students))
+    # The map is given and only the projector is fitted: every window is the layer itself.
+    if teacher.layer_map.weights is not None:
+        raise KavaError(
+            f"teachers.{index}.layer_map={setting} with projector.init=calibrated: a weighted mean "
+            f"of layers is not fitted; set layer_map=calibrated, which fits the mixture"
+        )
+    return Candidates(teacher.layer_map.student_layers, teacher.layer_map.teacher_layers)
+
+
+Splits = Mapping[str, Mapping[str, Grams]]
+
+
+def _layer_map(config: Config, index: int, candidates: Candidates, grams: Splits) -> LayerMap:
+    """The map that is asked for: chosen by CKA or by fit, or as it was given."""
+    setting, settings = config.teachers[index].layer_map, config.calibration
+    (fit_k, fit_v), (dev_k, dev_v) = (
+        [grams[split][part] for part in PARTS] for split in ("fit", "dev")
+    )
+
+    def choose(p: int, row: tuple[int, ...]) -> tuple[int, ...]:
+        if setting == "cka":
+            return (choose_by_cka(fit_k, fit_v, p, row),)
+        if setting != "calibrated":
+            return row
+        return choose_layers(
+            fit_k,
+            fit_v,
+            p,
+            row,
+            min(settings.layers, len(row)),
+            settings.ridge,
+            config.projector.direction,
+            dev_k=dev_k,
+            dev_v=dev_v,
+        )
+
+    rows = tuple(choose(p, row) for p, row in enumerate(candidates.windows))
+    return LayerMap(candidates.student_layers, rows)
+
+
+def _fit(config: Config, layer_map: LayerMap, grams: Splits) -> tuple[Any, dict[str, Any]]:
+    """Weights of one teacher's adapters, and R^2 and CKA by layer on the scoring split."""
+    rows, direction = layer_map.teacher_layers, config.projector.direction
+    fitted = fit((grams["fit"]["k"], grams["fit"]["v"]), rows, direction, config.calibration.ridge)
+    report: dict[str, Any] = {"layer_map": layer_map.as_dict()}
+    for part in PARTS:
+        maps, score = getattr(fitted, part), grams["score"][part]
+        report[f"r2_{part}"] = [
+            r_squared(maps.kernel[p], maps.bias[p], score, p, row, direction)
+            for p, row in enumerate(rows)
+        ]
+        report[f"cka_{part}"] = [
+            max(linear_cka(score, p, layer) for layer in row) for p, row in enumerate(rows)
+        ]
+    report["tokens"] = {split: grams[split]["k"].count for split in grams}
+    return projector_params(fitted), report
+
+
+def _score(
+    config: Config,
+    maps: Mapping[str, LayerMap],
+    projector: Params,
+    student: Params,
+    batches: Sequence[Batch],
+) -> dict[str, dict[str, Any]]:
+    """Cosine, centred cosine and gap of the fitted projector on the scoring split."""
+    run = prepare(config, maps)
+    objective = run.blueprint.objective
+    params = {"student": student, "projector": place(run, projector), "router": {}}
+    found = held_out(
+        make_measure(objective),
+        make_examine(objective),
+        params,
+        run.blueprint.load_teachers(),
+        run.blueprint.empty_statistics(),
+        [partial(put_batch, batch, run.mesh) for batch in batches],
+    )
+    several = len(maps) > 1
+    names = ("cos_sim", "cos_shuffled", "alignment_gap", "cos_centered", "retrieval")
+    return {
+        teacher: {n: found.values[f"eval_{teacher}/{n}" if several else f"eval_{n}"] for n in names}
+        for teacher in maps
+    }
+
+
+def place(run: Run, projector: Params) -> Params:
+    """A calibrated projector's weights where the run keeps them.
+
+    Raises KavaError when they do not have the shapes of the run's projector.
+    """
+    part = run.blueprint.projector
+    assert part is not None
+    expected = jax.tree.map(lambda x: x.shape, nnx.to_pure_dict(part.abstract))
+    if jax.tree.map(jnp.shape, projector) != expected:
+        raise KavaError(
+            f"calibration of run.dir={run.directory} has other shapes than its models; remove its "
+            f"{calibration_path(run.directory).parent.name} directory to measure anew"
+        )
+    return jax.device_put(projector, part.shardings)
+
+
+def _batches(run: Run, rows: Sequence[Any], places: tuple[int, ...]) -> list[Batch]:
+    """One split's rows, every batch of one shape."""
+    data = run.config.data
+    kept = [row for index, row in enumerate(rows) if index % LEAST_ROWS in places]
+    batches = eval_batches(
+        kept,
+        data.batch_size,
+        max_length=data.max_length,
+        bucket=bucket_of(data.max_length),
+        pad_id=pad_id(run.tokenizer),
+        sink_tokens=run.config.loss.sink_tokens,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    return list(batches)
+
+
+def _identity(config: Config, fingerprints: Fingerprints) -> str:
+    raw = dump_config(config)
+    fields: dict[str, Any] = {section: raw[section] for section in IDENTITY}
+    fields |= {name: raw["loss"][name] for name in FRAME_FIELDS}
+    fields |= {"seed": raw["run"]["seed"], "files": fingerprints._asdict()}
+    return config_hash(fields)
+
+
+def _projector_file(config: Config) -> Path:
+    return calibration_path(config.run.directory).with_name("projector.safetensors")
+
+
+def _write(config: Config, found: Calibration) -> None:
+    path = calibration_path(config.run.directory)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if found.projector is not None:
+        part = prepare(config, found.maps).blueprint.projector
+        assert part is not None
+        module: KVDimensionProjector = nnx.merge(part.graph, found.projector)
+        module.save(_projector_file(config))
+    # Last, so that a file that names maps never stands beside another one's projector.
+    path.write_text(json.dumps(found.report, indent=2) + "\n", encoding="utf-8")
+
+
+def _written_identity(path: Path) -> str | None:
+    try:
+        return json.loads(path.read_text(encoding="utf-8")).get("identity")
+    except (OSError, ValueError, AttributeError):
+        return None  # not whole: measured anew
+
+
+def _read(config: Config) -> Calibration:
+    """A calibration that was written for these models and this data."""
+    path = calibration_path(config.run.directory)
+    projector = None
+    if config.projector.init == "calibrated":
+        module = KVDimensionProjector.load(_projector_file(config))
+        projector = nnx.to_pure_dict(nnx.state(module, nnx.Param))
+    report = json.loads(path.read_text(encoding="utf-8"))
+    return Calibration(read_measured_maps(config), projector, report)
+
+
+def describe(found: Calibration) -> str:
+    """Layer maps and scores as tables for a terminal."""
+    parts = []
+    for name, report in found.report["teachers"].items():
+        table = found.maps[name].table(name)
+        scores = [f"R2 k {k:6.3f}  v {v:6.3f}" for k, v in _pairs(report)]
+        rows = [*table[: len(table) - len(scores)]]
+        rows += [
+            f"{row}  {score}" for row, score in zip(table[-len(scores) :], scores, strict=True)
+        ]
+        named = ("cos_sim", "alignment_gap", "cos_centered", "retrieval")
+        rows += [f"held out: {', '.join(f'{n} {report[n]:.3f}' for n in named if n in report)}"]
+        parts.append("\n".join(rows))
+    return "\n\n".join(parts)
+
+
+def _pairs(report: Mapping[str, Any]) -> list[tuple[float, float]]:
+    return list(zip(report["r2_k"], report["r2_v"], strict=True))

@@ -1,0 +1,213 @@
+"""``kava explain``: in words, what a config will do, without loading or downloading a weight.
+
+Says what is compared with what, in which frame, what is minimised, and what learns at which rate;
+which fields differ from the recipe; and what such a run is known to suffer from.
+"""
+
+from typing import Any
+
+from kava_jax.alignment.layer_map import make_layer_map
+from kava_jax.config import AutoShare, Config, Ramp, TeacherConfig
+from kava_jax.config_file import dump_config
+from kava_jax.errors import KavaError
+from kava_jax.models.spec import DecoderSpec
+from kava_jax.recipes import RECIPES
+from kava_jax.runs.geometry import specs_at_hand
+from kava_jax.training.manifest import config_diff
+
+LOSSES = {
+    "mercator": "Mercator: {alpha:g} x (1 - cosine) + {beta:g} x (difference of log lengths)^2",
+    "mse": "MSE: the mean squared difference",
+    "smooth_l1": "Smooth-L1: squared up to 1, linear beyond",
+    "hybrid": "Hybrid: {mercator_weight} x Mercator (beta {beta:g}) + {mse_weight} x MSE",
+    "structural": "Structural: Smooth-L1 of keys and values, and {attention_weight:g} x the KL of "
+    "what the space's queries attend to",
+    "infonce": "InfoNCE: each token's vector must find its own target among its row's tokens "
+    "(temperature {temperature:g})",
+    "gram": "Gram: cosines between the tokens of a row must agree; no common space is needed",
+}
+MAPS = {
+    "ratio": "the one at its own relative depth (first meets first, last meets last)",
+    "uniform": "the last layer of each equal share of the teacher",
+    "skip": "the first layer of each equal share of the teacher",
+    "last": "the teacher's last layers, one by one",
+    "interpolated": "a weighted mean of the two teacher layers nearest in relative depth",
+    "cka": "the one with the highest CKA of the 8 nearest teacher layers, measured before training",
+    "calibrated": "the {layers} of the 8 nearest teacher layers that fit best together, measured "
+    "before training",
+}
+
+
+def explain(config: Config) -> str:
+    """The config in words, a paragraph per question, with every layer map as a table."""
+    train, data = config.train, config.data
+    parts = [
+        f"Run {config.run.name} ({config.run.directory}): {train.steps} steps of "
+        f"{data.batch_size} rows of up to {data.max_length} tokens from {data.path}.",
+    ]
+    if not config.teachers:
+        parts.append("No teacher: the student learns by cross-entropy alone.")
+        return "\n\n".join([*parts, _learning(config)])
+    specs = _specs(config)
+    parts += [f"Recipe {config.recipe}. {_changes(config)}"]
+    parts += [_teacher(config, teacher, specs) for teacher in config.teachers]
+    parts += [_compared(config), _projected(config, specs), _minimised(config)]
+    parts += [_learning(config), *_warnings(config)]
+    return "\n\n".join(parts)
+
+
+def _specs(config: Config) -> dict[str, DecoderSpec]:
+    try:
+        return specs_at_hand(dump_config(config))
+    except KavaError:
+        return {}  # not at hand: the words do without numbers of layers and widths
+
+
+def _changes(config: Config) -> str:
+    """The fields in which the config differs from its recipe."""
+    raw, recipe = dump_config(config), dict(RECIPES[config.recipe])
+    per_teacher = recipe.pop("teachers", {})
+    given = {section: {name: raw[section][name] for name in recipe[section]} for section in recipe}
+    changes = [str(change) for change in config_diff(recipe, given)]
+    for index, teacher in enumerate(raw["teachers"]):
+        own = {name: teacher[name] for name in per_teacher}
+        changes += [f"teachers.{index}.{change}" for change in config_diff(per_teacher, own)]
+    if not changes:
+        return "Every field that it sets is as it sets it."
+    return f"Set otherwise here: {'; '.join(changes)}."
+
+
+def _teacher(config: Config, teacher: TeacherConfig, specs: dict[str, DecoderSpec]) -> str:
+    """Which layers meet, in words and as a table where the models' geometry is at hand."""
+    setting = teacher.layer_map
+    words = (
+        MAPS[setting].format(layers=config.calibration.layers)
+        if isinstance(setting, str)
+        else "the pairs that are given"
+    )
+    text = f"Teacher {teacher.name} ({teacher.path}): each student layer meets {words}."
+    student, own = specs.get("student"), specs.get(f"teacher-{teacher.name}")
+    if student is None or own is None:
+        return f"{text} Its geometry is not at hand, so the layers are not listed."
+    text += (
+        f" {own.num_layers} layers with {own.num_kv_heads} KV heads of {own.head_dim}; the student "
+        f"has {student.num_layers} with {student.num_kv_heads} of {student.head_dim}."
+    )
+    if setting in ("cka", "calibrated"):
+        return text
+    layer_map = make_layer_map(setting, own.num_layers, student.num_layers)
+    rows = "\n".join(f"  {line}" for line in layer_map.table(teacher.name))
+    if config.loss.kl_weight == 0:
+        text += f" It is cut after layer {layer_map.last_teacher_layer}."
+    return f"{text}\n{rows}"
+
+
+def _compared(config: Config) -> str:
+    loss = config.loss
+    where = "before RoPE" if loss.key_space == "pre_rope" else "after RoPE"
+    how = "head by head" if loss.per_head else "all heads of a token as one vector"
+    steps = []
+    if loss.remove_key_bias:
+        steps.append("keys are taken without their projection's bias (on both sides)")
+    if loss.center != "none":
+        source = "of the batch" if loss.center == "batch" else "running over past steps"
+        steps.append(f"means per layer, head and dimension ({source}) are subtracted on both sides")
+    if loss.standardize:
+        steps.append("every dimension is divided by its standard deviation")
+    if loss.divide_by_std:
+        steps.append("differences count in units of the target layer's standard deviation")
+    frame = f" Frame: {'; '.join(steps)}." if steps else " Frame: raw vectors."
+    return (
+        f"Compared: keys {where} and values, {how}, of every real token but the first "
+        f"{loss.sink_tokens} of its row.{frame}"
+    )
+
+
+def _projected(config: Config, specs: dict[str, DecoderSpec]) -> str:
+    settings = config.projector
+    forward = settings.direction == "teacher_to_student"
+    source, space = ("teacher", "student") if forward else ("student", "teacher")
+    scope = "one per layer" if settings.per_layer else "one for all layers"
+    text = (
+        f"Projector: {settings.kind}, {scope}, keys and values apart; it maps the {source}'s "
+        f"vectors into the {space}'s space, where they are compared. "
+    )
+    if settings.init == "calibrated":
+        text += "It is fitted in closed form before training, on rows the run then trains on. "
+    if not forward:
+        text += "The target is the teacher's own cache and cannot drift; "
+        return text + "the projector is dropped at export."
+    if settings.training == "frozen":
+        return text + "It stays as it is, so the target cannot drift."
+    return text + "The target moves with the projector."
+
+
+def _minimised(config: Config) -> str:
+    loss = config.loss
+    weight = loss.kv_weight
+    if isinstance(weight, AutoShare):
+        kv = (
+            f"KV, weighted so that its gradient is {weight.share:g} of the cross-entropy gradient "
+            f"(measured every {weight.every} steps)"
+        )
+    else:
+        kv = f"{_number(weight)} x KV"
+    terms = [f"{loss.ce_weight:g} x cross-entropy"]
+    terms += [f"{loss.kl_weight:g} x logit KL"] if loss.kl_weight else []
+    raw = loss.model_dump() | {
+        name: _number(getattr(loss, name)) for name in ("mercator_weight", "mse_weight")
+    }
+    text = f"Minimised: {' + '.join([*terms, kv])}. KV is {LOSSES[loss.kv].format(**raw)}."
+    if len(config.teachers) == 1:
+        return text
+    weights = ", ".join(f"{teacher.name} {teacher.weight:g}" for teacher in config.teachers)
+    routed = {
+        "fixed": f"with fixed weights ({weights})",
+        "similarity": f"token by token, by similarity to prototypes (priors {weights})",
+        "learned": f"token by token, by a learned gate (priors {weights}; its entropy is rewarded "
+        f"by {config.router.entropy_weight:g})",
+    }[config.router.kind]
+    return f"{text} The teachers' terms are added {routed}."
+
+
+def _learning(config: Config) -> str:
+    settings = config.optimizer
+    shape = f"{settings.schedule}, {settings.warmup_steps} warm-up steps"
+    text = f"Learns: the student at {settings.student_lr:g} ({shape})"
+    if not config.teachers:
+        return f"{text}."
+    training = {
+        "joint": f"the projector at {settings.projector_lr:g} beside it from the first step",
+        "warmup": f"the projector at {settings.projector_lr:g}, alone for the first "
+        f"{config.projector.warmup_steps} steps, then beside it",
+        "frozen": "the projector stays as it was initialised",
+    }[config.projector.training]
+    return f"{text}; {training}."
+
+
+def _warnings(config: Config) -> list[str]:
+    """What such a run is known to suffer from."""
+    found = []
+    settings = config.projector
+    if settings.direction == "teacher_to_student" and settings.training != "frozen":
+        found.append(
+            "Beware: student and target learn together and can drift to one common direction; "
+            "a high cosine proves nothing here, look at the alignment gap."
+        )
+    fitted = settings.init == "calibrated" and settings.direction == "teacher_to_student"
+    if fitted and config.student.geometry is not None:
+        found.append(
+            "Beware: the projector is fitted to the cache of a student with random weights, which "
+            "is nothing to hold on to; start from a trained student (student.path)."
+        )
+    return found
+
+
+def _number(weight: Any) -> str:
+    if isinstance(weight, Ramp):
+        return (
+            f"({weight.start:g} falling to {weight.end:g})"
+            if (weight.start > weight.end)
+            else f"({weight.start:g} rising to {weight.end:g})"
+        )
+    return f"{weight:g}"

@@ -1,0 +1,65 @@
+"""Geometry of a run's models without their weights: for smoke runs and for words about a config."""
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kava_jax.errors import KavaError
+from kava_jax.hf.geometry import spec_from_config
+from kava_jax.hf.known import KNOWN_CONFIGS
+from kava_jax.hf.load import read_spec
+from kava_jax.hf.locate import BUILTIN_PREFIX, resolve_model
+from kava_jax.models.spec import DecoderSpec
+
+
+def model_specs(raw: Mapping[str, Any]) -> dict[str, DecoderSpec]:
+    """Geometry of every model of a dumped config: ``student`` and ``teacher-<name>``.
+
+    Raises KavaError for a model that is neither at hand nor in the table of known ones.
+    """
+    student = raw["student"]
+    if student["geometry"] is not None:
+        geometry = {"vocab_size": 1} | student["geometry"]
+        specs = {"student": spec_from_config(geometry, where="student.geometry")}
+    else:
+        specs = {"student": _spec(student["path"], student["revision"])}
+    return specs | {
+        f"teacher-{teacher['name']}": _spec(teacher["path"], teacher["revision"])
+        for teacher in raw["teachers"]
+    }
+
+
+def specs_at_hand(raw: Mapping[str, Any]) -> dict[str, DecoderSpec]:
+    """As ``model_specs``, but nothing is downloaded: a hub id counts only where it is cached.
+
+    Raises KavaError for a model that is not at hand.
+    """
+    found = copy.deepcopy(dict(raw))
+    for model in (found["student"], *found["teachers"]):
+        if model["path"] is not None:
+            model["path"] = _at_hand(model["path"], model["revision"])
+    return model_specs(found)
+
+
+def _at_hand(path: str, revision: str | None) -> str:
+    """The path or known name itself, or where the hub's cache keeps the model."""
+    if path in KNOWN_CONFIGS or path.startswith(BUILTIN_PREFIX) or Path(path).expanduser().is_dir():
+        return path
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(path, "config.json", revision=revision)
+    except HFValidationError:  # a path, not an id
+        found = None
+    if not isinstance(found, str):
+        raise KavaError(f"model path={path!r} is not at hand; give a directory")
+    return str(Path(found).parent)
+
+
+def _spec(path: str, revision: str | None) -> DecoderSpec:
+    """From the table of known models, else from the model itself."""
+    if path in KNOWN_CONFIGS:
+        return spec_from_config(KNOWN_CONFIGS[path], where=path)
+    return read_spec(resolve_model(path, revision))

@@ -1,0 +1,106 @@
+"""Second moments of a student's and a teacher's caches over a calibration split, on the mesh.
+
+The models run where the run's sharding puts them; every batch's sums come back to each host, which
+adds them in float64. Memory does not depend on the number of batches.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kava_jax.alignment.grams import BatchGrams, Grams, Windows, batch_grams, token_mean
+from kava_jax.data.batches import Batch
+from kava_jax.models.decoder import Params
+from kava_jax.parallel.sharding import batch_sharding, put_batch, replicated
+from kava_jax.runs.prepare import Run
+from kava_jax.training.comparison import Comparison, read
+from kava_jax.training.objective import PARTS
+
+
+class Candidates(NamedTuple):
+    """Mapped student layers, and for each the teacher layers it may be mapped to."""
+
+    student_layers: tuple[int, ...]
+    windows: Windows
+
+
+class Moments:
+    """Streams batches through student and one teacher and sums their second moments."""
+
+    def __init__(self, run: Run, name: str, student: Params, candidates: Candidates):
+        """Load the teacher and compile nothing yet.
+
+        Args:
+            run: one in which nothing is left to measure.
+            name: the teacher's.
+            student: the student's parameters.
+            candidates: mapped student layers and their windows.
+        """
+        self._run, self._student, self._windows = run, student, candidates.windows
+        part = run.blueprint.teachers[name]
+        self._teacher = part.load()
+        comparison = part.link.comparison
+        vectors = partial(_vectors, run, name, comparison, candidates.student_layers)
+        shardings = (
+            run.blueprint.student.shardings,
+            part.part.shardings,
+            batch_sharding(run.mesh),
+        )
+        everywhere = replicated(run.mesh)
+        self._means = jax.jit(
+            lambda student, teacher, batch: {
+                part: tuple(token_mean(x, batch.kv_mask) for x in sides)
+                for part, sides in vectors(student, teacher, batch).items()
+            },
+            in_shardings=shardings,
+            out_shardings=everywhere,
+        )
+        self._grams = jax.jit(
+            lambda student, teacher, batch, shifts: {
+                part: batch_grams(s, t, batch.kv_mask, *shifts[part], windows=candidates.windows)
+                for part, (s, t) in vectors(student, teacher, batch).items()
+            },
+            in_shardings=(*shardings, everywhere),
+            out_shardings=everywhere,
+        )
+        self._shifts: Any = None
+
+    def of(self, batches: Sequence[Batch]) -> dict[str, Grams]:
+        """Moments of keys and of values over the batches."""
+        sums: dict[str, Grams] = {}
+        for batch in batches:
+            placed = put_batch(batch, self._run.mesh)
+            if self._shifts is None:
+                self._shifts = self._means(self._student, self._teacher, placed)
+            found: dict[str, BatchGrams] = self._grams(
+                self._student, self._teacher, placed, self._shifts
+            )
+            for part in PARTS:
+                if part not in sums:
+                    shift_s, shift_t = jax.device_get(self._shifts[part])
+                    sums[part] = Grams(shift_s, shift_t, self._windows)
+                sums[part].add(found[part])
+        return sums
+
+
+def _vectors(
+    run: Run,
+    name: str,
+    comparison: Comparison,
+    student_layers: tuple[int, ...],
+    student: Params,
+    teacher: Params,
+    batch: Batch,
+) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """Keys and values of both models, all heads of a token side by side: [L, B, T, E]."""
+    objective = run.blueprint.objective
+    sides = []
+    for graph, params in ((objective.student, student), (objective.teachers[name].graph, teacher)):
+        reading = read(graph, params, batch, key_space=objective.key_space)
+        sides.append(comparison.without_bias(reading))
+    ours, theirs = (jax.tree.map(lambda x: x.reshape(*x.shape[:3], -1), side) for side in sides)
+    mapped = jnp.array(student_layers)
+    return {part: (getattr(ours, part)[mapped], getattr(theirs, part)) for part in PARTS}

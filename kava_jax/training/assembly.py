@@ -1,0 +1,120 @@
+"""From a config's numbers and names to the functions that train: objective, weights, optimizer."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import optax
+from flax import nnx
+
+from kava_jax.alignment.frame import Frame, empty
+from kava_jax.alignment.kv_losses import kv_loss
+from kava_jax.alignment.router import Router, empty_prototypes
+from kava_jax.config import AutoShare, Config, Ramp
+from kava_jax.models.spec import DecoderSpec
+from kava_jax.training.objective import PARTS, Objective, SideMoments, Statistics, TeacherLink
+from kava_jax.training.optimizer import Rate, make_optimizer
+
+
+def make_objective(
+    config: Config,
+    student: nnx.GraphDef[Any],
+    teachers: Mapping[str, TeacherLink],
+    projector: nnx.GraphDef[Any] | None,
+    gate: nnx.GraphDef[Any] | None,
+    batch_shards: int,
+) -> Objective:
+    """The objective that the config describes, over modules that are already built."""
+    loss, steps = config.loss, config.train.steps
+    weights = tuple(teacher.weight for teacher in config.teachers)
+    return Objective(
+        student=student,
+        projector=projector,
+        teachers=teachers,
+        router=Router(config.router.kind, weights, gate),
+        kv_loss=kv_loss(
+            loss.kv,
+            alpha=loss.alpha,
+            beta=loss.beta,
+            mercator_weight=_weight(loss.mercator_weight, steps),
+            mse_weight=_weight(loss.mse_weight, steps),
+            temperature=loss.temperature,
+            divide_by_std=loss.divide_by_std,
+        ),
+        frame=Frame(loss.center, loss.standardize, loss.per_head),
+        direction=config.projector.direction,
+        attention_weight=loss.attention_weight if loss.kv == "structural" else 0.0,
+        ce_weight=loss.ce_weight,
+        kl_weight=loss.kl_weight,
+        kl_temperature=loss.kl_temperature,
+        entropy_weight=config.router.entropy_weight,
+        key_space=loss.key_space,
+        batch_shards=batch_shards,
+    )
+
+
+def empty_statistics(objective: Objective, student: DecoderSpec) -> Statistics:
+    """Statistics of no step yet, for whatever the frame and the router keep."""
+    moments = {}
+    if objective.frame.center == "running":
+        for name, link in objective.teachers.items():
+            layer_map = link.comparison.layer_map
+            forward = objective.direction == "teacher_to_student"
+            heads = student.num_kv_heads if forward else link.spec.num_kv_heads * layer_map.sources
+            head_dim = student.head_dim if forward else link.spec.head_dim
+            none = empty(len(layer_map), heads, head_dim)
+            moments[name] = {part: SideMoments(none, none) for part in PARTS}
+    similarity = objective.router.kind == "similarity"
+    width, teachers = student.hidden_size, len(objective.teachers)
+    return Statistics(moments, empty_prototypes(teachers, width) if similarity else None)
+
+
+def kv_weight(config: Config) -> optax.Schedule:
+    """Step -> KV weight; 1 where it is a measured share, which ``TrainState.kv_scale`` holds."""
+    weight = config.loss.kv_weight
+    if isinstance(weight, AutoShare):
+        return optax.constant_schedule(1.0)
+    return _weight(weight, config.train.steps)
+
+
+def learning_rates(config: Config) -> dict[str, optax.Schedule]:
+    """Rates of the student and of the projector (and router).
+
+    With ``projector.training=warmup`` the student's rate is 0 until the projector has had its
+    steps, and its schedule is what is left of the run.
+    """
+    settings, steps = config.optimizer, config.train.steps
+
+    def rate(peak: float, length: int) -> optax.Schedule:
+        shape = (settings.warmup_steps, settings.schedule, settings.final_lr_share)
+        return Rate(peak, length, *shape).build()
+
+    rates = {"student": rate(settings.student_lr, steps)}
+    waits = config.projector.warmup_steps
+    if config.teachers and config.projector.training == "warmup":
+        later = rate(settings.student_lr, steps - waits)
+        rates["student"] = optax.join_schedules([optax.constant_schedule(0.0), later], [waits])
+    return rates | {"projector": rate(settings.projector_lr, steps)}
+
+
+def optimizer_of(
+    config: Config, rates: Mapping[str, optax.Schedule]
+) -> optax.GradientTransformation:
+    """AdamW per group; a frozen projector does not move."""
+    frozen = config.projector.training == "frozen"
+    return make_optimizer(
+        {
+            "student": rates["student"],
+            "projector": None if frozen else rates["projector"],
+            "router": rates["projector"],
+        },
+        weight_decay=config.optimizer.weight_decay,
+        clip_norm=config.optimizer.clip_norm,
+        b1=config.optimizer.b1,
+        b2=config.optimizer.b2,
+    )
+
+
+def _weight(weight: float | Ramp, steps: int) -> Callable[[Any], Any]:
+    if isinstance(weight, Ramp):
+        return optax.linear_schedule(weight.start, weight.end, max(1, steps - 1))
+    return optax.constant_schedule(weight)

@@ -1,0 +1,171 @@
+"""What is too dear to measure at every step: gradient shares, and what a cosine alone hides.
+
+A probe looks at one training batch before its step is taken, without dropout. It changes nothing:
+what it finds is logged and, when the KV weight is a share of the gradient, becomes its scale.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from kava_jax.alignment.attention import attention_output_cosine
+from kava_jax.data.batches import Batch
+from kava_jax.diagnostics import (
+    Alignment,
+    Sample,
+    alignment,
+    diagnose,
+    gradient_share,
+    join,
+    sample_tokens,
+)
+from kava_jax.geometry import Mean
+from kava_jax.models.decoder import Params
+from kava_jax.training.objective import PARTS, Objective, Share
+from kava_jax.training.step import LossScale, TrainState, split_rows
+
+# Of one probe. Attention is read on whole rows, so a few rows must do.
+ROWS, TOKENS = 8, 512
+# What is left of a measured ratio at the next measurement: about the last three count.
+MEMORY = 0.7
+
+Layers = dict[str, Float[Array, "P"]]
+
+
+class Examination(NamedTuple):
+    """Samples and cosines of both sides by ``teacher/part``, and attention outputs by teacher."""
+
+    samples: dict[str, Sample]
+    aligned: dict[str, Alignment]
+    attention: dict[str, Mean]
+
+
+def examine(
+    objective: Objective,
+    params: Mapping[str, Params],
+    teachers: Mapping[str, Params],
+    batch: Batch,
+    *,
+    tokens: int,
+) -> Examination:
+    """Sample ``tokens`` compared vectors of a batch, and read both caches with the space's queries.
+
+    A teacher whose target joins or mixes several of its layers has no queries of its own there, and
+    no entry in ``attention``.
+    """
+    samples, aligned, attention = {}, {}, {}
+    for name, (compared, student, teacher) in objective.compared(params, teachers, batch).items():
+        for part in PARTS:
+            ours, theirs = getattr(compared.student, part), getattr(compared.target, part)
+            samples[f"{name}/{part}"] = sample_tokens(ours, theirs, batch.kv_mask, tokens)
+            aligned[f"{name}/{part}"] = alignment(ours, theirs, batch.kv_mask)
+        comparison, direction = objective.teachers[name].comparison, objective.direction
+        if comparison.can_attend(direction):
+            read = comparison.attended(compared, direction, student, teacher)
+            attention[name] = attention_output_cosine(*read, batch.kv_mask)
+    return Examination(samples, aligned, attention)
+
+
+def figures(examinations: Sequence[Examination]) -> Layers:
+    """Per-layer figures of all examinations together, as ``teacher/figure_part``."""
+    first = examinations[0]
+    result: Layers = {}
+    for key in first.samples:
+        name, part = key.split("/")
+        measured = diagnose(join([one.samples[key] for one in examinations]))
+        result |= {f"{name}/{field}_{part}": x for field, x in measured._asdict().items()}
+        cosines = _added([one.aligned[key] for one in examinations])
+        result[f"{name}/cos_sim_{part}"] = cosines.cos.value
+        result[f"{name}/cos_shuffled_{part}"] = cosines.cos_shuffled.value
+    for name in first.attention:
+        result[f"{name}/attention_cos"] = _added(
+            [one.attention[name] for one in examinations]
+        ).value
+    return result
+
+
+def _added(trees: Sequence[Any]) -> Any:
+    return jax.tree.map(lambda *parts: sum(parts), *trees)
+
+
+class Probed(NamedTuple):
+    """What one probe found."""
+
+    kv_scale: LossScale
+    """For the state, from here on."""
+    gradients: dict[str, Float[Array, ""]]
+    """``kv_gradient_share``: ``||weight * g_kv|| / ||g_ce||`` with the weight that was in force;
+    ``kv_gradient_cosine``: of the two gradients."""
+    layers: Layers
+
+
+def make_probe(
+    objective: Objective,
+    *,
+    kv_weight: optax.Schedule,
+    share: float | None,
+    microbatches: int,
+) -> Callable[[TrainState, Mapping[str, Params], Batch], Probed]:
+    """``(state, teachers, batch) -> Probed``, to be jitted by the caller.
+
+    Gradients are those of the student's parameters over the first microbatch. With ``share`` given,
+    the new ``kv_scale`` is the one at which the KV gradient would have that share, going by the
+    geometric mean of the last few measurements.
+    """
+    language = dataclasses.replace(objective, kl_weight=0.0)
+
+    def probe(state: TrainState, teachers: Mapping[str, Params], batch: Batch) -> Probed:
+        rows: Batch = jax.tree.map(lambda x: x[0], split_rows(batch, microbatches))
+        whole = Share(jnp.ones(()), jnp.ones(()))
+
+        def losses(student: Params) -> tuple[Array, Array]:
+            params = state.params | {"student": student}
+            found, _ = language(params, teachers, rows, state.step, whole, state.statistics)
+            return found.language, found.kv
+
+        _, pull = jax.vjp(losses, state.params["student"])
+        one, nothing = jnp.ones(()), jnp.zeros(())
+        of_ce, of_kv = pull((one, nothing))[0], pull((nothing, one))[0]
+        unweighted, cosine = gradient_share(of_kv, of_ce)
+        scale = state.kv_scale if share is None else _rescaled(state.kv_scale, unweighted, share)
+        few: Batch = jax.tree.map(lambda x: x[0], split_rows(rows, _parts(objective, rows)))
+        layers = figures([examine(objective, state.params, teachers, few, tokens=TOKENS)])
+        weight = kv_weight(state.step) * state.kv_scale.value
+        gradients = {"kv_gradient_share": weight * unweighted, "kv_gradient_cosine": cosine}
+        return Probed(scale, gradients, layers)
+
+    return probe
+
+
+def _rescaled(scale: LossScale, unweighted: Float[Array, ""], share: float) -> LossScale:
+    """The scale after one more measurement; a gradient of zero measures nothing."""
+    known = unweighted > 0
+    old = scale.log_ratio
+    log_ratio = Mean(
+        MEMORY * old.sum - jnp.log(jnp.where(known, unweighted, 1.0)), MEMORY * old.count + 1.0
+    )
+    new = LossScale(share * jnp.exp(log_ratio.value), log_ratio)
+    return jax.tree.map(lambda after, before: jnp.where(known, after, before), new, scale)
+
+
+def _parts(objective: Objective, rows: Batch) -> int:
+    """Into how many parts the rows are split; one has about ROWS, and some on each device."""
+    total, shards = rows.tokens.shape[0], objective.batch_shards
+    wanted = shards * math.ceil(ROWS / shards)
+    return total // math.gcd(total, wanted)
+
+
+def share_is_due(number: int, every: int | None) -> bool:
+    """Whether the KV weight's share is measured before step ``number`` (None: never).
+
+    Every so many steps, and at 1, 2, 4, 8, ... too: gradients change fastest at the start.
+    """
+    if every is None:
+        return False
+    return number % every == 0 or (number < every and number.bit_count() == 1)

@@ -1,0 +1,136 @@
+"""The measurements in words: how good an alignment is, and what a person should be warned of.
+
+Plain floats in, words out; every threshold is a constant at the top. NaN says nothing, like None.
+
+Left out on purpose: measuring (``diagnostics``), printing and logging (``training.monitor``).
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+
+# Lower ends of the original method's bands; below the last one it is "Poor".
+EXCELLENT, GOOD, ACCEPTABLE = 0.95, 0.80, 0.50
+# The word is withdrawn when the gap, or its share of what was left to gain, is below these.
+LEAST_GAP, LEAST_GAP_SHARE = 0.05, 0.1
+# Signs of collapse that do not change the word: a centred cosine below this, retrieval that finds
+# at most so many times what chance finds, a student's effective rank below this share of its
+# target's.
+LEAST_COS_CENTERED = 0.1
+MOST_TIMES_CHANCE = 3.0
+LEAST_RANK_SHARE = 0.1
+
+
+def alignment_gap(cos: float, cos_shuffled: float | None) -> float | None:
+    """``cos - cos_shuffled``, the headline; None where there is no baseline (None or NaN)."""
+    if cos_shuffled is None or math.isnan(cos_shuffled):
+        return None
+    return cos - cos_shuffled
+
+
+def verdict(cos: float, cos_shuffled: float | None = None) -> str:
+    """The original's word for a cosine, or "collapsed" where unrelated pairs do as well.
+
+    Excellent above 0.95, Good from 0.80, Acceptable from 0.50, else Poor. "collapsed" when the gap
+    is below 0.05 or below a tenth of ``1 - cos_shuffled``; never without a baseline.
+    """
+    gap = alignment_gap(cos, cos_shuffled)
+    if cos_shuffled is not None and gap is not None and gap < _least_gap(cos_shuffled):
+        return "collapsed"
+    if cos > EXCELLENT:
+        return "Excellent"
+    if cos >= GOOD:
+        return "Good"
+    return "Acceptable" if cos >= ACCEPTABLE else "Poor"
+
+
+def collapse_signs(
+    *,
+    cos_shuffled: float | int | None,
+    gap: float | int | None,
+    cos_centered: float | int | None = None,
+    retrieval: float | int | None = None,
+    tokens: int | None = None,
+    student_rank: float | int | None = None,
+    target_rank: float | int | None = None,
+) -> list[str]:
+    """One sentence, with the figure and what was expected, for each sign of collapse found.
+
+    What is None or NaN is skipped. Only the first sign makes ``verdict`` say "collapsed".
+
+    Args:
+        cos_shuffled, gap: a sign when the gap is below 0.05 or a tenth of ``1 - cos_shuffled``.
+        cos_centered: a sign below 0.1.
+        retrieval, tokens: the share of that many tokens found; a sign up to three times chance,
+            ``1 / tokens``. Of three tokens or fewer even finding all says nothing: skipped.
+        student_rank, target_rank: effective ranks; a sign when the student's is below a tenth.
+    """
+    found = []
+    if gap is not None and cos_shuffled is not None and not math.isnan(cos_shuffled):
+        what = f"The gap over a shuffled cosine of {cos_shuffled:.3g}"
+        found += _too_low(what, gap, _least_gap(cos_shuffled))
+    if cos_centered is not None:
+        found += _too_low("The centred cosine", cos_centered, LEAST_COS_CENTERED)
+    if retrieval is not None and tokens is not None and tokens > MOST_TIMES_CHANCE:
+        most = MOST_TIMES_CHANCE / tokens
+        if retrieval <= most:
+            found.append(
+                f"The share of tokens retrieved is {retrieval:.3g}; more than {most:.3g} was "
+                f"expected, {MOST_TIMES_CHANCE:.3g} times chance."
+            )
+    if student_rank is not None and target_rank is not None:
+        what = f"The student's effective rank beside the target's {target_rank:.3g}"
+        found += _too_low(what, student_rank, LEAST_RANK_SHARE * target_rank)
+    return found
+
+
+def _too_low(what: str, figure: float | int, least: float | int) -> list[str]:
+    """The sentence, if there is something to say."""
+    sentence = f"{what} is {figure:.3g}; at least {least:.3g} was expected."
+    return [sentence] if figure < least else []
+
+
+def alarms(*, mag_ratio: float, mag_loss: float, dir_losses: Sequence[float] = ()) -> list[str]:
+    """One sentence, with its remedy, for each thing the original method warns of.
+
+    Args:
+        mag_ratio: mean|s| / mean|t|; alarming outside 0.5 to 2.0, abnormal outside 0.1 to 10.
+        mag_loss: the magnitude term before its weight beta; alarming above 1.
+        dir_losses: the last few logged direction losses, oldest first (see ``oscillates``).
+    """
+    found = []
+    if not 0.1 <= mag_ratio <= 10.0:
+        what = "has exploded" if mag_ratio > 10.0 else "has collapsed"
+        found.append(
+            f"The student's magnitude {what} (ratio {mag_ratio:.3g}); "
+            "stop, lower the learning rates and set beta to 0.01."
+        )
+    elif not 0.5 <= mag_ratio <= 2.0:
+        found.append(
+            f"The magnitude ratio {mag_ratio:.3g} is outside 0.5 to 2.0; "
+            "set beta to 0.01, or raise it a little (0.05 at most)."
+        )
+    if oscillates(dir_losses):
+        found.append("The direction loss oscillates; halve the learning rates.")
+    if mag_loss > 1.0:
+        found.append(f"The magnitude loss {mag_loss:.3g} is above 1; lower beta (0.01 is usual).")
+    return found
+
+
+def oscillates(losses: Sequence[float], share: float = 0.1) -> bool:
+    """Whether a short history swings instead of settling.
+
+    True when there are at least six values, two thirds or more of the successive differences turn
+    the other way, and the mean step is above ``share`` of the mean value.
+    """
+    if len(losses) < 6:
+        return False
+    steps = [after - before for before, after in itertools.pairwise(losses)]
+    turns = sum(a * b < 0 for a, b in itertools.pairwise(steps))
+    mean_step = sum(map(abs, steps)) / len(steps)
+    return 3 * turns >= 2 * (len(steps) - 1) and mean_step > share * sum(losses) / len(losses)
+
+
+def _least_gap(cos_shuffled: float | int) -> float:
+    """The smallest gap that still means something above this baseline."""
+    return max(LEAST_GAP, LEAST_GAP_SHARE * (1.0 - cos_shuffled))

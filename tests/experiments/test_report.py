@@ -1,0 +1,551 @@
+"""The report of one run: right numbers, sound HTML, and a page that any screen can show."""
+
+import base64
+import json
+import re
+import shutil
+import struct
+import subprocess
+from html.parser import HTMLParser
+from types import SimpleNamespace
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from kava_jax.alignment.layer_map import LayerMap
+from kava_jax.config_file import dump_config, parse_config
+from kava_jax.errors import KavaError
+from kava_jax.experiments.report import write_report
+from kava_jax.training.manifest import Fingerprints, Hardware, write_manifest
+from tests.tiny import GEOMETRY, kava
+from tests.tiny_models import write_directory
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+VOID = {"meta", "link", "img", "br", "hr", "input"}
+DASH = "\N{EN DASH}"
+
+
+class Page(HTMLParser):
+    """The page as elements, tables and text; fails on tags that do not match."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.elements, self.tables, self.text = [], [], {}, ""
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        self.text += " "
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "table":
+            self.rows = []
+        elif tag == "tr":
+            self.rows.append([])
+        elif tag in ("td", "th"):
+            self.rows[-1].append("")
+        elif tag == "caption":
+            self.caption = ""
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+        if tag == "table":
+            self.tables[self.caption] = self.rows
+
+    def handle_data(self, data):
+        if "style" in self.open:
+            return
+        self.text += data
+        if "code" in self.open and "th" in self.open:
+            return  # a metric's own name beside the words
+        if self.open and self.open[-1] in ("td", "th"):
+            self.rows[-1][-1] += data
+        elif self.open and self.open[-1] == "caption":
+            self.caption += data
+
+    def all(self, tag):
+        return [attrs for name, attrs in self.elements if name == tag]
+
+    @property
+    def words(self):
+        return " ".join(self.text.split())
+
+
+def make_run(directory, records, *, teachers=("big",), metrics=True, **sections):
+    """A run directory as training leaves it, without weights; a teacher is a name or a section."""
+    names = [teacher if isinstance(teacher, str) else teacher["name"] for teacher in teachers]
+    config = {
+        "run": {"name": "tiny", "dir": "elsewhere"},
+        "teachers": [
+            {"name": teacher, "path": "builtin:demo_teacher"} if name is teacher else teacher
+            for name, teacher in zip(names, teachers, strict=True)
+        ],
+        "student": {"geometry": GEOMETRY},
+        "data": {"path": "data.jsonl"},
+        "train": {"steps": 20},
+    }
+    write_manifest(
+        directory,
+        command=["kava", "train", "tiny.yaml"],
+        config=dump_config(parse_config(config | sections)),
+        fingerprints=Fingerprints(dict.fromkeys(names, "5e" * 32), data="da" * 32),
+        hardware=Hardware(2, 16, "TPU v5e"),
+    )
+    if metrics:
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        (directory / "metrics.jsonl").write_text(lines)
+    return directory
+
+
+def layers_of(teacher="big", layers=2):
+    """Figures by layer: 0.01, 0.02, ... so that every cell has its own number."""
+    figures = ["cos_centered", "cka", "retrieval", "retrieval_centered", "cos_constant"]
+    figures += ["student_rank", "target_rank", "mag_ratio_q10", "mag_ratio_q50", "mag_ratio_q90"]
+    keys = [f"{figure}_{part}" for figure in figures for part in "kv"]
+    numbers = iter(range(1, 1000))
+    return {f"{teacher}/{key}": [next(numbers) / 100 for _ in range(layers)] for key in keys}
+
+
+def train(step, **values):
+    return {"step": step, "kind": "train", "ce": 2.0 - step / 20, "cos_sim": 0.8, **values}
+
+
+def evaluation(step, **values):
+    figures = {
+        "eval_loss": 2.5 - step / 20,
+        "eval_cos_sim": 0.85,
+        "eval_cos_shuffled": 0.35,
+        "eval_alignment_gap": 0.5,
+        "eval_cos_centered": 0.625,
+        "eval_retrieval": 0.25,
+        "eval_student_rank": 7.0,
+        "eval_target_rank": 8.0,
+        "eval_sampled_tokens": 1024.0,
+    }
+    return {"step": step, "kind": "eval", **figures, **values}
+
+
+def probe(step, **values):
+    found = {"kv_gradient_share": 0.2, "kv_gradient_cosine": -0.125, "probe_share_of_time": 0.034}
+    return {"step": step, "kind": "diagnostics", **found, **values}
+
+
+FINISHED = [
+    evaluation(0, eval_cos_sim=0.0123456, layers=layers_of()),
+    probe(0, kv_gradient_share=1.5),
+    train(10, cos_running=0.5, gap_running=0.25),
+    evaluation(20, eval_loss=77.0),
+    probe(20),
+    train(20, cos_running=0.75, gap_running=0.375),
+    # The last evaluation, taken again after a resume, is the one that counts.
+    evaluation(20, layers=layers_of(), exact_match_strict=0.375, eval_something_new=123456.0),
+]
+
+
+def report(directory):
+    return Page(write_report(directory).read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("report") / "finished", FINISHED)
+
+
+@pytest.fixture(scope="module")
+def page(finished):
+    return report(finished)
+
+
+def test_the_page_stands_alone_and_is_well_formed(page, finished):
+    text = (finished / "report.html").read_text(encoding="utf-8")
+    assert text.startswith("<!DOCTYPE html>")
+    assert not re.search(r"https?://|<script|@import|url\(|javascript:", text)
+    for name, attrs in page.elements:
+        assert name != "script"
+        for link in ("src", "href"):
+            assert attrs.get(link, "data:").startswith("data:"), (name, attrs)
+        assert not [key for key in attrs if key.startswith("on")]
+    ids = [attrs["id"] for _, attrs in page.elements if "id" in attrs]
+    assert len(ids) == len(set(ids))
+    labels = [attrs["aria-labelledby"] for attrs in page.all("section")]
+    assert set(labels) <= set(ids)
+    assert len(page.all("h1")) == len(page.all("main")) == 1
+    assert page.all("html") == [{"lang": "en"}]
+
+
+def test_every_picture_is_inside_and_told_in_words(page):
+    pictures = page.all("img")
+    assert len(pictures) == 6  # loss, alignment, heat map, lengths, layer map, gradients
+    for attrs in pictures:
+        assert len(attrs["alt"]) > 40
+        png = base64.b64decode(attrs["src"].removeprefix("data:image/png;base64,"), validate=True)
+        assert png.startswith(b"\x89PNG")
+        width, height = struct.unpack(">II", png[16:24])
+        shown = int(attrs["width"]), int(attrs["height"])
+        assert shown == pytest.approx((width / 1.5, height / 1.5), abs=1)
+    alts = " ".join(attrs["alt"] for attrs in pictures)
+    assert "Training cross-entropy: 1.500 at step 10, 1 at step 20." in alts
+    assert "Held-out loss: 2.500 at step 0, 1.500 at step 20." in alts
+    assert "Cosine in training: 0.500 at step 10, 0.750 at step 20. Gap: 0.250 at" in alts
+
+
+def test_the_verdict_and_the_headlines(page):
+    assert "Step 20 of 20. Started" in page.words
+    assert "not finished" not in page.words
+    assert (
+        "Good Held-out cosine 0.850 at step 20; unrelated examples reach 0.350 (shuffled), "
+        "so the gap is 0.500." in page.words
+    )
+    assert "Signs of collapse" not in page.words
+    assert "cosine 0.850 0.012 at step 0" in page.words
+    assert "exact match 0.375 cosine" in page.words  # no answers were asked for at step 0
+
+
+def test_the_first_and_the_last_evaluation_stand_side_by_side(page):
+    heads, *rows = page.tables["First and last evaluation, on held-out rows"]
+    assert heads == ["figure", "step 0", "step 20"]
+    found = {name: cells for name, *cells in rows}
+    assert found["held-out loss, nats per token"] == ["2.500", "1.500"]
+    assert found["cosine"] == ["0.012", "0.850"]
+    assert found["exact match"] == [DASH, "0.375"]
+    assert found["something_new"] == [DASH, "123456"]
+    assert found["tokens sampled"] == ["1024", "1024"]
+    assert next(iter(found)) == "held-out loss, nats per token"
+    assert "eval_alignment_gap" in page.words  # and each metric's own name
+
+
+def test_figures_by_layer_and_the_layer_map(page):
+    heads, *rows = page.tables["Held-out figures by student layer, step 20"]
+    assert heads == ["student layer", "0", "1"]
+    assert rows[0] == ["cos_centered_k", "0.010", "0.020"]
+    assert rows[-1] == ["mag_ratio_q90_v", "0.390", "0.400"]
+    # The built-in teacher has four layers, the student two: first meets first, last meets last.
+    assert page.tables["Layer map"] == [["student layer", "teacher layers"], ["0", "0"], ["1", "3"]]
+    assert "the one at its own relative depth" in page.words
+
+
+def test_who_pulls_and_what_probes_cost(page):
+    assert "KV gradient / cross-entropy gradient: 1.500 at step 0, 0.200 at step 20." in page.words
+    assert "Cosine of the two: -0.125 at step 0, -0.125 at step 20." in page.words
+    assert "Probes cost 3.4% of the time that the steps took." in page.words
+
+
+def test_how_it_was_made(page):
+    assert "layer_map: ratio" in page.text
+    (heads, *rows) = page.tables["Starts of this run"]
+    found = dict(rows)
+    assert heads == ["field", "start 1"]
+    assert found["command"] == "kava train tiny.yaml"
+    assert found["device_kind"] == "TPU v5e"
+    assert found["devices"] == "16"
+    assert "jax" in found
+    fingerprints = dict(page.tables["SHA-256 of what was read"])
+    assert fingerprints["teacher big"] == "5e" * 32
+    assert fingerprints["student"] == "not taken"
+
+
+def test_a_collapsed_run_is_called_so_with_its_signs(tmp_path):
+    last = evaluation(
+        20,
+        eval_cos_sim=0.97,
+        eval_cos_shuffled=0.96,
+        eval_cos_centered=0.02,
+        eval_retrieval=0.001,
+        eval_student_rank=0.5,
+    )
+    page = report(make_run(tmp_path, [last]))
+    assert "collapsed Held-out cosine 0.970 at step 20" in page.words
+    assert "Excellent" not in page.words
+    signs = [
+        "The gap over a shuffled cosine of 0.96 is 0.01; at least 0.05 was expected.",
+        "The centred cosine is 0.02; at least 0.1 was expected.",
+        "The share of tokens retrieved is 0.001; more than 0.00293 was expected, 3 times chance.",
+        "The student's effective rank beside the target's 8 is 0.5; at least 0.8 was expected.",
+    ]
+    assert f"Signs of collapse: {' '.join(signs)}" in page.words
+
+
+def test_signs_are_said_where_the_word_stays(tmp_path):
+    page = report(make_run(tmp_path, [evaluation(20, eval_cos_centered=0.05)]))
+    assert "Good Held-out cosine 0.850" in page.words
+    assert "Signs of collapse: The centred cosine is 0.05; at least 0.1 was expected." in page.words
+
+
+def test_several_teachers_have_a_verdict_and_a_section_each(tmp_path):
+    own = {"eval_a/cos_sim": 0.96, "eval_a/cos_shuffled": 0.5, "eval_b/cos_sim": 0.25}
+    last = evaluation(20, **own, layers=layers_of("a") | layers_of("b"))
+    page = report(make_run(tmp_path, [last], teachers=("a", "b")))
+    assert "All teachers together: Good Held-out cosine 0.850" in page.words
+    assert "a: Excellent Held-out cosine 0.960 at step 20; unrelated examples" in page.words
+    assert "b: Poor Held-out cosine 0.250 at step 20; without a shuffled cosine" in page.words
+    assert "Layer by layer: a" in page.words
+    assert "Layer by layer: b" in page.words
+    together = [row[0] for row in page.tables["First and last evaluation, on held-out rows"]]
+    assert together.count("cosine") == 1
+    of_b = page.tables["First and last evaluation of b, on held-out rows"]
+    assert of_b == [["figure", "step 20"], ["cosine", "0.250"]]
+    assert len(page.all("img")) == 7  # loss; heat map, lengths and layer map of each
+
+
+def test_a_run_without_a_teacher(tmp_path):
+    records = [
+        {"step": 20, "kind": "train", "ce": 1.0},
+        {"step": 20, "kind": "eval", "eval_loss": 1.25},
+    ]
+    page = report(make_run(tmp_path, records, teachers=()))
+    assert "No teacher: the student learns by cross-entropy alone" in page.words
+    assert len(page.all("img")) == 1
+    assert "Who pulls" not in page.words
+
+
+@pytest.mark.parametrize("metrics", [True, False], ids=["empty metrics", "no metrics"])
+def test_a_run_that_has_only_begun(tmp_path, metrics):
+    page = report(make_run(tmp_path, [], metrics=metrics))
+    assert "Step 0 of 20. It is not finished." in page.words
+    assert "There is no evaluation yet, and so no verdict." in page.words
+    assert "Nothing is logged yet that could be drawn." in page.words
+    assert "No probe was taken yet." in page.words
+    assert page.tables["Layer map"][1:] == [["0", "0"], ["1", "3"]]
+
+
+def test_a_run_in_the_middle_of_a_line(tmp_path):
+    run = make_run(tmp_path, [train(10)])
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 20, "kind": "tr')
+    page = report(run)
+    assert "Step 10 of 20. It is not finished." in page.words
+    assert len(page.all("img")) == 3  # loss, alignment, layer map
+
+
+def test_nulls_are_dashes(tmp_path):
+    none = {key: None for record in FINISHED for key in record if key.startswith(("eval_", "kv_"))}
+    layers = {key: [None, None] for key in layers_of()}
+    records = [
+        train(20, ce=None, cos_sim=None, cos_shuffled=None),
+        {"step": 20, "kind": "eval", **none, "layers": layers},
+        {"step": 20, "kind": "diagnostics", **none, "probe_share_of_time": None},
+    ]
+    page = report(make_run(tmp_path, records))
+    assert "At step 20 the cosine is not a number: no verdict." in page.words
+    cells = page.tables["First and last evaluation, on held-out rows"][1:]
+    assert {cell for _, *row in cells for cell in row} == {DASH}
+    cells = page.tables["Held-out figures by student layer, step 20"][1:]
+    assert {cell for _, *row in cells for cell in row} == {DASH}
+    assert "No probe was taken yet." in page.words
+
+
+def test_probes_that_were_never_asked_for(tmp_path):
+    run = make_run(tmp_path, [train(10)], train={"steps": 20, "diagnose_every": None})
+    assert "train.diagnose_every=null: nothing is probed." in report(run).words
+
+
+CALIBRATED = {
+    "projector": {"kind": "linear", "per_layer": True, "init": "calibrated"},
+    "teachers": [{"name": "big", "path": "builtin:demo_teacher", "layer_map": "calibrated"}],
+}
+
+
+def write_calibration(run, layer_map):
+    scores = {"r2_k": [0.5, 0.25], "r2_v": [0.75, 1.0], "cka_k": [0.125, 0.0], "cka_v": [0.1, 0.9]}
+    found = {"layer_map": layer_map.as_dict(), **scores, "cos_sim": 0.9375, "retrieval": 0.0625}
+    (run / "calibration").mkdir()
+    path = run / "calibration" / "calibration.json"
+    path.write_text(json.dumps({"teachers": {"big": found}}))
+    return path
+
+
+def test_a_calibration_is_shown_with_its_map(tmp_path):
+    run = make_run(tmp_path, [], **CALIBRATED)
+    path = write_calibration(run, LayerMap((0, 1), ((0, 1), (1, 2))))
+    page = report(run)
+    assert page.tables["Layer map and calibration scores"] == [
+        ["student layer", "teacher layers", "R² keys", "R² values", "CKA keys", "CKA values"],
+        ["0", "0 + 1", "0.500", "0.750", "0.125", "0.100"],
+        ["1", "1 + 2", "0.250", "1", "0", "0.900"],
+    ]
+    assert "cosine 0.938, share of tokens retrieved 0.062" in page.words
+    assert "Layers after 2 are cut off." in page.words
+    path.write_text("{}")
+    with pytest.raises(KavaError, match=r"calibration\.json' cannot be read"):
+        write_report(run)
+    path.unlink()
+    assert "its calibration is not in the run directory" in report(run).words
+
+
+def test_a_teacher_whose_logits_are_used_is_not_cut(tmp_path):
+    pairs = [{"name": "big", "path": "builtin:demo_teacher", "layer_map": [[1, 0], [2, 1]]}]
+    page = report(make_run(tmp_path / "cut", [], teachers=pairs))
+    assert "Layers after 2 are cut off." in page.words
+    whole = make_run(tmp_path / "whole", [], loss={"kl_weight": 1.0}, teachers=pairs)
+    assert "cut off" not in report(whole).words
+
+
+def test_a_weighted_map_says_what_the_width_of_a_line_is(tmp_path):
+    mixed = [{"name": "big", "path": "builtin:demo_teacher", "layer_map": "interpolated"}]
+    geometry = GEOMETRY | {"num_hidden_layers": 3}
+    page = report(make_run(tmp_path, [], teachers=mixed, student={"geometry": geometry}))
+    assert "The wider a line, the more it weighs." in page.words
+    assert page.tables["Layer map"][2] == ["1", "0.5 x 1 + 0.5 x 2"]
+
+
+def of_models(student, layer_map="ratio"):
+    teacher = {"name": "big", "path": "builtin:demo_teacher", "layer_map": layer_map}
+    return {"student": {"path": student}, "teachers": [teacher]}
+
+
+def test_models_that_are_not_at_hand_are_not_fetched(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", None)
+    page = report(make_run(tmp_path / "named", FINISHED[-1:], **of_models("someone/somewhere")))
+    assert "The layer map is not drawn: the models are not at hand" in page.words
+    assert "Layer map" not in page.tables
+    # The columns are known all the same: a named map uses every layer of the student.
+    heads = page.tables["Held-out figures by student layer, step 20"][0]
+    assert heads == ["student layer", "0", "1"]
+    pairs = of_models("/no/such/directory", [[3, 4], [1, 1]])
+    page = report(make_run(tmp_path / "pairs", FINISHED[-1:], **pairs))
+    heads = page.tables["Held-out figures by student layer, step 20"][0]
+    assert heads == ["student layer", "1", "4"]
+    assert page.tables["Layer map"][1:] == [["1", "1"], ["4", "3"]]
+
+
+def test_models_in_the_hubs_cache_are_at_hand(tmp_path, monkeypatch):
+    kept = tmp_path / "cache" / "models--someone--small"
+    write_directory(kept / "snapshots" / "abc", "qwen2")
+    (kept / "refs").mkdir()
+    (kept / "refs" / "main").write_text("abc")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.snapshot_download", None)
+    page = report(make_run(tmp_path / "run", [], **of_models("someone/small")))
+    assert page.tables["Layer map"][1:] == [["0", "0"], ["1", "2"], ["2", "3"]]
+    assert len(page.all("img")) == 1
+
+
+def test_other_models_in_the_same_place_do_no_harm(tmp_path):
+    student = {"geometry": GEOMETRY | {"num_hidden_layers": 3}}
+    page = report(make_run(tmp_path, FINISHED[-1:], student=student))
+    assert "Layer map" not in page.tables
+    assert page.tables["Held-out figures by student layer, step 20"][0][1:] == ["0", "1"]
+
+
+def test_what_a_config_says_is_text_not_html(tmp_path):
+    evil = '<img src=x onerror="alert(1)">&amp;'
+    teachers = [{"name": "big", "path": evil}]
+    page = report(make_run(tmp_path, [train(10)], teachers=teachers))
+    assert evil in page.text
+    assert not [attrs for attrs in page.all("img") if attrs.get("src") == "x"]
+
+
+def test_the_command_writes_the_file_and_names_it(tmp_path, capsys):
+    run = make_run(tmp_path / "run", [], teachers=())
+    ended = kava(capsys, "report", str(run))
+    assert ended == (0, "", f"report: {run / 'report.html'}\n")
+    out = tmp_path / "new" / "page.html"
+    ended = kava(capsys, "report", str(run), "--out", str(out))
+    assert ended == (0, "", f"report: {out}\n")
+    assert out.read_text() == (run / "report.html").read_text()
+
+
+def test_what_is_no_run_is_refused(finished, tmp_path, capsys):
+    for run, problem in (
+        (tmp_path, "manifest.json is missing; name a run directory"),
+        (tmp_path / "none", "is no directory; name one made by `kava train`"),
+        (finished / "manifest.json", "is no directory"),
+    ):
+        ended = kava(capsys, "report", str(run))
+        assert (ended.code, ended.out) == (2, "")
+        assert problem in ended.err
+        assert len(ended.err.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+    run = make_run(tmp_path / "run", [], teachers=())
+    ended = kava(capsys, "report", str(run), "--out", str(tmp_path))
+    assert ended.code == 2
+    assert "cannot be written (Is a directory); name another file" in ended.err
+    broken = make_run(tmp_path / "broken", [])
+    (broken / "metrics.jsonl").write_text("no json\n{}\n")
+    ended = kava(capsys, "report", str(broken))
+    assert ended.code == 2
+    assert "line 1 is not a metrics line" in ended.err
+
+
+@pytest.fixture
+def browser(tmp_path):
+    """Runs headless Chromium on a page framed as a phone or a desk would show it."""
+    if CHROMIUM is None:
+        pytest.skip("no chromium and no google-chrome on this machine")
+
+    def run(html, *options, width=390, height=1200):
+        # A window is never narrower than 500 pixels, a frame is as narrow as it is told.
+        (tmp_path / "page.html").write_text(html, encoding="utf-8")
+        (tmp_path / "frame.html").write_text(
+            "<!DOCTYPE html><title></title><body style='margin:0'><script>"
+            "onmessage = event => { document.title = event.data }</script>"
+            f"<iframe src='page.html' style='border:0;width:{width}px;height:{height}px'></iframe>"
+        )
+        done = subprocess.run(
+            [
+                *(CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"),
+                *(f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=3000"),
+                *(f"--window-size={max(width, 500)},{height}", *options),
+                (tmp_path / "frame.html").as_uri(),
+            ],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def screenshot(html, scheme, **size):
+        path = tmp_path / f"{scheme}.png"
+        preferred = {"dark": 0, "light": 1}[scheme]
+        options = f"--screenshot={path}", f"--blink-settings=preferredColorScheme={preferred}"
+        run(html, *options, **size)
+        return matplotlib.image.imread(path)[..., :3]
+
+    def scroll_width(html, **size):
+        measure = (
+            "<script>onload = () => "
+            "parent.postMessage(document.documentElement.scrollWidth, '*')</script></body>"
+        )
+        dumped = run(html.replace("</body>", measure), "--dump-dom", **size)
+        return int(re.search(r"<title>(\d+)</title>", dumped)[1])
+
+    return SimpleNamespace(screenshot=screenshot, scroll_width=scroll_width)
+
+
+@pytest.fixture(scope="module")
+def widest(tmp_path_factory):
+    """A page with all that is wide: 28 layers, long names, everything unfolded."""
+    layers = layers_of(layers=28)
+    student = {"geometry": GEOMETRY | {"num_hidden_layers": 28}}
+    run = make_run(
+        tmp_path_factory.mktemp("report") / "widest",
+        [*FINISHED[:-1], evaluation(20, layers=layers)],
+        run={"name": "a" * 90},
+        student=student,
+    )
+    text = write_report(run).read_text(encoding="utf-8")
+    return text.replace("<details>", "<details open>")
+
+
+def test_a_phone_never_scrolls_sideways(browser, widest):
+    assert browser.scroll_width(widest) == 390
+    assert browser.scroll_width(widest, width=1280) == 1280
+    # It would be noticed.
+    wide = widest.replace("</main>", "<div style='width:600px'>wide</div></main>")
+    assert browser.scroll_width(wide) > 390
+
+
+def test_the_page_is_drawn_light_and_dark(browser, widest):
+    light, dark = (browser.screenshot(widest, scheme) for scheme in ("light", "dark"))
+    assert light.shape == (1200, 500, 3)
+    for pixels, paper in ((light, 1.0), (dark, 0.09)):
+        shown = pixels[:, :390]
+        np.testing.assert_allclose(shown[2, 2], paper, atol=0.05)
+        ink = np.abs(shown - shown[2, 2]).max(-1) > 0.3
+        assert 0.02 < ink.mean() < 0.9
+        assert ink[:, :8].mean() < 0.01  # nothing touches the edge

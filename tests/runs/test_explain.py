@@ -1,0 +1,93 @@
+"""What ``kava explain`` says, against what the configs mean; no weights and no network."""
+
+from pathlib import Path
+
+import pytest
+
+from kava_jax.config_file import load_config, shipped_config
+from kava_jax.runs.explain import explain
+from tests.tiny import kava
+
+NAMED_JOB = "qwen2.5_14b_to_1.5b_gsm8k.yaml"
+
+
+def words(*overrides: str, config: str = NAMED_JOB) -> str:
+    return explain(load_config(shipped_config(config), overrides))
+
+
+def test_the_named_job_in_words() -> None:
+    text = words()
+    assert "700 steps of 32 rows of up to 512 tokens from openai/gsm8k" in text
+    assert "48 layers with 8 KV heads of 128; the student has 28 with 2 of 128" in text
+    table = [line.split("|") for line in text.splitlines() if line.count("|") == 1][1:]
+    pairs = [(int(student), int(teacher)) for student, teacher in table]
+    assert pairs[0] == (0, 0)
+    assert pairs[-1] == (27, 47)
+    assert pairs[13] == (13, 23)  # 13 * 47 / 27 = 22.6
+    assert "keys before RoPE and values, head by head" in text
+    assert "all but" not in text
+    assert "the first 4 of its row" in text
+    assert "cannot drift" in text
+    assert "dropped at export" in text
+    assert "1 x cross-entropy + 1 x KV" in text
+    assert "student at 5e-05" in text
+    assert "projector at 0.001 beside it from the first step" in text
+    assert "Every field that it sets is as it sets it." in text
+    assert "Beware" not in text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (
+            ["recipe=original"],
+            ["The target moves with the projector", "Beware: student and target"],
+        ),
+        (
+            ["recipe=calibrated"],
+            [
+                "the 4 of the 8 nearest teacher layers that fit best together",
+                "without their projection's bias",
+                "running over past steps",
+                "fitted in closed form",
+                "stays as it was initialised",
+            ],
+        ),
+        (
+            ["recipe=original", "loss.beta=0.05"],
+            ["Set otherwise here: loss.beta 0.01 -> 0.05."],
+        ),
+        (["loss.kv_weight=auto(0.3)"], ["0.3 of the cross-entropy gradient (measured every 50"]),
+        (["loss.kv_weight={start: 1, end: 0}"], ["(1 falling to 0) x KV"]),
+        (["loss.kv=hybrid", "loss.mse_weight={start: 0, end: 1}"], ["(0 rising to 1) x MSE"]),
+        (["loss.kl_weight=0.5"], ["+ 0.5 x logit KL +"]),
+        (["loss.standardize=true", "loss.per_head=false"], ["standard deviation", "one vector"]),
+        (["loss.key_space=post_rope", "loss.sink_tokens=0"], ["keys after RoPE", "first 0 of"]),
+        (["projector.training=warmup"], ["alone for the first 100 steps"]),
+        (["teachers.0.layer_map=interpolated"], ["0.259 x 1 + 0.741 x 2"]),
+        (
+            ["teachers.1={name: b, path: Qwen/Qwen2.5-7B, weight: 0.5}", "router.kind=learned"],
+            ["Teacher b", "by a learned gate", "qwen14b 1, b 0.5"],
+        ),
+        (["teachers=[]"], ["cross-entropy alone"]),
+        (["teachers.0.path=nowhere/at-all"], ["Its geometry is not at hand"]),
+    ],
+)
+def test_every_setting_has_its_words(overrides, said) -> None:
+    text = words(*overrides)
+    assert [part for part in said if part not in text] == []
+
+
+def test_a_fresh_student_has_no_cache_worth_fitting() -> None:
+    overrides = ["recipe=calibrated", "projector.kind=linear"]
+    text = words(*overrides, "projector.direction=teacher_to_student", config="demo.yaml")
+    assert "Beware: the projector is fitted to the cache of a student with random weights" in text
+
+
+def test_the_command_prints_it(capsys) -> None:
+    ended = kava(capsys, "explain", str(shipped_config(NAMED_JOB)), "recipe=original")
+    assert ended.code == 0
+    assert ended.out == words("recipe=original") + "\n"
+    ended = kava(capsys, "explain", str(Path("none.yaml")))
+    assert ended.code == 2
+    assert ended.err.count("\n") == 1

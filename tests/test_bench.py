@@ -1,0 +1,38 @@
+"""Benchmarks count what they say they count; how long it takes is no test's business."""
+
+import json
+
+import pytest
+
+from kava_jax import bench
+from tests.tiny import kava, write_workspace
+
+
+def test_rounds_alternate_and_the_first_is_not_counted(monkeypatch) -> None:
+    monkeypatch.setattr(bench, "ROUNDS", 3)
+    order: list[str] = []
+    seconds = bench.alternate({"a": lambda: order.append("a"), "b": lambda: order.append("b")})
+    assert order == ["a", "b"] * 4
+    assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3}
+
+
+def test_diagnostics_are_measured_beside_the_step(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(write_workspace(tmp_path))
+    monkeypatch.setattr(bench, "ROUNDS", 2)
+    monkeypatch.setattr(bench, "STEPS_PER_ROUND", 1)
+    ended = kava(
+        capsys, "bench", "diagnostics", "--config", "tiny.yaml", "train.diagnose_every=4", "--json"
+    )
+    assert ended.code == 0, ended.err
+    found = json.loads(ended.out)
+    step, probe = found["step_seconds"]["median"], found["probe_seconds"]["median"]
+    assert found["share_of_step"] == pytest.approx(probe / (4 * step))
+    assert found["step_seconds"]["rounds"] == 2
+    assert found["versions"]["jax"]
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_unknown_benchmark_is_told(capsys) -> None:
+    ended = kava(capsys, "bench", "everything")
+    assert ended.code == 2
+    assert ended.err == "error: name='everything' is not a benchmark; use diagnostics\n"
