@@ -369,6 +369,11 @@ class Config(Section):
                 f"router.kind={self.router.kind} with {len(self.teachers)} teachers has nothing to "
                 f"route; use fixed, or name two teachers"
             )
+        if self.router.kind != "fixed" and not any(teacher.weight for teacher in self.teachers):
+            raise ValueError(
+                f"router.kind={self.router.kind}, but no teacher has a weight above 0; give one to "
+                f"at least one of {names}"
+            )
         return self
 
     @property

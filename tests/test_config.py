@@ -191,6 +191,13 @@ def test_a_recipe_sets_what_the_config_does_not_say():
         (["loss.divide_by_std=true"], "loss: divide_by_std=true does nothing for kv=mercator"),
         (["router.kind=learned"], "router.kind=learned with 0 teachers"),
         (
+            [
+                "router.kind=learned",
+                "teachers=[{path: t, weight: 0}, {path: u, name: u, weight: 0}]",
+            ],
+            "no teacher has a weight above 0",
+        ),
+        (
             ["projector.init=calibrated"],
             "projector: init=calibrated with kind=elastic, per_layer=False",
         ),

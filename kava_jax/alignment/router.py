@@ -96,9 +96,9 @@ def served(
     A token that several teachers serve equally well is shared between them.
     """
     best = losses_BTM == losses_BTM.min(axis=-1, keepdims=True)
-    given = best / best.sum(axis=-1, keepdims=True)
-    given = jnp.where((mask_BT != 0)[..., None], given, 0.0)
-    directions = jax.lax.stop_gradient(unit(hidden_BTD))
+    counted = (mask_BT != 0)[..., None]
+    given = jnp.where(counted, best / best.sum(axis=-1, keepdims=True), 0.0)
+    directions = jax.lax.stop_gradient(jnp.where(counted, unit(hidden_BTD), 0.0))
     return Mean(jnp.einsum("btm,btd->md", given, directions), given.sum(axis=(0, 1)))
 
 

@@ -9,9 +9,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from kava_jax.data.batches import Batch
 from kava_jax.models.decoder import Params
+from kava_jax.parallel.sharding import replicated
 from kava_jax.training.objective import Metrics, Objective, Share, Statistics
 from kava_jax.training.probe import Examination, examine, figures
 from kava_jax.training.summary import Figures, summarize, summarize_layers
@@ -24,10 +26,9 @@ EXAMINED, TOKENS = 8, 1024
 _LEFT_OUT = ("kv", "dir_loss", "mag_loss")
 
 
-def make_measure(objective: Objective) -> Measure:
+def make_measure(objective: Objective, mesh: Mesh) -> Measure:
     """A jitted ``(params, teachers, statistics, batch) -> (sum, count) metrics``."""
 
-    @jax.jit
     def measure(
         params: Mapping[str, Params],
         teachers: Mapping[str, Params],
@@ -37,16 +38,16 @@ def make_measure(objective: Objective) -> Measure:
         whole, step = Share(jnp.ones(()), jnp.ones(())), jnp.zeros((), jnp.int32)
         return objective(params, teachers, batch, step, whole, statistics)[1][0]
 
-    return measure
+    return jax.jit(measure, out_shardings=replicated(mesh))
 
 
-def make_examine(objective: Objective) -> Examine:
+def make_examine(objective: Objective, mesh: Mesh) -> Examine:
     """A jitted ``(params, teachers, batch, tokens) -> Examination`` (``training.probe``)."""
 
     def run(params: Any, teachers: Any, batch: Batch, tokens: int) -> Examination:
         return examine(objective, params, teachers, batch, tokens=tokens)
 
-    return jax.jit(run, static_argnums=3)
+    return jax.jit(run, static_argnums=3, out_shardings=replicated(mesh))
 
 
 def held_out(

@@ -223,8 +223,8 @@ def _score(
     objective = run.blueprint.objective
     params = {"student": student, "projector": place(run, projector), "router": {}}
     found = held_out(
-        make_measure(objective),
-        make_examine(objective),
+        make_measure(objective, run.mesh),
+        make_examine(objective, run.mesh),
         params,
         run.blueprint.load_teachers(),
         run.blueprint.empty_statistics(),

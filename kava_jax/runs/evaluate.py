@@ -47,8 +47,8 @@ def evaluate(
     objective = run.blueprint.objective
     batches = _held_out_batches(run, held)
     found = held_out(
-        make_measure(objective),
-        make_examine(objective),
+        make_measure(objective, run.mesh),
+        make_examine(objective, run.mesh),
         params,
         teachers,
         run.blueprint.empty_statistics() if statistics is None else statistics,
@@ -62,7 +62,7 @@ def evaluator(
 ) -> Callable[[TrainState, int], Figures]:
     """What the loop is handed; answers are generated at the end only, being slow."""
     objective = run.blueprint.objective
-    measure, examine = make_measure(objective), make_examine(objective)
+    measure, examine = make_measure(objective, run.mesh), make_examine(objective, run.mesh)
     batches = _held_out_batches(run, held)
     answers = run.config.eval.exact_match and held.has_answers
 

@@ -68,6 +68,7 @@ def _over_teachers(parts: Mapping[str, Mapping[str, float]]) -> dict[str, float]
     result = {
         name: float(np.mean([own[name] for own in parts.values() if name in own])) for name in names
     }
+    result.pop("route", None)  # its mean over teachers says nothing
     if len(parts) > 1:
         for teacher, own in parts.items():
             result |= {f"{teacher}/{name}": value for name, value in own.items()}

@@ -11,19 +11,19 @@ from kava_jax.data.batches import collate, eval_batches
 from kava_jax.evaluation.heldout import held_out, make_examine, make_measure
 from kava_jax.training.objective import Share
 from tests.tolerances import TOL
-from tests.training.small import SINKS, rows, setting, total_loss
+from tests.training.small import SINKS, one_device, rows, setting, total_loss
 
 
 def figures(made, batches, measure=None):
-    measure = measure or make_measure(made.objective)
+    measure = measure or make_measure(made.objective, one_device())
     makers = [lambda batch=batch: batch for batch in batches]
-    examine = make_examine(made.objective)
+    examine = make_examine(made.objective, one_device())
     return held_out(measure, examine, made.params, made.teachers, made.statistics, makers)
 
 
 def test_uneven_batches_equal_one_big_one() -> None:
     made = setting(dropout=0.5, ce_weight=0.3, kl_weight=0.5)
-    measure = make_measure(made.objective)
+    measure = make_measure(made.objective, one_device())
     whole = jax.tree.map(jnp.asarray, collate(rows(8), 12, 0, SINKS))
     # Three batches of 3, 3 and 2 rows (and a filler), each as long as its own longest row.
     parts = [

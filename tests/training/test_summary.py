@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 from kava_jax.geometry import Mean
-from kava_jax.training.summary import summarize
+from kava_jax.training.summary import summarize, summarize_layers
 from tests.tolerances import TOL
 
 
@@ -60,34 +60,95 @@ def test_one_teacher() -> None:
     assert all(type(value) is float for value in found.values())
 
 
-def test_baselines_of_the_held_out_evaluation_pass_through() -> None:
-    more = {
-        f"{name}_{part}": mean(value, 10)
-        for part in "kv"
-        for name, value in (("cos_constant", 4.0), ("cos_centered", 2.0))
-    }
-    found = summarize({"ce": mean(1.0, 1)} | teacher("big", 0.8, 0.6, 0.5, **more))
-    assert found["cos_constant"] == pytest.approx(0.4, rel=TOL["float32"])
-    assert found["cos_centered"] == pytest.approx(0.2, rel=TOL["float32"])
-
-
 def test_several_teachers_are_averaged_and_told_apart() -> None:
     found = summarize(
-        {"ce": mean(6.0, 4)} | teacher("big", 0.8, 0.6, 0.5) | teacher("other", 0.4, 0.2, 0.3)
+        {"ce": mean(6.0, 4)}
+        | teacher("big", 0.8, 0.6, 0.5, kl=mean(1.0, 4), route=mean(2.5, 10))
+        | teacher("other", 0.4, 0.2, 0.3, kl=mean(3.0, 4), route=mean(7.5, 10), kv_k=mean(9.0, 10))
     )
-    want = {
+    # What both have in common: magnitudes.
+    same = {"mag_loss": 0.2, "mag_ratio": (0.5 + 3.0) / 2}
+    big = same | {
+        "kv": 0.4,
+        "cos_sim": 0.7,
+        "cos_k": 0.8,
+        "cos_v": 0.6,
+        "cos_shuffled": 0.5,
+        "alignment_gap": 0.2,
+        "dir_loss": 0.3,
+        "kl": 0.25,
+        "route": 0.25,
+    }
+    other = same | {
+        "kv": 0.7,
+        "cos_sim": 0.3,
+        "cos_k": 0.4,
+        "cos_v": 0.2,
+        "cos_shuffled": 0.3,
+        "alignment_gap": 0.0,
+        "dir_loss": 0.7,
+        "kl": 0.75,
+        "route": 0.75,
+    }
+    both = same | {
+        "kv": 0.55,
         "cos_sim": 0.5,
         "cos_k": 0.6,
         "cos_v": 0.4,
         "cos_shuffled": 0.4,
         "alignment_gap": 0.1,
-        "big/cos_sim": 0.7,
-        "big/alignment_gap": 0.2,
-        "other/cos_sim": 0.3,
-        "other/alignment_gap": 0.0,
+        "dir_loss": 0.5,
+        "kl": 0.5,
     }
-    assert {name: found[name] for name in want} == pytest.approx(want, abs=TOL["float32"])
-    assert sorted(name for name in found if "/" in name) == sorted(n for n in want if "/" in n)
+    want = {"ce": 1.5} | both | named("big", big) | named("other", other)
+    assert found == pytest.approx(want, rel=TOL["float32"], abs=TOL["float32"])
+
+
+def named(teacher: str, figures: dict[str, float]) -> dict[str, float]:
+    return {f"{teacher}/{name}": value for name, value in figures.items()}
+
+
+def test_a_figure_that_one_teacher_has_alone_is_the_figure() -> None:
+    found = summarize(
+        teacher("big", 0.8, 0.6, 0.5, attention_kl=mean(3.0, 4)) | teacher("other", 0.4, 0.2, 0.3)
+    )
+    assert found["attention_kl"] == found["big/attention_kl"] == 0.75
+    assert "other/attention_kl" not in found
+
+
+LAYERS = {
+    "big/cka_k": jnp.array([0.5, 0.25]),
+    "big/cka_v": jnp.array([0.75, 1.0]),
+    "big/attention_cos": jnp.array([0.25, 0.75]),
+}
+
+
+def test_layers_of_one_teacher_are_listed_and_averaged() -> None:
+    found = summarize_layers(LAYERS)
+    assert found.values == {"cka": 0.625, "attention_cos": 0.5}
+    assert found.layers == {
+        "big/cka_k": [0.5, 0.25],
+        "big/cka_v": [0.75, 1.0],
+        "big/attention_cos": [0.25, 0.75],
+    }
+    assert all(type(value) is float for value in found.values.values())
+    assert all(type(value) is float for row in found.layers.values() for value in row)
+    assert summarize_layers({}) == ({}, {})
+
+
+def test_layers_of_several_teachers_are_averaged_and_told_apart() -> None:
+    # A mean of teachers, not of layers: one layer of this one weighs as much as two of the other.
+    other = {"other/cka_k": jnp.array([0.125]), "other/cka_v": jnp.array([0.375])}
+    found = summarize_layers(LAYERS | other)
+    assert found.values == {
+        "cka": (0.625 + 0.25) / 2,
+        "attention_cos": 0.5,
+        "big/cka": 0.625,
+        "big/attention_cos": 0.5,
+        "other/cka": 0.25,
+    }
+    assert found.layers.keys() == LAYERS.keys() | other.keys()
+    assert found.layers["other/cka_v"] == [0.375]
 
 
 def test_a_batch_of_one_has_a_cosine_and_no_gap() -> None:

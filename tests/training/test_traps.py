@@ -1,6 +1,5 @@
 """A cosine of 0.9 without anything learnt, and that it is called by its name."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -9,9 +8,9 @@ from kava_jax.evaluation.heldout import held_out, make_examine, make_measure
 from kava_jax.training.optimizer import make_optimizer
 from kava_jax.training.step import initial_state, make_train_step
 from kava_jax.verdict import collapse_signs, verdict
-from tests.training.small import Setting, batch, setting
+from tests.training.small import Setting, batch, one_device, quick_jit, setting
 
-STEPS = 250
+STEPS = 150
 BATCH = batch(0, 16)
 
 
@@ -34,7 +33,7 @@ def trained(made: Setting, *, random: bool) -> dict[str, float]:
         b1=0.9,
         b2=0.95,
     )
-    step = jax.jit(
+    step = quick_jit(
         make_train_step(made.objective, optimizer, kv_weight=made.kv_weight, seed=0, microbatches=1)
     )
     state = initial_state(made.params, optimizer, made.statistics)
@@ -44,8 +43,8 @@ def trained(made: Setting, *, random: bool) -> dict[str, float]:
     objective = made.objective
     teachers = unrelated(made, STEPS) if random else made.teachers
     measured = held_out(
-        make_measure(objective),
-        make_examine(objective),
+        make_measure(objective, one_device()),
+        make_examine(objective, one_device()),
         state.params,
         teachers,
         state.statistics,

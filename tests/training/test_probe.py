@@ -1,0 +1,207 @@
+"""Probes against separate gradients and numpy, and on a student that is its own teacher."""
+
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from kava_jax.alignment.layer_map import LayerMap
+from kava_jax.alignment.projector import KVDimensionProjector
+from kava_jax.data.batches import Batch
+from kava_jax.diagnostics import Diagnostics
+from kava_jax.geometry import Mean
+from kava_jax.training.comparison import Comparison
+from kava_jax.training.objective import Share, TeacherLink
+from kava_jax.training.probe import TOKENS, Probed, examine, figures, make_probe, share_is_due
+from kava_jax.training.step import LossScale, TrainState, initial_state
+from tests.tolerances import TOL
+from tests.training.small import STUDENT, Setting, batch, quick_jit, setting
+
+CLOSE = TOL["float32"]
+SIDE_BY_SIDE = LayerMap((0, 2), ((0, 1), (1, 2)))
+FIGURES = {*Diagnostics._fields, "cos_sim", "cos_shuffled"}
+# Two microbatches of 16 rows, of which 8 are looked at closely.
+BATCH = batch(0, 32)
+SHARE = 0.2
+
+
+def state_of(made: Setting, log_ratio: tuple[float, float] = (0.0, 0.0)) -> TrainState:
+    """A state in which schedule and scale both matter: 0.3 of the way up, scaled by 2."""
+    state = initial_state(made.params, optax.sgd(0.1), made.statistics)
+    scale = LossScale(jnp.asarray(2.0), Mean(*map(jnp.asarray, log_ratio)))
+    return state._replace(step=jnp.asarray(3, jnp.int32), kv_scale=scale)
+
+
+def probe_of(made: Setting, *, share: float | None, microbatches: int):
+    ramp = optax.linear_schedule(0.0, 1.0, 10)
+    return make_probe(made.objective, kv_weight=ramp, share=share, microbatches=microbatches)
+
+
+@cache
+def program():
+    """A setting and its compiled ``(batch, log_ratio) -> Probed``, two microbatches, share 0.2."""
+    made = setting(names=("big", "other"), kl_weight=0.5)
+    run = quick_jit(probe_of(made, share=SHARE, microbatches=2))
+    return made, lambda data=BATCH, *known: run(state_of(made, *known), made.teachers, data)
+
+
+def every(rows: Batch, nth: int) -> Batch:
+    return jax.tree.map(lambda x: x[::nth], rows)
+
+
+def flat_gradient(made: Setting, rows: Batch, part: str) -> np.ndarray:
+    """Of cross-entropy alone or of KV alone, to the student's parameters, as one vector."""
+    language = replace(made.objective, kl_weight=0.0)
+    whole, step = Share(jnp.ones(()), jnp.ones(())), jnp.asarray(3, jnp.int32)
+
+    def loss(student: Any) -> Any:
+        params = made.params | {"student": student}
+        losses, _ = language(params, made.teachers, rows, step, whole, made.statistics)
+        return getattr(losses, part)
+
+    gradient = quick_jit(jax.grad(loss))(made.params["student"])
+    return np.concatenate([np.ravel(x).astype(np.float64) for x in jax.tree.leaves(gradient)])
+
+
+def test_shares_and_cosines_of_gradients_are_those_of_two_separate_gradients() -> None:
+    made, run = program()
+    found = run()
+    of_ce, of_kv = (flat_gradient(made, every(BATCH, 2), part) for part in ("language", "kv"))
+    ratio = np.linalg.norm(of_kv) / np.linalg.norm(of_ce)
+    cosine = of_kv @ of_ce / np.linalg.norm(of_kv) / np.linalg.norm(of_ce)
+    gradients = {name: float(value) for name, value in found.gradients.items()}
+    assert gradients == pytest.approx(
+        {"kv_gradient_share": 0.3 * 2.0 * ratio, "kv_gradient_cosine": cosine}, rel=CLOSE, abs=CLOSE
+    )
+    assert abs(cosine) > 100 * CLOSE
+    assert float(found.kv_scale.value) == pytest.approx(SHARE / ratio, rel=CLOSE)
+    # Later the scale goes by the geometric mean of this ratio and of those before it, which fade.
+    later = run(BATCH, (-1.5, 2.0)).kv_scale
+    total, count = -0.7 * 1.5 - np.log(ratio), 0.7 * 2.0 + 1.0
+    assert float(later.log_ratio.sum) == pytest.approx(total, rel=CLOSE)
+    assert float(later.log_ratio.count) == pytest.approx(count, rel=CLOSE)
+    assert float(later.value) == pytest.approx(SHARE * np.exp(total / count), rel=CLOSE)
+
+
+def test_a_kv_gradient_of_zero_measures_nothing() -> None:
+    _, run = program()
+    found = run(BATCH._replace(kv_mask=jnp.zeros_like(BATCH.kv_mask)), (-1.5, 2.0))
+    assert [float(x) for x in jax.tree.leaves(found.kv_scale)] == [2.0, -1.5, 2.0]
+    assert [float(x) for x in found.gradients.values()] == [0.0, 0.0]
+    assert all(np.isfinite(row).all() for row in found.layers.values())
+
+
+def test_figures_are_of_every_mapped_layer_on_a_few_rows_of_the_first_microbatch() -> None:
+    made, run = program()
+    layers = run().layers
+    few = every(BATCH, 4)
+    compared = quick_jit(lambda p: made.objective.compared(p, made.teachers, few))(made.params)
+    counted = np.asarray(few.kv_mask)
+    assert counted.sum() < TOKENS
+    for name in ("big", "other"):
+        for part in "kv":
+            student, target = (
+                np.asarray(getattr(side, part), np.float64)[:, counted]
+                for side in compared[name][0]
+            )
+            ratios = np.linalg.norm(student, axis=-1) / np.linalg.norm(target, axis=-1)
+            median = np.median(ratios.reshape(2, -1), axis=1)
+            np.testing.assert_allclose(layers[f"{name}/mag_ratio_q50_{part}"], median, rtol=CLOSE)
+            s, t = (x - x.mean(axis=1, keepdims=True) for x in (student, target))
+            lengths = np.linalg.norm(s, axis=-1) * np.linalg.norm(t, axis=-1)
+            centred = ((s * t).sum(axis=-1) / lengths).mean(axis=(1, 2))
+            found = layers[f"{name}/cos_centered_{part}"]
+            np.testing.assert_allclose(found, centred, rtol=CLOSE, atol=CLOSE)
+
+
+def shape_of(made: Setting, *, share: float | None = None, rows: Batch = BATCH) -> Probed:
+    """What a probe would return; nothing is computed, so nothing is compiled."""
+    probe = probe_of(made, share=share, microbatches=1)
+    return jax.eval_shape(probe, state_of(made), made.teachers, rows)
+
+
+@pytest.mark.parametrize("direction", ["student_to_teacher", "teacher_to_student"])
+def test_which_figures_there_are(direction) -> None:
+    wanted = {f"big/{figure}_{part}" for figure in FIGURES for part in "kv"}
+    attention = {"big/attention_cos"}
+    weighted = LayerMap((0, 2), ((0, 1), (2, 3)), ((0.25, 0.75), (0.5, 0.5)))
+    three = LayerMap((0, 1, 2), ((0,), (1,), (3,)))
+    for layer_map in (three, SIDE_BY_SIDE, weighted):
+        made = setting(direction=direction, layer_map=layer_map)
+        layers = shape_of(made).layers
+        reads = direction == "teacher_to_student" or layer_map is three
+        assert layers.keys() == wanted | (attention if reads else set())
+        assert {row.shape for row in layers.values()} == {(len(layer_map),)}
+    several = shape_of(setting(direction=direction, names=("a", "b"))).layers
+    assert {name.split("/")[0] for name in several} == {"a", "b"}
+
+
+def test_the_scale_is_left_alone_where_no_share_is_asked_for() -> None:
+    made = setting(layer_map=SIDE_BY_SIDE)
+    probe, few = probe_of(made, share=None, microbatches=1), batch(0, 2)
+    found = quick_jit(probe)(state_of(made), made.teachers, few)
+    assert [float(x) for x in jax.tree.leaves(found.kv_scale)] == [2.0, 0.0, 0.0]
+    assert float(found.gradients["kv_gradient_share"]) > 0
+    assert "big/attention_cos" not in found.layers
+
+
+def test_when_a_share_is_due() -> None:
+    def due(every: int | None) -> list[int]:
+        return [number for number in range(26) if share_is_due(number, every)]
+
+    assert due(None) == []
+    assert due(1) == list(range(26))
+    assert due(10) == [0, 1, 2, 4, 8, 10, 20]
+    assert due(16) == [0, 1, 2, 4, 8, 16]
+    assert due(20) == [0, 1, 2, 4, 8, 16, 20]
+
+
+def itself() -> Setting:
+    """The student as its own teacher, through a projector that changes nothing."""
+    made = setting()
+    layer_map, width = LayerMap((1, 2), ((1,), (2,))), STUDENT.kv_width
+    side = {"d_model": width, "num_heads": STUDENT.num_kv_heads}
+    projector = KVDimensionProjector(
+        {"self": side}, width, kind="linear", direction="student_to_teacher", student_heads=2
+    )
+    graph, weights = nnx.split(projector)
+    identity = jax.tree.map(
+        lambda x: jnp.eye(width) if x.ndim == 2 else jnp.zeros_like(x), nnx.to_pure_dict(weights)
+    )
+    student = made.objective.student
+    comparison = Comparison("self", layer_map, remove_key_bias=True)
+    objective = replace(
+        made.objective,
+        projector=graph,
+        teachers={"self": TeacherLink(student, comparison, STUDENT)},
+    )
+    return made._replace(
+        objective=objective,
+        params=made.params | {"projector": identity},
+        teachers={"self": made.params["student"]},
+    )
+
+
+def test_a_student_that_is_its_teacher_is_found_to_be_it() -> None:
+    made, rows = itself(), batch()
+    look = quick_jit(
+        lambda params, teachers: figures(
+            [examine(made.objective, params, teachers, rows, tokens=TOKENS)]
+        )
+    )
+    layers = look(made.params, made.teachers)
+    ones = ("cos_sim", "cos_centered", "retrieval", "retrieval_centered", "cka", "mag_ratio_q10")
+    names = [f"self/{figure}_{part}" for figure in ones for part in "kv"]
+    for name in (*names, "self/attention_cos"):
+        np.testing.assert_allclose(layers[name], np.ones(2), rtol=CLOSE, err_msg=name)
+    # With another student nothing of this is left.
+    other = jax.tree.map(lambda x: x[..., ::-1], made.params["student"])
+    layers = look(made.params | {"student": other}, made.teachers)
+    for name in (*names, "self/attention_cos"):
+        assert np.abs(np.asarray(layers[name]) - 1).min() > 0.05, name
