@@ -127,7 +127,7 @@ class AutoShare(Section):
     """
 
     share: float = Field(gt=0, le=10)
-    every: Positive = 50
+    every: Positive = 20
 
 
 def _auto(value: Any) -> Any:

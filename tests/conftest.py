@@ -1,14 +1,20 @@
 """One device layout and one strictness for all tests: eight virtual CPU devices, no hub."""
 
 import os
+from importlib.metadata import version
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Eight virtual devices wait for each other on two busy cores; XLA's default is to abort after 40 s.
+# And tests compile far more than they compute: no optimisation by LLVM, and no kernels by MLIR
+# while jaxlib still leaves the choice (an unknown flag ends the process).
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_cpu_collective_call_terminate_timeout_seconds=600"
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_cpu_collective_call_terminate_timeout_seconds=600"
+    + " --xla_backend_optimization_level=0"
+    + (" --xla_cpu_use_fusion_emitters=false" if version("jaxlib") < "0.11" else "")
 )
 
 import jax

@@ -82,7 +82,7 @@ def test_a_run_leaves_its_records(trained):
     assert {"config.yaml", "manifest.json", "metrics.jsonl", "checkpoints"} <= present
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     steps = [(line["kind"], line["step"]) for line in lines]
-    assert steps == [("eval", 0), ("train", 1), ("train", 2), ("eval", 2)]
+    assert steps == [("eval", 0), ("diagnostics", 0), ("train", 1), ("train", 2), ("eval", 2)]
     assert all(value is not None for line in lines for value in line.values())
     (start,) = json.loads((run / "manifest.json").read_text())["starts"]
     assert start["command"].endswith("train tiny.yaml")

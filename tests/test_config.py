@@ -151,7 +151,7 @@ def test_a_weight_that_is_neither_number_nor_ramp_is_named_once():
 
 def test_a_share_of_the_gradient_as_a_weight():
     short = parse("loss.kv_weight=auto(0.2)")
-    assert short.loss.kv_weight == AutoShare(share=0.2, every=50)
+    assert short.loss.kv_weight == AutoShare(share=0.2, every=20)
     assert parse("loss.kv_weight={share: 0.2}") == short
     assert parse_config(dump_config(short)) == short
     for wrong in ("auto()", "auto(x)", "auto(0.2", "auto 0.2"):

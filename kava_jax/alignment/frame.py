@@ -44,10 +44,12 @@ def empty(layers: int, heads: int, head_dim: int) -> Moments:
 def measure(x: Float[Array, "P B T K H"], mask_BT: Shaped[Array, "B T"]) -> Moments:
     """Moments of the tokens whose mask is not zero; the others may hold NaN.
 
-    Two passes, the mean first: sums of squares would lose a small spread beside a large mean.
+    The mean first, then what it missed by rounding, then squares about it: sums of squares would
+    lose a small spread beside a large mean, and a dimension that does not move would seem to.
     """
     keep = (mask_BT != 0)[None, :, :, None, None]
     mean = masked_mean(x, keep, (1, 2)).value
+    mean = mean + masked_mean(x.astype(jnp.float32) - mean[:, None, None], keep, (1, 2)).value
     # Zeros before squaring: a NaN that does not count would be NaN in the gradient.
     deviation = jnp.where(keep, x.astype(jnp.float32) - mean[:, None, None], 0.0)
     count = jnp.sum(keep, dtype=jnp.int32).astype(jnp.float32)

@@ -63,7 +63,8 @@ def smoke_config(config: Config) -> Config:
     raw["train"] |= {"steps": STEPS, "log_every": 1, "eval_every": None, "checkpoint_every": STEPS}
     raw["calibration"]["rows"] = CALIBRATION_ROWS
     raw["eval"] |= {"max_new_tokens": NEW_TOKENS, "batch_size": HELD_OUT_ROWS}
-    raw["projector"]["warmup_steps"] = 1
+    if raw["projector"]["training"] == "warmup":
+        raw["projector"]["warmup_steps"] = 1
     raw["optimizer"]["warmup_steps"] = min(1, raw["optimizer"]["warmup_steps"])
     raw["mesh"] = {"data": -1, "fsdp": 1, "tensor": 1}
     raw["run"] |= {"name": f"{config.run.name}-smoke", "dir": str(directory)}

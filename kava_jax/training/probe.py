@@ -30,10 +30,10 @@ from kava_jax.models.decoder import Params
 from kava_jax.training.objective import PARTS, Objective, Share
 from kava_jax.training.step import LossScale, TrainState, split_rows
 
-# Of one probe. Attention is read on whole rows, so a few rows must do.
+# Of one probe: enough to see by, few enough to cost little beside the steps.
 ROWS, TOKENS = 8, 512
-# What is left of a measured ratio at the next measurement: about the last three count.
-MEMORY = 0.7
+# What is left of a measured ratio at the next measurement: about the last two count.
+MEMORY = 0.5
 
 Layers = dict[str, Float[Array, "P"]]
 
@@ -114,19 +114,19 @@ def make_probe(
 ) -> Callable[[TrainState, Mapping[str, Params], Batch], Probed]:
     """``(state, teachers, batch) -> Probed``, to be jitted by the caller.
 
-    Gradients are those of the student's parameters over the first microbatch. With ``share`` given,
-    the new ``kv_scale`` is the one at which the KV gradient would have that share, going by the
-    geometric mean of the last few measurements.
+    Everything is measured on a few rows of the first microbatch, gradients on the student's
+    parameters. With ``share`` given, the new ``kv_scale`` is the one at which the KV gradient would
+    have that share, going by the geometric mean of the last few measurements.
     """
     language = dataclasses.replace(objective, kl_weight=0.0)
 
     def probe(state: TrainState, teachers: Mapping[str, Params], batch: Batch) -> Probed:
-        rows: Batch = jax.tree.map(lambda x: x[0], split_rows(batch, microbatches))
+        few = _few_rows(batch, microbatches, objective.batch_shards)
         whole = Share(jnp.ones(()), jnp.ones(()))
 
         def losses(student: Params) -> tuple[Array, Array]:
             params = state.params | {"student": student}
-            found, _ = language(params, teachers, rows, state.step, whole, state.statistics)
+            found, _ = language(params, teachers, few, state.step, whole, state.statistics)
             return found.language, found.kv
 
         _, pull = jax.vjp(losses, state.params["student"])
@@ -134,7 +134,6 @@ def make_probe(
         of_ce, of_kv = pull((one, nothing))[0], pull((nothing, one))[0]
         unweighted, cosine = gradient_share(of_kv, of_ce)
         scale = state.kv_scale if share is None else _rescaled(state.kv_scale, unweighted, share)
-        few: Batch = jax.tree.map(lambda x: x[0], split_rows(rows, _parts(objective, rows)))
         layers = figures([examine(objective, state.params, teachers, few, tokens=TOKENS)])
         weight = kv_weight(state.step) * state.kv_scale.value
         gradients = {"kv_gradient_share": weight * unweighted, "kv_gradient_cosine": cosine}
@@ -154,11 +153,12 @@ def _rescaled(scale: LossScale, unweighted: Float[Array, ""], share: float) -> L
     return jax.tree.map(lambda after, before: jnp.where(known, after, before), new, scale)
 
 
-def _parts(objective: Objective, rows: Batch) -> int:
-    """Into how many parts the rows are split; one has about ROWS, and some on each device."""
-    total, shards = rows.tokens.shape[0], objective.batch_shards
+def _few_rows(batch: Batch, microbatches: int, shards: int) -> Batch:
+    """About ROWS of the first microbatch's rows, equally many on each device."""
+    of_microbatch = batch.tokens.shape[0] // microbatches
     wanted = shards * math.ceil(ROWS / shards)
-    return total // math.gcd(total, wanted)
+    parts = microbatches * (of_microbatch // math.gcd(of_microbatch, wanted))
+    return jax.tree.map(lambda x: x[0], split_rows(batch, parts))
 
 
 def share_is_due(number: int, every: int | None) -> bool:

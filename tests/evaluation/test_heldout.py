@@ -54,7 +54,8 @@ def test_uneven_batches_equal_one_big_one() -> None:
     assert layers.keys() == more.keys() >= {"big/cka_k", "big/retrieval_v", "big/attention_cos"}
     for name, row in layers.items():
         assert len(row) == 2
-        if "retrieval" not in name and name != "big/attention_cos":
+        # Which example is the next one depends on the batch; retrieval near a tie on rounding.
+        if not any(part in name for part in ("retrieval", "shuffled")):
             assert more[name] == pytest.approx(row, rel=1e-3, abs=1e-4), name
 
 

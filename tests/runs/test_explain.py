@@ -57,7 +57,7 @@ def test_the_named_job_in_words() -> None:
             ["recipe=original", "loss.beta=0.05"],
             ["Set otherwise here: loss.beta 0.01 -> 0.05."],
         ),
-        (["loss.kv_weight=auto(0.3)"], ["0.3 of the cross-entropy gradient (measured every 50"]),
+        (["loss.kv_weight=auto(0.3)"], ["0.3 of the cross-entropy gradient (measured every 20"]),
         (["loss.kv_weight={start: 1, end: 0}"], ["(1 falling to 0) x KV"]),
         (["loss.kv=hybrid", "loss.mse_weight={start: 0, end: 1}"], ["(0 rising to 1) x MSE"]),
         (["loss.kl_weight=0.5"], ["+ 0.5 x logit KL +"]),

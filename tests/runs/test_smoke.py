@@ -129,7 +129,7 @@ def finite_metrics(run: Path) -> list[dict[str, object]]:
 def test_one_of_them_end_to_end(tmp_path):
     said = smoke(tmp_path, "llama3.2_3b_to_1b_gsm8k")
     run = tmp_path / "runs" / "llama3.2_3b_to_1b_gsm8k-smoke"
-    assert {line["kind"] for line in finite_metrics(run)} == {"train", "eval"}
+    assert {line["kind"] for line in finite_metrics(run)} == {"train", "eval", "diagnostics"}
     assert {"config.yaml", "manifest.json", "checkpoints", "projector.safetensors"} <= set(
         os.listdir(run)
     )

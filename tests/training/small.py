@@ -8,7 +8,6 @@ import jax
 import numpy as np
 import optax
 from flax import nnx
-from jax.errors import JaxRuntimeError
 from jax.sharding import AxisType, Mesh
 
 from kava_jax.alignment.frame import Frame
@@ -177,26 +176,6 @@ def setting(
         shardings,
         teacher_shardings,
     )
-
-
-def quick_jit(function: Callable) -> Callable:
-    """``jax.jit`` that compiles several times faster, for programs that run only a few times."""
-    return jax.jit(function, compiler_options=_quick_options())
-
-
-@cache
-def _quick_options() -> dict[str, Any]:
-    """LLVM without optimisation, elementwise kernels without MLIR; flags come and go, so tried."""
-
-    def known(name: str, value: Any) -> bool:
-        try:
-            jax.jit(jax.numpy.zeros, static_argnums=0, compiler_options={name: value})(())
-        except JaxRuntimeError:
-            return False
-        return True
-
-    wanted = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-    return {name: value for name, value in wanted.items() if known(name, value)}
 
 
 def total_loss(made: Setting) -> Callable:

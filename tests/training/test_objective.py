@@ -19,7 +19,6 @@ from tests.training.small import (
     TEACHER,
     Setting,
     batch,
-    quick_jit,
     setting,
     total_loss,
 )
@@ -37,7 +36,7 @@ def program(direction: str = "student_to_teacher", **options) -> tuple[Setting, 
 
 
 def compiled(made: Setting) -> Callable:
-    run = quick_jit(jax.value_and_grad(total_loss(made), has_aux=True))
+    run = jax.jit(jax.value_and_grad(total_loss(made), has_aux=True))
     return lambda data=BATCH, share=WHOLE: run(made.params, made.teachers, data, STEP, share)
 
 
@@ -129,7 +128,7 @@ def test_value_and_gradients_equal_the_loss_written_out(options) -> None:
     (loss, metrics), grads = run()
     want = reference(made, made.params, BATCH, np)
     assert float(loss) == pytest.approx(want, rel=TOL["float32"])
-    expected = quick_jit(jax.grad(lambda params: reference(made, params, BATCH)))(made.params)
+    expected = jax.jit(jax.grad(lambda params: reference(made, params, BATCH)))(made.params)
     assert_trees_close(grads, expected, TOL["float32"])
     targets = int(np.asarray(BATCH.loss_mask)[:, 1:].sum())
     tokens = int(np.maximum(np.asarray(BATCH.valid).sum(axis=1) - SINKS, 0).sum())

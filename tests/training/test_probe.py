@@ -21,12 +21,12 @@ from kava_jax.training.objective import Share, TeacherLink
 from kava_jax.training.probe import TOKENS, Probed, examine, figures, make_probe, share_is_due
 from kava_jax.training.step import LossScale, TrainState, initial_state
 from tests.tolerances import TOL
-from tests.training.small import STUDENT, Setting, batch, quick_jit, setting
+from tests.training.small import STUDENT, Setting, batch, setting
 
 CLOSE = TOL["float32"]
 SIDE_BY_SIDE = LayerMap((0, 2), ((0, 1), (1, 2)))
 FIGURES = {*Diagnostics._fields, "cos_sim", "cos_shuffled"}
-# Two microbatches of 16 rows, of which 8 are looked at closely.
+# Two microbatches of 16 rows, of which 8 are looked at.
 BATCH = batch(0, 32)
 SHARE = 0.2
 
@@ -47,7 +47,7 @@ def probe_of(made: Setting, *, share: float | None, microbatches: int):
 def program():
     """A setting and its compiled ``(batch, log_ratio) -> Probed``, two microbatches, share 0.2."""
     made = setting(names=("big", "other"), kl_weight=0.5)
-    run = quick_jit(probe_of(made, share=SHARE, microbatches=2))
+    run = jax.jit(probe_of(made, share=SHARE, microbatches=2))
     return made, lambda data=BATCH, *known: run(state_of(made, *known), made.teachers, data)
 
 
@@ -65,14 +65,14 @@ def flat_gradient(made: Setting, rows: Batch, part: str) -> np.ndarray:
         losses, _ = language(params, made.teachers, rows, step, whole, made.statistics)
         return getattr(losses, part)
 
-    gradient = quick_jit(jax.grad(loss))(made.params["student"])
+    gradient = jax.jit(jax.grad(loss))(made.params["student"])
     return np.concatenate([np.ravel(x).astype(np.float64) for x in jax.tree.leaves(gradient)])
 
 
 def test_shares_and_cosines_of_gradients_are_those_of_two_separate_gradients() -> None:
     made, run = program()
     found = run()
-    of_ce, of_kv = (flat_gradient(made, every(BATCH, 2), part) for part in ("language", "kv"))
+    of_ce, of_kv = (flat_gradient(made, every(BATCH, 4), part) for part in ("language", "kv"))
     ratio = np.linalg.norm(of_kv) / np.linalg.norm(of_ce)
     cosine = of_kv @ of_ce / np.linalg.norm(of_kv) / np.linalg.norm(of_ce)
     gradients = {name: float(value) for name, value in found.gradients.items()}
@@ -83,7 +83,7 @@ def test_shares_and_cosines_of_gradients_are_those_of_two_separate_gradients() -
     assert float(found.kv_scale.value) == pytest.approx(SHARE / ratio, rel=CLOSE)
     # Later the scale goes by the geometric mean of this ratio and of those before it, which fade.
     later = run(BATCH, (-1.5, 2.0)).kv_scale
-    total, count = -0.7 * 1.5 - np.log(ratio), 0.7 * 2.0 + 1.0
+    total, count = -0.5 * 1.5 - np.log(ratio), 0.5 * 2.0 + 1.0
     assert float(later.log_ratio.sum) == pytest.approx(total, rel=CLOSE)
     assert float(later.log_ratio.count) == pytest.approx(count, rel=CLOSE)
     assert float(later.value) == pytest.approx(SHARE * np.exp(total / count), rel=CLOSE)
@@ -101,7 +101,7 @@ def test_figures_are_of_every_mapped_layer_on_a_few_rows_of_the_first_microbatch
     made, run = program()
     layers = run().layers
     few = every(BATCH, 4)
-    compared = quick_jit(lambda p: made.objective.compared(p, made.teachers, few))(made.params)
+    compared = jax.jit(lambda p: made.objective.compared(p, made.teachers, few))(made.params)
     counted = np.asarray(few.kv_mask)
     assert counted.sum() < TOKENS
     for name in ("big", "other"):
@@ -145,7 +145,7 @@ def test_which_figures_there_are(direction) -> None:
 def test_the_scale_is_left_alone_where_no_share_is_asked_for() -> None:
     made = setting(layer_map=SIDE_BY_SIDE)
     probe, few = probe_of(made, share=None, microbatches=1), batch(0, 2)
-    found = quick_jit(probe)(state_of(made), made.teachers, few)
+    found = jax.jit(probe)(state_of(made), made.teachers, few)
     assert [float(x) for x in jax.tree.leaves(found.kv_scale)] == [2.0, 0.0, 0.0]
     assert float(found.gradients["kv_gradient_share"]) > 0
     assert "big/attention_cos" not in found.layers
@@ -190,7 +190,7 @@ def itself() -> Setting:
 
 def test_a_student_that_is_its_teacher_is_found_to_be_it() -> None:
     made, rows = itself(), batch()
-    look = quick_jit(
+    look = jax.jit(
         lambda params, teachers: figures(
             [examine(made.objective, params, teachers, rows, tokens=TOKENS)]
         )

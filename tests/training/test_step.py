@@ -10,7 +10,7 @@ from kava_jax.training.objective import Share
 from kava_jax.training.optimizer import make_optimizer
 from kava_jax.training.step import initial_state, make_train_step
 from tests.tolerances import TOL
-from tests.training.small import Setting, batch, quick_jit, setting, total_loss
+from tests.training.small import Setting, batch, setting, total_loss
 
 BATCH = batch()
 # Plain descent: Adam would blow the rounding of gradients near zero up to whole steps.
@@ -23,7 +23,7 @@ def rates(student: float, projector: float) -> dict:
 
 
 def run(made: Setting, optimizer=PLAIN, *, microbatches: int = 1, steps: int = 1, start=None):
-    step = quick_jit(
+    step = jax.jit(
         make_train_step(
             made.objective, optimizer, kv_weight=made.kv_weight, seed=5, microbatches=microbatches
         )
@@ -48,7 +48,7 @@ def assert_params_close(left, right) -> None:
 def test_microbatches_take_the_step_of_the_whole_batch() -> None:
     made = setting(kl_weight=0.5, direction="teacher_to_student")
     share = Share(jnp.ones(()), jnp.ones(()))
-    objective = quick_jit(jax.value_and_grad(total_loss(made), has_aux=True))
+    objective = jax.jit(jax.value_and_grad(total_loss(made), has_aux=True))
     zero = jnp.zeros((), jnp.int32)
     (loss, _), grads = objective(made.params, made.teachers, BATCH, zero, share)
     want = jax.tree.map(lambda p, g: p - 0.1 * g, made.params, grads)

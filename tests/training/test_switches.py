@@ -18,7 +18,7 @@ from kava_jax.alignment.kv_losses import KINDS
 from kava_jax.alignment.layer_map import LayerMap
 from kava_jax.config import LossConfig
 from kava_jax.training.objective import Share
-from tests.training.small import MAP, TEACHER, batch, quick_jit, setting
+from tests.training.small import MAP, TEACHER, batch, setting
 
 SIDE_BY_SIDE = LayerMap((0, 2), ((0, 1), (1, 2)))
 WEIGHTED = LayerMap((0, 2), ((0, 1), (2, 3)), ((0.25, 0.75), (0.5, 0.5)))
@@ -150,7 +150,7 @@ def program(made):
         losses, seen = made.objective(params, teachers, data, step, whole, statistics)
         return weights[0] * losses.language + weights[1] * losses.kv, seen
 
-    run = quick_jit(jax.value_and_grad(loss, has_aux=True))
+    run = jax.jit(jax.value_and_grad(loss, has_aux=True))
     # From the host: statistics that a step left on the device would be compiled for once more.
     return lambda data, weights, statistics: run(
         made.params, made.teachers, data, jnp.array(weights), jax.device_get(statistics)

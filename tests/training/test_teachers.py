@@ -16,7 +16,7 @@ from kava_jax.training.comparison import read
 from kava_jax.training.objective import Share
 from kava_jax.training.step import TrainState, initial_state, make_train_step
 from tests.tolerances import TOL
-from tests.training.small import Setting, batch, quick_jit, setting
+from tests.training.small import Setting, batch, setting
 
 BATCH = batch()
 CLOSE = TOL["float32"]
@@ -32,7 +32,7 @@ def program(made: Setting) -> Callable:
         losses, (metrics, _) = made.objective(params, teachers, BATCH, step, WHOLE, made.statistics)
         return losses.language + made.kv_weight(step) * losses.kv, metrics
 
-    return quick_jit(jax.value_and_grad(loss, has_aux=True))
+    return jax.jit(jax.value_and_grad(loss, has_aux=True))
 
 
 @cache
@@ -100,7 +100,7 @@ class Told(Router):
 def test_the_gate_learns_and_routing_never_teaches_the_student() -> None:
     made = setting(names=NAMES, router="learned", kl_weight=0.5)
     (loss, metrics), gradients = program(made)(made.params, made.teachers)
-    reading = quick_jit(
+    reading = jax.jit(
         lambda params: read(made.objective.student, params, BATCH, key_space="pre_rope").hidden
     )(made.params["student"])
     shares = made.objective.router.shares(reading, made.params["router"], None)
@@ -130,7 +130,7 @@ def two_steps() -> tuple[Setting, list[TrainState], list[dict]]:
     """States before, between and after two steps of two microbatches; each step's metrics."""
     made = setting(names=NAMES, router="similarity", center="running")
     optimizer = optax.sgd(0.1)
-    step = quick_jit(
+    step = jax.jit(
         make_train_step(made.objective, optimizer, kv_weight=made.kv_weight, seed=5, microbatches=2)
     )
     states, lines = [initial_state(made.params, optimizer, made.statistics)], []
@@ -145,7 +145,7 @@ def two_steps() -> tuple[Setting, list[TrainState], list[dict]]:
 def seen() -> list[dict[str, Any]]:
     """By step, counted vectors by teacher, part and side [P, tokens, K, H], and hidden states."""
     made, states, _ = two_steps()
-    run = quick_jit(lambda params: made.objective.compared(params, made.teachers, BATCH))
+    run = jax.jit(lambda params: made.objective.compared(params, made.teachers, BATCH))
     counted = np.asarray(BATCH.kv_mask)
     found = []
     for state in states[:2]:

@@ -1,5 +1,6 @@
 """A cosine of 0.9 without anything learnt, and that it is called by its name."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -8,7 +9,7 @@ from kava_jax.evaluation.heldout import held_out, make_examine, make_measure
 from kava_jax.training.optimizer import make_optimizer
 from kava_jax.training.step import initial_state, make_train_step
 from kava_jax.verdict import collapse_signs, verdict
-from tests.training.small import Setting, batch, one_device, quick_jit, setting
+from tests.training.small import Setting, batch, one_device, setting
 
 STEPS = 150
 BATCH = batch(0, 16)
@@ -33,7 +34,7 @@ def trained(made: Setting, *, random: bool) -> dict[str, float]:
         b1=0.9,
         b2=0.95,
     )
-    step = quick_jit(
+    step = jax.jit(
         make_train_step(made.objective, optimizer, kv_weight=made.kv_weight, seed=0, microbatches=1)
     )
     state = initial_state(made.params, optimizer, made.statistics)
