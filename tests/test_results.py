@@ -2,7 +2,11 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -60,3 +64,30 @@ def test_tinystories_table_is_the_committed_result() -> None:
         round(result["eval_loss_cross_entropy_only"], 3),
         result["steps"],
     ]
+
+
+GENERATED = ("recipes", "teachers", "auto_share", "bench_diagnostics")
+
+
+@pytest.mark.parametrize("name", GENERATED)
+def test_the_docs_hold_the_table_that_the_result_gives(name: str) -> None:
+    page = (ROOT / "docs" / "alignment.md").read_text(encoding="utf-8")
+    found = re.search(rf"<!-- results:{name} -->\n(.*?)\n<!-- /results:{name} -->", page, re.S)
+    assert found, f"docs/alignment.md has no section results:{name}"
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "docs" / "results" / "tables.py"), name],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found[1] == done.stdout.rstrip("\n")
+
+
+def test_looking_costs_at_most_a_twentieth_of_the_time() -> None:
+    assert _result("bench_diagnostics")["share_of_step"] <= 0.05
+
+
+def test_a_measured_share_holds() -> None:
+    found = _result("auto_share")
+    assert found["asked"] / 2 <= found["least_window"]
+    assert found["most_window"] <= 2 * found["asked"]

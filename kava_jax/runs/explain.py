@@ -194,6 +194,11 @@ def _warnings(config: Config) -> list[str]:
             "Beware: student and target learn together and can drift to one common direction; "
             "a high cosine proves nothing here, look at the alignment gap."
         )
+    if config.router.kind == "learned":
+        found.append(
+            "Beware: the gate learns from the KV loss, so it goes to the teacher that is easiest "
+            "to match, not to the best one; raise router.entropy_weight or fix the weights."
+        )
     fitted = settings.init == "calibrated" and settings.direction == "teacher_to_student"
     if fitted and config.student.geometry is not None:
         found.append(
