@@ -6,6 +6,7 @@ What is found lies in ``<run.dir>/calibration``; a run of the same models and da
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -218,7 +219,10 @@ def _score(
     student: Params,
     batches: Sequence[Batch],
 ) -> dict[str, dict[str, Any]]:
-    """Cosine, centred cosine and gap of the fitted projector on the scoring split."""
+    """Cosine, centred cosine and gap of the fitted projector on the scoring split.
+
+    Without a baseline (batches of one row) there is no gap: it is left out, JSON has no NaN.
+    """
     run = prepare(config, maps)
     objective = run.blueprint.objective
     params = {"student": student, "projector": place(run, projector), "router": {}}
@@ -232,9 +236,13 @@ def _score(
     )
     several = len(maps) > 1
     names = ("cos_sim", "cos_shuffled", "alignment_gap", "cos_centered", "retrieval")
-    return {
+    own = {
         teacher: {n: found.values[f"eval_{teacher}/{n}" if several else f"eval_{n}"] for n in names}
         for teacher in maps
+    }
+    return {
+        teacher: {name: value for name, value in figures.items() if math.isfinite(value)}
+        for teacher, figures in own.items()
     }
 
 
@@ -324,7 +332,8 @@ def describe(found: Calibration) -> str:
             f"{row}  {score}" for row, score in zip(table[-len(scores) :], scores, strict=True)
         ]
         named = ("cos_sim", "alignment_gap", "cos_centered", "retrieval")
-        rows += [f"held out: {', '.join(f'{n} {report[n]:.3f}' for n in named if n in report)}"]
+        scored = [f"{name} {report[name]:.3f}" for name in named if name in report]
+        rows += [f"held out: {', '.join(scored)}"] if scored else []
         parts.append("\n".join(rows))
     return "\n\n".join(parts)
 
