@@ -13,6 +13,7 @@ from kava_jax.training.checkpoint import Checkpoints, abstract_state
 from kava_jax.training.loop import Cadence, run_steps
 from kava_jax.training.monitor import Monitor
 from kava_jax.training.optimizer import Rate, make_optimizer
+from kava_jax.training.probe import make_probe
 from kava_jax.training.step import initial_state, make_train_step
 from kava_jax.training.summary import Figures
 from tests.training.small import one_device, rows, setting
@@ -57,7 +58,9 @@ class Record:
         return Figures({"eval_loss": loss}, {"big/cka_k": [loss, 1.0]})
 
 
-def train(directory: Path, made, step, *, until: int, probe=None) -> tuple:
+def train(
+    directory: Path, made, step, *, until: int, probe=None, share_every: int | None = None
+) -> tuple:
     """Start, or continue from the newest checkpoint, as a run does."""
     stream = BatchStream(rows(11), batch_size=4, max_length=12, seed=1, bucket=12, sink_tokens=2)
     state = initial_state(made.params, OPTIMIZER, made.statistics)
@@ -78,7 +81,14 @@ def train(directory: Path, made, step, *, until: int, probe=None) -> tuple:
                 monitor=monitor,
                 mesh=one_device(),
                 rates=RATES,
-                cadence=Cadence(until, log_every=2, eval_every=4, checkpoint_every=3),
+                cadence=Cadence(
+                    until,
+                    log_every=2,
+                    eval_every=4,
+                    checkpoint_every=3,
+                    diagnose_every=None if probe is None else 5,
+                    share_every=share_every,
+                ),
             )
     with Checkpoints(directory, keep=2) as checkpoints:
         kept = checkpoints.steps()
@@ -125,6 +135,32 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, made, step) -> N
     # The rates are those of the step just taken: the second step has number 1.
     assert by_step[2]["lr_student"] == pytest.approx(1e-2 * 2 / 3)
     assert by_step[6]["lr_projector"] == pytest.approx(float(RATES["projector"](5)))
+
+
+def test_what_is_measured_along_the_way_resumes_exactly(tmp_path: Path) -> None:
+    """Running moments, prototypes and a measured share: all of them in the state and its file."""
+    made = setting(names=("big", "other"), center="running", router="similarity", kv_weight=1.0)
+    step = jax.jit(
+        make_train_step(made.objective, OPTIMIZER, kv_weight=made.kv_weight, seed=3, microbatches=2)
+    )
+    probe = jax.jit(make_probe(made.objective, kv_weight=made.kv_weight, share=0.2, microbatches=2))
+    measured = {"probe": probe, "share_every": 3}
+    whole, _, record, _ = train(tmp_path / "whole", made, step, until=STEPS, **measured)
+    train(tmp_path / "parts", made, step, until=3, **measured)
+    again, _, resumed, _ = train(tmp_path / "parts", made, step, until=STEPS, **measured)
+    assert sorted(resumed.metrics) == [3, 4, 5]
+    for left, right in zip(jax.tree.leaves(again), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_array_equal(left, right)
+    assert whole.statistics.moments
+    assert float(whole.statistics.prototypes.count.sum()) > 0
+    assert float(whole.kv_scale.value) not in (0.0, 1.0)
+    # Looked at before steps 0 and 5; measured before 0, 3 and, being early, 1 and 2.
+    for directory in ("whole", "parts"):
+        probes = [line for line in lines(tmp_path / directory) if line["kind"] == "diagnostics"]
+        assert [line["step"] for line in probes] == [0, 1, 2, 3, 5]
+    weights = [float(metrics["kv_weight"].value) for metrics in record.metrics.values()]
+    assert len(set(weights)) == 4
+    assert weights[3] == weights[4] == weights[5]  # only looking changes nothing
 
 
 def test_a_finished_run_only_evaluates(tmp_path: Path, made, step) -> None:
