@@ -7,7 +7,7 @@ Left out on purpose: measuring (``diagnostics``), printing and logging (``traini
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 # Lower ends of the original method's bands; below the last one it is "Poor".
 EXCELLENT, GOOD, ACCEPTABLE = 0.95, 0.80, 0.50
@@ -81,6 +81,31 @@ def collapse_signs(
     if student_rank is not None and target_rank is not None:
         what = f"The student's effective rank beside the target's {target_rank:.3g}"
         found += _too_low(what, student_rank, LEAST_RANK_SHARE * target_rank)
+    return found
+
+
+def collapsed_layers(
+    layers: Mapping[str, Sequence[float | int | None]],
+) -> dict[str, list[int]]:
+    """Which mapped layers have collapsed by themselves, by ``teacher keys`` and ``teacher values``.
+
+    A mean over layers can look well while some hold nothing: each layer is judged by ``verdict``,
+    keys and values apart. ``layers`` holds ``teacher/cos_sim_k`` and the like, one figure per
+    mapped layer; only what has collapsed is returned.
+    """
+    found = {}
+    for key, cosines in layers.items():
+        teacher, _, figure = key.rpartition("/")
+        if figure not in ("cos_sim_k", "cos_sim_v"):
+            continue
+        shuffled = layers.get(f"{teacher}/cos_shuffled_{figure[-1]}", ())
+        rows = [
+            row
+            for row, (cos, baseline) in enumerate(zip(cosines, shuffled, strict=False))
+            if cos is not None and verdict(cos, baseline) == "collapsed"
+        ]
+        if rows:
+            found[f"{teacher} {'keys' if figure[-1] == 'k' else 'values'}"] = rows
     return found
 
 

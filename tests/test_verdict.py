@@ -4,7 +4,14 @@ import re
 
 import pytest
 
-from kava_jax.verdict import alarms, alignment_gap, collapse_signs, oscillates, verdict
+from kava_jax.verdict import (
+    alarms,
+    alignment_gap,
+    collapse_signs,
+    collapsed_layers,
+    oscillates,
+    verdict,
+)
 
 
 @pytest.mark.parametrize(
@@ -133,3 +140,18 @@ def test_oscillation_is_large_and_repeated() -> None:
     assert not oscillates([0.5, 0.3, 0.5])
     assert not oscillates([0.8, 0.6, 0.45, 0.3, 0.2, 0.1])
     assert not oscillates([0.500, 0.501, 0.500, 0.501, 0.500, 0.501])
+
+
+def test_every_layer_is_judged_by_itself_keys_and_values_apart() -> None:
+    layers = {
+        "a/cos_sim_k": [0.99, 0.5, None, 0.3],
+        "a/cos_shuffled_k": [0.98, 0.1, 0.1, None],
+        "a/cos_sim_v": [0.9, 0.9, 0.9, 0.9],
+        "a/cos_shuffled_v": [0.1, 0.1, 0.1, 0.1],
+        "b/cos_sim_v": [0.10, 0.2],
+        "b/cos_shuffled_v": [0.06, -0.2],
+        "b/cka_v": [0.0, 0.0],
+    }
+    assert collapsed_layers(layers) == {"a keys": [0], "b values": [0]}
+    assert collapsed_layers({}) == {}
+    assert collapsed_layers({"a/cos_sim_k": [0.99]}) == {}  # no baseline, no verdict

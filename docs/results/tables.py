@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from kava_jax.verdict import collapsed_layers
+
 HERE = Path(__file__).resolve().parent
 
 
@@ -25,7 +27,14 @@ def recipes(found: dict[str, Any]) -> list[str]:
             numbers = [f"{own['loss']:.4f}", *(f"{own[name]:.3f}" for name in figures)]
             attention = own["attention_cos"]
             numbers.append("" if attention is None else f"{attention:.3f}")
-            lines.append(f"| {recipe}, {stage} | {' | '.join(numbers)} | {own['verdict']} |")
+            word = own["verdict"]
+            lost = collapsed_layers({f"t/{name}": row for name, row in own["layers"].items()})
+            if lost and word != "collapsed":
+                parts = [
+                    f"{what.split()[1]} {', '.join(map(str, rows))}" for what, rows in lost.items()
+                ]
+                word += f"; collapsed: {'; '.join(parts)}"
+            lines.append(f"| {recipe}, {stage} | {' | '.join(numbers)} | {word} |")
     alone = found["cross_entropy"]["loss"]
     lines.append(f"| cross-entropy alone, after | {alone:.4f} | | | | | | | |")
     lines += [

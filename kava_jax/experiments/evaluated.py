@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from kava_jax.experiments.page import Row, Table, number
-from kava_jax.verdict import alignment_gap, collapse_signs, verdict
+from kava_jax.verdict import alignment_gap, collapse_signs, collapsed_layers, verdict
 
 # Evaluated figures in words, most important first; what is not here goes by its own name.
 NAMES = {
@@ -90,6 +90,11 @@ def _verdict(of: str, own: Mapping[str, Any], figures: Mapping[str, Any]) -> Ver
         tokens=None if tokens is None else int(tokens),
         **{k: own.get(k) for k in ("cos_centered", "retrieval", "student_rank", "target_rank")},
     )
+    signs += [
+        f"By themselves the {what} of mapped layers {', '.join(map(str, rows))} have collapsed."
+        for what, rows in collapsed_layers(figures.get("layers", {})).items()
+        if of in ("", what.rpartition(" ")[0])
+    ]
     return Verdict(of, verdict(cosine, shuffled), sentence, signs)
 
 

@@ -28,7 +28,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kava_jax.errors import KavaError
-from kava_jax.verdict import alarms, collapse_signs, verdict
+from kava_jax.verdict import alarms, collapse_signs, collapsed_layers, verdict
 
 METRICS_NAME = "metrics.jsonl"
 TENSORBOARD_NAME = "tensorboard"
@@ -140,6 +140,9 @@ class Monitor:
         self._display.say(f"evaluation at step {step}  {_join(fields)}")
         if signs := _signs(names):
             self._display.say(f"warning at step {step}: collapsed: {'; '.join(signs)}")
+        elif collapsed := collapsed_layers(layers):
+            parts = [f"{what} of mapped layers {_listed(rows)}" for what, rows in collapsed.items()]
+            self._display.say(f"warning at step {step}: collapsed by layer: {'; '.join(parts)}")
         if bad := _not_finite(metrics):
             self._display.say(f"warning at step {step}: {', '.join(bad)}")
 
@@ -370,6 +373,10 @@ def _signs(names: Metrics) -> list[str]:
         student_rank=names.get("student_rank"),
         target_rank=names.get("target_rank"),
     )
+
+
+def _listed(rows: Sequence[int]) -> str:
+    return ", ".join(map(str, rows))
 
 
 def _join(fields: list[tuple[str, str]]) -> str:

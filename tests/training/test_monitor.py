@@ -210,6 +210,21 @@ def test_a_collapsed_evaluation_says_by_which_signs(tmp_path, capsys):
     assert "retrieved" not in warning
 
 
+def test_layers_that_collapsed_are_told_where_the_mean_looks_well(tmp_path, capsys):
+    figures = {"eval_cos_sim": 0.9, "eval_cos_shuffled": 0.5, "eval_alignment_gap": 0.4}
+    layers = {
+        "big/cos_sim_k": [0.98, 0.9, 0.97],
+        "big/cos_shuffled_k": [0.97, 0.2, 0.96],
+        "big/cos_sim_v": [0.8, 0.9, 0.9],
+        "big/cos_shuffled_v": [0.1, 0.1, 0.1],
+    }
+    with Monitor(tmp_path, total_steps=20) as monitor:
+        monitor.evaluation(20, figures, layers)
+        monitor.evaluation(20, figures, {name: row[1:2] for name, row in layers.items()})
+    _, warning, _ = capsys.readouterr().err.splitlines()
+    assert warning == ("warning at step 20: collapsed by layer: big keys of mapped layers 0, 2")
+
+
 def test_diagnostics_are_written_and_not_shown(tmp_path, capsys):
     with Monitor(tmp_path, total_steps=20) as monitor:
         monitor.diagnostics(10, {"kv_gradient_share": 0.25}, {"big/cka_v": [0.5]})
