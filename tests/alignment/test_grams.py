@@ -146,6 +146,8 @@ def test_the_batch_axis_may_be_sharded() -> None:
 
 def test_the_band_ends_with_the_last_layer_and_is_float32() -> None:
     student, teacher, mask = offset_data(4)
+    # A quarter of the rows: what is looked at is rounding of inputs, not that of long sums.
+    student, teacher, mask = student[:, :4], teacher[:, :4], mask[:4]
     half = jnp.asarray(student, jnp.bfloat16), jnp.asarray(teacher, jnp.bfloat16)
     shifts = mean(half[0], mask), mean(half[1], mask)
     batch = sums(*half, mask, *shifts, WINDOWS)
