@@ -152,6 +152,39 @@ def calibrate(
 
 
 @app.command()
+def ablate(
+    grid: Annotated[Path, typer.Argument(help="YAML file of a grid; see configs/grids/.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Directory of its runs; runs/<name> when absent."),
+    ] = None,
+    jobs: Annotated[
+        int, typer.Option(help="Runs at the same time, each with its share of the CPU cores.")
+    ] = 1,
+) -> None:
+    """Run an experiment grid, arms times seeds; finished runs are not repeated.
+
+    Example: kava ablate configs/grids/scratch.yaml --jobs 2
+    """
+    from kava_jax.experiments.ablation import Ablation, Progress
+    from kava_jax.experiments.grid import load_grid
+
+    loaded, base = load_grid(grid)
+
+    def say(progress: Progress) -> None:
+        job = progress.job
+        _say(f"{progress.done}/{progress.of}  {job.arm} seed {job.seed}: {progress.word}")
+
+    where = out or Path("runs") / loaded.name
+    failed = Ablation(loaded, base, where).run(jobs, say)
+    _say(f"results: {where}/*.json; now: kava report {where}")
+    if failed:
+        names = ", ".join(f"{job.arm} (seed {job.seed})" for job in failed)
+        _say(f"failed: {names}; their words are in {where}/logs")
+        raise typer.Exit(1)
+
+
+@app.command()
 def verify(as_json: Json = False) -> None:
     """Check the three verification tables of the original method, row by row.
 

@@ -4,32 +4,15 @@ The config stops at the edge: below the command line, functions take plain value
 is not configured here but read from each model's own ``config.json``.
 """
 
-import re
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    model_validator,
-)
-from pydantic_core import PydanticCustomError
+from pydantic import Field, model_validator
+
+from kava_jax.config_values import AutoShare, KVWeight, Positive, Ramp, Section, Share, Weight
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Positive = Annotated[int, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, le=1)]
-Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 LayerMapName = Literal["ratio", "uniform", "skip", "last", "interpolated", "cka", "calibrated"]
-
-
-class Section(BaseModel):
-    """Base of all sections: frozen, and no unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
 
 
 class RunConfig(Section):
@@ -56,6 +39,10 @@ class TeacherConfig(Section):
     layer_map: LayerMapName | tuple[tuple[int, int], ...] = Field(
         default="ratio",
         description="a name, or [teacher, student] layer pairs; cka and calibrated are measured",
+    )
+    control: Literal["none", "shuffled", "constant", "random"] = Field(
+        default="none",
+        description="a target that teaches nothing: the next row's, one vector, random weights",
     )
 
 
@@ -112,53 +99,6 @@ class ProjectorConfig(Section):
         return self
 
 
-class Ramp(Section):
-    """A weight that moves linearly from ``start`` to ``end`` over the whole run."""
-
-    start: Weight
-    end: Weight
-
-
-class AutoShare(Section):
-    """A weight that keeps the KV gradient at a share of the cross-entropy gradient.
-
-    ``share`` is ``||weight * g_kv|| / ||g_ce||`` over the student's parameters, measured anew every
-    ``every`` steps (and more often at the start). ``auto(0.2)`` is short for ``{share: 0.2}``.
-    """
-
-    share: float = Field(gt=0, le=10)
-    every: Positive = 20
-
-
-def _auto(value: Any) -> Any:
-    """``auto(0.2)`` as the mapping it stands for; any other text that is no number is refused."""
-    if not isinstance(value, str):
-        return value
-    if written := re.fullmatch(r"auto\(\s*([0-9.eE+-]+)\s*\)", value):
-        return {"share": written[1]}
-    try:
-        return float(value)
-    except ValueError:
-        raise PydanticCustomError(
-            "weight", "write a number, auto(0.2), or a mapping with start and end"
-        ) from None
-
-
-def _kind_of_weight(value: Any) -> str:
-    """Which of the three forms is meant, so that only its own errors are reported."""
-    if isinstance(value, AutoShare) or (isinstance(value, dict) and "share" in value):
-        return "auto"
-    return "ramp" if isinstance(value, Ramp | dict) else "number"
-
-
-KVWeight = Annotated[
-    Annotated[Weight, Tag("number")]
-    | Annotated[Ramp, Tag("ramp")]
-    | Annotated[AutoShare, Tag("auto")],
-    Discriminator(_kind_of_weight),
-]
-
-
 class LossConfig(Section):
     """What is minimised: ce_weight * CE + kl_weight * KL + kv_weight * KV.
 
@@ -168,7 +108,10 @@ class LossConfig(Section):
     kv: Literal["mercator", "mse", "smooth_l1", "hybrid", "structural", "infonce", "gram"] = (
         "mercator"
     )
-    kv_weight: Annotated[KVWeight, BeforeValidator(_auto)] = 1.0
+    kv_weight: KVWeight = 1.0
+    parts: Literal["both", "keys", "values"] = Field(
+        default="both", description="what is compared; the other part is only measured"
+    )
     alpha: Weight = Field(default=1.0, description="mercator: weight of the direction term")
     beta: Weight = Field(default=0.01, description="mercator: weight of the log-magnitude term")
     mercator_weight: Weight | Ramp = Field(default=0.8, description="hybrid")
@@ -251,7 +194,16 @@ class DataConfig(Section):
     format: Literal["qa", "template", "chat"] = "qa"
     template: str | None = Field(default=None, description="for format=template")
     max_length: int = Field(default=512, ge=8)
+    bucket: Positive | None = Field(
+        default=None,
+        description="padded lengths are multiples of it; null: an eighth of max_length",
+    )
     batch_size: Positive = 32
+
+    @property
+    def length_bucket(self) -> int:
+        """``bucket``, or an eighth of the longest row: at most eight shapes are ever compiled."""
+        return self.bucket or -(-self.max_length // 8)
 
     @model_validator(mode="after")
     def _template_given(self) -> "DataConfig":
@@ -290,12 +242,26 @@ class TrainConfig(Section):
     keep_checkpoints: Positive = 2
 
 
+class EvalSet(Section):
+    """More held-out rows, read as ``data`` is; their figures are named ``<set>/...``."""
+
+    path: str
+    split: str | None = Field(default=None, description="data.eval_split when null")
+    rows: Positive = 256
+
+
 class EvalConfig(Section):
-    """Exact match on generated answers, at the end of a run and in ``kava eval``."""
+    """Exact match on generated answers and further held-out sets, at the end of a run."""
 
     exact_match: bool = Field(default=True, description="needs prompt/answer data")
+    exact_match_every: Positive | None = Field(
+        default=None, description="at evaluations that fall on a multiple of it, too"
+    )
     max_new_tokens: Positive = 256
     batch_size: Positive = 64
+    sets: dict[str, EvalSet] = Field(
+        default={}, description="by name: an old task, a shifted one, ..."
+    )
 
 
 class MeshConfig(Section):

@@ -54,7 +54,7 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
 
     Raises KavaError in one line that lists every problem.
     """
-    return parse_config(_read_yaml(Path(path)), overrides)
+    return parse_config(read_yaml(Path(path)), overrides)
 
 
 def parse_config(raw: dict[str, Any], overrides: Iterable[str] = ()) -> Config:
@@ -68,12 +68,8 @@ def parse_config(raw: dict[str, Any], overrides: Iterable[str] = ()) -> Config:
         raise KavaError("; ".join(problems)) from None
 
 
-def dump_config(config: Config) -> dict[str, Any]:
-    """The resolved config as plain data, every default written out."""
-    return config.model_dump(mode="json")
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file's mapping; numbers and repeated keys as in a config."""
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:
@@ -87,6 +83,11 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise KavaError(f"config={str(path)!r} holds no sections; write 'section:' and fields")
     return raw
+
+
+def dump_config(config: Config) -> dict[str, Any]:
+    """The resolved config as plain data, every default written out."""
+    return config.model_dump(mode="json")
 
 
 def _one_line(error: yaml.YAMLError) -> str:

@@ -18,6 +18,7 @@ ROOMS = (
     "losses",
     "diagnostics",
     "verdict",
+    "config_values",
     "config",
     "recipes",
     "config_file",

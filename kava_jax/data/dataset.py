@@ -1,7 +1,8 @@
 """A run's data: training batches by step, and held-out rows that are never trained on."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from kava_jax.data.batches import BatchStream
@@ -34,12 +35,16 @@ class HeldOut(NamedTuple):
 
 
 class Dataset(NamedTuple):
-    """Training stream, held-out rows, what identifies both, and what to say of them."""
+    """Training stream, held-out rows, what identifies both, and what to say of them.
+
+    ``more`` are further held-out sets by name; they identify nothing.
+    """
 
     stream: BatchStream
     held_out: HeldOut
     fingerprint: str
     notes: tuple[str, ...]
+    more: Mapping[str, HeldOut]
 
 
 def split_examples(
@@ -83,9 +88,11 @@ def make_dataset(
     encoder: Encoder,
     *,
     batch_size: int,
+    bucket: int,
     seed: int,
     pad_id: int,
     sink_tokens: int,
+    more: Mapping[str, Sequence[Example]] = MappingProxyType({}),
 ) -> Dataset:
     """Encode everything once. The notes say what was cut, dropped and held out."""
     stream = BatchStream(
@@ -93,18 +100,14 @@ def make_dataset(
         batch_size=batch_size,
         max_length=encoder.max_length,
         seed=seed,
-        bucket=bucket_of(encoder.max_length),
+        bucket=bucket,
         pad_id=pad_id,
         sink_tokens=sink_tokens,
     )
     notes = (f"data: {stream.report.sentence}", f"held out: {len(held_out)} rows")
     identity = fingerprint([*training, *held_out])
-    return Dataset(stream, HeldOut.of(held_out, encoder), identity, notes)
-
-
-def bucket_of(max_length: int) -> int:
-    """Padded lengths are multiples of this, so that at most eight shapes are ever compiled."""
-    return -(-max_length // 8)
+    others = {name: HeldOut.of(examples, encoder) for name, examples in more.items()}
+    return Dataset(stream, HeldOut.of(held_out, encoder), identity, notes, others)
 
 
 def loader(

@@ -2,22 +2,26 @@
 
 A problem is addressed by ``(split, seed, index)`` in constant time. Its *calculation* (the chain of
 equations, names and objects left out) is hashed, and the hash decides the split, so no calculation
-of the test split ever occurs in training, whatever the seeds and however many rows are drawn.
+of the test split ever occurs in training, whatever the seeds and however many rows are drawn. The
+test split falls into two halves that share no calculation either: ``dev`` for choices, ``confirm``
+for what is measured once all choices are made.
 Randomness is splitmix64 over a blake2b key: the same on every machine and Python version.
 
-Left out on purpose: fractions, money and units, distractor sentences and numbers above 99. The
+A *mixture* says which problems are drawn: all of them, some kinds (for a student that knows one
+kind and is to learn another), or problems outside of what is trained on (longer, larger numbers).
+
+Left out on purpose: fractions, money and units, distractor sentences. The
 generator exists to train and measure tiny models within minutes, not to stand in for GSM8K.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar, overload
 
 from kava_jax.data.example import Example
 from kava_jax.errors import KavaError
 
-SPLITS = ("train", "test")
-LARGEST = 99
+SPLITS = ("train", "test", "dev", "confirm")
 
 _TEST_SHARE = 8  # one calculation in eight belongs to the test split
 _PEOPLE = (
@@ -103,28 +107,29 @@ class _Story(NamedTuple):
     equations: list[_Equation]
 
 
-def problem(split: str, seed: int, index: int, steps: tuple[int, int] = (2, 3)) -> Example:
+def problem(split: str, seed: int, index: int, mixture: str = "all") -> Example:
     """The problem with this address: a question, and worked lines ending in ``#### 14``.
 
     Each line is one equation with GSM8K's calculator note, ``12+7=<<12+7=19>>19``. All numbers are
-    from 1 to 99 and every division is exact.
+    from 1 to 99 (199 in the mixture ``larger``) and every division is exact.
 
     Args:
-        split: ``"train"`` or ``"test"``; their calculations are disjoint for all seeds.
+        split: ``"train"``, ``"test"`` or a half of test, ``"dev"`` or ``"confirm"``; calculations
+            of train and test, and of the halves, are disjoint for all seeds and mixtures.
         seed: picks the sequence of problems.
         index: place in that sequence, 0 or more, without upper limit.
-        steps: fewest and most equations of a problem.
+        mixture: which problems; one of ``MIXTURES``.
 
     Raises:
-        KavaError: the split is unknown, the index is negative or ``steps`` is not a range from 1.
+        KavaError: split or mixture is unknown, or the index is negative.
     """
-    _check(split, steps)
+    drawn_from = _mixture(split, mixture)
     if index < 0:
         raise KavaError(f"index={index} of a generated problem is negative; count from 0")
     random = _Random(f"{split}:{seed}:{index}")
     while True:  # on average about 2 draws for train, 12 for test
-        drawn = _draw(random, random.between(*steps))
-        if drawn is not None and _split_of(drawn[1]) == split:
+        drawn = _draw(random, drawn_from)
+        if drawn is not None and split in _splits_of(drawn[1]):
             return Example(drawn[0], _worked(drawn[1]))
 
 
@@ -135,13 +140,13 @@ class WordProblems(Sequence[Example]):
         KavaError: ``rows`` is not positive, or as in :func:`problem`.
     """
 
-    def __init__(self, split: str, seed: int, rows: int, steps: tuple[int, int] = (2, 3)):
-        _check(split, steps)
+    def __init__(self, split: str, seed: int, rows: int, mixture: str = "all"):
+        _mixture(split, mixture)
         if rows < 1:
             raise KavaError(
                 f"rows={rows} of builtin:word_problems is not positive; ask for 1 or more"
             )
-        self.split, self.seed, self.rows, self.steps = split, seed, rows, steps
+        self.split, self.seed, self.rows, self.mixture = split, seed, rows, mixture
 
     def __len__(self) -> int:
         return self.rows
@@ -154,24 +159,32 @@ class WordProblems(Sequence[Example]):
         """The problem at this place (negative counts from the end), or a list for a slice."""
         place = range(self.rows)[index]
         if isinstance(place, range):
-            return [problem(self.split, self.seed, i, self.steps) for i in place]
-        return problem(self.split, self.seed, place, self.steps)
+            return [problem(self.split, self.seed, i, self.mixture) for i in place]
+        return problem(self.split, self.seed, place, self.mixture)
 
 
-def _check(split: str, steps: tuple[int, int]) -> None:
+def _mixture(split: str, name: str) -> "Mixture":
     if split not in SPLITS:
-        raise KavaError(f"split={split!r} is not one of builtin:word_problems; use train or test")
-    if not 1 <= steps[0] <= steps[1]:
-        raise KavaError(f"steps={steps} is not a range of step counts; use for example (2, 3)")
+        raise KavaError(
+            f"split={split!r} is not one of builtin:word_problems; use {', '.join(SPLITS)}"
+        )
+    if name not in MIXTURES:
+        raise KavaError(
+            f"data.path='builtin:word_problems/{name}' names no mixture; use one of "
+            f"{', '.join(MIXTURES)}"
+        )
+    return MIXTURES[name]
 
 
 def _hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
-def _split_of(equations: list[_Equation]) -> str:
-    calculation = ";".join(map(str, equations))
-    return "test" if _hash(calculation) % _TEST_SHARE == 0 else "train"
+def _splits_of(equations: list[_Equation]) -> tuple[str, ...]:
+    number = _hash(";".join(map(str, equations)))
+    if number % _TEST_SHARE:
+        return ("train",)
+    return "test", "confirm" if number // _TEST_SHARE % 2 else "dev"
 
 
 def _worked(equations: list[_Equation]) -> str:
@@ -179,8 +192,9 @@ def _worked(equations: list[_Equation]) -> str:
     return "\n".join([*lines, f"#### {equations[-1].result}"])
 
 
-def _draw(random: _Random, count: int) -> tuple[str, list[_Equation]] | None:
+def _draw(random: _Random, mixture: "Mixture") -> tuple[str, list[_Equation]] | None:
     """One question and its equations, or None when the numbers leave the last step impossible."""
+    count = random.between(*mixture.steps)
     owner, who = random.choice(_PEOPLE)
     friend = random.choice([name for name, _ in _PEOPLE if name != owner])
     other = random.choice([name for name, _ in _PEOPLE if name not in (owner, friend)])
@@ -190,15 +204,15 @@ def _draw(random: _Random, count: int) -> tuple[str, list[_Equation]] | None:
     if random.between(1, 3) == 1:
         value = _open_with_containers(random, cast, story)
     else:
-        value = random.between(5, 50)
+        value = random.between(*mixture.start)
         story.sentences.append(f"{owner} has {value} {cast.thing}.")
-    ending = random.choice((_end_plainly, _end_plainly, _end_by_sharing, _end_by_comparing))
+    ending = random.choice(mixture.endings)
     middle = count - len(story.equations) - (ending is not _end_plainly)
     if middle < 0:
         return None
     for _ in range(middle):
-        value = _change(random, cast, value, story)
-    if not ending(random, cast, value, story):
+        value = _change(random, cast, value, story, mixture)
+    if not ending(random, cast, value, story, mixture):
         return None
     return " ".join(story.sentences), story.equations
 
@@ -210,10 +224,10 @@ def _open_with_containers(random: _Random, cast: _Cast, story: _Story) -> int:
     return boxes * each
 
 
-def _change(random: _Random, cast: _Cast, value: int, story: _Story) -> int:
-    can_gain, can_lose = value + 2 <= LARGEST, value > 2
+def _change(random: _Random, cast: _Cast, value: int, story: _Story, mixture: "Mixture") -> int:
+    can_gain, can_lose = value + 2 <= mixture.largest, value > 2
     gain = can_gain and (not can_lose or random.between(0, 1) == 1)
-    n = random.between(2, min(20, LARGEST - value if gain else value - 1))
+    n = random.between(2, min(mixture.change, mixture.largest - value if gain else value - 1))
     result = value + n if gain else value - n
     text = random.choice(_GAINS if gain else _LOSSES)
     story.sentences.append(text.format(who=cast.who, friend=cast.friend, n=n))
@@ -221,12 +235,16 @@ def _change(random: _Random, cast: _Cast, value: int, story: _Story) -> int:
     return result
 
 
-def _end_plainly(random: _Random, cast: _Cast, value: int, story: _Story) -> bool:
+def _end_plainly(
+    random: _Random, cast: _Cast, value: int, story: _Story, mixture: "Mixture"
+) -> bool:
     story.sentences.append(f"How many {cast.thing} does {cast.owner} have now?")
     return bool(story.equations)
 
 
-def _end_by_sharing(random: _Random, cast: _Cast, value: int, story: _Story) -> bool:
+def _end_by_sharing(
+    random: _Random, cast: _Cast, value: int, story: _Story, mixture: "Mixture"
+) -> bool:
     parts = [k for k in range(2, 10) if value % k == 0]
     if not parts:
         return False
@@ -237,8 +255,10 @@ def _end_by_sharing(random: _Random, cast: _Cast, value: int, story: _Story) -> 
     return True
 
 
-def _end_by_comparing(random: _Random, cast: _Cast, value: int, story: _Story) -> bool:
-    most = min(5, LARGEST // value)
+def _end_by_comparing(
+    random: _Random, cast: _Cast, value: int, story: _Story, mixture: "Mixture"
+) -> bool:
+    most = min(5, mixture.largest // value)
     if most < 2:
         return False
     k = random.between(2, most)
@@ -246,3 +266,29 @@ def _end_by_comparing(random: _Random, cast: _Cast, value: int, story: _Story) -
     story.sentences.append(f"How many {cast.thing} does {cast.other} have?")
     story.equations.append(_Equation(value, "*", k, value * k))
     return True
+
+
+class Mixture(NamedTuple):
+    """Which problems are drawn: equally often one of ``endings``, and numbers from these ranges."""
+
+    endings: tuple[Callable[[_Random, _Cast, int, _Story, "Mixture"], bool], ...] = (
+        _end_plainly,
+        _end_plainly,
+        _end_by_sharing,
+        _end_by_comparing,
+    )
+    steps: tuple[int, int] = (2, 3)
+    start: tuple[int, int] = (5, 50)
+    change: int = 20
+    largest: int = 99
+
+
+MIXTURES = {
+    "all": Mixture(),
+    "unshared": Mixture(endings=(_end_plainly, _end_plainly, _end_by_comparing)),
+    "shared": Mixture(endings=(_end_by_sharing,)),
+    "longer": Mixture(steps=(4, 5)),
+    "larger": Mixture(start=(51, 99), change=40, largest=199),
+}
+"""By name, as in ``builtin:word_problems/shared``: everything that is trained on as a rule, all but
+division, division only, more steps, larger numbers."""

@@ -1,6 +1,6 @@
 """Where examples come from: the generator, a local file, a dataset directory or the hub.
 
-    builtin:word_problems   generated, see ``problems``
+    builtin:word_problems   generated, see ``problems``; builtin:word_problems/MIXTURE for a part
     *.jsonl, *.json         one JSON object a line, with a prompt and an answer field or a
                             conversation (``messages``)
     *.parquet               the same columns
@@ -25,7 +25,7 @@ from kava_jax.errors import KavaError
 
 BUILTIN_PROBLEMS = "builtin:word_problems"
 
-_BUILTIN_ROWS = {"train": 7473, "test": 1319}  # the sizes of GSM8K
+_BUILTIN_ROWS = {"train": 7473, "test": 1319, "dev": 1319, "confirm": 1319}  # as in GSM8K
 _FILES = (".jsonl", ".json", ".parquet", ".txt")
 _LISTED = 5  # broken rows named in one error; the rest are counted
 
@@ -77,8 +77,9 @@ def load_examples(
     name = str(path)
     if rows is not None and rows < 1:
         raise KavaError(f"data.rows={rows} is not positive; ask for 1 or more, or leave it out")
-    if name == BUILTIN_PROBLEMS:
-        return WordProblems(split, seed, rows or _BUILTIN_ROWS.get(split, 1))
+    if name.split("/")[0] == BUILTIN_PROBLEMS:
+        mixture = name.partition("/")[2] or "all"
+        return WordProblems(split, seed, rows or _BUILTIN_ROWS.get(split, 1), mixture)
     fields = _Fields(prompt_field, answer_field, messages_field)
     file = Path(name).expanduser()
     _check_exists(name, file)

@@ -35,6 +35,9 @@ class Sample(NamedTuple):
     question: str
     generated: str
     gold: str
+    strict: bool
+    """Right by the strict rule."""
+    flexible: bool
 
 
 class ExactMatch(NamedTuple):
@@ -112,9 +115,10 @@ def _scored(examples: Sequence[Example], texts: Sequence[str]) -> ExactMatch:
         question, answer = example.prompt, example.answer
         if example.messages is not None:
             question, answer = example.messages[-2][1], example.messages[-1][1]
-        samples.append(Sample(question, text, gold_answer(answer)))
-    strict = [same(strict_answer(s.generated), s.gold) for s in samples]
-    flexible = [same(flexible_answer(s.generated), s.gold) for s in samples]
+        gold = gold_answer(answer)
+        right = same(strict_answer(text), gold), same(flexible_answer(text), gold)
+        samples.append(Sample(question, text, gold, *right))
+    strict, flexible = ([getattr(s, rule) for s in samples] for rule in ("strict", "flexible"))
     return ExactMatch(len(samples), *_share(strict), *_share(flexible), samples=tuple(samples))
 
 

@@ -52,7 +52,7 @@ def make_examine(objective: Objective, mesh: Mesh) -> Examine:
 
 def held_out(
     measure: Measure,
-    examine: Examine,
+    examine: Examine | None,
     params: Mapping[str, Params],
     teachers: Mapping[str, Params],
     statistics: Statistics,
@@ -62,7 +62,8 @@ def held_out(
 
     Alignment figures, when there is a teacher, are named as in training with ``eval_`` before.
     ``statistics`` are the train state's (the router may need them). ``batches`` are called for one
-    after the other, so that one is on the devices at a time.
+    after the other, so that one is on the devices at a time. Without ``examine`` nothing is figured
+    on a whole sample.
     """
     total: Metrics | None = None
     chosen = range(0, len(batches), -(-len(batches) // EXAMINED))
@@ -71,7 +72,7 @@ def held_out(
         batch = make()
         metrics = measure(params, teachers, statistics, batch)
         total = metrics if total is None else jax.tree.map(jnp.add, total, metrics)
-        if teachers and number in chosen:
+        if examine and teachers and number in chosen:
             examined.append(examine(params, teachers, batch, TOKENS // len(chosen)))
     values = summarize(total or {})
     values["loss"] = values.pop("ce")

@@ -31,7 +31,7 @@ from kava_jax.alignment.projector import KVDimensionProjector
 from kava_jax.config import FREE_FIELDS, Config
 from kava_jax.config_file import dump_config, parse_config
 from kava_jax.data.batches import Batch, eval_batches
-from kava_jax.data.dataset import Dataset, bucket_of
+from kava_jax.data.dataset import Dataset
 from kava_jax.data.tokenizer import pad_id
 from kava_jax.errors import KavaError
 from kava_jax.evaluation.heldout import held_out, make_examine, make_measure
@@ -270,7 +270,7 @@ def _batches(run: Run, rows: Sequence[Any], places: tuple[int, ...]) -> list[Bat
         kept,
         data.batch_size,
         max_length=data.max_length,
-        bucket=bucket_of(data.max_length),
+        bucket=data.length_bucket,
         pad_id=pad_id(run.tokenizer),
         sink_tokens=run.config.loss.sink_tokens,
         process_index=jax.process_index(),

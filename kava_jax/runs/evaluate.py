@@ -1,13 +1,15 @@
 """What a student can do on held-out rows: loss, alignment, and answers."""
 
+import json
 from collections.abc import Callable, Mapping
 from functools import partial
+from pathlib import Path
 
 import jax
 import numpy as np
 
 from kava_jax.data.batches import Batch, eval_batches
-from kava_jax.data.dataset import HeldOut, bucket_of
+from kava_jax.data.dataset import Dataset, HeldOut
 from kava_jax.data.tokenizer import pad_id
 from kava_jax.evaluation.exact_match import ExactMatch, Generate, exact_match
 from kava_jax.evaluation.heldout import held_out, make_examine, make_measure
@@ -19,6 +21,9 @@ from kava_jax.runs.prepare import Run
 from kava_jax.training.objective import Statistics
 from kava_jax.training.step import TrainState
 from kava_jax.training.summary import Figures
+
+ANSWERS_NAME = "answers.jsonl"
+MAIN_SET = "held_out"
 
 
 def answer(run: Run, held: HeldOut, student: Params) -> ExactMatch:
@@ -54,31 +59,60 @@ def evaluate(
         run.blueprint.empty_statistics() if statistics is None else statistics,
         batches,
     )
-    return found.values | (_scores(run, held, params["student"]) if held.has_answers else {})
+    if not held.has_answers:
+        return found.values
+    return found.values | scores(answer(run, held, params["student"]))
 
 
 def evaluator(
-    run: Run, held: HeldOut, teachers: Mapping[str, Params]
+    run: Run, dataset: Dataset, teachers: Mapping[str, Params]
 ) -> Callable[[TrainState, int], Figures]:
-    """What the loop is handed; answers are generated at the end only, being slow."""
-    objective = run.blueprint.objective
+    """What the loop is handed.
+
+    Answers are slow to generate: at the end, and where ``eval.exact_match_every`` asks for them. At
+    the end the further sets are measured as well, and all answers written to ``answers.jsonl``.
+    """
+    objective, settings = run.blueprint.objective, run.config.eval
     measure, examine = make_measure(objective, run.mesh), make_examine(objective, run.mesh)
-    batches = _held_out_batches(run, held)
-    answers = run.config.eval.exact_match and held.has_answers
+    main = _held_out_batches(run, dataset.held_out)
+    more = {name: _held_out_batches(run, held) for name, held in dataset.more.items()}
+    sets = {MAIN_SET: dataset.held_out, **dataset.more}
+    answered = [name for name, held in sets.items() if settings.exact_match and held.has_answers]
 
     def evaluate_at(state: TrainState, step: int) -> Figures:
-        found = held_out(measure, examine, state.params, teachers, state.statistics, batches)
-        if answers and step == run.config.train.steps:
-            scores = _scores(run, held, state.params["student"])
-            found = found._replace(values=found.values | scores)
-        return found
+        last = step == run.config.train.steps
+        known = (state.params, teachers, state.statistics)
+        found = held_out(measure, examine, *known, main)
+        values = dict(found.values)
+        for name, batches in more.items() if last else ():
+            loss = held_out(measure, None, *known, batches).values["eval_loss"]
+            values[f"{name}/eval_loss"] = loss
+        every = settings.exact_match_every
+        due = last or (every is not None and step > 0 and step % every == 0)
+        answers = {}
+        for name in answered if last else answered[:1] if due else ():
+            answers[name] = answer(run, sets[name], state.params["student"])
+            prefix = "" if name == MAIN_SET else f"{name}/"
+            values |= {f"{prefix}{key}": value for key, value in scores(answers[name]).items()}
+        if last and answers and jax.process_index() == 0:
+            write_answers(run.directory, answers)
+        return found._replace(values=values)
 
     return evaluate_at
 
 
-def _scores(run: Run, held: HeldOut, student: Params) -> dict[str, float]:
+def write_answers(directory: Path, answers: Mapping[str, ExactMatch]) -> None:
+    """Every question with its answer, one JSON object a line, by set."""
+    lines = [
+        json.dumps({"set": name, **sample._asdict()})
+        for name, found in answers.items()
+        for sample in found.samples
+    ]
+    (directory / ANSWERS_NAME).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def scores(answers: ExactMatch) -> dict[str, float]:
     """Exact match by the names that ``metrics.jsonl`` uses."""
-    answers = answer(run, held, student)
     return {
         "exact_match_strict": answers.strict,
         "exact_match_flexible": answers.flexible,
@@ -116,7 +150,7 @@ def _held_out_batches(run: Run, held: HeldOut) -> list[Callable[[], Batch]]:
         held.rows,
         run.config.data.batch_size,
         max_length=run.config.data.max_length,
-        bucket=bucket_of(run.config.data.max_length),
+        bucket=run.config.data.length_bucket,
         pad_id=pad_id(run.tokenizer),
         sink_tokens=run.config.loss.sink_tokens,
         process_index=jax.process_index(),

@@ -63,9 +63,9 @@ def prepare(config: Config, measured_maps: Mapping[str, LayerMap] | None = None)
 
 def load_dataset(run: Run) -> Dataset:
     """The run's training stream and held-out rows."""
-    data = run.config.data
+    data, load = run.config.data, data_loader(run)
     training, held = split_examples(
-        data_loader(run),
+        load,
         path=data.path,
         split=data.split,
         rows=data.rows,
@@ -78,9 +78,14 @@ def load_dataset(run: Run) -> Dataset:
         held,
         run.encoder,
         batch_size=data.batch_size,
+        bucket=data.length_bucket,
         seed=run.config.run.seed,
         pad_id=pad_id(run.tokenizer),
         sink_tokens=run.config.loss.sink_tokens,
+        more={
+            name: load(more.path, split=more.split or data.eval_split or data.split, rows=more.rows)
+            for name, more in run.config.eval.sets.items()
+        },
     )
 
 

@@ -85,7 +85,7 @@ def train(config: Config, command: Sequence[str]) -> Trained:
                 probe=jitted_probe(run) if config.teachers else None,
                 teachers=teachers,
                 stream=dataset.stream,
-                evaluate=evaluator(run, dataset.held_out, teachers),
+                evaluate=evaluator(run, dataset, teachers),
                 checkpoints=checkpoints,
                 monitor=monitor,
                 mesh=run.mesh,
@@ -111,7 +111,6 @@ def jitted_step(run: Run) -> Any:
         blueprint.objective,
         blueprint.optimizer,
         kv_weight=blueprint.kv_weight,
-        seed=run.config.run.seed,
         microbatches=run.config.train.grad_accumulation,
     )
     state = blueprint.state_shardings()

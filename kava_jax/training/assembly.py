@@ -41,6 +41,7 @@ def make_objective(
             divide_by_std=loss.divide_by_std,
         ),
         frame=Frame(loss.center, loss.standardize, loss.per_head),
+        parts=loss.parts,
         direction=config.projector.direction,
         attention_weight=loss.attention_weight if loss.kv == "structural" else 0.0,
         ce_weight=loss.ce_weight,

@@ -16,6 +16,7 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
+from jaxtyping import Array
 
 from kava_jax.alignment.layer_map import LayerMap, make_layer_map
 from kava_jax.alignment.projector import KVDimensionProjector
@@ -40,6 +41,9 @@ from kava_jax.training.comparison import Comparison
 from kava_jax.training.objective import Objective, Statistics, TeacherLink
 from kava_jax.training.step import TrainState, initial_state
 
+# Seeds of random teachers lie far from those of student and projector.
+RANDOM_TEACHER = 1000
+
 
 @dataclass(frozen=True)
 class Part:
@@ -59,10 +63,11 @@ class Part:
     def fresh(self, seed: int) -> Params:
         """Random parameters, created where they lie: no device ever holds the whole."""
 
-        def init() -> Params:
-            return nnx.to_pure_dict(nnx.split(self.build(nnx.Rngs(seed)))[1])
+        def init(seed: Array) -> Params:
+            rngs = nnx.Rngs(jax.random.key(seed))
+            return nnx.to_pure_dict(nnx.split(self.build(rngs))[1])
 
-        return jax.jit(init, out_shardings=self.shardings)()
+        return jax.jit(init, out_shardings=self.shardings)(jnp.uint32(seed))
 
 
 @dataclass(frozen=True)
@@ -76,6 +81,8 @@ class TeacherPart:
     blocks: int
     headless: bool
     dtype: Any
+    seed: int
+    """Of random weights, where the control asks for them."""
 
     @property
     def layer_map(self) -> LayerMap:
@@ -83,7 +90,12 @@ class TeacherPart:
         return self.link.comparison.layer_map
 
     def load(self) -> Params:
-        """Read the weights that are needed, each straight to its place on the mesh."""
+        """Read the weights that are needed, each straight to its place on the mesh.
+
+        Under the control ``random`` they are drawn instead.
+        """
+        if self.link.control == "random":
+            return self.part.fresh(self.seed)
         return load_decoder_params(
             self.directory,
             self.spec,
@@ -126,7 +138,8 @@ class Blueprint:
             projector = self.projector.fresh(seed + 1) if self.projector else {}
         router = self.router.fresh(seed + 2) if self.router else {}
         params = {"student": student, "projector": projector, "router": router}
-        return jax.jit(self._state_of, out_shardings=self.state_shardings())(params)
+        start = jax.jit(self._state_of, out_shardings=self.state_shardings())
+        return start(params, jnp.uint32(seed))
 
     def student_start(self) -> Params:
         """The student before its first step."""
@@ -144,12 +157,13 @@ class Blueprint:
         parts = {"student": self.student, "projector": self.projector, "router": self.router}
 
         def build() -> TrainState:
-            return self._state_of({name: _initial(part) for name, part in parts.items()})
+            params = {name: _initial(part) for name, part in parts.items()}
+            return self._state_of(params, jnp.uint32(0))
 
         return jax.eval_shape(build)
 
-    def _state_of(self, params: dict[str, Params]) -> TrainState:
-        return initial_state(params, self.optimizer, self.empty_statistics())
+    def _state_of(self, params: dict[str, Params], seed: Array) -> TrainState:
+        return initial_state(params, self.optimizer, self.empty_statistics(), seed)
 
     def empty_statistics(self) -> Statistics:
         """Those of a run that has not taken a step."""
@@ -275,8 +289,9 @@ def _teacher(
     comparison = Comparison(
         teacher.name, layer_map, config.loss.key_space, config.loss.remove_key_bias
     )
-    link = TeacherLink(part.graph, comparison, spec)
-    return TeacherPart(part, spec, directory, link, blocks, headless, dtype)
+    link = TeacherLink(part.graph, comparison, spec, teacher.control)
+    seed = config.run.seed + RANDOM_TEACHER + index
+    return TeacherPart(part, spec, directory, link, blocks, headless, dtype, seed)
 
 
 def _projector(

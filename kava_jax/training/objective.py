@@ -7,14 +7,15 @@ differentiated: gradients are taken with respect to ``params`` alone.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from kava_jax.alignment.attention import attention_kl
+from kava_jax.alignment.controls import Control, controlled
 from kava_jax.alignment.frame import Frame, Moments, measure
 from kava_jax.alignment.kv_losses import TokenLoss
 from kava_jax.alignment.projector import Direction, KVDimensionProjector
@@ -30,6 +31,11 @@ from kava_jax.training.vocabulary import ChunkLoss, losses_of_next_token
 
 Metrics = dict[str, Mean]
 PARTS = ("k", "v")
+PART_WEIGHTS = {
+    "both": {"k": 0.5, "v": 0.5},
+    "keys": {"k": 1.0, "v": 0.0},
+    "values": {"k": 0.0, "v": 1.0},
+}
 
 
 class TeacherLink(NamedTuple):
@@ -38,6 +44,7 @@ class TeacherLink(NamedTuple):
     graph: nnx.GraphDef[Decoder]
     comparison: Comparison
     spec: DecoderSpec
+    control: Control = "none"
 
 
 class Share(NamedTuple):
@@ -85,9 +92,9 @@ class _OfTeacher(NamedTuple):
 class Objective:
     """``ce_weight * CE + kl_weight * KL``, and KV, to which the caller gives its weight.
 
-    KV is the mean of keys' and values' losses (plus ``attention_weight`` times the attention KL),
-    summed over teachers by the router's shares, token by token, minus ``entropy_weight`` times the
-    router's entropy where it learns. KL is routed likewise. ``projector`` is None without teachers.
+    KV is the mean of keys' and values' losses, or one of them (``parts``), plus
+    ``attention_weight`` times the attention KL, summed over teachers by the router's shares, token
+    by token, minus ``entropy_weight`` times the router's entropy where it learns. KL is routed likewise. ``projector`` is None without teachers.
     """
 
     student: nnx.GraphDef[Decoder]
@@ -96,6 +103,7 @@ class Objective:
     router: Router
     kv_loss: TokenLoss
     frame: Frame
+    parts: Literal["both", "keys", "values"] = "both"
     direction: Direction = "student_to_teacher"
     attention_weight: float = 0.0
     ce_weight: float = 1.0
@@ -192,9 +200,14 @@ class Objective:
         link, projector = self.teachers[name], self._projector(params)
         teacher = self._read(link.graph, teacher_params, batch)
         compared = link.comparison(projector, student, teacher, dropout_key)
-        kv, metrics, moments = self._kv(compared, batch, step, running)
+        aimed, mask = compared, batch.kv_mask
+        if link.control in ("shuffled", "constant"):
+            cache, mask = controlled(link.control, teacher.cache, mask)
+            aimed = link.comparison(projector, student, teacher._replace(cache=cache), dropout_key)
+        kv, metrics, moments = self._kv(aimed, mask, batch, step, running)
+        metrics |= _alignment(compared, batch.kv_mask)
         if self.attention_weight > 0:
-            attended = link.comparison.attended(compared, self.direction, student, teacher)
+            attended = link.comparison.attended(aimed, self.direction, student, teacher)
             attention = attention_kl(
                 jax.lax.stop_gradient(attended.queries),
                 attended.student.k,
@@ -213,31 +226,30 @@ class Objective:
 
     def _kv(
         self,
-        compared: Compared,
+        aimed: Compared,
+        mask_BT: Bool[Array, "B T"],
         batch: Batch,
         step: Int[Array, ""],
         running: Mapping[str, SideMoments] | None,
     ) -> tuple[Float[Array, "B T"], Metrics, dict[str, SideMoments]]:
-        """Loss of every token, the mean of keys' and values'; alignment and magnitudes; moments."""
+        """Loss of every token, the mean of keys' and values'; both as metrics; moments.
+
+        Tokens outside of ``mask_BT`` have no target.
+        """
         tokens, metrics, moments = jnp.zeros(batch.tokens.shape), {}, {}
         for part in PARTS:
-            sides: list[Array] = [getattr(side, part) for side in compared]
+            sides: list[Array] = [getattr(side, part) for side in aimed]
             known = running[part] if running else (None, None)
             framed_s, framed_t = (
-                self.frame(side, batch.kv_mask, memory)
-                for side, memory in zip(sides, known, strict=True)
+                self.frame(side, mask_BT, memory) for side, memory in zip(sides, known, strict=True)
             )
-            losses = self.kv_loss(framed_s, framed_t, batch.kv_mask, step)
-            tokens = tokens + losses / len(PARTS)
+            losses = self.kv_loss(framed_s, framed_t, mask_BT, step)
+            losses = jnp.where(mask_BT, losses, 0.0)
+            tokens = tokens + PART_WEIGHTS[self.parts][part] * losses
             metrics[f"kv_{part}"] = masked_mean(losses, batch.kv_mask)
-            s, t = jax.lax.stop_gradient(sides)
-            metrics[f"mag_loss_{part}"] = mercator(s, t, batch.kv_mask, alpha=0.0, beta=1.0)
-            measured = alignment(s, t, batch.kv_mask)
-            metrics |= {
-                f"{field}_{part}": _whole(mean) for field, mean in measured._asdict().items()
-            }
             if running:
-                moments[part] = SideMoments(measure(s, batch.kv_mask), measure(t, batch.kv_mask))
+                s, t = jax.lax.stop_gradient(sides)
+                moments[part] = SideMoments(measure(s, mask_BT), measure(t, mask_BT))
         return tokens, metrics, moments
 
     def _routing(self, shares_BTM: Float[Array, "B T M"], batch: Batch) -> tuple[Array, Metrics]:
@@ -271,6 +283,17 @@ def _cross_entropy(logits: dict[str, Array], labels: Array) -> Array:
         return cross_entropy(row, label).value
 
     return jax.vmap(jax.vmap(of_token))(logits["student"], labels)
+
+
+def _alignment(compared: Compared, mask_BT: Bool[Array, "B T"]) -> Metrics:
+    """Cosines and magnitudes of keys and values, all layers together; no gradient."""
+    metrics = {}
+    for part in PARTS:
+        s, t = (jax.lax.stop_gradient(getattr(side, part)) for side in compared)
+        metrics[f"mag_loss_{part}"] = mercator(s, t, mask_BT, alpha=0.0, beta=1.0)
+        measured = alignment(s, t, mask_BT)
+        metrics |= {f"{field}_{part}": _whole(mean) for field, mean in measured._asdict().items()}
+    return metrics
 
 
 def _whole(mean: Mean) -> Mean:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt32
 
 from kava_jax.alignment.frame import Moments, decay, merge, merge_stacked
 from kava_jax.alignment.router import remember
@@ -35,10 +35,12 @@ class TrainState(NamedTuple):
     """All that a run needs to go on exactly; the teachers are not part of it.
 
     Randomness is ``fold_in(seed, step)`` and batches are addressed by step, so the step number is
-    the whole state of both.
+    the whole state of both. The seed is here and not in the step's code, so that runs which differ
+    in nothing else share one compiled step.
     """
 
     step: Int[Array, ""]
+    seed: UInt32[Array, ""]
     params: dict[str, Params]
     """``student``, ``projector`` and ``router``; the last two may be empty."""
     opt_state: Any
@@ -51,13 +53,17 @@ class TrainState(NamedTuple):
 
 
 def initial_state(
-    params: dict[str, Params], optimizer: optax.GradientTransformation, statistics: Statistics
+    params: dict[str, Params],
+    optimizer: optax.GradientTransformation,
+    statistics: Statistics,
+    seed: int | Array = 0,
 ) -> TrainState:
     """Step 0 of a run over ``{"student": ..., "projector": ..., "router": ...}``."""
     zero = Mean(jnp.zeros(()), jnp.zeros(()))
     running = {"cos": zero, "cos_shuffled": zero} if params["projector"] else {}
     step, scale = jnp.zeros((), jnp.int32), LossScale(jnp.ones(()), zero)
-    return TrainState(step, params, optimizer.init(params), running, statistics, scale)
+    seed = jnp.asarray(seed, jnp.uint32)
+    return TrainState(step, seed, params, optimizer.init(params), running, statistics, scale)
 
 
 def make_train_step(
@@ -65,7 +71,6 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     *,
     kv_weight: optax.Schedule,
-    seed: int,
     microbatches: int,
 ) -> Callable[[TrainState, Mapping[str, Params], Batch], tuple[TrainState, Metrics]]:
     """``(state, teachers, batch) -> (state, metrics)``, to be jitted by the caller.
@@ -77,7 +82,7 @@ def make_train_step(
     def train_step(
         state: TrainState, teachers: Mapping[str, Params], batch: Batch
     ) -> tuple[TrainState, Metrics]:
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        key = jax.random.fold_in(jax.random.key(state.seed), state.step)
         totals = loss_tokens(batch)
         weight = kv_weight(state.step) * state.kv_scale.value
 

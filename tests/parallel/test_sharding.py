@@ -110,9 +110,7 @@ def one_step(mesh: Mesh):
         made.params
     )
     step = jax.jit(
-        make_train_step(
-            made.objective, optimizer, kv_weight=made.kv_weight, seed=0, microbatches=1
-        ),
+        make_train_step(made.objective, optimizer, kv_weight=made.kv_weight, microbatches=1),
         in_shardings=(places, made.teacher_shardings, batch_sharding(mesh)),
         out_shardings=(places, replicated(mesh)),
         donate_argnums=0,

@@ -47,7 +47,7 @@ def small_state(step: int) -> TrainState:
     params = {"x": jnp.full((3,), float(step))}
     none = Statistics({}, None)
     scale = LossScale(jnp.ones(()), Mean(jnp.zeros(()), jnp.zeros(())))
-    return TrainState(jnp.asarray(step, jnp.int32), params, {}, {}, none, scale)
+    return TrainState(jnp.asarray(step, jnp.int32), jnp.uint32(0), params, {}, {}, none, scale)
 
 
 def assert_bitwise(left, right) -> None:

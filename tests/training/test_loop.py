@@ -36,7 +36,7 @@ def made():
 @pytest.fixture(scope="module")
 def step(made):
     return jax.jit(
-        make_train_step(made.objective, OPTIMIZER, kv_weight=made.kv_weight, seed=3, microbatches=2)
+        make_train_step(made.objective, OPTIMIZER, kv_weight=made.kv_weight, microbatches=2)
     )
 
 
@@ -141,7 +141,7 @@ def test_what_is_measured_along_the_way_resumes_exactly(tmp_path: Path) -> None:
     """Running moments, prototypes and a measured share: all of them in the state and its file."""
     made = setting(names=("big", "other"), center="running", router="similarity", kv_weight=1.0)
     step = jax.jit(
-        make_train_step(made.objective, OPTIMIZER, kv_weight=made.kv_weight, seed=3, microbatches=2)
+        make_train_step(made.objective, OPTIMIZER, kv_weight=made.kv_weight, microbatches=2)
     )
     probe = jax.jit(make_probe(made.objective, kv_weight=made.kv_weight, share=0.2, microbatches=2))
     measured = {"probe": probe, "share_every": 3}

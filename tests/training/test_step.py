@@ -25,7 +25,7 @@ def rates(student: float, projector: float) -> dict:
 def run(made: Setting, optimizer=PLAIN, *, microbatches: int = 1, steps: int = 1, start=None):
     step = jax.jit(
         make_train_step(
-            made.objective, optimizer, kv_weight=made.kv_weight, seed=5, microbatches=microbatches
+            made.objective, optimizer, kv_weight=made.kv_weight, microbatches=microbatches
         )
     )
     state, lines = start_of(made, optimizer) if start is None else start, []

@@ -131,7 +131,7 @@ def two_steps() -> tuple[Setting, list[TrainState], list[dict]]:
     made = setting(names=NAMES, router="similarity", center="running")
     optimizer = optax.sgd(0.1)
     step = jax.jit(
-        make_train_step(made.objective, optimizer, kv_weight=made.kv_weight, seed=5, microbatches=2)
+        make_train_step(made.objective, optimizer, kv_weight=made.kv_weight, microbatches=2)
     )
     states, lines = [initial_state(made.params, optimizer, made.statistics)], []
     for _ in range(2):

@@ -35,7 +35,7 @@ def trained(made: Setting, *, random: bool) -> dict[str, float]:
         b2=0.95,
     )
     step = jax.jit(
-        make_train_step(made.objective, optimizer, kv_weight=made.kv_weight, seed=0, microbatches=1)
+        make_train_step(made.objective, optimizer, kv_weight=made.kv_weight, microbatches=1)
     )
     state = initial_state(made.params, optimizer, made.statistics)
     for number in range(STEPS):

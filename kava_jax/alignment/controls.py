@@ -1,0 +1,44 @@
+"""Targets that teach nothing, to tell what alignment does from what any pull on the cache does.
+
+``shuffled``   token t's target is that of token t in the next example of the batch
+``constant``   every token's target is the mean over the batch's counted tokens, per layer and head
+``random``     the target is read off a teacher with random weights (chosen where it is loaded)
+
+They replace the teacher's cache before it meets a projector. Only the KV loss sees them: the
+alignment that is reported stays that with the teacher's true cache.
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool
+
+from kava_jax.cache import KVCache
+
+Control = Literal["none", "shuffled", "constant", "random"]
+
+
+def controlled(
+    control: Control, cache: KVCache, mask_BT: Bool[Array, "B T"]
+) -> tuple[KVCache, Bool[Array, "B T"]]:
+    """The teacher's cache (L B T K H) as the control has it, and the tokens that have a target.
+
+    Under ``shuffled`` a token behind the end of the next example has none. ``none`` and ``random``
+    leave both as they are.
+    """
+    if control == "shuffled":
+        return jax.tree.map(lambda x: jnp.roll(x, 1, axis=1), cache), mask_BT & jnp.roll(
+            mask_BT, 1, axis=0
+        )
+    if control == "constant":
+        return jax.tree.map(lambda x: _mean(x, mask_BT), cache), mask_BT
+    return cache, mask_BT
+
+
+def _mean(x_LBTKH: Array, mask_BT: Array) -> Array:
+    """Every token's vector replaced by the mean of those that count."""
+    counted = mask_BT[None, :, :, None, None]
+    total = jnp.where(counted, x_LBTKH.astype(jnp.float32), 0.0).sum(axis=(1, 2), keepdims=True)
+    mean = total / jnp.maximum(mask_BT.sum(), 1)
+    return jnp.broadcast_to(mean, x_LBTKH.shape).astype(x_LBTKH.dtype)

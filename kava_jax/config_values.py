@@ -1,0 +1,65 @@
+"""What the config's fields may hold beyond plain numbers and names: ramps, measured shares."""
+
+import re
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic_core import PydanticCustomError
+
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, and no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class Ramp(Section):
+    """A weight that moves linearly from ``start`` to ``end`` over the whole run."""
+
+    start: Weight
+    end: Weight
+
+
+class AutoShare(Section):
+    """A weight that keeps the KV gradient at a share of the cross-entropy gradient.
+
+    ``share`` is ``||weight * g_kv|| / ||g_ce||`` over the student's parameters, measured anew every
+    ``every`` steps (and more often at the start). ``auto(0.2)`` is short for ``{share: 0.2}``.
+    """
+
+    share: float = Field(gt=0, le=10)
+    every: Positive = 20
+
+
+def _auto(value: Any) -> Any:
+    """``auto(0.2)`` as the mapping it stands for; any other text that is no number is refused."""
+    if not isinstance(value, str):
+        return value
+    if written := re.fullmatch(r"auto\(\s*([0-9.eE+-]+)\s*\)", value):
+        return {"share": written[1]}
+    try:
+        return float(value)
+    except ValueError:
+        raise PydanticCustomError(
+            "weight", "write a number, auto(0.2), or a mapping with start and end"
+        ) from None
+
+
+def _kind_of_weight(value: Any) -> str:
+    """Which of the three forms is meant, so that only its own errors are reported."""
+    if isinstance(value, AutoShare) or (isinstance(value, dict) and "share" in value):
+        return "auto"
+    return "ramp" if isinstance(value, Ramp | dict) else "number"
+
+
+KVWeight = Annotated[
+    Annotated[Weight, Tag("number")]
+    | Annotated[Ramp, Tag("ramp")]
+    | Annotated[AutoShare, Tag("auto")],
+    Discriminator(_kind_of_weight),
+    BeforeValidator(_auto),
+]

@@ -1,0 +1,129 @@
+"""The file of an experiment grid: arms times seeds over one base config.
+
+    name: scratch
+    config: demo.yaml              # beside this file, or one that ships with the package
+    set: {train.steps: 800}        # dotted fields of every run
+    pretrain: {train.steps: 2000}  # optional: a student made first by cross-entropy, once per seed
+    seeds: [0, 1, 2]
+    score: exact_match_strict      # or eval_loss
+    baseline: ce
+    contrast: kv                   # the one comparison with the baseline that was declared before
+    arms:
+      ce: {loss.kv_weight: 0, teachers: []}
+      kv: {loss.kv: mercator}
+
+Two arms with the same seed differ in nothing but their own fields: data, their order, the student's
+start and the number of steps are the same. Left out on purpose: running it (``ablation``).
+"""
+
+import json
+from collections.abc import Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from kava_jax.config import Config
+from kava_jax.config_file import parse_config, read_yaml, shipped_config
+from kava_jax.config_values import Section
+from kava_jax.errors import KavaError
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
+Fields = dict[str, Any]
+PRETRAINED = "pretrain"
+# What two arms must share, or they are no comparison.
+SHARED = ("run.seed", "run.dir", "train.steps", "data", "student.path", "student.geometry")
+
+
+class Grid(Section):
+    """A grid as its file says it; see the module's example."""
+
+    name: Name
+    config: str
+    set: Fields = Field(default={})
+    pretrain: Fields | None = None
+    seeds: tuple[int, ...] = Field(min_length=1)
+    score: Literal["exact_match_strict", "eval_loss"] = "exact_match_strict"
+    baseline: Name
+    contrast: Name | None = None
+    arms: dict[Name, Fields] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _names(self) -> "Grid":
+        for field, arm in (("baseline", self.baseline), ("contrast", self.contrast)):
+            if arm is not None and arm not in self.arms:
+                raise ValueError(f"{field}={arm} is not an arm; use one of {', '.join(self.arms)}")
+        if PRETRAINED in self.arms:
+            raise ValueError(f"an arm cannot be called {PRETRAINED}; give it another name")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise ValueError(f"seeds={list(self.seeds)} repeat; give different ones")
+        for arm, fields in self.arms.items():
+            shared = [key for key in fields if _under(key, SHARED)]
+            if shared:
+                raise ValueError(
+                    f"arms.{arm} sets {', '.join(shared)}, which all arms of a comparison share; "
+                    f"put it under set"
+                )
+        return self
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Of the score."""
+        return self.score != "eval_loss"
+
+
+def load_grid(path: Path) -> tuple[Grid, dict[str, Any]]:
+    """The grid, and its base config as it stands in its file.
+
+    Raises KavaError in one line: file or base config missing or broken, or an arm that is no valid
+    run (the arm is named).
+    """
+    try:
+        grid = Grid.model_validate(read_yaml(path))
+    except ValidationError as error:
+        problems = "; ".join(map(_problem, error.errors()))
+        raise KavaError(f"grid={str(path)!r}: {problems}") from None
+    beside = path.parent / grid.config
+    base = read_yaml(beside if beside.is_file() else shipped_config(grid.config))
+    for arm in grid.arms:
+        run_config(grid, base, arm, grid.seeds[0], Path("runs"))
+    if grid.pretrain is not None:
+        run_config(grid, base, PRETRAINED, grid.seeds[0], Path("runs"))
+    return grid, base
+
+
+def run_directory(out: Path, arm: str, seed: int) -> Path:
+    """Where a run of the grid in ``out`` lives."""
+    return out / "runs" / arm / f"seed{seed}"
+
+
+def exported(out: Path, seed: int) -> Path:
+    """Where the pretrained student of a seed lies."""
+    return run_directory(out, PRETRAINED, seed) / "export"
+
+
+def run_config(grid: Grid, base: Mapping[str, Any], arm: str, seed: int, out: Path) -> Config:
+    """The config of one run; ``arm`` may be ``pretrain``."""
+    raw = deepcopy(dict(base))
+    own = {"run.name": f"{grid.name}-{arm}", "run.seed": seed}
+    fields = grid.set | (grid.pretrain or {} if arm == PRETRAINED else grid.arms[arm])
+    if arm == PRETRAINED:
+        own |= {"teachers": []}
+    elif grid.pretrain is not None:
+        raw["student"] = {"path": str(exported(out, seed))}
+    own |= {"run.dir": str(run_directory(out, arm, seed))}
+    overrides = [f"{key}={json.dumps(value)}" for key, value in (fields | own).items()]
+    try:
+        return parse_config(raw, overrides)
+    except KavaError as error:
+        raise KavaError(f"arms.{arm}: {error}") from None
+
+
+def _problem(error: Any) -> str:
+    place = ".".join(map(str, error["loc"])) or "grid"
+    return f"{place}: {error['msg'].removeprefix('Value error, ')}"
+
+
+def _under(key: str, fields: tuple[str, ...]) -> bool:
+    return any(key == field or key.startswith(f"{field}.") for field in fields)
