@@ -18,9 +18,14 @@ LayerMapName = Literal["ratio", "uniform", "skip", "last", "interpolated", "cka"
 class RunConfig(Section):
     """Where a run lives and what makes it repeatable."""
 
-    name: str = Field(default="run", min_length=1, pattern=r"^[A-Za-z0-9._-]+$")
+    name: str = Field(
+        default="run",
+        min_length=1,
+        pattern=r"^[A-Za-z0-9._-]+$",
+        description="what the run is called; letters, digits and . _ -",
+    )
     dir: str | None = Field(default=None, description="run directory; runs/<name> when null")
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, description="of fresh weights, order of rows, dropout")
 
     @property
     def directory(self) -> Path:
@@ -31,11 +36,16 @@ class RunConfig(Section):
 class TeacherConfig(Section):
     """One frozen teacher."""
 
-    name: str = Field(default="teacher", min_length=1, pattern=r"^[A-Za-z0-9_-]+$")
+    name: str = Field(
+        default="teacher",
+        min_length=1,
+        pattern=r"^[A-Za-z0-9_-]+$",
+        description="what its figures are called; letters, digits and _ -",
+    )
     path: str = Field(description="Hugging Face directory, hub id, or builtin:demo_teacher")
-    revision: str | None = None
-    dtype: Dtype = "auto"
-    weight: Weight = 1.0
+    revision: str | None = Field(default=None, description="branch, tag or commit on the hub")
+    dtype: Dtype = Field(default="auto", description="auto: float32 on CPU, else bfloat16")
+    weight: Weight = Field(default=1.0, description="of its losses among several teachers")
     layer_map: LayerMapName | tuple[tuple[int, int], ...] = Field(
         default="ratio",
         description="a name, or [teacher, student] layer pairs; cka and calibrated are measured",
@@ -52,15 +62,17 @@ class StudentConfig(Section):
     path: str | None = Field(
         default=None, description="Hugging Face directory or hub id to start from"
     )
-    revision: str | None = None
+    revision: str | None = Field(default=None, description="branch, tag or commit on the hub")
     geometry: dict[str, Any] | None = Field(
         default=None, description="config.json keys of a student to be trained from random weights"
     )
     tokenizer: str | None = Field(
         default=None, description="where from, when not from student or teacher"
     )
-    dtype: Dtype = "auto"
-    remat: Literal["none", "dots", "full"] = "none"
+    dtype: Dtype = Field(default="auto", description="it computes in; its weights are float32")
+    remat: Literal["none", "dots", "full"] = Field(
+        default="none", description="what the backward pass computes again"
+    )
 
     @model_validator(mode="after")
     def _one_origin(self) -> "StudentConfig":
@@ -77,16 +89,26 @@ class ProjectorConfig(Section):
     for the first ``warmup_steps``, then beside the student; ``frozen`` stays as it was initialised.
     """
 
-    kind: Literal["elastic", "linear", "headwise"] = "elastic"
-    direction: Literal["student_to_teacher", "teacher_to_student"] = "student_to_teacher"
-    mlp_ratio: float = Field(default=1.0, gt=0, le=16)
-    dropout: float = Field(default=0.1, ge=0, lt=1)
-    init: Literal["xavier", "kaiming", "normal", "calibrated"] = "xavier"
-    per_layer: bool = False
+    kind: Literal["elastic", "linear", "headwise"] = Field(
+        default="elastic", description="what an adapter is made of"
+    )
+    direction: Literal["student_to_teacher", "teacher_to_student"] = Field(
+        default="student_to_teacher", description="whose vectors are mapped into whose space"
+    )
+    mlp_ratio: float = Field(
+        default=1.0, gt=0, le=16, description="elastic: hidden over input width"
+    )
+    dropout: float = Field(default=0.1, ge=0, lt=1, description="elastic: in its hidden layer")
+    init: Literal["xavier", "kaiming", "normal", "calibrated"] = Field(
+        default="xavier", description="calibrated: fitted in closed form before training"
+    )
+    per_layer: bool = Field(default=False, description="one map per layer, not shared by all")
     per_head: bool = Field(
         default=False, description="headwise only: one dim map per head, not shared"
     )
-    training: Literal["joint", "warmup", "frozen"] = "joint"
+    training: Literal["joint", "warmup", "frozen"] = Field(
+        default="joint", description="how the projector learns"
+    )
     warmup_steps: Positive = Field(default=100, description="of training=warmup")
 
     @model_validator(mode="after")
@@ -105,26 +127,30 @@ class LossConfig(Section):
     ``remove_key_bias`` to ``per_head`` say in which frame keys and values are compared.
     """
 
-    kv: Literal["mercator", "mse", "smooth_l1", "hybrid", "structural", "infonce", "gram"] = (
-        "mercator"
+    kv: Literal["mercator", "mse", "smooth_l1", "hybrid", "structural", "infonce", "gram"] = Field(
+        default="mercator", description="how far two keys (or values) are from each other"
     )
-    kv_weight: KVWeight = 1.0
+    kv_weight: KVWeight = Field(
+        default=1.0, description="a number, a ramp, or a share of the cross-entropy gradient"
+    )
     parts: Literal["both", "keys", "values"] = Field(
         default="both", description="what is compared; the other part is only measured"
     )
     alpha: Weight = Field(default=1.0, description="mercator: weight of the direction term")
     beta: Weight = Field(default=0.01, description="mercator: weight of the log-magnitude term")
-    mercator_weight: Weight | Ramp = Field(default=0.8, description="hybrid")
-    mse_weight: Weight | Ramp = Field(default=0.2, description="hybrid")
+    mercator_weight: Weight | Ramp = Field(default=0.8, description="hybrid: of Mercator")
+    mse_weight: Weight | Ramp = Field(default=0.2, description="hybrid: of MSE")
     attention_weight: Weight = Field(default=1.0, description="structural: of the attention KL")
-    temperature: float = Field(default=0.1, gt=0, description="infonce")
+    temperature: float = Field(default=0.1, gt=0, description="infonce: of its softmax")
     divide_by_std: bool = Field(
         default=False, description="mse, smooth_l1, structural: in units of the layer's std"
     )
-    ce_weight: Weight = 1.0
-    kl_weight: Weight = 0.0
-    kl_temperature: float = Field(default=1.0, gt=0)
-    key_space: Literal["pre_rope", "post_rope"] = "pre_rope"
+    ce_weight: Weight = Field(default=1.0, description="of cross-entropy")
+    kl_weight: Weight = Field(default=0.0, description="of logit KL")
+    kl_temperature: float = Field(default=1.0, gt=0, description="of both softmaxes in logit KL")
+    key_space: Literal["pre_rope", "post_rope"] = Field(
+        default="pre_rope", description="keys before or after RoPE has turned them"
+    )
     sink_tokens: int = Field(
         default=4, ge=0, description="first tokens of a row left out of the KV loss"
     )
@@ -160,8 +186,10 @@ class RouterConfig(Section):
     entropy is rewarded by ``entropy_weight``. The shares of the two last ones sum to 1.
     """
 
-    kind: Literal["fixed", "similarity", "learned"] = "fixed"
-    entropy_weight: Weight = Field(default=0.01, description="learned")
+    kind: Literal["fixed", "similarity", "learned"] = Field(
+        default="fixed", description="how several teachers share a token"
+    )
+    entropy_weight: Weight = Field(default=0.01, description="learned: reward of its entropy")
 
 
 class CalibrationConfig(Section):
@@ -177,28 +205,30 @@ class DataConfig(Section):
 
     path: str = Field(description="JSONL, parquet or text file, hub id, or builtin:word_problems")
     subset: str | None = Field(default=None, description="name of a hub dataset's configuration")
-    revision: str | None = None
-    split: str = "train"
+    revision: str | None = Field(default=None, description="branch, tag or commit on the hub")
+    split: str = Field(default="train", description="of the generator, a directory or a hub id")
     eval_path: str | None = Field(
         default=None, description="held-out rows; else cut from data.path"
     )
-    eval_split: str | None = None
+    eval_split: str | None = Field(default=None, description="held-out split of the same source")
     eval_rows: Positive = Field(default=256, description="number of held-out rows")
     rows: Positive | None = Field(
         default=None, description="use only the first so many training rows"
     )
-    prompt_field: str = "question"
-    answer_field: str = "answer"
-    messages_field: str | None = None
+    prompt_field: str = Field(default="question", description="field that holds the prompt")
+    answer_field: str = Field(default="answer", description="field that holds the answer")
+    messages_field: str | None = Field(default=None, description="field of a conversation")
     separator: str = Field(default="<|endoftext|>", description="between documents of a text file")
-    format: Literal["qa", "template", "chat"] = "qa"
-    template: str | None = Field(default=None, description="for format=template")
-    max_length: int = Field(default=512, ge=8)
+    format: Literal["qa", "template", "chat"] = Field(
+        default="qa", description="how a row is written"
+    )
+    template: str | None = Field(default=None, description="with {prompt} and {answer}")
+    max_length: int = Field(default=512, ge=8, description="longest row in tokens; the rest is cut")
     bucket: Positive | None = Field(
         default=None,
         description="padded lengths are multiples of it; null: an eighth of max_length",
     )
-    batch_size: Positive = 32
+    batch_size: Positive = Field(default=32, description="rows of a step, over all devices")
 
     @property
     def length_bucket(self) -> int:
@@ -215,14 +245,16 @@ class DataConfig(Section):
 class OptimizerConfig(Section):
     """AdamW with two learning rates, clipped per group."""
 
-    student_lr: Weight = 5e-5
-    projector_lr: Weight = 1e-3
-    weight_decay: Weight = 0.01
-    clip_norm: float = Field(default=1.0, gt=0)
-    b1: float = Field(default=0.9, ge=0, lt=1)
-    b2: float = Field(default=0.999, ge=0, lt=1)
-    warmup_steps: int = Field(default=0, ge=0)
-    schedule: Literal["cosine", "constant"] = "cosine"
+    student_lr: Weight = Field(default=5e-5, description="peak rate of the student")
+    projector_lr: Weight = Field(default=1e-3, description="peak rate of projector and router")
+    weight_decay: Weight = Field(default=0.01, description="of matrices, not of norms and biases")
+    clip_norm: float = Field(default=1.0, gt=0, description="largest gradient norm of each group")
+    b1: float = Field(default=0.9, ge=0, lt=1, description="AdamW: decay of the mean gradient")
+    b2: float = Field(default=0.999, ge=0, lt=1, description="AdamW: decay of its square")
+    warmup_steps: int = Field(default=0, ge=0, description="steps over which the rates rise")
+    schedule: Literal["cosine", "constant"] = Field(
+        default="cosine", description="of the rates, after warm-up"
+    )
     final_lr_share: Share = Field(
         default=0.0, description="of the peak rate, reached at the last step"
     )
@@ -231,23 +263,23 @@ class OptimizerConfig(Section):
 class TrainConfig(Section):
     """How long, and how often what happens."""
 
-    steps: Positive = 1000
-    grad_accumulation: Positive = 1
-    log_every: Positive = 10
+    steps: Positive = Field(default=1000, description="optimizer steps")
+    grad_accumulation: Positive = Field(default=1, description="parts that a batch is computed in")
+    log_every: Positive = Field(default=10, description="steps between two logged lines")
     eval_every: Positive | None = Field(default=None, description="null: only at the end")
     diagnose_every: Positive | None = Field(
         default=100, description="gradient shares and per-layer figures; null: never"
     )
-    checkpoint_every: Positive = 500
-    keep_checkpoints: Positive = 2
+    checkpoint_every: Positive = Field(default=500, description="one is also written at the end")
+    keep_checkpoints: Positive = Field(default=2, description="the newest, and the best besides")
 
 
 class EvalSet(Section):
     """More held-out rows, read as ``data`` is; their figures are named ``<set>/...``."""
 
-    path: str
+    path: str = Field(description="as data.path")
     split: str | None = Field(default=None, description="data.eval_split when null")
-    rows: Positive = 256
+    rows: Positive = Field(default=256, description="number of rows")
 
 
 class EvalConfig(Section):
@@ -257,8 +289,8 @@ class EvalConfig(Section):
     exact_match_every: Positive | None = Field(
         default=None, description="at evaluations that fall on a multiple of it, too"
     )
-    max_new_tokens: Positive = 256
-    batch_size: Positive = 64
+    max_new_tokens: Positive = Field(default=256, description="longest answer")
+    batch_size: Positive = Field(default=64, description="questions answered at once")
     sets: dict[str, EvalSet] = Field(
         default={}, description="by name: an old task, a shifted one, ..."
     )
@@ -267,9 +299,9 @@ class EvalConfig(Section):
 class MeshConfig(Section):
     """Devices along each axis; -1 fills (one axis at most)."""
 
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
+    data: int = Field(default=-1, description="rows are split, weights repeated")
+    fsdp: int = Field(default=1, description="rows and weights are split")
+    tensor: int = Field(default=1, description="heads and feed-forward width are split")
 
     @model_validator(mode="after")
     def _sizes(self) -> "MeshConfig":

@@ -115,9 +115,8 @@ def _scored(examples: Sequence[Example], texts: Sequence[str]) -> ExactMatch:
         question, answer = example.prompt, example.answer
         if example.messages is not None:
             question, answer = example.messages[-2][1], example.messages[-1][1]
-        gold = gold_answer(answer)
-        right = same(strict_answer(text), gold), same(flexible_answer(text), gold)
-        samples.append(Sample(question, text, gold, *right))
+        right = same(strict_answer(text), answer), same(flexible_answer(text), answer)
+        samples.append(Sample(question, text, gold_answer(answer), *right))
     strict, flexible = ([getattr(s, rule) for s in samples] for rule in ("strict", "flexible"))
     return ExactMatch(len(samples), *_share(strict), *_share(flexible), samples=tuple(samples))
 

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Queue
+from threading import Lock
 from typing import Any, NamedTuple
 
 import yaml
@@ -21,13 +22,15 @@ import yaml
 from kava_jax.config_file import dump_config
 from kava_jax.errors import KavaError
 from kava_jax.experiments.grid import PRETRAINED, Grid, exported, run_config, run_directory
-from kava_jax.experiments.outcome import Outcome, outcome_of
-from kava_jax.training.manifest import config_diff, config_hash, versions
+from kava_jax.experiments.outcome import outcome_of
+from kava_jax.training.manifest import config_hash, versions
 
-GRID_NAME, LOG_NAME, CACHE_NAME = "grid.json", "log.txt", "compiled"
+GRID_NAME, CACHE_NAME, BAD_INPUT = "grid.json", "compiled", 2
 # glibc hands XLA's buffers back to the system after every step and fetches them anew, page by page:
 # a fifth to a third of the time of a small model's step. This keeps them.
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
+# Runs of one arm differ in their seed alone, so they share what was compiled.
+KEEP_COMPILED = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
 
 
 class Job(NamedTuple):
@@ -48,7 +51,12 @@ class Progress(NamedTuple):
 
 @dataclass(frozen=True)
 class Ablation:
-    """A grid, the base config as it stands in its file, and the directory of its runs."""
+    """A grid, the base config as it stands in its file, and the directory of its results.
+
+    ``out`` gets one small record per arm, ``<arm>.json``, and ``grid.json``; these are all that a
+    later call needs to know what is finished, so they can be committed and gone on from. The runs
+    themselves are in ``out/runs``.
+    """
 
     grid: Grid
     base: dict[str, Any]
@@ -57,101 +65,87 @@ class Ablation:
     def run(self, jobs: int, say: Callable[[Progress], None]) -> list[Job]:
         """Run what is not finished, ``jobs`` at a time; returns the runs that failed.
 
-        Writes one record per arm, ``<arm>.json``, as soon as a run of it ends, and ``grid.json``.
-
         Raises:
-            KavaError: ``jobs`` is not positive, the directory holds another grid, or a run was
-                refused for bad input (its own words).
+            KavaError: ``jobs`` is not positive, the directory holds results of something else, or a
+                run was refused for bad input (its own words).
         """
         if jobs < 1:
             raise KavaError(f"jobs={jobs} is not positive; use 1 or more")
-        self._write_grid()
-        seeds, arms = self.grid.seeds, self.grid.arms
-        first = [Job(PRETRAINED, seed) for seed in seeds] if self.grid.pretrain is not None else []
         # Seed by seed, so that a grid that is cut short has whole comparisons.
-        rest = [Job(arm, seed) for seed in seeds for arm in arms]
-        counted = _Count(len(first) + len(rest), say)
-        failed = self._all(first, jobs, counted)
-        if failed:
-            return failed
-        return self._all(rest, jobs, counted)
+        wanted = [Job(arm, seed) for seed in self.grid.seeds for arm in self.grid.arms]
+        known = [job for job in wanted if self._known(job)]
+        self._write_grid()
+        missing = [job for job in wanted if job not in known]
+        first = []
+        if self.grid.pretrain is not None:
+            first = [Job(PRETRAINED, seed) for seed in dict.fromkeys(job.seed for job in missing)]
+        counted = _Count(len(first) + len(wanted), say)
+        for job in known:
+            counted.tell(job, "known")
+        return self._all(first, jobs, counted) or self._all(missing, jobs, counted)
 
     def _all(self, jobs: Sequence[Job], workers: int, counted: "_Count") -> list[Job]:
         shares: Queue[set[int] | None] = Queue()
         for share in _cores(workers):
             shares.put(share)
+        records, failed = Lock(), []
 
-        def one(job: Job) -> str:
+        def one(job: Job) -> None:
             share = shares.get()
             try:
-                word = self._finish(job, share)
+                code = self._finish(job, share)
             finally:
                 shares.put(share)
-            counted.tell(job, word)
-            return word
+            with records:
+                if code:
+                    failed.append(job)
+                elif job.arm != PRETRAINED:
+                    self._keep(job)
+                counted.tell(job, "failed" if code else "finished")
 
         with ThreadPoolExecutor(workers) as pool:
             futures = [pool.submit(one, job) for job in jobs]
             try:
-                words = [future.result() for future in futures]
+                for future in futures:
+                    future.result()
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
-        for arm in dict.fromkeys(job.arm for job in jobs if job.arm != PRETRAINED):
-            self._write_arm(arm)
-        return [job for job, word in zip(jobs, words, strict=True) if word == "failed"]
+        return failed
 
-    def _finish(self, job: Job, cores: set[int] | None) -> str:
-        """Run it, unless its record is there."""
-        if self._record_of(job) is not None:
-            return "known"
-        directory = run_directory(self.out, *job)
-        code = self._train(job, cores)
-        if code == 0 and job.arm == PRETRAINED:
-            code = self._call(
-                ["export", str(directory), "--out", str(exported(self.out, job.seed))], job, cores
-            )
-        if code == 2:
-            raise KavaError(f"arms.{job.arm}, seed {job.seed}: {_last_line(self._log(job))}")
-        if code != 0:
-            return "failed"
-        if job.arm == PRETRAINED:
-            record: Any = {"config_hash": self._hash(job)}
-        else:
-            record = {
-                "config_hash": self._hash(job),
-                "outcome": outcome_of(directory, job.seed)._asdict(),
-            }
-        _write_json(_record_path(directory), record)
-        return "finished"
+    def _finish(self, job: Job, cores: set[int] | None) -> int:
+        """Run it to its end; returns the exit code.
 
-    def _train(self, job: Job, cores: set[int] | None) -> int:
+        Raises KavaError with the run's own words when it was refused for bad input.
+        """
         config = dump_config(run_config(self.grid, self.base, *job, self.out))
         path = self.out / "configs" / f"{job.arm}-{job.seed}.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-        return self._call(["train", str(path)], job, cores)
+        target = exported(self.out, job.seed)
+        code = self._call(["train", str(path)], job, cores)
+        if code == 0 and job.arm == PRETRAINED and not target.is_dir():
+            directory = run_directory(self.out, *job)
+            code = self._call(["export", str(directory), "--out", str(target)], job, cores)
+        if code == BAD_INPUT:
+            raise KavaError(f"arms.{job.arm}, seed {job.seed}: {_last_line(self._log(job))}")
+        return code
 
     def _call(self, arguments: list[str], job: Job, cores: set[int] | None) -> int:
         """A ``kava`` command in a process of its own, with its words in the run's log."""
         log = self._log(job)
         log.parent.mkdir(parents=True, exist_ok=True)
-        environment = {
-            **KEEP_MEMORY,
-            "JAX_COMPILATION_CACHE_DIR": str((self.out / CACHE_NAME).resolve()),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-            **os.environ,
-        }
+        compiled = {"JAX_COMPILATION_CACHE_DIR": str((self.out / CACHE_NAME).resolve())}
         with log.open("a", encoding="utf-8") as words:
             process = subprocess.Popen(
                 [sys.executable, "-m", "kava_jax", *arguments],
                 stdout=words,
                 stderr=words,
-                env=environment,
+                env={**KEEP_MEMORY, **KEEP_COMPILED, **compiled, **os.environ},
             )
-            if cores is not None:
-                os.sched_setaffinity(process.pid, cores)
             try:
+                if cores is not None:
+                    os.sched_setaffinity(process.pid, cores)
                 return process.wait()
             except BaseException:
                 process.terminate()
@@ -161,46 +155,48 @@ class Ablation:
     def _log(self, job: Job) -> Path:
         return self.out / "logs" / f"{job.arm}-{job.seed}.txt"
 
-    def _hash(self, job: Job) -> str:
-        return config_hash(dump_config(run_config(self.grid, self.base, *job, self.out)))
+    def _identity(self, job: Job) -> str:
+        """What a record belongs to: all that the files say of the run."""
+        of_all = {"base": self.base, "set": self.grid.set, "pretrain": self.grid.pretrain}
+        return config_hash(of_all | {"arm": self.grid.arms[job.arm], "seed": job.seed})
 
-    def _record_of(self, job: Job) -> dict[str, Any] | None:
-        path = _record_path(run_directory(self.out, *job))
-        if not path.is_file():
-            return None
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if record["config_hash"] != self._hash(job):
+    def _known(self, job: Job) -> bool:
+        """Whether the run's record is there.
+
+        Raises KavaError when a record of that name is of something else.
+        """
+        record = read_arm(self.out, job.arm).get(job.seed)
+        if record is not None and record["identity"] != self._identity(job):
             raise KavaError(
-                f"arms.{job.arm}: {path.parent} was made with another config; put the arm back as "
-                f"it was, or remove that directory to run it again"
+                f"arms.{job.arm}: {self.out / job.arm}.json was made by another grid file; put the "
+                f"file back as it was, or name another --out"
             )
-        return record
+        return record is not None
 
-    def _write_arm(self, arm: str) -> None:
-        """All records of an arm in one file."""
-        records = [self._record_of(Job(arm, seed)) for seed in self.grid.seeds]
-        outcomes = [Outcome(**record["outcome"]) for record in records if record]
-        if not outcomes:
-            return
-        content = {"arm": arm, "fields": self.grid.arms[arm], "runs": outcomes}
-        _write_json(self.out / f"{arm}.json", content | {"runs": [o._asdict() for o in outcomes]})
+    def _keep(self, job: Job) -> None:
+        """Add the finished run to its arm's record."""
+        found = outcome_of(run_directory(self.out, *job), job.seed, self._identity(job))
+        runs = read_arm(self.out, job.arm)
+        runs[job.seed] = found._asdict()
+        content = {"arm": job.arm, "fields": self.grid.arms[job.arm]}
+        ordered = [runs[seed] for seed in sorted(runs)]
+        _write_json(self.out / f"{job.arm}.json", content | {"runs": ordered})
 
     def _write_grid(self) -> None:
-        path = self.out / GRID_NAME
-        content = {
-            "grid": self.grid.model_dump(mode="json"),
-            "base": self.base,
-            "versions": versions(),
-        }
-        if path.is_file():
-            known = json.loads(path.read_text(encoding="utf-8"))
-            free = ("grid.arms", "grid.seeds", "versions")
-            if changes := config_diff(known, content, free):
-                raise KavaError(
-                    f"out={self.out} holds another grid: {', '.join(map(str, changes[:3]))}; name "
-                    f"another --out"
-                )
-        _write_json(path, content)
+        content = {"grid": self.grid.model_dump(mode="json"), "base": self.base}
+        _write_json(self.out / GRID_NAME, content | {"versions": versions()})
+
+
+def read_arm(out: Path, arm: str) -> dict[int, dict[str, Any]]:
+    """The records of an arm's finished runs, by seed; none when there is no file."""
+    path = out / f"{arm}.json"
+    if not path.is_file():
+        return {}
+    try:
+        runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
+        return {run["seed"]: run for run in runs}
+    except (ValueError, KeyError, TypeError):
+        raise KavaError(f"{path} is no record of an arm; restore it or remove it") from None
 
 
 class _Count:
@@ -218,10 +214,6 @@ def _cores(jobs: int) -> list[set[int] | None]:
         return [None] * jobs
     cores = sorted(os.sched_getaffinity(0))
     return [set(cores[job::jobs]) or set(cores) for job in range(jobs)]
-
-
-def _record_path(directory: Path) -> Path:
-    return directory / "outcome.json"
 
 
 def _last_line(log: Path) -> str:

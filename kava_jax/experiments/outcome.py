@@ -26,6 +26,8 @@ class Outcome(NamedTuple):
     """One run's record; ``None`` values are numbers that were not finite."""
 
     seed: int
+    identity: str
+    """Hash of all that the grid's files say of the run."""
     data: str
     """Fingerprint of its rows."""
     values: dict[str, float | None]
@@ -39,7 +41,7 @@ class Outcome(NamedTuple):
     samples: list[dict[str, str]]
 
 
-def outcome_of(directory: Path, seed: int) -> Outcome:
+def outcome_of(directory: Path, seed: int, identity: str) -> Outcome:
     """Read the record off a finished run."""
     metrics = directory / METRICS_NAME
     evaluations = _by_step(read_metrics(metrics, "eval"))
@@ -49,6 +51,7 @@ def outcome_of(directory: Path, seed: int) -> Outcome:
     train = _by_step(read_metrics(metrics, "train"))
     return Outcome(
         seed=seed,
+        identity=identity,
         data=str(read_manifest(directory)["fingerprints"]["data"]),
         values={key: _short(v) for key, v in last.items() if key not in ("step", "kind")},
         layers={key: [_short(v) for v in row] for key, row in layers.items()},

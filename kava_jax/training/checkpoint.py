@@ -102,9 +102,19 @@ class Checkpoints:
         raise KavaError(f"checkpoint={which!r} does not exist; use last, best or one of {listed}")
 
     def restore(self, step: int, abstract: Any) -> TrainState:
-        """Read a checkpoint into the shapes, dtypes and shardings of ``abstract``."""
-        restored: Any = self._manager.restore(step, args=self._ocp.args.StandardRestore(abstract))
-        return restored
+        """Read a checkpoint into the shapes, dtypes and shardings of ``abstract``.
+
+        Raises KavaError when it holds another state than that, as one by another version does.
+        """
+        try:
+            found: Any = self._manager.restore(step, args=self._ocp.args.StandardRestore(abstract))
+        except (ValueError, KeyError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise KavaError(
+                f"checkpoint={step}: {self._name()} does not hold the state that this run has "
+                f"({reason}); use the version of kava_jax that wrote it (see manifest.json)"
+            ) from error
+        return found
 
     def _name(self) -> str:
         return f"{self._directory.parent.name}/{self._directory.name}"

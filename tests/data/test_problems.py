@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from kava_jax.data.problems import WordProblems, problem
+from kava_jax.data.problems import MIXTURES, WordProblems, problem
 from kava_jax.errors import KavaError
 
 LINE = re.compile(r"(\d+)([-+*/])(\d+)=<<(\d+[-+*/]\d+)=(\d+)>>(\d+)")
@@ -74,18 +74,45 @@ def test_known_problem():
     )
 
 
-@pytest.mark.parametrize("steps", [(1, 1), (4, 5)])
-def test_other_lengths(steps):
-    for example in WordProblems("train", seed=0, rows=50, steps=steps):
-        assert steps[0] <= example.answer.count("\n") <= steps[1]
+def numbers(example):
+    return [int(number) for number in re.findall(r"\d+", calculation(example.answer))]
+
+
+def test_mixtures_hold_what_their_names_say():
+    rows = {name: WordProblems("train", seed=0, rows=200, mixture=name)[:] for name in MIXTURES}
+    shares = {name: [("/" in calculation(e.answer)) for e in rows[name]] for name in rows}
+    assert all(shares["shared"])
+    assert not any(shares["unshared"])
+    assert 20 < sum(shares["all"]) < 100
+    assert {e.answer.count("\n") for e in rows["longer"]} == {4, 5}
+    assert {e.answer.count("\n") for e in rows["all"]} == {2, 3}
+    assert max(max(numbers(e)) for e in rows["all"]) <= 99
+    assert 150 < max(max(numbers(e)) for e in rows["larger"]) <= 199
+    for example in (e for examples in rows.values() for e in examples):
+        lines = calculation(example.answer).split("\n")[:-1]
+        assert all(eval(line.split("=")[0]) == int(line.split("=")[1]) for line in lines)
+
+
+def test_dev_and_confirm_are_halves_of_test_without_a_common_calculation():
+    halves = {
+        name: {calculation(e.answer) for e in WordProblems(name, seed=seed, rows=1500)}
+        for seed, name in enumerate(("dev", "confirm"))
+    }
+    test = [calculation(e.answer) for e in WordProblems("test", seed=9, rows=1500)]
+    train = {calculation(e.answer) for e in WordProblems("train", seed=0, rows=5000)}
+    assert not halves["dev"] & halves["confirm"]
+    assert not train & (halves["dev"] | halves["confirm"])
+    # What test holds is in one of the halves: those it shares with neither were not drawn there.
+    found = [sum(c in halves[name] for c in test) for name in ("dev", "confirm")]
+    assert min(found) > 200
 
 
 @pytest.mark.parametrize(
     ("call", "named"),
     [
-        (lambda: problem("dev", 0, 0), "split='dev'"),
+        (lambda: problem("validation", 0, 0), "split='validation'"),
         (lambda: problem("train", 0, -1), "index=-1"),
-        (lambda: problem("train", 0, 0, steps=(3, 2)), r"steps=\(3, 2\)"),
+        (lambda: problem("train", 0, 0, "divided"), "builtin:word_problems/divided.*use one of"),
         (lambda: WordProblems("train", 0, rows=0), "rows=0"),
     ],
 )

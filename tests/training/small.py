@@ -99,6 +99,8 @@ def setting(
     key_space: str = "pre_rope",
     router: str = "fixed",
     weights: tuple[float, ...] | None = None,
+    control: str = "none",
+    parts: str = "both",
 ) -> Setting:
     """The two models joined by layers 1 -> 0 and 2 -> 2, the teacher cut unless KL needs it all."""
     mesh = one_device() if mesh is None else mesh
@@ -136,28 +138,30 @@ def setting(
 
     builds = {"student": student, "projector": projector}
     builds |= {"router": gate} if router == "learned" else {}
-    parts = {name: Part.of(build, mesh) for name, build in builds.items()}
+    modules = {name: Part.of(build, mesh) for name, build in builds.items()}
     teacher_part = Part.of(teacher, mesh)
-    shardings = {name: part.shardings for name, part in parts.items()}
+    shardings = {name: module.shardings for name, module in modules.items()}
     teacher_shardings = dict.fromkeys(names, teacher_part.shardings)
     values = {name: _values(build, 1 + i) for i, (name, build) in enumerate(builds.items())}
     teachers = {name: _values(teacher, 3 + i) for i, name in enumerate(names)}
     if router != "learned":
         shardings["router"], values["router"] = {}, {}
     objective = Objective(
-        student=parts["student"].graph,
-        projector=parts["projector"].graph,
+        student=modules["student"].graph,
+        projector=modules["projector"].graph,
         teachers={
             name: TeacherLink(
                 teacher_part.graph,
                 Comparison(name, layer_map, key_space, remove_key_bias),
                 TEACHER,
+                control,
             )
             for name in names
         },
-        router=Router(router, weights, parts["router"].graph if router == "learned" else None),
+        router=Router(router, weights, modules["router"].graph if router == "learned" else None),
         kv_loss=kv_loss(kv, beta=beta, divide_by_std=divide_by_std),
         frame=Frame(center, standardize, per_head),
+        parts=parts,
         direction=direction,
         attention_weight=1.0 if kv == "structural" else 0.0,
         ce_weight=ce_weight,

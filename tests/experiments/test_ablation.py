@@ -1,0 +1,189 @@
+"""A grid through real processes, and what happens when it is called again, changed or refused."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from kava_jax.errors import KavaError
+from kava_jax.experiments import ablation
+from kava_jax.experiments.ablation import Ablation, Job, read_arm
+from kava_jax.experiments.grid import PRETRAINED, load_grid, run_config
+from kava_jax.experiments.outcome import pack, unpack
+from tests.tiny import CONFIG, GEOMETRY, kava, write_model, write_rows
+from tests.tolerances import TOL
+
+GRID: dict[str, Any] = {
+    "name": "tiny",
+    "config": "base.yaml",
+    "set": {"train.steps": 4, "eval.sets": {"again": {"path": "data.jsonl", "rows": 4}}},
+    "pretrain": {"train.steps": 2, "student.path": None, "student.geometry": GEOMETRY},
+    "seeds": [3],
+    "score": "eval_loss",
+    "baseline": "ce",
+    "contrast": "kv",
+    "arms": {"ce": {"teachers": []}, "kv": {"loss.kv_weight": 2}},
+}
+
+
+def write_grid(path: Path, **changed: Any) -> Path:
+    path.write_text(yaml.safe_dump(GRID | changed, sort_keys=False), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A workspace in which the grid has run to its end, by its own command."""
+    place = tmp_path_factory.mktemp("grid")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        patch.setenv("JAX_PLATFORMS", "cpu")
+        write_model(Path("teacher"), seed=1)
+        write_rows(Path("data.jsonl"), 48)
+        base = CONFIG | {"student": {"path": "student", "tokenizer": "builtin:tokenizer"}}
+        Path("base.yaml").write_text(yaml.safe_dump(base), encoding="utf-8")
+        grid, raw = load_grid(write_grid(Path("grid.yaml")))
+        said: list[str] = []
+        failed = Ablation(grid, raw, Path("out")).run(2, lambda p: said.append(p.word))
+        logs = {path.name: path.read_text() for path in Path("out/logs").iterdir()}
+        assert not failed, logs
+        assert said == ["finished"] * 3
+    return place
+
+
+def runs_of(place: Path, arm: str) -> dict[int, dict[str, Any]]:
+    return read_arm(place / "out", arm)
+
+
+def test_arms_share_start_and_data_and_differ_in_their_own_fields(finished: Path) -> None:
+    ce, kv = (runs_of(finished, arm)[3] for arm in ("ce", "kv"))
+    assert ce["data"] == kv["data"]
+    starts = [run["curve"][0] for run in (ce, kv)]
+    assert [start["step"] for start in starts] == [0, 0]
+    np.testing.assert_allclose(
+        starts[0]["eval_loss"], starts[1]["eval_loss"], rtol=TOL["rearranged"]
+    )
+    assert ce["curve"][-1]["step"] == kv["curve"][-1]["step"] == 4
+    assert ce["curve"][-1]["eval_loss"] != kv["curve"][-1]["eval_loss"]
+    assert "eval_cos_sim" in kv["values"]
+    assert "eval_cos_sim" not in ce["values"]
+    fields = json.loads((finished / "out" / "kv.json").read_text())["fields"]
+    assert fields == {"loss.kv_weight": 2}
+
+
+def test_both_arms_start_from_the_pretrained_student_and_not_from_chance(finished: Path) -> None:
+    out = finished / "out"
+    pretrained = json.loads(
+        (out / "runs" / PRETRAINED / "seed3" / "metrics.jsonl").read_text().splitlines()[-1]
+    )
+    assert pretrained["kind"] == "eval"
+    start = runs_of(finished, "kv")[3]["curve"][0]["eval_loss"]
+    np.testing.assert_allclose(start, pretrained["eval_loss"], rtol=TOL["float32"])
+
+
+def test_a_record_holds_every_answer_of_every_set(finished: Path) -> None:
+    run = runs_of(finished, "kv")[3]
+    lines = (finished / "out/runs/kv/seed3/answers.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    for name in ("held_out", "again"):
+        own = [row["strict"] for row in rows if row["set"] == name]
+        assert unpack(run["correct"][name]).tolist() == own
+        assert len(own) == 4
+    assert run["values"]["again/exact_match_strict"] is not None
+    assert run["samples"][0]["question"] == rows[0]["question"]
+
+
+def test_a_finished_grid_runs_nothing_again(finished: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(finished)
+    monkeypatch.setattr(ablation.subprocess, "Popen", None)
+    ended = kava(capsys, "ablate", "grid.yaml", "--out", "out")
+    assert ended.code == 0
+    assert ended.err.count("known") == 2
+
+
+def test_the_records_alone_are_enough_to_go_on_from(finished: Path, monkeypatch, tmp_path) -> None:
+    monkeypatch.chdir(finished)
+    calls: list[Job] = []
+    monkeypatch.setattr(Ablation, "_finish", lambda self, job, cores: calls.append(job) or 1)
+    grid, raw = load_grid(write_grid(finished / "more.yaml", seeds=[3, 4]))
+    for arm in ("ce", "kv"):
+        (tmp_path / f"{arm}.json").write_bytes((finished / "out" / f"{arm}.json").read_bytes())
+    failed = Ablation(grid, raw, tmp_path).run(1, lambda progress: None)
+    assert calls == failed == [Job(PRETRAINED, 4)]  # and no arm without its start
+
+
+def test_a_changed_arm_is_refused(finished: Path, monkeypatch) -> None:
+    monkeypatch.chdir(finished)
+    arms: Mapping[str, Any] = {"ce": {"teachers": []}, "kv": {"loss.kv_weight": 3}}
+    grid, raw = load_grid(write_grid(finished / "changed.yaml", arms=arms))
+    with pytest.raises(KavaError, match=r"arms.kv: out/kv.json was made by another grid file"):
+        Ablation(grid, raw, Path("out")).run(1, lambda progress: None)
+
+
+def test_a_run_that_is_refused_says_so_in_its_own_words(finished: Path, monkeypatch, tmp_path):
+    monkeypatch.chdir(finished)
+    (finished / "broken.jsonl").write_text("{}\n")
+    changed = {"pretrain": None, "set": {"data.path": "broken.jsonl"}, "arms": {"ce": {}}}
+    changed["set"]["student"] = {"geometry": GEOMETRY, "tokenizer": "builtin:tokenizer"}
+    grid, raw = load_grid(write_grid(finished / "bad.yaml", contrast=None, **changed))
+    with pytest.raises(KavaError, match=r"arms.ce, seed 3: data.path='broken.jsonl' has 1 broken"):
+        Ablation(grid, raw, tmp_path).run(1, lambda progress: None)
+
+
+def test_a_run_that_fails_is_told_and_the_others_go_on(finished: Path, monkeypatch, capsys):
+    monkeypatch.chdir(finished)
+    write_grid(finished / "two.yaml", pretrain=None, seeds=[3, 4])
+    monkeypatch.setattr(Ablation, "_finish", lambda self, job, cores: int(job.arm == "kv"))
+    kept: list[Job] = []
+    monkeypatch.setattr(Ablation, "_keep", lambda self, job: kept.append(job))
+    ended = kava(capsys, "ablate", "two.yaml", "--out", "elsewhere")
+    assert ended.code == 1
+    assert kept == [Job("ce", 3), Job("ce", 4)]
+    assert "failed: kv (seed 3), kv (seed 4); their words are in elsewhere/logs" in ended.err
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"baseline": "none"}, "baseline=none is not an arm; use one of ce, kv"),
+        ({"seeds": [1, 1]}, r"seeds=\[1, 1\] repeat"),
+        ({"arms": {"ce": {"train.steps": 3}}, "contrast": None}, "arms.ce sets train.steps"),
+        ({"arms": {"ce": {"loss.kvv": 3}}, "contrast": None}, "arms.ce: .*did you mean loss.kv"),
+        ({"arms": {"a b": {}}}, "arms.a b"),
+        ({"colour": 3}, "colour: Extra inputs"),
+        ({"config": "none.yaml"}, "config='none.yaml' is not among the shipped configs"),
+    ],
+)
+def test_a_wrong_grid_is_refused_before_anything_runs(finished, monkeypatch, changed, said):
+    monkeypatch.chdir(finished)
+    with pytest.raises(KavaError, match=said):
+        load_grid(write_grid(finished / "wrong.yaml", **changed))
+
+
+def test_jobs_must_be_positive(finished: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(finished)
+    ended = kava(capsys, "ablate", "grid.yaml", "--jobs", "0")
+    assert ended.code == 2
+    assert "jobs=0 is not positive" in ended.err
+
+
+def test_the_shipped_grids_are_valid() -> None:
+    folder = Path(__file__).resolve().parents[2] / "configs" / "grids"
+    for path in folder.glob("*.yaml"):
+        grid, raw = load_grid(path)
+        assert grid.baseline == "ce"
+        for arm in grid.arms:
+            config = run_config(grid, raw, arm, grid.seeds[-1], Path("out"))
+            assert config.data.eval_rows >= 128
+            assert config.run.seed == grid.seeds[-1]
+
+
+def test_bits_come_back() -> None:
+    for count in (1, 7, 8, 9, 100):
+        bits = (np.arange(count) * 7 % 3 == 1).tolist()
+        assert unpack(pack(bits)).tolist() == bits
+    assert pack([True, False, True]) == "3:a0"
