@@ -97,17 +97,22 @@ def _one_line(error: yaml.YAMLError) -> str:
     return f"{problem} (line {mark.line + 1}); mend that line" if mark else problem
 
 
-def _apply(raw: dict[str, Any], override: str) -> None:
-    """Set one ``dotted.key=value`` in place; a list index may be one past the end."""
+def read_override(override: str) -> tuple[str, Any]:
+    """The dotted key and the value of one ``section.field=value``; raises KavaError."""
     key, equals, text = override.partition("=")
     if not equals or not all(key.split(".")):
         raise KavaError(f"override={override!r} is not of the form section.field=value")
     try:
-        value = yaml.load(text, _Loader)
+        return key, yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise KavaError(
             f"override={override!r} has an unreadable value: {_one_line(error)}"
         ) from None
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    """Set one ``dotted.key=value`` in place; a list index may be one past the end."""
+    key, value = read_override(override)
     node: Any = raw
     *parents, last = key.split(".")
     for position, part in enumerate(parents):

@@ -17,7 +17,7 @@ start and the number of steps are the same. Left out on purpose: running it (``a
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -25,7 +25,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from kava_jax.config import Config
-from kava_jax.config_file import parse_config, read_yaml, shipped_config
+from kava_jax.config_file import parse_config, read_override, read_yaml, shipped_config
 from kava_jax.config_values import Section
 from kava_jax.errors import KavaError
 
@@ -73,14 +73,17 @@ class Grid(Section):
         return self.score != "eval_loss"
 
 
-def load_grid(path: Path) -> tuple[Grid, dict[str, Any]]:
+def load_grid(path: Path, overrides: Iterable[str] = ()) -> tuple[Grid, dict[str, Any]]:
     """The grid, and its base config as it stands in its file.
 
-    Raises KavaError in one line: file or base config missing or broken, or an arm that is no valid
+    ``overrides`` (``section.field=value``) are put under ``set``. Raises KavaError in one line: file or base config missing or broken, or an arm that is no valid
     run (the arm is named).
     """
+    raw = read_yaml(path)
+    if isinstance(raw.get("set", {}), dict):
+        raw["set"] = raw.get("set", {}) | dict(map(read_override, overrides))
     try:
-        grid = Grid.model_validate(read_yaml(path))
+        grid = Grid.model_validate(raw)
     except ValidationError as error:
         problems = "; ".join(map(_problem, error.errors()))
         raise KavaError(f"grid={str(path)!r}: {problems}") from None
