@@ -37,6 +37,13 @@ MAPS = {
     "before training",
 }
 
+CONTROLS = {
+    "none": "",
+    "shuffled": " Control: its targets are those of another row, so they teach nothing.",
+    "constant": " Control: all its targets are one mean vector, so they teach nothing.",
+    "random": " Control: it has random weights, so its targets teach nothing.",
+}
+
 
 def explain(config: Config) -> str:
     """The config in words, a paragraph per question, with every layer map as a table."""
@@ -86,6 +93,7 @@ def _teacher(config: Config, teacher: TeacherConfig, specs: dict[str, DecoderSpe
         else "the pairs that are given"
     )
     text = f"Teacher {teacher.name} ({teacher.path}): each student layer meets {words}."
+    text += CONTROLS[teacher.control]
     student, own = specs.get("student"), specs.get(f"teacher-{teacher.name}")
     if student is None or own is None:
         return f"{text} Its geometry is not at hand, so the layers are not listed."
@@ -117,8 +125,9 @@ def _compared(config: Config) -> str:
     if loss.divide_by_std:
         steps.append("differences count in units of the target layer's standard deviation")
     frame = f" Frame: {'; '.join(steps)}." if steps else " Frame: raw vectors."
+    what = {"both": f"keys {where} and values", "keys": f"keys {where}", "values": "values"}
     return (
-        f"Compared: keys {where} and values, {how}, of every real token but the first "
+        f"Compared: {what[loss.parts]}, {how}, of every real token but the first "
         f"{loss.sink_tokens} of its row.{frame}"
     )
 
