@@ -20,7 +20,12 @@ from tests.tolerances import TOL
 GRID: dict[str, Any] = {
     "name": "tiny",
     "config": "base.yaml",
-    "set": {"train.steps": 4, "eval.sets": {"again": {"path": "data.jsonl", "rows": 4}}},
+    "set": {
+        "train.steps": 4,
+        "train.eval_every": 1,
+        "eval.exact_match_every": 2,
+        "eval.sets": {"again": {"path": "data.jsonl", "rows": 4}},
+    },
     "pretrain": {"train.steps": 2, "student.path": None, "student.geometry": GEOMETRY},
     "seeds": [3],
     "score": "eval_loss",
@@ -94,6 +99,9 @@ def test_a_record_holds_every_answer_of_every_set(finished: Path) -> None:
         assert unpack(run["correct"][name]).tolist() == own
         assert len(own) == 4
     assert run["values"]["again/exact_match_strict"] is not None
+    answered = {point["step"] for point in run["curve"] if "exact_match_strict" in point}
+    assert answered == {2, 4}
+    assert [point["step"] for point in run["curve"]] == [0, 1, 2, 3, 4]
     assert run["samples"][0]["question"] == rows[0]["question"]
 
 

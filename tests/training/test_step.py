@@ -100,10 +100,12 @@ def test_dropout_depends_on_the_step_and_running_means_forget() -> None:
     losses = [float(line["big/kv_k"].value) for line in lines]
     assert len(set(losses)) == 3
     assert len({float(line["ce"].value) for line in lines}) == 1
-    # The step is all there is to the dropout: the third step alone draws the third masks.
+    # Step and seed are all there is to the dropout: the third step alone draws the third masks.
     third = start_of(made, still)._replace(step=jnp.asarray(2, jnp.int32))
     _, (again,) = run(made, still, start=third)
     assert float(again["big/kv_k"].value) == losses[2]
+    _, (other,) = run(made, still, start=third._replace(seed=jnp.uint32(1)))
+    assert float(other["big/kv_k"].value) != losses[2]
     for name in ("cos", "cos_shuffled"):
         total = count = 0.0
         for line in lines:

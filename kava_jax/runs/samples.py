@@ -1,0 +1,54 @@
+"""The same held-out questions answered by the student before and after its run, and by teachers.
+
+Models are loaded one after the other and whole (a teacher with its head), on demand: training needs
+none of this.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from kava_jax.config_file import dump_config, parse_config
+from kava_jax.data.dataset import HeldOut
+from kava_jax.errors import KavaError
+from kava_jax.evaluation.exact_match import ExactMatch
+from kava_jax.runs.evaluate import answer
+from kava_jax.runs.prepare import Run, load_dataset, prepare, reopen, restore
+
+
+class Answered(NamedTuple):
+    """Who answered, and the answers with their questions."""
+
+    by: str
+    answers: ExactMatch
+
+
+def answer_all(run_dir: Path, count: int) -> list[Answered]:
+    """The first ``count`` held-out questions of a finished run, answered by everyone.
+
+    Raises:
+        KavaError: ``count`` is not positive, the run's data are no questions with answers, or a
+            model is not there.
+    """
+    if count < 1:
+        raise KavaError(f"samples={count} is not positive; use 1 or more")
+    run = reopen(run_dir, [f"eval.batch_size={count}"])
+    held = load_dataset(run).held_out
+    if not held.has_answers:
+        raise KavaError(
+            f"samples={count}: the rows of data.path={run.config.data.path} are no questions with "
+            f"answers; leave --samples out"
+        )
+    few = HeldOut(held.rows[:count], held.examples[:count])
+    return list(_everyone(run, few))
+
+
+def _everyone(run: Run, held: HeldOut) -> Iterator[Answered]:
+    yield Answered("student before", answer(run, held, run.blueprint.student_start()))
+    yield Answered("student after", answer(run, held, restore(run).params["student"]))
+    for teacher in run.config.teachers:
+        raw = dump_config(run.config)
+        raw["student"] = {"path": teacher.path, "revision": teacher.revision}
+        raw["teachers"], raw["recipe"] = [], "anchored"
+        alone = prepare(parse_config(raw))
+        yield Answered(teacher.name, answer(alone, held, alone.blueprint.load_student()))
