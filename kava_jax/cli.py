@@ -78,18 +78,23 @@ def evaluate(
 
 @app.command()
 def report(
-    run: Annotated[Path, typer.Argument(help="Run directory; it may still be training.")],
+    directory: Annotated[
+        Path, typer.Argument(help="Directory of a run, or of a grid; it may still be running.")
+    ],
     out: Annotated[
-        Path | None, typer.Option(help="HTML file; report.html in the run directory when absent.")
+        Path | None, typer.Option(help="HTML file; report.html in the directory when absent.")
     ] = None,
 ) -> None:
-    """Write one HTML file about a run: verdict, curves, figures by layer, layer maps.
+    """Write one HTML file about a run (verdict, curves, layers) or a grid (arms compared).
 
     Example: kava report runs/demo/distilled
     """
+    from kava_jax.experiments.ablation import GRID_NAME
+    from kava_jax.experiments.grid_report import write_grid_report
     from kava_jax.experiments.report import write_report
 
-    _say(f"report: {write_report(run, out)}")
+    write = write_grid_report if (directory / GRID_NAME).is_file() else write_report
+    _say(f"report: {write(directory, out)}")
 
 
 @app.command()
@@ -161,6 +166,7 @@ def ablate(
     jobs: Annotated[
         int, typer.Option(help="Runs at the same time, each with its share of the CPU cores.")
     ] = 1,
+    overrides: Overrides = None,
 ) -> None:
     """Run an experiment grid, arms times seeds; finished runs are not repeated.
 
@@ -169,7 +175,7 @@ def ablate(
     from kava_jax.experiments.ablation import Ablation, Progress
     from kava_jax.experiments.grid import load_grid
 
-    loaded, base = load_grid(grid)
+    loaded, base = load_grid(grid, overrides or [])
 
     def say(progress: Progress) -> None:
         job = progress.job

@@ -1,14 +1,20 @@
 """The tables of the docs, written from the committed results; tests compare them word for word.
 
-python docs/results/tables.py recipes        | teachers | auto_share | bench_diagnostics
+python docs/results/tables.py NAME       of NAME.json beside this file, or of the grid in NAME/
 """
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from statistics import median
 from typing import Any
 
+from kava_jax.experiments.comparison import compare
+from kava_jax.experiments.grid_tables import figures_table, score_table, sets_table
+from kava_jax.experiments.page import Table
+from kava_jax.experiments.results import read_results
+from kava_jax.experiments.statistics import in_words
 from kava_jax.verdict import collapsed_layers
 
 HERE = Path(__file__).resolve().parent
@@ -98,16 +104,135 @@ def bench_diagnostics(found: dict[str, Any]) -> list[str]:
     ]
 
 
+def grid(directory: Path) -> list[str]:
+    """What ``kava ablate`` left: scores, other figures, further sets, and how sure they are."""
+    results = read_results(directory)
+    comparison = compare(results)
+    found = [score_table(results, comparison), figures_table(results, comparison)]
+    found += [sets] if (sets := sets_table(results, comparison)) else []
+    lines = []
+    for table in found:
+        lines += [*_markdown(table), ""]
+    if comparison.declared and comparison.declared.contrast and results.grid.contrast:
+        said = in_words(comparison.declared.contrast, results.grid.contrast, results.grid.baseline)
+        lines += [f"Declared before: {said}.", ""]
+    for figure, found in (("cosine", comparison.cosine), ("gap", comparison.gap)):
+        if found.rank is not None and found.rank.rho is not None:
+            ends = f"{_end(found.rank.low)} to {_end(found.rank.high)}"
+            lines += [
+                f"Rank correlation of held-out {figure} and score: {found.rank.rho:+.2f} "
+                f"(95 % interval {ends}; {found.rank.n} runs)."
+            ]
+    return lines
+
+
+def _end(value: float | None) -> str:
+    return "?" if value is None else f"{value:+.2f}"
+
+
+def _markdown(table: Table) -> list[str]:
+    lines = [
+        f"| {' | '.join(table.heads)} |",
+        f"| --- {'| ---: ' * (len(table.heads) - 1)}|",
+    ]
+    return lines + [f"| {' | '.join([row.head, *row.cells])} |" for row in table.rows]
+
+
+PARTS = {"k": "keys", "k_without_bias": "keys less bias", "v": "values"}
+RHOS = ("plain", "at_position", "same_token")
+
+
+def confidence(found: dict[str, Any]) -> list[str]:
+    """Length against entropy and surprisal: over all heads, beside yardsticks, head by head."""
+    lines = [
+        "| model | against | of | rho: median (least to most) | at equal position "
+        "| and for the same token | heads below 0 | above 0 |",
+        "| --- | --- | --- | --- | --- | --- | ---: | ---: |",
+    ]
+    beside = [
+        "| model | against | of | length | one coordinate | whole direction "
+        "| direction and length | with position | with frequency |",
+        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    yardsticks = ("coordinate", "direction", "direction_and_length")
+    for name, heads, _ in _confidence_parts(found):
+        rhos = {kind: [own[0] for own in heads[kind] if own[0] is not None] for kind in RHOS}
+        cells = [f"{median(x):+.2f} ({min(x):+.2f} to {max(x):+.2f})" for x in rhos.values()]
+        ends = [own[1:] for own in heads["same_token"] if own[0] is not None]
+        cells += [f"{sum(high < 0 for _, high in ends)} of {len(ends)}"]
+        cells += [f"{sum(low > 0 for low, _ in ends)} of {len(ends)}"]
+        lines.append(f"{name} {' | '.join(cells)} |")
+        sizes = [map(abs, rhos["plain"]), *(heads[what] for what in yardsticks)]
+        sizes += [map(abs, heads[f"with_{what}"]) for what in ("position", "frequency")]
+        beside.append(f"{name} {' | '.join(f'{median(x):.2f}' for x in sizes)} |")
+    return [*lines, "", *beside, "", *_confidence_heads(found), "", _confidence_counts(found)]
+
+
+def _confidence_parts(found: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """A table's first cells, and the figures of all heads without and with the first tokens."""
+    for model, outcomes in found["models"].items():
+        for outcome, settings in outcomes.items():
+            for part in settings["without_sinks"]["parts"]:
+                figures = [
+                    {name: [x for layer in layers for x in layer] for name, layers in own.items()}
+                    for own in (
+                        settings[kind]["parts"][part] for kind in ("without_sinks", "with_sinks")
+                    )
+                ]
+                yield f"| {model} | {outcome} | {PARTS[part]} |", *figures
+
+
+def _confidence_counts(found: dict[str, Any]) -> str:
+    counts, moved = [], 0.0
+    for model, outcomes in found["models"].items():
+        for outcome, settings in outcomes.items():
+            low, middle, high = settings["nats_q10_q50_q90"]
+            own = settings["without_sinks"]
+            counts.append(
+                f"{model}, {outcome}: {own['tokens']} tokens of {own['texts']} texts, median "
+                f"{middle:.2g} nats (a tenth below {low:.2g}, a tenth above {high:.2g})"
+            )
+    for _, heads, whole in _confidence_parts(found):
+        for kind in RHOS:
+            pairs = zip(heads[kind], whole[kind], strict=True)
+            moved = max(moved, *(abs(a[0] - b[0]) for a, b in pairs if a[0] is not None))
+    return (
+        f"{'; '.join(counts)}. With the first {found['sinks']} tokens of each text counted as well "
+        f"no rho moves by more than {moved:.2f}."
+    )
+
+
+def _confidence_heads(found: dict[str, Any]) -> list[str]:
+    lines = [
+        "| model | layer | head | keys | keys, same token | values | values, same token |",
+        "| --- | ---: | ---: | --- | --- | --- | --- |",
+    ]
+    for model, outcomes in found["models"].items():
+        parts = outcomes["entropy"]["without_sinks"]["parts"]
+        columns = [parts[part][kind] for part in ("k", "v") for kind in ("plain", "same_token")]
+        for layer, of_heads in enumerate(columns[0]):
+            for head in range(len(of_heads)):
+                cells = [
+                    "" if rho is None else f"{rho:+.2f} ({low:+.2f} to {high:+.2f})"
+                    for rho, low, high in (column[layer][head] for column in columns)
+                ]
+                lines.append(f"| {model} | {layer} | {head} | {' | '.join(cells)} |")
+    return lines
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "recipes": recipes,
     "teachers": teachers,
     "auto_share": auto_share,
     "bench_diagnostics": bench_diagnostics,
+    "confidence": confidence,
 }
 
 
 def table(name: str) -> str:
     """The Markdown of one result."""
+    if (HERE / name).is_dir():
+        return "\n".join(grid(HERE / name)).rstrip("\n")
     return "\n".join(TABLES[name](json.loads((HERE / f"{name}.json").read_text(encoding="utf-8"))))
 
 

@@ -61,8 +61,8 @@ def learning_curve(runs: Mapping[str, Path], out_png: Path) -> None:
         )
         ends.append((last.steps[-1], last.values[-1], label, colour))
     axes.set_yscale("log")
-    _plain_ticks(axes)
-    _label_ends(axes, ends)
+    plain_ticks(axes)
+    label_ends(axes, ends)
     axes.set_title(
         "Thin: training. Marked: held-out. Logarithmic scale.", loc="left", fontsize=10, color=FAINT
     )
@@ -84,7 +84,7 @@ def alignment_curve(metrics_jsonl: Path, out_png: Path) -> None:
     if not cosine.steps:
         raise KavaError(f"{metrics_jsonl} holds no cosine; name a run that has a teacher")
     figure, axes = _figure("cosine")
-    _shade_bands(axes, lowest=min(0.0, *cosine.values, *gap.values, *shuffled.values))
+    shade_bands(axes, lowest=min(0.0, *cosine.values, *gap.values, *shuffled.values))
     ends = []
     for curve, key, label, colour, style, marker in (
         (cosine, "eval_cos_sim", "cosine", COLOURS[0], "-", "o"),
@@ -97,7 +97,7 @@ def alignment_curve(metrics_jsonl: Path, out_png: Path) -> None:
         held_out = _curve(metrics_jsonl, "eval", key)
         axes.plot(*held_out, color=colour, linestyle="", marker=marker, markersize=6)
         ends.append((curve.steps[-1], curve.values[-1], label, colour))
-    _label_ends(axes, ends)
+    label_ends(axes, ends)
     axes.set_title(
         "Lines: training. Dots: held-out. Gap: cosine above that of unrelated examples.",
         loc="left",
@@ -132,15 +132,19 @@ def _figure(y_label: str) -> "tuple[Figure, Axes]":
     return figure, axes
 
 
-def _plain_ticks(axes: "Axes") -> None:
-    """4.5 and not 4.5 x 10^0, on the minor ticks too where there are few."""
+def plain_ticks(axes: "Axes") -> None:
+    """4.5 and not 4.5 x 10^0, 0.2 and not 2e-01, on the minor ticks too where there are few."""
     from matplotlib.ticker import FuncFormatter, LogFormatter
 
+    class Plain(LogFormatter):
+        def __call__(self, x: float, pos: int | None = None) -> str:
+            return f"{x:g}" if super().__call__(x, pos) else ""
+
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.4)))
+    axes.yaxis.set_minor_formatter(Plain(minor_thresholds=(1.5, 0.4)))
 
 
-def _shade_bands(axes: "Axes", lowest: float) -> None:
+def shade_bands(axes: "Axes", lowest: float) -> None:
     """The original method's verdicts as grey bands, named on the left."""
     bands = (
         (lowest, ACCEPTABLE, "Poor", 0.00),
@@ -161,7 +165,7 @@ def _shade_bands(axes: "Axes", lowest: float) -> None:
     axes.set_ylim(lowest, 1.0)
 
 
-def _label_ends(axes: "Axes", ends: Sequence[tuple[int, float, str, str]]) -> None:
+def label_ends(axes: "Axes", ends: Sequence[tuple[int, float, str, Any]]) -> None:
     """Name every line at its end, moving names apart where lines end together."""
     axes.autoscale_view()
     # Distances between names are distances on paper, so they are taken after the axis' own scale.

@@ -143,6 +143,29 @@ def first_and_last(evaluations: Records, teacher: str | None = None) -> Table | 
     return Table(f"First and last evaluation{of}, on held-out rows", heads, rows)
 
 
+# Of a further held-out set, with their names as heads of narrow columns.
+FURTHER = {
+    "eval_loss": "loss",
+    "exact_match_strict": "exact match",
+    "exact_match_flexible": "last number",
+    "exact_match_rows": "questions",
+}
+
+
+def further_sets(evaluations: Records, names: Sequence[str]) -> Table | None:
+    """The scores of further held-out sets in the last evaluation; None where there are none."""
+    last = evaluations[-1] if evaluations else {}
+    rows = [
+        Row(name, [number(last.get(f"{name}/{key}")) for key in FURTHER])
+        for name in names
+        if any(f"{name}/{key}" in last for key in FURTHER)
+    ]
+    if not rows:
+        return None
+    heads = ["set", *FURTHER.values()]
+    return Table(f"Further held-out sets, step {last['step']}", heads, rows)
+
+
 def _name(key: str) -> str:
     return NAMES.get(_bare(key), _bare(key))
 

@@ -76,7 +76,9 @@ class Grid(Section):
 def load_grid(path: Path, overrides: Iterable[str] = ()) -> tuple[Grid, dict[str, Any]]:
     """The grid, and its base config as it stands in its file.
 
-    ``overrides`` (``section.field=value``) are put under ``set``. Raises KavaError in one line: file or base config missing or broken, or an arm that is no valid
+    ``overrides`` (``section.field=value``) are put under ``set``.
+
+    Raises KavaError in one line: file or base config missing or broken, or an arm that is no valid
     run (the arm is named).
     """
     raw = read_yaml(path)

@@ -1,17 +1,18 @@
 """Parts of a self-contained HTML page: pictures as data, tables, and the template they go into.
 
-Left out on purpose: what stands on the page (``report``), and styles (the template has them).
+Left out on purpose: what stands on the page (``report``, ``grid_report``), and styles (the
+templates share them).
 """
 
 import base64
 import struct
 import tempfile
 from collections.abc import Callable
-from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
-TEMPLATE = "report.html.j2"
+from kava_jax.errors import KavaError
+
 # Dots of a picture per CSS pixel, for sharp screens.
 DENSITY = 1.5
 
@@ -64,10 +65,27 @@ def number(value: float | int | None) -> str:
     return f"{value:.3f}" if 0.01 <= abs(value) < 1000 else f"{value:.3g}"
 
 
-def render(**parts: Any) -> str:
-    """The page; every text among its parts is escaped."""
-    from jinja2 import Environment, StrictUndefined
+def render(template: str, **parts: Any) -> str:
+    """The page that one of the package's templates makes; every text among its parts is escaped."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    template = resources.files("kava_jax") / "assets" / TEMPLATE
-    environment = Environment(autoescape=True, undefined=StrictUndefined)
-    return environment.from_string(template.read_text(encoding="utf-8")).render(parts)
+    environment = Environment(
+        loader=PackageLoader("kava_jax", "assets"), autoescape=True, undefined=StrictUndefined
+    )
+    return environment.get_template(template).render(parts)
+
+
+def write_page(html: str, target: Path) -> Path:
+    """Write the page, making its directory if need be, and return its path.
+
+    Raises:
+        KavaError: it cannot be written there.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(html, encoding="utf-8")
+    except OSError as error:
+        raise KavaError(
+            f"out={str(target)!r} cannot be written ({error.strerror}); name another file"
+        ) from None
+    return target

@@ -1,10 +1,10 @@
 """``kava report``: one HTML file about one run, to look at on any screen and to pass on.
 
 Everything is inside the file: pictures as data, styles, no scripts, nothing to load. It is made
-from what the run left behind (manifest, metrics, calibration); a run that is still going, or has no
-teacher, gets the parts that exist. Numbers that were not finite are shown as a dash.
+from what the run left behind (manifest, metrics, answers, calibration); a run that is still going,
+or has no teacher, gets the parts that exist. Numbers that were not finite are shown as a dash.
 
-Left out on purpose: comparing runs, and any look at weights or data.
+Left out on purpose: comparing runs (``grid_report``), and any look at weights or data.
 """
 
 import json
@@ -19,17 +19,18 @@ from kava_jax.config import AutoShare, Config, TeacherConfig
 from kava_jax.config_file import parse_config
 from kava_jax.errors import KavaError
 from kava_jax.experiments.curves import alignment_curve, learning_curve
-from kava_jax.experiments.evaluated import cards, first_and_last, verdicts
+from kava_jax.experiments.evaluated import cards, first_and_last, further_sets, verdicts
 from kava_jax.experiments.heatmap import Layers, heat_map
 from kava_jax.experiments.layer_picture import layer_picture
-from kava_jax.experiments.page import Picture, Row, Table, number, picture, render
+from kava_jax.experiments.page import Picture, Row, Table, number, picture, render, write_page
 from kava_jax.experiments.probe_pictures import gradient_curve, magnitude_ratios
 from kava_jax.experiments.run_layers import depths_at_hand, layer_map_of, read_calibration
+from kava_jax.experiments.samples import samples_of_run
 from kava_jax.runs.explain import MAPS
 from kava_jax.training.manifest import read_manifest
 from kava_jax.training.monitor import METRICS_NAME, Kind, read_metrics
 
-REPORT_NAME = "report.html"
+TEMPLATE, REPORT_NAME = "report.html.j2", "report.html"
 # Scores of a calibration by mapped layer, and overall.
 SCORES = {"r2_k": "R² keys", "r2_v": "R² values", "cka_k": "CKA keys", "cka_v": "CKA values"}
 HELD_OUT = {
@@ -59,28 +60,23 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
             written.
     """
     run = _read(run_dir)
-    target = run_dir / REPORT_NAME if out is None else out
     page = render(
+        TEMPLATE,
         name=run.config.run.name,
         subtitle=_subtitle(run),
         verdicts=verdicts(run.evaluations, [teacher.name for teacher in run.config.teachers]),
         cards=cards(run.evaluations),
         curves=_curves(run),
         evaluations=first_and_last(run.evaluations),
+        further=further_sets(run.evaluations, list(run.config.eval.sets)),
+        samples=samples_of_run(run_dir),
         teachers=_teachers(run),
         probes=_probes(run) if run.config.teachers else None,
         config=yaml.safe_dump(run.manifest["config"], sort_keys=False, allow_unicode=True),
         starts=_starts(run.manifest.get("starts", [])),
         fingerprints=_fingerprints(run.manifest["fingerprints"]),
     )
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise KavaError(
-            f"out={str(target)!r} cannot be written ({error.strerror}); name another file"
-        ) from None
-    return target
+    return write_page(page, run_dir / REPORT_NAME if out is None else out)
 
 
 def _read(run_dir: Path) -> Run:

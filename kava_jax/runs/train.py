@@ -15,6 +15,7 @@ from kava_jax.parallel.sharding import batch_sharding, replicated
 from kava_jax.runs.calibrate import calibrated, place, unmeasured
 from kava_jax.runs.evaluate import evaluator
 from kava_jax.runs.prepare import Run, fingerprints_of, load_dataset, prepare, restore_target
+from kava_jax.runs.record import write_record
 from kava_jax.training.checkpoint import Checkpoints
 from kava_jax.training.loop import Cadence, projector_path, run_steps
 from kava_jax.training.manifest import (
@@ -101,6 +102,8 @@ def train(config: Config, command: Sequence[str]) -> Trained:
             )
     if run.blueprint.projector and write:
         _save_projector(run, state)
+    if write:
+        write_record(run, dataset, evaluation)
     return Trained(run, dataset, state, evaluation)
 
 

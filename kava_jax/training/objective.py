@@ -94,7 +94,8 @@ class Objective:
 
     KV is the mean of keys' and values' losses, or one of them (``parts``), plus
     ``attention_weight`` times the attention KL, summed over teachers by the router's shares, token
-    by token, minus ``entropy_weight`` times the router's entropy where it learns. KL is routed likewise. ``projector`` is None without teachers.
+    by token, minus ``entropy_weight`` times the router's entropy where it learns. KL is routed
+    likewise. ``projector`` is None without teachers.
     """
 
     student: nnx.GraphDef[Decoder]

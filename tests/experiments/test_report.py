@@ -3,13 +3,8 @@
 import base64
 import json
 import re
-import shutil
 import struct
-import subprocess
-from html.parser import HTMLParser
-from types import SimpleNamespace
 
-import matplotlib.image
 import numpy as np
 import pytest
 
@@ -18,60 +13,11 @@ from kava_jax.config_file import dump_config, parse_config
 from kava_jax.errors import KavaError
 from kava_jax.experiments.report import write_report
 from kava_jax.training.manifest import Fingerprints, Hardware, write_manifest
+from tests.experiments.pages import Page
 from tests.tiny import GEOMETRY, kava
 from tests.tiny_models import write_directory
 
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-VOID = {"meta", "link", "img", "br", "hr", "input"}
 DASH = "\N{EN DASH}"
-
-
-class Page(HTMLParser):
-    """The page as elements, tables and text; fails on tags that do not match."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.elements, self.tables, self.text = [], [], {}, ""
-        self.feed(text)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-        self.text += " "
-        if tag not in VOID:
-            self.open.append(tag)
-        if tag == "table":
-            self.rows = []
-        elif tag == "tr":
-            self.rows.append([])
-        elif tag in ("td", "th"):
-            self.rows[-1].append("")
-        elif tag == "caption":
-            self.caption = ""
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-        if tag == "table":
-            self.tables[self.caption] = self.rows
-
-    def handle_data(self, data):
-        if "style" in self.open:
-            return
-        self.text += data
-        if "code" in self.open and "th" in self.open:
-            return  # a metric's own name beside the words
-        if self.open and self.open[-1] in ("td", "th"):
-            self.rows[-1][-1] += data
-        elif self.open and self.open[-1] == "caption":
-            self.caption += data
-
-    def all(self, tag):
-        return [attrs for name, attrs in self.elements if name == tag]
-
-    @property
-    def words(self):
-        return " ".join(self.text.split())
 
 
 def make_run(directory, records, *, teachers=("big",), metrics=True, **sections):
@@ -471,50 +417,55 @@ def test_what_is_no_run_is_refused(finished, tmp_path, capsys):
     assert "line 1 is not a metrics line" in ended.err
 
 
-@pytest.fixture
-def browser(tmp_path):
-    """Runs headless Chromium on a page framed as a phone or a desk would show it."""
-    if CHROMIUM is None:
-        pytest.skip("no chromium and no google-chrome on this machine")
+def answers(of, *right):
+    """Lines of ``answers.jsonl``, one question for each bit."""
+    return [
+        {
+            "set": of,
+            "question": f"{of}: how many is {number}?",
+            "generated": f" It is\n#### {number if bit else 'lost'}",
+            "gold": str(number),
+            "strict": bit,
+            "flexible": True,
+        }
+        for number, bit in enumerate(right)
+    ]
 
-    def run(html, *options, width=390, height=1200):
-        # A window is never narrower than 500 pixels, a frame is as narrow as it is told.
-        (tmp_path / "page.html").write_text(html, encoding="utf-8")
-        (tmp_path / "frame.html").write_text(
-            "<!DOCTYPE html><title></title><body style='margin:0'><script>"
-            "onmessage = event => { document.title = event.data }</script>"
-            f"<iframe src='page.html' style='border:0;width:{width}px;height:{height}px'></iframe>"
-        )
-        done = subprocess.run(
-            [
-                *(CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"),
-                *(f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=3000"),
-                *(f"--window-size={max(width, 500)},{height}", *options),
-                (tmp_path / "frame.html").as_uri(),
-            ],
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
 
-    def screenshot(html, scheme, **size):
-        path = tmp_path / f"{scheme}.png"
-        preferred = {"dark": 0, "light": 1}[scheme]
-        options = f"--screenshot={path}", f"--blink-settings=preferredColorScheme={preferred}"
-        run(html, *options, **size)
-        return matplotlib.image.imread(path)[..., :3]
+def test_a_few_right_and_wrong_answers_of_every_set(tmp_path):
+    run = make_run(tmp_path, FINISHED[-1:])
+    assert "What it answers" not in report(run).words
+    rows = [*answers("held_out", False, True, False, True, True, False), *answers("old", False)]
+    rows[0]["generated"] = "<script>x</script>"
+    (run / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = report(run)
+    assert "Held-out questions: 3 of 6 right" in page.words
+    assert "Set old: 0 of 1 right" in page.words
+    shown = re.findall(r"(held_out|old): how many is (\d)\? wanted \d student: (\w+)", page.words)
+    assert shown == [
+        ("held_out", "1", "right"),
+        ("held_out", "3", "right"),
+        ("held_out", "0", "wrong"),
+        ("held_out", "2", "wrong"),
+        ("old", "0", "wrong"),
+    ]
+    assert "<script>x</script>" in page.text
+    assert not page.all("script")
+    (run / "answers.jsonl").write_text('{"set": "held_out"}\n')
+    with pytest.raises(KavaError, match=r"answers\.jsonl' cannot be read \(KeyError\)"):
+        write_report(run)
 
-    def scroll_width(html, **size):
-        measure = (
-            "<script>onload = () => "
-            "parent.postMessage(document.documentElement.scrollWidth, '*')</script></body>"
-        )
-        dumped = run(html.replace("</body>", measure), "--dump-dom", **size)
-        return int(re.search(r"<title>(\d+)</title>", dumped)[1])
 
-    return SimpleNamespace(screenshot=screenshot, scroll_width=scroll_width)
+def test_scores_of_further_sets_stand_in_a_table_of_their_own(tmp_path):
+    figures = {"old/eval_loss": 1.25, "old/exact_match_strict": 0.5, "old/exact_match_rows": 64.0}
+    sets = {"old": {"path": "builtin:word_problems"}, "text": {"path": "text.jsonl"}}
+    last = evaluation(20, **figures, **{"text/eval_loss": 2.0})
+    page = report(make_run(tmp_path, [evaluation(0), last], eval={"sets": sets}))
+    heads, *rows = page.tables["Further held-out sets, step 20"]
+    assert heads[:3] == ["set", "loss", "exact match"]
+    assert rows == [["old", "1.250", "0.500", DASH, "64"], ["text", "2", DASH, DASH, DASH]]
+    whole = page.tables["First and last evaluation, on held-out rows"]
+    assert not [row for row in whole if "1.250" in row]
 
 
 @pytest.fixture(scope="module")

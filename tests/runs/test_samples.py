@@ -21,9 +21,7 @@ def test_everyone_answers_the_same_questions_each_with_its_own_weights(
     assert [who.by for who in found] == ["student before", "student after", "big"]
     questions = [[sample.question for sample in who.answers.samples] for who in found]
     assert questions[0] == questions[1] == questions[2]
-    before, after, teacher = (
-        [sample.generated for sample in who.answers.samples] for who in found
-    )
+    before, after, teacher = ([sample.generated for sample in who.answers.samples] for who in found)
     assert len({tuple(before), tuple(after), tuple(teacher)}) == 3
     lines = Path("run/answers.jsonl").read_text().splitlines()[:3]
     assert after == [json.loads(line)["generated"] for line in lines]

@@ -1,0 +1,323 @@
+"""The page of a grid: right numbers, sound HTML, and fit for a phone, the dark and grey paper."""
+
+import base64
+import json
+import re
+
+import numpy as np
+import pytest
+
+from kava_jax.errors import KavaError
+from kava_jax.experiments import grid_curves
+from kava_jax.experiments.comparison import compare
+from kava_jax.experiments.grid_pictures import band_curves, scatter, score_dots
+from kava_jax.experiments.grid_report import write_grid_report
+from kava_jax.experiments.results import read_results
+from kava_jax.experiments.statistics import in_words
+from tests.experiments.made_up import made_up_run, outcome, write_made_up, write_results
+from tests.experiments.pages import Page
+from tests.tiny import kava
+
+DASH = "\N{EN DASH}"
+FIELDS = {"kv": {"loss.kv": "mercator", "loss.kv_weight": {"start": 3, "end": 0}}}
+
+
+def report(directory, out=None):
+    return Page(write_grid_report(directory, out).read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def grid(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("grid") / "made-up"
+    write_made_up(directory, contrast="kv", fields=FIELDS, set={"train.steps": 20})
+    write_grid_report(directory)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def text(grid):
+    return (grid / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def page(text):
+    return Page(text)
+
+
+@pytest.fixture(scope="module")
+def comparison(grid):
+    return compare(read_results(grid))
+
+
+def test_the_page_stands_alone_and_is_well_formed(page, text):
+    assert text.startswith("<!DOCTYPE html>")
+    assert not re.search(r"https?://|<script|@import|url\(|javascript:", text)
+    for name, attrs in page.elements:
+        assert name != "script"
+        for link in ("src", "href"):
+            assert attrs.get(link, "data:").startswith("data:"), (name, attrs)
+        assert not [key for key in attrs if key.startswith("on")]
+    ids = [attrs["id"] for _, attrs in page.elements if "id" in attrs]
+    assert len(ids) == len(set(ids))
+    assert {attrs["aria-labelledby"] for attrs in page.all("section")} == set(ids)
+    assert len(page.all("h1")) == len(page.all("main")) == 1
+    assert page.all("html") == [{"lang": "en"}]
+
+
+def test_what_was_compared_and_what_was_declared(page, comparison):
+    assert "3 arms x 3 seeds (0, 1, 2), 64 questions per seed, 20 steps" in page.words
+    assert "Not finished" not in page.words
+    declared = comparison.declared
+    assert in_words(declared.contrast, "kv", "ce") in page.words
+    low, high = (f"{100 * end:+z.1f}" for end in declared.by_seeds[1:3])
+    assert f"safer one with few seeds: {low} to {high} points." in page.words
+    assert f"{100 * declared.contrast.per_seed[0]:+.1f}" in page.words
+    assert "better" not in page.words.lower()
+
+
+def test_the_tables_hold_the_comparison(page, comparison):
+    heads, *rows = page.tables["Scores, highest first"]
+    assert heads[:3] == ["arm", "seeds", "exact match, %"]
+    assert [row[0] for row in rows] == ["kv (declared)", "kl", "ce (baseline)"]
+    kv, kl, ce = (dict(zip(range(8), row, strict=True)) for row in rows)
+    own = comparison.arms["kv"]
+    assert kv[2] == f"{100 * own.score.mean:.1f}"
+    assert kv[3] == f"{100 * own.score.interval.low:.1f} to {100 * own.score.interval.high:.1f}"
+    assert kv[4] == f"{100 * own.difference.mean:+.1f}"
+    drawn = own.difference.contrast.difference
+    assert kv[5] == f"{100 * drawn.low:+z.1f} to {100 * drawn.high:+z.1f}"
+    by_seeds = own.difference.by_seeds
+    assert kv[6] == f"{100 * by_seeds.low:+z.1f} to {100 * by_seeds.high:+z.1f}"
+    assert kv[7] == f"{own.difference.contrast.p_value:.3f}"
+    assert kl[7] == f"{comparison.arms['kl'].difference.p_holm:.3f}"
+    assert [ce[column] for column in (4, 5, 6, 7)] == [DASH] * 4
+    heads, first, *_ = page.tables["Other figures, highest score first"]
+    found = dict(zip(heads, first, strict=True))
+    assert found["time of a step"] == "1.50"
+    assert found["cosine"] == f"{own.cosine:.3f}"
+    assert found["gradient spread"] == f"{own.gradient_spread:.3f}"
+    assert found["steps to the baseline's score"] == f"{own.reached.steps:.0f}"
+    heads, first, *_ = page.tables["By set, highest score first"]
+    assert heads[1] == "old: exact match, %"
+    assert first[1] == f"{100 * own.sets['old/exact_match_strict']:.1f}"
+    assert first[2] == f"{100 * own.set_differences['old'].mean:+.1f}"
+
+
+def test_every_picture_is_inside_and_tells_its_numbers(page, comparison):
+    pictures = page.all("img")
+    # Scores; loss, exact match; cosine, gap; both beside the score; heat map, lengths.
+    assert len(pictures) == 9
+    for attrs in pictures:
+        png = base64.b64decode(attrs["src"].removeprefix("data:image/png;base64,"), validate=True)
+        assert png.startswith(b"\x89PNG")
+    scores, loss, answers, cosine, gap, beside_cosine, _, heat, _ = (p["alt"] for p in pictures)
+    own = comparison.arms["kv"].score
+    ends = " to ".join(f"{100 * end:.3g}" for end in own.interval[1:3])
+    assert f"highest first. kv {100 * own.mean:.3g} ({ends}); kl " in scores
+    assert re.search(r"ce: 4\.\d{3} at step 0, 1\.\d{3} \(1\.\d{3} to 1\.\d{3}\) at step 20", loss)
+    assert f"kv: {100 * own.mean / 2:.3f} at step 10, {100 * own.mean:.3f} (" in answers
+    assert f"at step 0, {comparison.arms['kv'].cosine:.3f} (" in cosine
+    assert f"{comparison.arms['kv'].gap:.3f} (" in gap
+    rho = comparison.cosine.rank.rho
+    assert f"(Spearman's rho) {rho:.2f} over 3 runs, too few" in beside_cosine
+    assert re.search(r"keys 0\.\d{3}, 0\.\d{3}; values 0\.\d{3}, 0\.\d{3}\.", heat)
+
+
+def test_answers_of_the_baseline_and_of_the_declared_arm(page, grid):
+    assert "How many apples has child 1 of seed 0?" in page.words
+    assert "wanted 2 ce: " in page.words
+    bits = [run.correct["held_out"] for run in read_results(grid).arms["kv"].runs.values()]
+    first = bin(int(bits[0].split(":")[1][:2], 16))[2:].zfill(8)
+    marks = re.findall(r"kv: (right|wrong) 2\*\d", page.words)
+    assert marks == ["right" if bit == "1" else "wrong" for bit in first[:3]]
+
+
+def test_how_it_was_made(page):
+    assert 'kv loss.kv = "mercator" loss.kv_weight = {"start": 3, "end": 0}' in page.words
+    assert "kl nothing" in page.words
+    assert "train.steps = 20" in page.words
+    assert "path: builtin:word_problems" in page.text
+    assert page.tables["Versions"][1:] == [["python", "3.11"], ["jax", "0.10.2"]]
+
+
+def test_a_grid_for_choosing_says_that_nothing_was_declared(tmp_path):
+    page = report(write_made_up(tmp_path / "grid"))
+    assert "No contrast was declared." in page.words
+    assert "confirmed once, on fresh seeds" in page.words
+    assert "Layer by layer: kv" in page.words  # the highest score
+    (row,) = [row for row in page.tables["Scores, highest first"] if row[0] == "kv"]
+    assert row[7] == "0.500"  # twice 2 / 2^3: both arms are corrected
+
+
+def test_arms_that_were_not_run_yet(tmp_path):
+    runs = {
+        "ce": [made_up_run(s, 0.3) for s in (0, 1)],
+        "kv": [made_up_run(1, 0.6, cosine=0.9)],
+        "late": [],
+    }
+    page = report(write_results(tmp_path / "grid", runs, seeds=(0, 1), contrast="kv"))
+    assert "Not finished: 3 of 6 runs are here. What is missing kv: seed 0 late: all" in page.words
+    assert re.search(r"kv minus ce: \+\d\d\.\d points, with one seed only; no interval", page.words)
+    assert "How many apples has child 1 of seed 1?" in page.words
+    assert [row[0] for row in page.tables["Scores, highest first"][1:]] == [
+        "kv (declared)",
+        "ce (baseline)",
+    ]
+
+
+def test_one_seed_has_no_intervals(tmp_path):
+    page = report(write_made_up(tmp_path / "grid", seeds=(5,), contrast="kv"))
+    for row in page.tables["Scores, highest first"][1:]:
+        assert [row[column] for column in (3, 5, 6, 7)] == [DASH] * 4
+    assert "one seed has no band" in page.words
+    assert "one seed of each, and so no interval" in page.words
+    assert " to " not in page.all("img")[0]["alt"]
+    assert "cannot go below" not in page.words
+
+
+def test_nothing_was_run_yet(tmp_path):
+    page = report(write_results(tmp_path / "grid", {"ce": [], "kv": []}, contrast="kv"))
+    assert "No run has a score yet." in page.words
+    assert "kv minus ce was declared; they have no seed in common yet." in page.words
+    assert page.all("img") == []
+
+
+def test_a_grid_scored_by_loss_needs_no_answers(tmp_path):
+    losses = {"ce": (1.5, 1.25, 1.0), "kv": (1.0, 1.125, None)}
+    runs = {
+        arm: [outcome(s, values={"eval_loss": loss}) for s, loss in enumerate(own)]
+        for arm, own in losses.items()
+    }
+    page = report(write_results(tmp_path / "grid", runs, contrast="kv", score="eval_loss"))
+    heads, kv, ce = page.tables["Scores, lowest first"]
+    assert len(heads) == len(kv) == 7
+    assert kv[:3] == ["kv (declared)", "3, 1 diverged", "1.062"]
+    assert kv[4] == "-0.312"
+    assert ce[2] == "1.250"
+    assert "Seed by seed: -0.5, -0.125." in page.words
+    assert "held-out loss" not in page.tables["Other figures, lowest score first"][0]
+
+
+def test_what_files_say_is_text_not_html(tmp_path):
+    """An arm's name is checked by the grid; its fields, the data's words and answers are not."""
+    evil = "<script>alert('&amp;')</script>"
+    fields = {"kv": {"teachers.0.revision": evil}}
+    directory = write_made_up(tmp_path / "grid", contrast="kv", fields=fields)
+    path = directory / "kv.json"
+    content = json.loads(path.read_text())
+    content["runs"][0]["samples"][0] = {"question": "q", "generated": evil, "gold": evil}
+    path.write_text(json.dumps(content))
+    path = directory / "ce.json"
+    content = json.loads(path.read_text())
+    content["runs"][0]["samples"][0] |= {"question": evil, "gold": evil}
+    path.write_text(json.dumps(content))
+    page = report(directory)
+    assert page.text.count(evil) == 5  # field, question, wanted, answer, and the grid itself
+    assert not page.all("script")
+    grid = json.loads((directory / "grid.json").read_text())
+    grid["grid"]["arms"][evil] = {}
+    (directory / "grid.json").write_text(json.dumps(grid))
+    with pytest.raises(KavaError, match="is no grid of this version"):
+        write_grid_report(directory)
+
+
+def test_bands_are_students_intervals_and_ranges(grid, tmp_path):
+    arm = read_results(grid).arms["kv"]
+    values = [[point["eval_loss"] for point in run.curve] for run in arm.runs.values()]
+    band = grid_curves.band(arm, "eval_loss")
+    assert band.steps == [0, 10, 20]
+    assert band.mean == pytest.approx(np.mean(values, axis=0))
+    # Student's t of two degrees of freedom, from a table.
+    half = 4.302653 * np.std(values, axis=0, ddof=1) / 3**0.5
+    assert band.high == pytest.approx(np.mean(values, axis=0) + half, rel=1e-5)
+    answers = grid_curves.band(arm, "exact_match_strict")
+    assert answers.steps == [10, 20]
+    assert all(0 <= low <= high <= 100 for low, high in zip(answers.low, answers.high, strict=True))
+    two = arm._replace(runs={seed: arm.runs[seed] for seed in (0, 1)})
+    assert grid_curves.band(two, "eval_loss").low == pytest.approx(np.min(values[:2], axis=0))
+    one = arm._replace(runs={0: arm.runs[0]})
+    assert grid_curves.band(one, "eval_loss").low == []
+    assert grid_curves.band(one, "nothing") is None
+
+
+def test_six_arms_are_drawn_at_most(tmp_path):
+    levels = {f"arm{place}": (place / 10, None) for place in range(8)} | {"ce": (0.05, None)}
+    directory = write_made_up(tmp_path / "grid", arms=levels, contrast="arm1", questions=4096)
+    results = read_results(directory)
+    chosen = grid_curves.chosen_arms(results, compare(results))
+    assert list(chosen) == ["ce", "arm1", "arm7", "arm6", "arm5", "arm4"]
+    assert sorted(chosen.values()) == list(range(6))
+
+
+def test_pictures_of_nothing_are_refused(tmp_path):
+    out = tmp_path / "picture.png"
+    for draw, problem in (
+        (lambda: band_curves({}, {}, "loss", out), "bands=0 arms"),
+        (lambda: score_dots([], None, None, "loss", out), "no arm has a score"),
+        (lambda: scatter({"kv": []}, {}, "cosine", "loss", out), "no run has both"),
+    ):
+        with pytest.raises(KavaError, match=problem):
+            draw()
+    assert not out.exists()
+
+
+def test_the_command_knows_a_grid_from_a_run(grid, tmp_path, capsys):
+    out = tmp_path / "new" / "page.html"
+    ended = kava(capsys, "report", str(grid), "--out", str(out))
+    assert ended == (0, "", f"report: {out}\n")
+    assert out.read_text() == (grid / "report.html").read_text()
+    ended = kava(capsys, "report", str(tmp_path))
+    assert ended.code == 2
+    assert "manifest.json is missing; name a run directory" in ended.err
+    (tmp_path / "grid.json").write_text("{")
+    ended = kava(capsys, "report", str(tmp_path))
+    assert (ended.code, len(ended.err.splitlines())) == (2, 1)
+    assert "grid.json cannot be read" in ended.err
+
+
+@pytest.fixture(scope="module")
+def widest(tmp_path_factory):
+    """A page with all that is wide: long names, long answers, everything unfolded."""
+    long = "an-arm-with-quite-a-long-name"
+    levels = {"ce": (0.3, None), long: (0.6, 0.9), "kl": (0.4, 0.2)}
+    fields = {long: {"teachers.0.revision": "x" * 300}}
+    directory = tmp_path_factory.mktemp("wide") / "grid"
+    write_made_up(directory, arms=levels, fields=fields, contrast=long, name="a" * 90)
+    path = directory / "ce.json"
+    content = json.loads(path.read_text())
+    content["runs"][0]["samples"][0] |= {"question": "q" * 300, "generated": "9" * 300}
+    path.write_text(json.dumps(content))
+    text = write_grid_report(directory).read_text(encoding="utf-8")
+    return text.replace("<details>", "<details open>")
+
+
+@pytest.mark.parametrize("width", [390, 1200])
+def test_no_screen_scrolls_sideways(browser, widest, width):
+    assert browser.scroll_width(widest, width=width) == width
+    # It would be noticed.
+    wide = widest.replace("</main>", "<div style='width:1300px'>wide</div></main>")
+    assert browser.scroll_width(wide, width=width) > width
+
+
+@pytest.mark.parametrize("width", [390, 1200])
+def test_the_page_is_drawn_light_and_dark(browser, text, width):
+    for scheme, paper in (("light", 1.0), ("dark", 0.09)):
+        shown = browser.screenshot(text, scheme, width=width, height=2400)[:, :width]
+        np.testing.assert_allclose(shown[2, 2], paper, atol=0.05)
+        ink = np.abs(shown - shown[2, 2]).max(-1) > 0.3
+        assert 0.02 < ink.mean() < 0.9
+        for edge in (ink[:, :8], ink[:, -8:]):
+            assert edge.mean() < 0.01  # nothing touches it
+
+
+def test_pictures_hold_without_colour(page):
+    """In grey every picture still has paper, ink and something between."""
+    import io
+
+    import matplotlib.image
+
+    for attrs in page.all("img"):
+        png = base64.b64decode(attrs["src"].removeprefix("data:image/png;base64,"))
+        grey = matplotlib.image.imread(io.BytesIO(png))[..., :3] @ (0.299, 0.587, 0.114)
+        assert np.mean(grey > 0.98) > 0.3
+        assert np.mean(grey < 0.6) > 0.003
