@@ -84,17 +84,31 @@ def report(
     out: Annotated[
         Path | None, typer.Option(help="HTML file; report.html in the directory when absent.")
     ] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(help="Of a run: let student (before, after) and teachers answer so many."),
+    ] = None,
 ) -> None:
     """Write one HTML file about a run (verdict, curves, layers) or a grid (arms compared).
 
-    Example: kava report runs/demo/distilled
+    Example: kava report runs/demo/distilled --samples 3
     """
     from kava_jax.experiments.ablation import GRID_NAME
     from kava_jax.experiments.grid_report import write_grid_report
     from kava_jax.experiments.report import write_report
+    from kava_jax.runs.samples import answer_all
 
-    write = write_grid_report if (directory / GRID_NAME).is_file() else write_report
-    _say(f"report: {write(directory, out)}")
+    if (directory / GRID_NAME).is_file():
+        if samples is not None:
+            raise KavaError(
+                f"samples={samples}: {directory} is a grid, whose records hold answers already; "
+                f"leave --samples out"
+            )
+        written = write_grid_report(directory, out)
+    else:
+        answered = [] if samples is None else answer_all(directory, samples)
+        written = write_report(directory, out, answered)
+    _say(f"report: {written}")
 
 
 @app.command()

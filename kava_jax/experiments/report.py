@@ -25,8 +25,9 @@ from kava_jax.experiments.layer_picture import layer_picture
 from kava_jax.experiments.page import Picture, Row, Table, number, picture, render, write_page
 from kava_jax.experiments.probe_pictures import gradient_curve, magnitude_ratios
 from kava_jax.experiments.run_layers import depths_at_hand, layer_map_of, read_calibration
-from kava_jax.experiments.samples import samples_of_run
+from kava_jax.experiments.samples import samples_of_everyone, samples_of_run
 from kava_jax.runs.explain import MAPS
+from kava_jax.runs.samples import Answered
 from kava_jax.training.manifest import read_manifest
 from kava_jax.training.monitor import METRICS_NAME, Kind, read_metrics
 
@@ -52,8 +53,10 @@ class Run(NamedTuple):
     probes: list[dict[str, Any]]
 
 
-def write_report(run_dir: Path, out: Path | None = None) -> Path:
+def write_report(run_dir: Path, out: Path | None = None, answered: Sequence[Answered] = ()) -> Path:
     """Write the report of a run and return its path, by default ``report.html`` in the run.
+
+    ``answered`` are the same questions answered by several models (``runs.samples``).
 
     Raises:
         KavaError: ``run_dir`` is not a run, one of its files is broken, or ``out`` cannot be
@@ -69,7 +72,7 @@ def write_report(run_dir: Path, out: Path | None = None) -> Path:
         curves=_curves(run),
         evaluations=first_and_last(run.evaluations),
         further=further_sets(run.evaluations, list(run.config.eval.sets)),
-        samples=samples_of_run(run_dir),
+        samples=[*([samples_of_everyone(answered)] if answered else []), *samples_of_run(run_dir)],
         teachers=_teachers(run),
         probes=_probes(run) if run.config.teachers else None,
         config=yaml.safe_dump(run.manifest["config"], sort_keys=False, allow_unicode=True),

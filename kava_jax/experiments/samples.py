@@ -4,13 +4,14 @@ Left out on purpose: scoring (``evaluation``), which was done when the answers w
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from kava_jax.errors import KavaError
 from kava_jax.experiments.outcome import Outcome, unpack
 from kava_jax.runs.evaluate import ANSWERS_NAME, MAIN_SET
+from kava_jax.runs.samples import Answered
 
 # So many right ones of a set, and so many wrong ones.
 SHOWN = 2
@@ -76,6 +77,24 @@ def samples_of_arms(runs: Mapping[str, Outcome]) -> list[Sample]:
         )
         for place, asked in enumerate(first.samples)
     ]
+
+
+def samples_of_everyone(answered: Sequence[Answered]) -> Samples:
+    """The same questions answered before the run, after it, and by its teachers."""
+    first = answered[0].answers.samples
+    found = [
+        Sample(
+            asked.question,
+            asked.gold,
+            [
+                Answer(who.by, own.generated.strip(), own.strict)
+                for who in answered
+                for own in who.answers.samples[place : place + 1]
+            ],
+        )
+        for place, asked in enumerate(first)
+    ]
+    return Samples("The student before and after, and its teachers", found)
 
 
 def _of_set(name: str, rows: list[dict[str, Any]]) -> Samples:

@@ -23,6 +23,10 @@ def test_everyone_answers_the_same_questions_each_with_its_own_weights(
     assert questions[0] == questions[1] == questions[2]
     before, after, teacher = ([sample.generated for sample in who.answers.samples] for who in found)
     assert len({tuple(before), tuple(after), tuple(teacher)}) == 3
+    assert kava(capsys, "report", "run", "--samples", "2").code == 0
+    page = Path("run/report.html").read_text()
+    assert "The student before and after, and its teachers" in page
+    assert page.count("student after") == 2  # the title has the other one once more
     lines = Path("run/answers.jsonl").read_text().splitlines()[:3]
     assert after == [json.loads(line)["generated"] for line in lines]
 
