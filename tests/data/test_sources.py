@@ -115,7 +115,11 @@ def test_builtin():
     rows = load_examples("builtin:word_problems", split="test", seed=4, rows=10)
     assert list(rows) == [problem("test", 4, i) for i in range(10)]
     assert len(load_examples("builtin:word_problems")) == 7473
-    assert "split='dev'" in refused("builtin:word_problems", split="dev")
+    shared = load_examples("builtin:word_problems/shared", split="dev", seed=4, rows=10)
+    assert list(shared) == [problem("dev", 4, i, "shared") for i in range(10)]
+    assert len(load_examples("builtin:word_problems", split="confirm")) == 1319
+    assert "split='validation'" in refused("builtin:word_problems", split="validation")
+    assert "builtin:word_problems/none' names no mixture" in refused("builtin:word_problems/none")
 
 
 def test_all_broken_lines_are_named(tmp_path):
