@@ -32,6 +32,8 @@ from kava_jax.errors import KavaError
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
 Fields = dict[str, Any]
 PRETRAINED = "pretrain"
+# The start of all arms, and the file beside the arms' own.
+RESERVED = {PRETRAINED, "grid"}
 # What two arms must share, or they are no comparison.
 SHARED = ("run.seed", "run.dir", "train.steps", "data", "student.path", "student.geometry")
 
@@ -54,8 +56,8 @@ class Grid(Section):
         for field, arm in (("baseline", self.baseline), ("contrast", self.contrast)):
             if arm is not None and arm not in self.arms:
                 raise ValueError(f"{field}={arm} is not an arm; use one of {', '.join(self.arms)}")
-        if PRETRAINED in self.arms:
-            raise ValueError(f"an arm cannot be called {PRETRAINED}; give it another name")
+        for name in RESERVED.intersection(self.arms):
+            raise ValueError(f"an arm cannot be called {name}; give it another name")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds={list(self.seeds)} repeat; give different ones")
         for arm, fields in self.arms.items():

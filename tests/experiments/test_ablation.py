@@ -162,6 +162,8 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(finished: Path, monkeypat
         ({"arms": {"ce": {"train.steps": 3}}, "contrast": None}, "arms.ce sets train.steps"),
         ({"arms": {"ce": {"loss.kvv": 3}}, "contrast": None}, "arms.ce: .*did you mean loss.kv"),
         ({"arms": {"a b": {}}}, "arms.a b"),
+        ({"arms": {"ce": {}, "grid": {}}, "contrast": None}, "an arm cannot be called grid"),
+        ({"arms": {"ce": {}, "pretrain": {}}, "contrast": None}, "cannot be called pretrain"),
         ({"colour": 3}, "colour: Extra inputs"),
         ({"config": "none.yaml"}, "config='none.yaml' is not among the shipped configs"),
     ],
