@@ -5,7 +5,7 @@
 The model in MODEL_DIR (stories260k) reads the last 128 stories of TEXT_FILE, the built-in demo
 teacher 128 generated problems of the test split. What is correlated, and what a rho is freed of:
 ``kava_jax/experiments/confidence.py``. Lists are [layer][head], a triple is rho and the ends of its
-95 % interval. About two minutes on 2 CPU cores.
+95 % interval. A few minutes on 2 CPU cores.
 
 Said before looking: "length is confidence" predicts a rho below zero. It is reproduced if at least
 nine heads in ten have an interval below zero for one and the same token at equal position, and not

@@ -173,13 +173,13 @@ def _confidence_parts(found: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     for model, outcomes in found["models"].items():
         for outcome, settings in outcomes.items():
             for part in settings["without_sinks"]["parts"]:
-                figures = [
+                kept, whole = (
                     {name: [x for layer in layers for x in layer] for name, layers in own.items()}
                     for own in (
                         settings[kind]["parts"][part] for kind in ("without_sinks", "with_sinks")
                     )
-                ]
-                yield f"| {model} | {outcome} | {PARTS[part]} |", *figures
+                )
+                yield f"| {model} | {outcome} | {PARTS[part]} |", kept, whole
 
 
 def _confidence_counts(found: dict[str, Any]) -> str:

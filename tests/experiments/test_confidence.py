@@ -166,6 +166,8 @@ def test_what_the_direction_says_is_read_on_other_texts():
     assert of_direction.direction > 0.99
     each = [abs(scipy.stats.spearmanr(x, direction[:, 2])[0]) for x in direction.T]
     assert of_direction.coordinate == pytest.approx(np.median(each), abs=NEAR)
+    turned = np.where(sample.row % 2, -1, 1) * direction[:, 2]  # what even texts teach misleads
+    assert head_of(sample._replace(entropy=9 + turned)).direction < -0.99
     of_length = head_of(sample._replace(entropy=length))
     assert abs(of_length.direction) < 0.13  # four standard errors, 1000 tokens
     assert of_length.direction_and_length > 0.99
