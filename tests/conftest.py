@@ -7,8 +7,8 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Threads for XLA. By default there are as many as devices; while each device holds one and waits for
-# the others, a piece of work that one of them still needs may find none left, and all wait for ever.
+# Threads for XLA: by default as many as devices. While each device holds one and waits for the
+# others, a piece of work that one of them still needs may find none left, and all wait for ever.
 os.environ.setdefault("NPROC", "32")
 # Eight virtual devices wait for each other on two busy cores; XLA's default is to abort after 40 s.
 # And tests compile far more than they compute: no optimisation by LLVM, and no kernels by MLIR
