@@ -13,6 +13,7 @@ from tests.tiny import contents, kava, write_workspace
 from tests.tolerances import TOL
 
 COMMANDS = sorted(
+    # One without a name is called after its function, which every command here has.
     command.name or command.callback.__name__  # pyright: ignore[reportOptionalMemberAccess]
     for command in app.registered_commands
 )

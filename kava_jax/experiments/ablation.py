@@ -23,7 +23,7 @@ from kava_jax.config_file import dump_config
 from kava_jax.errors import KavaError
 from kava_jax.experiments.grid import PRETRAINED, Grid, exported, run_config, run_directory
 from kava_jax.experiments.outcome import outcome_of
-from kava_jax.training.manifest import config_hash, versions
+from kava_jax.training.manifest import config_hash, versions, write_atomically
 
 GRID_NAME, CACHE_NAME, BAD_INPUT = "grid.json", "compiled", 2
 # glibc hands XLA's buffers back to the system after every step and fetches them anew, page by page:
@@ -108,9 +108,8 @@ class Ablation:
             try:
                 for future in futures:
                     future.result()
-            except BaseException:
+            finally:  # a run that is refused ends the grid: what waits shall not start
                 pool.shutdown(cancel_futures=True)
-                raise
         return failed
 
     def _finish(self, job: Job, cores: set[int] | None) -> int:
@@ -143,14 +142,9 @@ class Ablation:
                 stderr=words,
                 env={**KEEP_MEMORY, **KEEP_COMPILED, **compiled, **os.environ},
             )
-            try:
-                if cores is not None:
-                    os.sched_setaffinity(process.pid, cores)
-                return process.wait()
-            except BaseException:
-                process.terminate()
-                process.wait()
-                raise
+            if cores is not None:
+                os.sched_setaffinity(process.pid, cores)
+            return process.wait()
 
     def _log(self, job: Job) -> Path:
         return self.out / "logs" / f"{job.arm}-{job.seed}.txt"
@@ -222,7 +216,4 @@ def _last_line(log: Path) -> str:
 
 
 def _write_json(path: Path, content: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.tmp")
-    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_atomically(path, json.dumps(content, indent=1) + "\n")

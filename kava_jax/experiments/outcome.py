@@ -3,8 +3,6 @@
 Run directories are large and stay where they are made; records are what is committed.
 """
 
-import json
-import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kava_jax.runs.evaluate import ANSWERS_NAME, MAIN_SET
+from kava_jax.runs.evaluate import MAIN_SET, read_answers
+from kava_jax.runs.record import six_digits
 from kava_jax.training.manifest import read_manifest
 from kava_jax.training.monitor import METRICS_NAME, read_metrics
 
@@ -44,26 +43,27 @@ class Outcome(NamedTuple):
 def outcome_of(directory: Path, seed: int, identity: str) -> Outcome:
     """Read the record off a finished run."""
     metrics = directory / METRICS_NAME
-    evaluations = _by_step(read_metrics(metrics, "eval"))
+    evaluations = read_metrics(metrics, "eval")
     last = dict(evaluations[-1])
     layers = last.pop("layers", {})
-    answers = _answers(directory / ANSWERS_NAME)
-    train = _by_step(read_metrics(metrics, "train"))
+    answers = read_answers(directory)
+    train = read_metrics(metrics, "train")
     return Outcome(
         seed=seed,
         identity=identity,
         data=str(read_manifest(directory)["fingerprints"]["data"]),
-        values={key: _short(v) for key, v in last.items() if key not in ("step", "kind")},
-        layers={key: [_short(v) for v in row] for key, row in layers.items()},
+        values={key: six_digits(v) for key, v in last.items() if key not in ("step", "kind")},
+        layers={key: [six_digits(v) for v in row] for key, row in layers.items()},
         curve=[
-            {"step": record["step"]} | {key: _short(record[key]) for key in CURVE if key in record}
+            {"step": record["step"]}
+            | {key: six_digits(record[key]) for key in CURVE if key in record}
             for record in evaluations
         ],
-        correct={name: pack([row["strict"] for row in rows]) for name, rows in answers.items()},
+        correct={name: pack([row.strict for row in rows]) for name, rows in answers.items()},
         step_seconds=_step_seconds(train),
         gradient_norm=_gradient_norm(train),
         samples=[
-            {key: row[key] for key in ("question", "generated", "gold")}
+            {"question": row.question, "generated": row.generated, "gold": row.gold}
             for row in answers.get(MAIN_SET, [])[:SAMPLES]
         ],
     )
@@ -80,24 +80,10 @@ def unpack(text: str) -> np.ndarray:
     return np.unpackbits(np.frombuffer(bytes.fromhex(digits), np.uint8))[: int(count)].astype(bool)
 
 
-def _by_step(records: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """A step that was logged twice, before and after a resume, counts as it was last."""
-    return [record for _, record in sorted({r["step"]: r for r in records}.items())]
-
-
-def _answers(path: Path) -> dict[str, list[dict[str, Any]]]:
-    rows: dict[str, list[dict[str, Any]]] = {}
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            rows.setdefault(row["set"], []).append(row)
-    return rows
-
-
 def _step_seconds(train: Sequence[Mapping[str, Any]]) -> float | None:
     """Median over logged intervals, the first left out: it holds the compilation."""
     seconds = [r["step_seconds"] for r in train[1:] if r.get("step_seconds") is not None]
-    return _short(statistics.median(seconds)) if seconds else None
+    return six_digits(statistics.median(seconds)) if seconds else None
 
 
 def _gradient_norm(train: Sequence[Mapping[str, Any]]) -> dict[str, float] | None:
@@ -111,8 +97,3 @@ def _gradient_norm(train: Sequence[Mapping[str, Any]]) -> dict[str, float] | Non
         "log_std": float(f"{logs.std(ddof=1):.6g}"),
         "intervals": len(logs),
     }
-
-
-def _short(value: float | int | None) -> float | None:
-    """Six digits: more would be noise in a committed file."""
-    return None if value is None or not math.isfinite(value) else float(f"{value:.6g}")

@@ -91,12 +91,8 @@ def _read(run_dir: Path) -> Run:
     path = run_dir / METRICS_NAME
     kinds: tuple[Kind, ...] = ("train", "eval", "diagnostics")
     # A run that has only begun has no metrics file.
-    records = [_by_step(read_metrics(path, kind)) if path.exists() else [] for kind in kinds]
+    records = [read_metrics(path, kind) if path.exists() else [] for kind in kinds]
     return Run(run_dir, manifest, config, *records)
-
-
-def _by_step(records: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [record for _, record in sorted({r["step"]: r for r in records}.items())]
 
 
 def _subtitle(run: Run) -> str:

@@ -3,14 +3,13 @@
 Left out on purpose: scoring (``evaluation``), which was done when the answers were generated.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from kava_jax.errors import KavaError
+from kava_jax.evaluation import exact_match
 from kava_jax.experiments.outcome import Outcome, unpack
-from kava_jax.runs.evaluate import ANSWERS_NAME, MAIN_SET
+from kava_jax.runs.evaluate import MAIN_SET, read_answers
 from kava_jax.runs.samples import Answered
 
 # So many right ones of a set, and so many wrong ones.
@@ -46,20 +45,7 @@ def samples_of_run(run_dir: Path) -> list[Samples]:
     Raises:
         KavaError: the file is not whole.
     """
-    path = run_dir / ANSWERS_NAME
-    if not path.is_file():
-        return []
-    sets: dict[str, list[dict[str, Any]]] = {}
-    try:
-        for line in path.read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            sets.setdefault(row["set"], []).append(row)
-        return [_of_set(name, rows) for name, rows in sets.items()]
-    except (ValueError, KeyError, TypeError) as error:
-        raise KavaError(
-            f"answers={str(path)!r} cannot be read ({type(error).__name__}); remove it, or let the "
-            f"run evaluate again with `kava train`"
-        ) from None
+    return [_of_set(name, rows) for name, rows in read_answers(run_dir).items()]
 
 
 def samples_of_arms(runs: Mapping[str, Outcome]) -> list[Sample]:
@@ -81,31 +67,25 @@ def samples_of_arms(runs: Mapping[str, Outcome]) -> list[Sample]:
 
 def samples_of_everyone(answered: Sequence[Answered]) -> Samples:
     """The same questions answered before the run, after it, and by its teachers."""
-    first = answered[0].answers.samples
     found = [
         Sample(
-            asked.question,
-            asked.gold,
+            own[0].question,
+            own[0].gold,
             [
-                Answer(who.by, own.generated.strip(), own.strict)
-                for who in answered
-                for own in who.answers.samples[place : place + 1]
+                Answer(who.by, one.generated.strip(), one.strict)
+                for who, one in zip(answered, own, strict=True)
             ],
         )
-        for place, asked in enumerate(first)
+        for own in zip(*(who.answers.samples for who in answered), strict=True)
     ]
     return Samples("The student before and after, and its teachers", found)
 
 
-def _of_set(name: str, rows: list[dict[str, Any]]) -> Samples:
-    right, wrong = ([row for row in rows if bool(row["strict"]) is rule] for rule in (True, False))
+def _of_set(name: str, rows: Sequence[exact_match.Sample]) -> Samples:
+    right, wrong = ([row for row in rows if row.strict is rule] for rule in (True, False))
     of = "held-out questions" if name == MAIN_SET else f"set {name}"
     found = [
-        Sample(
-            row["question"],
-            row["gold"],
-            [Answer("student", row["generated"].strip(), row["strict"])],
-        )
+        Sample(row.question, row.gold, [Answer("student", row.generated.strip(), row.strict)])
         for row in (*right[:SHOWN], *wrong[:SHOWN])
     ]
     return Samples(f"{of[0].upper()}{of[1:]}: {len(right)} of {len(rows)} right", found)

@@ -11,13 +11,15 @@ import numpy as np
 from kava_jax.data.batches import Batch, eval_batches
 from kava_jax.data.dataset import Dataset, HeldOut
 from kava_jax.data.tokenizer import pad_id
-from kava_jax.evaluation.exact_match import ExactMatch, Generate, exact_match
+from kava_jax.errors import KavaError
+from kava_jax.evaluation.exact_match import ExactMatch, Generate, Sample, exact_match
 from kava_jax.evaluation.heldout import held_out, make_examine, make_measure
 from kava_jax.hf.load import read_json
 from kava_jax.models.decoder import Params
 from kava_jax.models.generate import generate
 from kava_jax.parallel.sharding import put_batch
 from kava_jax.runs.prepare import Run
+from kava_jax.training.manifest import write_atomically
 from kava_jax.training.objective import Statistics
 from kava_jax.training.step import TrainState
 from kava_jax.training.summary import Figures
@@ -108,7 +110,29 @@ def write_answers(directory: Path, answers: Mapping[str, ExactMatch]) -> None:
         for name, found in answers.items()
         for sample in found.samples
     ]
-    (directory / ANSWERS_NAME).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_atomically(directory / ANSWERS_NAME, "\n".join(lines) + "\n")
+
+
+def read_answers(directory: Path) -> dict[str, list[Sample]]:
+    """What :func:`write_answers` wrote, by set; none where there is no such file.
+
+    Raises KavaError when the file is not whole.
+    """
+    path = directory / ANSWERS_NAME
+    if not path.is_file():
+        return {}
+    sets: dict[str, list[Sample]] = {}
+    try:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            row = json.loads(line)
+            own = Sample(**{field: row[field] for field in Sample._fields})
+            sets.setdefault(row["set"], []).append(own)
+    except (ValueError, KeyError, TypeError) as error:
+        raise KavaError(
+            f"answers={str(path)!r} cannot be read ({type(error).__name__}); remove it, or let the "
+            f"run evaluate again with `kava train`"
+        ) from None
+    return sets
 
 
 def scores(answers: ExactMatch) -> dict[str, float]:

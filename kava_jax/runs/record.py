@@ -8,7 +8,6 @@ figures on the way (``metrics.jsonl``).
 """
 
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from kava_jax.errors import KavaError
 from kava_jax.models.spec import DecoderSpec
 from kava_jax.runs.prepare import Run
 from kava_jax.training.blueprint import TeacherPart
-from kava_jax.training.manifest import read_manifest
+from kava_jax.training.manifest import read_manifest, write_atomically
 from kava_jax.verdict import verdict
 
 RECORD_NAME = "record.yaml"
@@ -74,9 +73,7 @@ def write_record(run: Run, dataset: Dataset, evaluation: Mapping[str, float]) ->
         "conclusion": conclusion,
     }
     text = HEADER + yaml.safe_dump(record, sort_keys=False, allow_unicode=True)
-    partial = path.with_name(f".{RECORD_NAME}.tmp")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)
+    write_atomically(path, text)
     return path
 
 
@@ -143,9 +140,9 @@ def _training(config: Config) -> dict[str, Any]:
 
 def _results(evaluation: Mapping[str, float]) -> dict[str, Any]:
     """Final figures to six digits, and the cosine's verdict."""
-    values = {name: _finite(evaluation.get(key)) for name, key in FIGURES.items()}
+    values = {name: six_digits(evaluation.get(key)) for name, key in FIGURES.items()}
     sets = {
-        key: _finite(value)
+        key: six_digits(value)
         for key, value in evaluation.items()
         if key.endswith(("/eval_loss", "/exact_match_strict"))
     }
@@ -154,7 +151,8 @@ def _results(evaluation: Mapping[str, float]) -> dict[str, Any]:
     return values | sets | {"verdict": word}
 
 
-def _finite(value: float | int | None) -> float | None:
+def six_digits(value: float | int | None) -> float | None:
+    """As it is kept in a record: more digits would be noise. None where it is not finite."""
     return None if value is None or not math.isfinite(value) else float(f"{value:.6g}")
 
 

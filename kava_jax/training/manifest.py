@@ -70,7 +70,7 @@ class Change(NamedTuple):
 def write_config(run_dir: Path, config: Mapping[str, Any]) -> None:
     """Write the resolved config as ``config.yaml``, atomically, making the directory if need be."""
     text = yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True)
-    _write_atomically(run_dir / CONFIG_NAME, text)
+    write_atomically(run_dir / CONFIG_NAME, text)
 
 
 def config_hash(config: Mapping[str, Any]) -> str:
@@ -127,7 +127,7 @@ def write_manifest(
         "fingerprints": fingerprints._asdict() | {"teachers": dict(fingerprints.teachers)},
         "starts": [*earlier.get("starts", []), start],
     }
-    _write_atomically(run_dir / MANIFEST_NAME, json.dumps(manifest, indent=2) + "\n")
+    write_atomically(run_dir / MANIFEST_NAME, json.dumps(manifest, indent=2) + "\n")
 
 
 def read_manifest(run_dir: Path) -> dict[str, Any]:
@@ -257,7 +257,7 @@ def _git(*arguments: str) -> str:
     return done.stdout.strip()
 
 
-def _write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str) -> None:
     """Readers see the old file or the new one, also after a power cut, never half of one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)

@@ -193,7 +193,8 @@ class Monitor:
 def read_metrics(path: Path, kind: Kind) -> list[dict[str, Any]]:
     """All lines of one kind in ``metrics.jsonl``, by step; ``null`` is None.
 
-    A half-written last line, as a running or killed run leaves it, is skipped.
+    A half-written last line, as a running or killed run leaves it, is skipped; a step logged twice,
+    before and after a resume, counts as it was last.
 
     Raises:
         KavaError: the file is missing, or another line is not a metrics line (its number is named).
@@ -209,7 +210,8 @@ def read_metrics(path: Path, kind: Kind) -> list[dict[str, Any]]:
             records.append(record)
         elif number < len(lines):
             raise KavaError(f"{path}, line {number} is not a metrics line; remove or mend it")
-    return [record for record in records if record["kind"] == kind]
+    of_kind = {record["step"]: record for record in records if record["kind"] == kind}
+    return [of_kind[step] for step in sorted(of_kind)]
 
 
 def shown(

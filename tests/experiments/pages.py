@@ -1,5 +1,6 @@
 """A page taken apart, for tests to look at."""
 
+import re
 from html.parser import HTMLParser
 
 VOID = {"meta", "link", "img", "br", "hr", "input"}
@@ -51,3 +52,23 @@ class Page(HTMLParser):
     @property
     def words(self):
         return " ".join(self.text.split())
+
+
+def check_stands_alone(page, text):
+    """One well-formed document that fetches nothing and runs nothing."""
+    assert text.startswith("<!DOCTYPE html>")
+    assert not re.search(r"https?://|<script|@import|url\(|javascript:", text)
+    for name, attrs in page.elements:
+        assert name != "script"
+        for link in ("src", "href"):
+            assert attrs.get(link, "data:").startswith("data:"), (name, attrs)
+        assert not [key for key in attrs if key.startswith("on")]
+    assert len(page.all("h1")) == len(page.all("main")) == 1
+    assert page.all("html") == [{"lang": "en"}]
+
+
+def ids_and_labels(page):
+    """Ids, each once, and the set of those that sections name as their headings."""
+    ids = [attrs["id"] for _, attrs in page.elements if "id" in attrs]
+    assert len(ids) == len(set(ids))
+    return set(ids), {attrs["aria-labelledby"] for attrs in page.all("section")}

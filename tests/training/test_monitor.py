@@ -310,6 +310,11 @@ def test_reading_metrics_of_a_running_and_of_a_broken_run(tmp_path):
         read_metrics(path, "train")
     path.write_text('{"step": 1, "kind": "train"}\n{"step": 2, "ki')
     assert len(read_metrics(path, "train")) == 1
+    path.write_text(
+        '{"step": 2, "kind": "train", "loss": 1}\n{"step": 1, "kind": "train"}\n'
+        '{"step": 2, "kind": "train", "loss": 3}\n'
+    )
+    assert [line.get("loss") for line in read_metrics(path, "train")] == [None, 3]
     path.write_text('{"step": 1, "kind": "train"}\n[]\n{"step": 2, "kind": "train"}\n')
     with pytest.raises(KavaError, match="line 2 is not a metrics line"):
         read_metrics(path, "train")
