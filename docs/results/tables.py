@@ -11,7 +11,12 @@ from statistics import median
 from typing import Any
 
 from kava_jax.experiments.comparison import compare
-from kava_jax.experiments.grid_tables import figures_table, score_table, sets_table
+from kava_jax.experiments.grid_tables import (
+    figures_table,
+    further_notes,
+    score_table,
+    sets_table,
+)
 from kava_jax.experiments.page import Table
 from kava_jax.experiments.results import read_results
 from kava_jax.experiments.statistics import in_words
@@ -116,6 +121,8 @@ def grid(directory: Path) -> list[str]:
     if comparison.declared and comparison.declared.contrast and results.grid.contrast:
         said = in_words(comparison.declared.contrast, results.grid.contrast, results.grid.baseline)
         lines += [f"Declared before: {said}.", ""]
+    for said in further_notes(results.grid, comparison):
+        lines += [said, ""]
     for figure, found in (("cosine", comparison.cosine), ("gap", comparison.gap)):
         if found.rank is not None and found.rank.rho is not None:
             ends = f"{_end(found.rank.low)} to {_end(found.rank.high)}"

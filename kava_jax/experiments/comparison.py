@@ -109,10 +109,15 @@ class Correlation(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """Every arm that was run, and what the cosine and the gap say of the score."""
+    """Every arm that was run, and what the cosine and the gap say of the score.
+
+    ``further`` are the differences that the grid asks for ``against`` another arm than the
+    baseline, by arm.
+    """
 
     arms: dict[str, Compared]
     declared: Difference | None
+    further: dict[str, Difference]
     cosine: Correlation
     gap: Correlation
 
@@ -126,21 +131,42 @@ def compare(results: Results) -> Comparison:
     """
     grid, baseline = results.grid, results.arms.get(results.grid.baseline)
     compared = {name: _compared(arm, baseline, grid) for name, arm in results.arms.items()}
-    raw = {
-        name: arm.difference.contrast.p_value
-        for name, arm in compared.items()
-        if name != grid.contrast and arm.difference and arm.difference.contrast
+    pairs = {(name, grid.baseline): arm.difference for name, arm in compared.items()}
+    pairs |= {
+        (name, other): _compared(results.arms[name], results.arms[other], grid).difference
+        for name, other in grid.against.items()
+        if {name, other} <= results.arms.keys()
     }
-    for name, p in holm(raw).items():
-        difference = compared[name].difference
-        assert difference is not None
-        compared[name] = compared[name]._replace(difference=difference._replace(p_holm=p))
-    declared = compared.get(grid.contrast) if grid.contrast else None
+    corrected = _corrected(pairs, grid)
     return Comparison(
-        compared,
-        declared.difference if declared else None,
+        {
+            name: arm._replace(difference=corrected[name, grid.baseline])
+            for name, arm in compared.items()
+        },
+        corrected.get((grid.contrast, grid.baseline)) if grid.contrast else None,
+        {
+            name: found
+            for name, other in grid.against.items()
+            if (found := corrected.get((name, other)))
+        },
         *(_correlation(results, compared, figure) for figure in (COSINE, GAP)),
     )
+
+
+def _corrected(
+    pairs: Mapping[tuple[str, str], Difference | None], grid: Grid
+) -> dict[tuple[str, str], Difference | None]:
+    """The differences with their p-values corrected for each other, but for the declared one."""
+    tested = {
+        f"{arm} minus {other}": found.contrast.p_value
+        for (arm, other), found in pairs.items()
+        if found and found.contrast and (arm, other) != (grid.contrast, grid.baseline)
+    }
+    p_values = holm(tested)
+    return {
+        (arm, other): found and found._replace(p_holm=p_values.get(f"{arm} minus {other}"))
+        for (arm, other), found in pairs.items()
+    }
 
 
 def _compared(arm: Arm, baseline: Arm | None, grid: Grid) -> Compared:

@@ -8,6 +8,7 @@
     score: exact_match_strict      # or eval_loss
     baseline: ce
     contrast: kv                   # the one comparison with the baseline that was declared before
+    against: {kl-kv: kl}           # arms that are compared with another one than the baseline, too
     arms:
       ce: {loss.kv_weight: 0, teachers: []}
       kv: {loss.kv: mercator}
@@ -49,6 +50,7 @@ class Grid(Section):
     score: Literal["exact_match_strict", "eval_loss"] = "exact_match_strict"
     baseline: Name
     contrast: Name | None = None
+    against: dict[Name, Name] = Field(default={})
     arms: dict[Name, Fields] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -56,6 +58,14 @@ class Grid(Section):
         for field, arm in (("baseline", self.baseline), ("contrast", self.contrast)):
             if arm is not None and arm not in self.arms:
                 raise ValueError(f"{field}={arm} is not an arm; use one of {', '.join(self.arms)}")
+        for pair in self.against.items():
+            if unknown := [arm for arm in pair if arm not in self.arms]:
+                raise ValueError(
+                    f"against names {unknown[0]}, which is not an arm; use one of "
+                    f"{', '.join(self.arms)}"
+                )
+            if pair[0] in (pair[1], self.baseline):
+                raise ValueError(f"against={pair[0]}: {pair[1]} says nothing; name another arm")
         for name in RESERVED.intersection(self.arms):
             raise ValueError(f"an arm cannot be called {name}; give it another name")
         if len(set(self.seeds)) < len(self.seeds):

@@ -36,6 +36,7 @@ from kava_jax.experiments.grid_curves import (
 from kava_jax.experiments.grid_tables import (
     FIGURES_NOTE,
     figures_table,
+    further_notes,
     score_notes,
     score_table,
     sets_table,
@@ -73,7 +74,7 @@ def write_grid_report(directory: Path, out: Path | None = None) -> Path:
         alignment=curve_pictures(results, styles, (COSINE, GAP)),
         scatters=scatter_pictures(results, comparison, styles),
         scores=score_table(results, comparison),
-        notes=score_notes(grid),
+        notes=further_notes(grid, comparison) + score_notes(grid),
         sets=sets_table(results, comparison),
         figures=figures_table(results, comparison),
         figures_note=FIGURES_NOTE,

@@ -9,7 +9,7 @@ from kava_jax.experiments.grid import Grid
 from kava_jax.experiments.grid_curves import by_score
 from kava_jax.experiments.page import Row, Table, number
 from kava_jax.experiments.results import Results
-from kava_jax.experiments.statistics import Interval
+from kava_jax.experiments.statistics import Interval, in_words
 
 DASH = "\N{EN DASH}"
 
@@ -58,6 +58,16 @@ def figures_table(results: Results, comparison: Comparison) -> Table:
         cells += [number(own.gradient_spread), _steps(own)]
         rows.append(Row(_marked(arm, grid), cells))
     return Table(f"Other figures, {_order(grid)} score first", heads, rows)
+
+
+def further_notes(grid: Grid, comparison: Comparison) -> list[str]:
+    """What the grid asks for besides the differences to its baseline, one sentence each."""
+    return [
+        f"{in_words(found.contrast, arm, grid.against[arm])}, {found.p_holm:.3f} after Holm's "
+        f"correction."
+        for arm, found in comparison.further.items()
+        if found.contrast and found.p_holm is not None
+    ]
 
 
 def score_notes(grid: Grid) -> list[str]:

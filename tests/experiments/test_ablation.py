@@ -158,6 +158,8 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(finished: Path, monkeypat
     ("changed", "said"),
     [
         ({"baseline": "none"}, "baseline=none is not an arm; use one of ce, kv"),
+        ({"against": {"kv": "none"}}, "against names none, which is not an arm; use one of ce, kv"),
+        ({"against": {"ce": "kv"}}, "against=ce: kv says nothing; name another arm"),
         ({"seeds": [1, 1]}, r"seeds=\[1, 1\] repeat"),
         ({"arms": {"ce": {"train.steps": 3}}, "contrast": None}, "arms.ce sets train.steps"),
         ({"arms": {"ce": {"loss.kvv": 3}}, "contrast": None}, "arms.ce: .*did you mean loss.kv"),

@@ -66,6 +66,14 @@ def test_what_was_compared_and_what_was_declared(page, comparison):
     assert "better" not in page.words.lower()
 
 
+def test_what_else_was_to_be_compared(tmp_path):
+    page = report(write_made_up(tmp_path / "grid", contrast="kv", against={"kv": "kl"}))
+    assert re.search(
+        r"kv minus kl: \+\d\d\.\d points \(95 % interval .*?\), 0\.\d{3} after Holm's corr",
+        page.words,
+    )
+
+
 def test_the_tables_hold_the_comparison(page, comparison):
     heads, *rows = page.tables["Scores, highest first"]
     assert heads[:3] == ["arm", "seeds", "exact match, %"]
