@@ -133,6 +133,41 @@ def grid(directory: Path) -> list[str]:
     return lines
 
 
+# Ranges that the original's authors recommend (the student's rate is for a pretrained one).
+RECOMMENDED = {
+    "beta": "0 to 0.05, 0.01 best",
+    "mlp_ratio": "0.5 to 2",
+    "dropout": "0.05 to 0.15",
+    "projector_lr": "5e-4 to 2e-3",
+    "student_lr": "1e-5 to 1e-4",
+}
+
+
+def sensitivity(directory: Path) -> list[str]:
+    """One setting changed at a time, beside what the original recommends for it."""
+    results = read_results(directory)
+    comparison = compare(results)
+    lines = [
+        "| setting | the original recommends | value | exact match by seed, % | minus default, "
+        "points | Student's 95 % interval | cosine | gap |",
+        "| --- | --- | ---: | --- | ---: | ---: | ---: | ---: |",
+    ]
+    for name, arm in results.arms.items():
+        own = comparison.arms[name]
+        key, value = next(iter(arm.fields.items()), ("default", ""))
+        setting = key.rpartition(".")[2]
+        scores = ", ".join(f"{100 * x:.1f}" for x in own.score.per_seed.values())
+        cells = [setting, RECOMMENDED.get(setting, ""), str(value), scores]
+        change = own.difference
+        ends = change.by_seeds[1:3] if change and change.by_seeds else ()
+        cells += [f"{100 * change.mean:+.1f}" if change else "–"]
+        cells += [" to ".join(f"{100 * end:+.1f}" for end in ends) or "–"]
+        cells += [f"{own.cosine:.3f}", f"{own.gap:.3f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    seeds = ", ".join(map(str, results.grid.seeds))
+    return [*lines, "", f"Seeds {seeds}; {results.grid.set['train.steps']} steps each."]
+
+
 def _end(value: float | None) -> str:
     return "?" if value is None else f"{value:+.2f}"
 
@@ -239,7 +274,8 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
 def table(name: str) -> str:
     """The Markdown of one result."""
     if (HERE / name).is_dir():
-        return "\n".join(grid(HERE / name)).rstrip("\n")
+        show = sensitivity if name == "sensitivity" else grid
+        return "\n".join(show(HERE / name)).rstrip("\n")
     return "\n".join(TABLES[name](json.loads((HERE / f"{name}.json").read_text(encoding="utf-8"))))
 
 
