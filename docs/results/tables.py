@@ -160,8 +160,8 @@ def sensitivity(directory: Path) -> list[str]:
         cells = [setting, RECOMMENDED.get(setting, ""), str(value), scores]
         change = own.difference
         ends = change.by_seeds[1:3] if change and change.by_seeds else ()
-        cells += [f"{100 * change.mean:+.1f}" if change else "–"]
-        cells += [" to ".join(f"{100 * end:+.1f}" for end in ends) or "–"]
+        cells += [f"{100 * change.mean:+.1f}" if change else ""]
+        cells += [" to ".join(f"{100 * end:+.1f}" for end in ends) or ""]
         cells += [f"{own.cosine:.3f}", f"{own.gap:.3f}"]
         lines.append(f"| {' | '.join(cells)} |")
     seeds = ", ".join(map(str, results.grid.seeds))
