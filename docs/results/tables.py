@@ -1,6 +1,7 @@
 """The tables of the docs, written from the committed results; tests compare them word for word.
 
 python docs/results/tables.py NAME       of NAME.json beside this file, or of the grid in NAME/
+python docs/results/tables.py prediction       of both regimes' grids together
 """
 
 import json
@@ -9,6 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+import numpy as np
 
 from kava_jax.experiments.comparison import compare
 from kava_jax.experiments.grid_tables import (
@@ -19,7 +22,7 @@ from kava_jax.experiments.grid_tables import (
 )
 from kava_jax.experiments.page import Table
 from kava_jax.experiments.results import read_results
-from kava_jax.experiments.statistics import in_words
+from kava_jax.experiments.statistics import in_words, rank_correlation_within
 from kava_jax.verdict import collapsed_layers
 
 HERE = Path(__file__).resolve().parent
@@ -180,6 +183,32 @@ def _markdown(table: Table) -> list[str]:
     return lines + [f"| {' | '.join([row.head, *row.cells])} |" for row in table.rows]
 
 
+REGIMES = ("scratch", "pretrained")
+
+
+def prediction() -> list[str]:
+    """Which figure ranks the runs of one seed as their score does? A level that belongs to the
+    seed or to the regime cannot pose as an answer."""
+    lines = [
+        "| held-out figure | regime | rank correlation with exact match | 95 % interval | runs |",
+        "| --- | --- | ---: | ---: | ---: |",
+    ]
+    found = {name: compare(read_results(HERE / name)) for name in REGIMES}
+    for figure in ("cosine", "gap"):
+        points = {
+            name: [(f"{name} {p.seed}", p.figure, p.score) for p in getattr(own, figure).points]
+            for name, own in found.items()
+        }
+        points["both"] = [point for own in points.values() for point in own]
+        for regime, own in points.items():
+            groups, x, y = zip(*own, strict=True)
+            rho, low, high, runs, _ = rank_correlation_within(np.array(x), np.array(y), groups)
+            lines.append(
+                f"| {figure} | {regime} | {_end(rho)} | {_end(low)} to {_end(high)} | {runs} |"
+            )
+    return lines
+
+
 PARTS = {"k": "keys", "k_without_bias": "keys less bias", "v": "values"}
 RHOS = ("plain", "at_position", "same_token")
 
@@ -273,6 +302,8 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
 
 def table(name: str) -> str:
     """The Markdown of one result."""
+    if name == "prediction":
+        return "\n".join(prediction())
     if (HERE / name).is_dir():
         show = sensitivity if name == "sensitivity" else grid
         return "\n".join(show(HERE / name)).rstrip("\n")
