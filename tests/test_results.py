@@ -74,6 +74,7 @@ GENERATED = {
     "bench_diagnostics": "alignment.md",
     "scratch": "findings.md",
     "pretrained": "findings.md",
+    "prediction": "findings.md",
     "confidence": "claims.md",
 }
 
