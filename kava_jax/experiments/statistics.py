@@ -20,8 +20,6 @@ from kava_jax.errors import KavaError
 
 # Up to 16 seeds all 2**S sign flips are tried; beyond, this many random ones.
 SIGN_FLIPS = 2**16
-# Fewer draws than this leave next to nothing beyond the ends of a 95 % interval.
-FEWEST_DRAWS = 100
 
 
 class Interval(NamedTuple):
@@ -65,15 +63,14 @@ def paired_difference(
     arm_SQ: Bool[np.ndarray, "S Q"],
     baseline_SQ: Bool[np.ndarray, "R P"],
     *,
-    draws: int = 10_000,
-    seed: int = 0,
     level: float = 0.95,
 ) -> Contrast:
     """Difference of two arms' accuracies, with a hierarchical bootstrap over seeds and questions.
 
-    Each draw takes S seeds with replacement and, within each drawn seed, Q of its questions with
-    replacement; the interval lies between the (1 - level) / 2 and (1 + level) / 2 quantiles of the
-    drawn mean differences (the percentile bootstrap).
+    A draw takes S seeds with replacement and, within each drawn seed, Q of its questions with
+    replacement; the interval cuts (1 - level) / 2 off either side of the distribution of the drawn
+    mean differences (the percentile bootstrap). The distribution is computed, not sampled, so that
+    the same answers give the same interval everywhere.
 
     Two warnings. With few seeds the interval is too narrow where seeds differ by more than chance
     over questions: the drawn spread over seeds is short by the factor sqrt((S - 1) / S), and
@@ -87,36 +84,26 @@ def paired_difference(
     Args:
         arm_SQ: was each question answered correctly, bool [S, Q].
         baseline_SQ: the other arm with the same seeds and the same questions in the same order.
-        draws: bootstrap draws.
-        seed: of the draws; the same input and seed give the same interval.
         level: of the interval.
 
     Returns:
         The contrast, in fractions of the questions.
 
     Raises:
-        KavaError: the shapes differ, there are fewer than 2 seeds or no questions, or draws or
-            level make no interval.
+        KavaError: the shapes differ, there are fewer than 2 seeds or no questions, or the level
+            makes no interval.
     """
     _check_paired(arm_SQ, baseline_SQ)
     per_seed_S, difference = _bootstrap(
         np.sum(arm_SQ & ~baseline_SQ, axis=1),
         np.sum(~arm_SQ & baseline_SQ, axis=1),
         arm_SQ.shape[1],
-        draws,
-        seed,
         level,
     )
     return Contrast(difference, sign_flip(per_seed_S), tuple(per_seed_S.tolist()), *arm_SQ.shape)
 
 
-def interval_of_mean(
-    correct_SQ: Bool[np.ndarray, "S Q"],
-    *,
-    draws: int = 10_000,
-    seed: int = 0,
-    level: float = 0.95,
-) -> Interval:
+def interval_of_mean(correct_SQ: Bool[np.ndarray, "S Q"], *, level: float = 0.95) -> Interval:
     """One arm's accuracy (a fraction) with the hierarchical bootstrap of `paired_difference`.
 
     Raises:
@@ -124,7 +111,7 @@ def interval_of_mean(
     """
     _check_paired(correct_SQ, correct_SQ)
     right_S = np.sum(correct_SQ, axis=1)
-    return _bootstrap(right_S, 0 * right_S, correct_SQ.shape[1], draws, seed, level)[1]
+    return _bootstrap(right_S, 0 * right_S, correct_SQ.shape[1], level)[1]
 
 
 def paired_values(
@@ -304,27 +291,37 @@ def rank_correlation_within(
 
 
 def _bootstrap(
-    plus_S: Int[np.ndarray, "S"],
-    minus_S: Int[np.ndarray, "S"],
-    questions: int,
-    draws: int,
-    seed: int,
-    level: float,
+    plus_S: Int[np.ndarray, "S"], minus_S: Int[np.ndarray, "S"], questions: int, level: float
 ) -> tuple[Float[np.ndarray, "S"], Interval]:
     """Per-seed means, and mean and interval, of ``questions`` numbers +1, -1 or 0 for each seed."""
     _check_level(level)
-    if draws < FEWEST_DRAWS:
-        raise KavaError(f"draws={draws} are too few for an interval; 10000 are usual")
-    rng = np.random.default_rng(seed)
     per_seed_S = (plus_S - minus_S) / questions
-    share_S3 = np.stack([plus_S, minus_S, questions - plus_S - minus_S], axis=1) / questions
-    picked = rng.integers(len(plus_S), size=(draws, len(plus_S)))
-    # A question's difference is +1, -1 or 0, and only how many there are of each matters: drawing
-    # questions with replacement is one multinomial draw per seed instead of Q draws.
-    drawn = rng.multinomial(questions, share_S3[picked])
-    means = np.mean(drawn[..., 0] - drawn[..., 1], axis=1) / questions
-    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
-    return per_seed_S, Interval(float(np.mean(per_seed_S)), float(low), float(high), level)
+    chance_N = _chances_of_sums(plus_S, minus_S, questions)
+    most = len(plus_S) * questions
+    # Rounding must not decide where a share of exactly (1 - level) / 2 lies.
+    beyond = (1 - level) / 2 - 1e-9
+    low = np.argmax(np.cumsum(chance_N) >= beyond) - most
+    high = most - np.argmax(np.cumsum(chance_N[::-1]) >= beyond)
+    mean = float(np.mean(per_seed_S))
+    return per_seed_S, Interval(mean, float(low / most), float(high / most), level)
+
+
+def _chances_of_sums(
+    plus_S: Int[np.ndarray, "S"], minus_S: Int[np.ndarray, "S"], questions: int
+) -> Float[np.ndarray, "N"]:
+    """Probability of each sum from -S * Q to S * Q of a hierarchical draw, N = 2 * S * Q + 1.
+
+    A question drawn from seed s is +1, -1 or 0 with that seed's shares, so its characteristic
+    function is share(+1) z + share(-1) / z + share(0). Q draws raise it to the power Q, drawing the
+    seed takes the mean over s, S seeds raise that to the power S, and a Fourier transform turns the
+    characteristic function at z = exp(2 pi i k / N) into probabilities.
+    """
+    most = len(plus_S) * questions
+    turn_N = np.exp(2j * np.pi * np.arange(2 * most + 1) / (2 * most + 1))
+    plus_S1, minus_S1 = plus_S[:, None] / questions, minus_S[:, None] / questions
+    question_SN = plus_S1 * turn_N + minus_S1 / turn_N + (1 - plus_S1 - minus_S1)
+    whole_N = np.mean(question_SN**questions, axis=0) ** len(plus_S)
+    return np.roll(np.fft.fft(whole_N).real, most) / len(turn_N)
 
 
 def _middle_ranks(values: Shaped[np.ndarray, "N"]) -> Float[np.ndarray, "N"]:

@@ -3,6 +3,7 @@
 import itertools
 import math
 import operator
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -51,14 +52,25 @@ def slow_bootstrap(difference_SQ, draws, seed):
     return np.array(means)
 
 
-def assert_ends_agree(interval, slow, draws):
+def all_draws(difference_SQ):
+    """Mean of every draw there is, each as likely as another, in fractions and sorted."""
+    seeds, questions = difference_SQ.shape
+    means = []
+    for picked in itertools.product(range(seeds), repeat=seeds):
+        for places in itertools.product(range(questions), repeat=seeds * questions):
+            rows = [difference_SQ[s] for s in picked for _ in range(questions)]
+            drawn = sum(int(row[q]) for row, q in zip(rows, places, strict=True))
+            means.append(Fraction(drawn, seeds * questions))
+    return sorted(means)
+
+
+def assert_ends_agree(interval, slow):
     """Each end lies between the slow draws' quantiles a little below and above its own.
 
-    The share of ``n`` draws below a point has the standard error sqrt(a (1 - a) / n); four of them,
-    for both sets of draws.
+    The share of ``n`` draws below a point has the standard error sqrt(a (1 - a) / n): four of them.
     """
     for end, a in ((interval.low, 0.025), (interval.high, 0.975)):
-        error = 4 * math.sqrt(a * (1 - a) * (1 / draws + 1 / len(slow)))
+        error = 4 * math.sqrt(a * (1 - a) / len(slow))
         below, above = np.quantile(slow, [max(a - error, 0), min(a + error, 1)])
         assert below <= end <= above
 
@@ -82,9 +94,9 @@ def test_a_difference_is_the_hand_count():
 def test_the_interval_of_a_difference_is_that_of_a_slow_double_loop():
     arm, baseline = answers(0, 4, 9, share=0.7), answers(1, 4, 9, share=0.4)
     arm[2] = True  # one seed stands out, so that drawing seeds matters
-    found = paired_difference(arm, baseline, draws=10_000, seed=3)
+    found = paired_difference(arm, baseline)
     difference_SQ = arm.astype(int) - baseline.astype(int)
-    assert_ends_agree(found.difference, slow_bootstrap(difference_SQ, 6000, seed=4), 10_000)
+    assert_ends_agree(found.difference, slow_bootstrap(difference_SQ, 6000, seed=4))
     assert found.per_seed == pytest.approx(difference_SQ.mean(axis=1).tolist())
     assert found.p_value == pytest.approx(all_sign_flips(found.per_seed))
 
@@ -92,9 +104,21 @@ def test_the_interval_of_a_difference_is_that_of_a_slow_double_loop():
 def test_the_interval_of_a_mean_is_that_of_a_slow_double_loop():
     correct = answers(2, 5, 7, share=0.6)
     correct[0] = False
-    found = interval_of_mean(correct, draws=10_000, seed=3)
+    found = interval_of_mean(correct)
     assert found.mean == pytest.approx(correct.mean())
-    assert_ends_agree(found, slow_bootstrap(correct.astype(int), 6000, seed=4), 10_000)
+    assert_ends_agree(found, slow_bootstrap(correct.astype(int), 6000, seed=4))
+
+
+@pytest.mark.parametrize("level", [0.5, 0.8, 0.95])
+@pytest.mark.parametrize("difference", [[[1, -1, 0], [1, 1, 0]], [[0, 0, 0], [0, -1, 1]]])
+def test_the_interval_is_that_of_every_draw_there_is(difference, level):
+    """2 seeds and 3 questions make 2**2 * 3**6 draws, all equally likely."""
+    difference_SQ = np.array(difference)
+    means = all_draws(difference_SQ)
+    assert len(means) == 2916
+    cut = math.ceil(round(len(means) * (1 - level) / 2, 6))  # so many of them lie at each end
+    found = paired_difference(difference_SQ > 0, difference_SQ < 0, level=level).difference
+    assert (found.low, found.high) == pytest.approx((means[cut - 1], means[-cut]))
 
 
 def test_with_many_seeds_the_ends_are_those_of_adding_both_variances():
@@ -103,20 +127,18 @@ def test_with_many_seeds_the_ends_are_those_of_adding_both_variances():
     difference_SQ = arm.astype(float) - baseline
     variance = np.var(difference_SQ.mean(axis=1)) + np.mean(np.var(difference_SQ, axis=1)) / 300
     half = 1.959964 * math.sqrt(variance / 40)
-    found = paired_difference(arm, baseline, draws=40_000).difference
+    found = paired_difference(arm, baseline).difference
     for end, expected in ((found.low, found.mean - half), (found.high, found.mean + half)):
-        # a quantile's standard error at 0.025 is 2.7 sd / sqrt(draws); four of them and rounding to
-        # whole answers
-        assert abs(end - expected) < 4 * 2.7 * half / 1.96 / 200 + 1 / (40 * 300)
+        assert abs(end - expected) < half / 50 + 1 / (40 * 300)  # whole answers, nearly normal
 
 
 @pytest.mark.parametrize(("seeds", "questions", "spread"), [(8, 64, 0.1), (5, 100, 0.05)])
 def test_the_interval_holds_the_truth_about_as_often_as_it_says(seeds, questions, spread):
     rng = np.random.default_rng(6)
     held = 0
-    for trial in range(200):
+    for _ in range(200):
         arm, baseline = simulated(rng, seeds, questions, spread)
-        interval = paired_difference(arm, baseline, draws=300, seed=trial).difference
+        interval = paired_difference(arm, baseline).difference
         held += interval.low <= 0.2 <= interval.high
     assert 0.85 <= held / 200 <= 0.99
 
@@ -133,12 +155,12 @@ def test_pairing_narrows_the_interval_and_the_level_widens_it():
     assert surer.level == 0.99
 
 
-def test_the_same_seed_draws_the_same_interval_and_swapping_arms_turns_it_round():
+def test_swapping_arms_turns_the_interval_round():
     arm, baseline = answers(9, 9, 150), answers(10, 9, 150)
-    found = paired_difference(arm, baseline, draws=200)
-    assert found == paired_difference(arm, baseline, draws=200)
-    assert found.difference != paired_difference(arm, baseline, draws=200, seed=1).difference
-    assert paired_difference(baseline, arm).per_seed == tuple(-d for d in found.per_seed)
+    found, turned = paired_difference(arm, baseline), paired_difference(baseline, arm)
+    assert turned.per_seed == tuple(-d for d in found.per_seed)
+    ends = -found.difference.high, -found.difference.low
+    assert (turned.difference.low, turned.difference.high) == ends
 
 
 def test_equal_arms_differ_by_nothing():
@@ -218,9 +240,7 @@ def test_values_that_cannot_be_compared_are_refused():
         paired_values(np.ones(1), np.ones(1))
 
 
-def test_draws_and_levels_that_make_no_interval_are_refused():
-    with pytest.raises(KavaError, match="draws=10 are too few"):
-        interval_of_mean(answers(0, 3, 4), draws=10)
+def test_levels_that_make_no_interval_are_refused():
     with pytest.raises(KavaError, match="level=95"):
         interval_of_mean(answers(0, 3, 4), level=95.0)
     with pytest.raises(KavaError, match=r"level=1\.0"):
