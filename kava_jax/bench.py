@@ -5,18 +5,25 @@ the machine falls on both; medians with their spread; device and versions stand 
 """
 
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 
 from kava_jax.config import Config
-from kava_jax.data.batches import padded
+from kava_jax.data.batches import Batch, padded
+from kava_jax.errors import KavaError
+from kava_jax.experiments.grid import Grid, run_config
+from kava_jax.models.decoder import Params
 from kava_jax.parallel.sharding import put_batch
-from kava_jax.runs.prepare import load_dataset, prepare
-from kava_jax.runs.train import jitted_probe, jitted_step
+from kava_jax.runs.calibrate import unmeasured
+from kava_jax.runs.prepare import Run, fingerprints_of, load_dataset, prepare
+from kava_jax.runs.train import begun, jitted_probe, jitted_step
 from kava_jax.training.manifest import versions
+from kava_jax.training.step import TrainState
 
 ROUNDS, STEPS_PER_ROUND = 7, 5
 
@@ -29,19 +36,12 @@ def bench_diagnostics(config: Config) -> dict[str, Any]:
     """
     run = prepare(config)
     stream = load_dataset(run).stream
-    teachers, state = run.blueprint.load_teachers(), run.blueprint.fresh_state()
-    step, probe = jitted_step(run), jitted_probe(run)
-    batch = stream.batch(0)
-    short, whole = put_batch(batch, run.mesh), put_batch(padded(batch, stream.max_length), run.mesh)
-
-    def steps() -> None:
-        nonlocal state
-        for _ in range(STEPS_PER_ROUND):
-            state, _ = step(state, teachers, short)
-        jax.block_until_ready(state)
+    teachers, batch = run.blueprint.load_teachers(), stream.batch(0)
+    steps = _Steps(run, teachers, run.blueprint.fresh_state(), batch)
+    probe, whole = jitted_probe(run), put_batch(padded(batch, stream.max_length), run.mesh)
 
     def probes() -> None:
-        jax.block_until_ready(probe(state, teachers, whole))
+        jax.block_until_ready(probe(steps.state, teachers, whole))
 
     seconds = alternate({"step": steps, "probe": probes})
     seconds["step"] = [value / STEPS_PER_ROUND for value in seconds["step"]]
@@ -54,6 +54,63 @@ def bench_diagnostics(config: Config) -> dict[str, Any]:
         "probe_seconds": _summary(seconds["probe"]),
         "diagnose_every": every,
         "share_of_step": medians["probe"] / (every * medians["step"]) if every else 0.0,
+        **_circumstances(batch),
+    }
+
+
+def bench_arms(grid: Grid, base: Mapping[str, Any]) -> dict[str, Any]:
+    """The train step of every arm of a grid on the same batch, and its time beside the baseline's.
+
+    All arms are compiled first and stay in memory together. Writes nothing that it does not remove.
+    Raises KavaError for a grid that starts from a pretrained student, which has to be trained.
+    """
+    if grid.pretrain is not None:
+        raise KavaError(
+            f"grid={grid.name} pretrains its student; give a grid without pretrain, the arms' "
+            f"steps cost the same"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        work, batch = {}, None
+        for arm in grid.arms:
+            config = run_config(grid, base, arm, grid.seeds[0], Path(folder))
+            run = prepare(unmeasured(config))
+            dataset = load_dataset(run)
+            run, state = begun(config, run, dataset, fingerprints_of(run, dataset))
+            batch = dataset.stream.batch(0)
+            work[arm] = _Steps(run, run.blueprint.load_teachers(), state, batch)
+            work[arm]()
+        seconds = alternate(work)
+    assert batch is not None  # a grid has an arm
+    summaries = {
+        arm: _summary([value / STEPS_PER_ROUND for value in own]) for arm, own in seconds.items()
+    }
+    baseline = summaries[grid.baseline]["median"]
+    return {
+        "name": "arms",
+        "grid": grid.name,
+        "baseline": grid.baseline,
+        "step_seconds": summaries,
+        "relative": {arm: own["median"] / baseline for arm, own in summaries.items()},
+        **_circumstances(batch),
+    }
+
+
+class _Steps:
+    """A round's train steps, always on the same batch; ``state`` is the one they arrived at."""
+
+    def __init__(self, run: Run, teachers: Mapping[str, Params], state: TrainState, batch: Batch):
+        self.state = state
+        self._step, self._teachers = jitted_step(run), teachers
+        self._batch = put_batch(batch, run.mesh)
+
+    def __call__(self) -> None:
+        for _ in range(STEPS_PER_ROUND):
+            self.state, _ = self._step(self.state, self._teachers, self._batch)
+        jax.block_until_ready(self.state)
+
+
+def _circumstances(batch: Batch) -> dict[str, Any]:
+    return {
         "batch": {"rows": batch.tokens.shape[0], "tokens_of_a_row": batch.tokens.shape[1]},
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         "versions": versions(),

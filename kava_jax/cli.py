@@ -225,26 +225,40 @@ def verify(as_json: Json = False) -> None:
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="What to measure: diagnostics.")],
-    config: Annotated[Path | None, typer.Option(help="YAML file; the demo's when absent.")] = None,
+    name: Annotated[str, typer.Argument(help="What to measure: diagnostics or arms.")],
+    config: Annotated[
+        Path | None,
+        typer.Option(help="YAML file; when absent, the demo's, and for arms grids/scratch.yaml."),
+    ] = None,
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
     """Measure speed: warmed up, in alternating rounds, with medians and spread.
 
+    diagnostics: what looking at gradients and layers costs beside the step. arms: the step of every
+    arm of a grid.
+
     Example: kava bench diagnostics --json
     """
-    from kava_jax.bench import bench_diagnostics
+    from kava_jax.bench import bench_arms, bench_diagnostics
     from kava_jax.config_file import load_config, shipped_config
+    from kava_jax.experiments.grid import load_grid
 
-    if name != "diagnostics":
-        raise KavaError(f"name={name!r} is not a benchmark; use diagnostics")
-    found = bench_diagnostics(load_config(config or shipped_config("demo.yaml"), overrides or []))
+    if name == "diagnostics":
+        path = config or shipped_config("demo.yaml")
+        found = bench_diagnostics(load_config(path, overrides or []))
+        seconds = {key: found[key]["median"] for key in ("step_seconds", "probe_seconds")}
+        values = seconds | {"share_of_step": found["share_of_step"]}
+    elif name == "arms":
+        path = config or shipped_config("grids/scratch.yaml")
+        found = bench_arms(*load_grid(path, overrides or []))
+        values = found["relative"]
+    else:
+        raise KavaError(f"name={name!r} is not a benchmark; use diagnostics or arms")
     if as_json:
         print(json.dumps(found, indent=2))
     else:
-        seconds = {key: found[key]["median"] for key in ("step_seconds", "probe_seconds")}
-        _print_values(seconds | {"share_of_step": found["share_of_step"]}, as_json=False)
+        _print_values(values, as_json=False)
 
 
 @app.command()

@@ -19,6 +19,7 @@ from kava_jax.runs.record import write_record
 from kava_jax.training.checkpoint import Checkpoints
 from kava_jax.training.loop import Cadence, projector_path, run_steps
 from kava_jax.training.manifest import (
+    Fingerprints,
     Hardware,
     check_manifest,
     write_config,
@@ -48,11 +49,8 @@ def train(config: Config, command: Sequence[str]) -> Trained:
     dataset = load_dataset(run)
     plain, fingerprints = dump_config(config), fingerprints_of(run, dataset)
     check_manifest(run.directory, config=plain, fingerprints=fingerprints, free=FREE_FIELDS)
-    measured = calibrated(config, run, dataset, fingerprints)
-    run = prepare(config, measured.maps) if measured else run
+    run, start = begun(config, run, dataset, fingerprints)
     teachers = run.blueprint.load_teachers()
-    fitted = measured.projector if measured else None
-    start = run.blueprint.fresh_state(None if fitted is None else place(run, fitted))
     write = jax.process_index() == 0
     if write:
         write_config(run.directory, plain)
@@ -105,6 +103,19 @@ def train(config: Config, command: Sequence[str]) -> Trained:
     if write:
         write_record(run, dataset, evaluation)
     return Trained(run, dataset, state, evaluation)
+
+
+def begun(
+    config: Config, run: Run, dataset: Dataset, fingerprints: Fingerprints
+) -> tuple[Run, TrainState]:
+    """The run as it is trained and its state at step 0, after the calibration that it may need.
+
+    ``run`` is that of the ``unmeasured`` config, with its data set and fingerprints.
+    """
+    measured = calibrated(config, run, dataset, fingerprints)
+    run = prepare(config, measured.maps) if measured else run
+    fitted = measured.projector if measured else None
+    return run, run.blueprint.fresh_state(None if fitted is None else place(run, fitted))
 
 
 def jitted_step(run: Run) -> Any:
