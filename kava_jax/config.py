@@ -145,7 +145,7 @@ class LossConfig(Section):
     divide_by_std: bool = Field(
         default=False, description="mse, smooth_l1, structural: in units of the layer's std"
     )
-    ce_weight: Weight = Field(default=1.0, description="of cross-entropy")
+    ce_weight: Weight | Ramp = Field(default=1.0, description="of cross-entropy")
     kl_weight: Weight = Field(default=0.0, description="of logit KL")
     kl_temperature: float = Field(default=1.0, gt=0, description="of both softmaxes in logit KL")
     key_space: Literal["pre_rope", "post_rope"] = Field(
@@ -357,10 +357,12 @@ class Config(Section):
                 f"{self.optimizer.warmup_steps} leave the student nothing of train.steps="
                 f"{self.train.steps}; lower them"
             )
-        if isinstance(self.loss.kv_weight, AutoShare) and self.loss.ce_weight == 0:
+        weight = self.loss.ce_weight
+        if isinstance(self.loss.kv_weight, AutoShare) and (isinstance(weight, Ramp) or not weight):
+            written = "a ramp" if isinstance(weight, Ramp) else f"{weight:g}"
             raise ValueError(
                 f"loss.kv_weight=auto({self.loss.kv_weight.share:g}) is a share of the "
-                f"cross-entropy gradient, but loss.ce_weight=0; give a number"
+                f"cross-entropy gradient, but loss.ce_weight={written}; give kv_weight a number"
             )
         if self.router.kind != "fixed" and len(self.teachers) < 2:
             raise ValueError(

@@ -18,10 +18,14 @@ class Section(BaseModel):
 
 
 class Ramp(Section):
-    """A weight that moves linearly from ``start`` to ``end`` over the whole run."""
+    """A weight that moves linearly from ``start`` to ``end``, and then stays there.
+
+    It takes the share ``over`` of the run's steps: all of them unless something else is said.
+    """
 
     start: Weight
     end: Weight
+    over: float = Field(default=1.0, gt=0, le=1)
 
 
 class AutoShare(Section):

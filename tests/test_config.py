@@ -157,8 +157,19 @@ def test_a_share_of_the_gradient_as_a_weight():
     for wrong in ("auto()", "auto(x)", "auto(0.2", "auto 0.2"):
         with pytest.raises(KavaError, match=r"write a number, auto\(0.2\)"):
             parse(f"loss.kv_weight={wrong}")
-    with pytest.raises(KavaError, match=r"auto\(0.2\).*loss.ce_weight=0; give a number"):
-        parse("loss.kv_weight=auto(0.2)", "loss.ce_weight=0", "teachers.0.path=t")
+    for weight, word in (("0", "0"), ("{start: 0, end: 1}", "a ramp")):
+        words = rf"auto\(0.2\).*loss.ce_weight={word}; give kv_weight a number"
+        with pytest.raises(KavaError, match=words):
+            parse("loss.kv_weight=auto(0.2)", f"loss.ce_weight={weight}", "teachers.0.path=t")
+
+
+def test_a_ramp_takes_the_run_or_a_part_of_it():
+    assert parse("loss.kv_weight={start: 1, end: 0}").loss.kv_weight == Ramp(start=1, end=0, over=1)
+    short = parse("loss.ce_weight={start: 0, end: 1, over: 0.2}")
+    assert short.loss.ce_weight == Ramp(start=0, end=1, over=0.2)
+    assert parse_config(dump_config(short)) == short
+    with pytest.raises(KavaError, match=r"loss.kv_weight.over=0"):
+        parse("loss.kv_weight={start: 1, end: 0, over: 0}")
 
 
 def test_a_recipe_sets_what_the_config_does_not_say():

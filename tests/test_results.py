@@ -66,31 +66,34 @@ def test_tinystories_table_is_the_committed_result() -> None:
     ]
 
 
-# Results whose tables stand in a page, between markers, as docs/results/tables.py writes them.
-GENERATED = {
-    "recipes": "alignment.md",
-    "teachers": "alignment.md",
-    "auto_share": "alignment.md",
-    "bench_diagnostics": "alignment.md",
-    "scratch": "findings.md",
-    "pretrained": "findings.md",
-    "prediction": "findings.md",
-    "confidence": "claims.md",
-}
+# Tables stand in the pages between markers, as docs/results/tables.py writes them.
+WRITTEN = [
+    (path.name, name)
+    for path in sorted((ROOT / "docs").glob("*.md"))
+    for name in re.findall(r"<!-- results:(\w+) -->", path.read_text(encoding="utf-8"))
+]
 
 
-@pytest.mark.parametrize("name", GENERATED)
-def test_the_docs_hold_the_table_that_the_result_gives(name: str) -> None:
-    page = (ROOT / "docs" / GENERATED[name]).read_text(encoding="utf-8")
-    found = re.search(rf"<!-- results:{name} -->\n(.*?)\n<!-- /results:{name} -->", page, re.S)
-    assert found, f"docs/{GENERATED[name]} has no section results:{name}"
+@pytest.mark.parametrize(("page", "name"), WRITTEN)
+def test_the_docs_hold_the_table_that_the_result_gives(page: str, name: str) -> None:
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    found = re.search(rf"<!-- results:{name} -->\n(.*?)\n<!-- /results:{name} -->", text, re.S)
+    assert found, f"docs/{page} has no end of the section results:{name}"
     done = subprocess.run(
         [sys.executable, str(ROOT / "docs" / "results" / "tables.py"), name],
         capture_output=True,
         text=True,
         check=True,
     )
-    assert found[1] == done.stdout.rstrip("\n")
+    assert found[1] == done.stdout.rstrip("\n"), (
+        "python docs/results/tables.py brings it up to date"
+    )
+
+
+def test_every_grid_with_results_has_its_table() -> None:
+    grids = {path.parent.name for path in (ROOT / "docs" / "results").glob("*/grid.json")}
+    assert {"scratch", "pretrained"} <= grids
+    assert grids <= {name for _, name in WRITTEN}
 
 
 def test_looking_costs_at_most_a_twentieth_of_the_time() -> None:

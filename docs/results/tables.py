@@ -1,10 +1,12 @@
 """The tables of the docs, written from the committed results; tests compare them word for word.
 
-python docs/results/tables.py NAME       of NAME.json beside this file, or of the grid in NAME/
-python docs/results/tables.py prediction       of both regimes' grids together
+python docs/results/tables.py               rewrite every table in the pages of docs/
+python docs/results/tables.py NAME          print that of NAME.json, or of the grid in NAME/
+python docs/results/tables.py prediction    print that of both regimes' grids together
 """
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,6 +28,8 @@ from kava_jax.experiments.statistics import in_words, rank_correlation_within
 from kava_jax.verdict import collapsed_layers
 
 HERE = Path(__file__).resolve().parent
+PAGES = HERE.parent
+SECTION = r"(<!-- results:(\w+) -->)\n.*?(<!-- /results:\2 -->)"
 
 
 def recipes(found: dict[str, Any]) -> list[str]:
@@ -310,5 +314,18 @@ def table(name: str) -> str:
     return "\n".join(TABLES[name](json.loads((HERE / f"{name}.json").read_text(encoding="utf-8"))))
 
 
+def filled(page: str) -> str:
+    """The page's text with every table between ``results:`` markers written anew."""
+
+    def section(found: re.Match[str]) -> str:
+        return f"{found[1]}\n{table(found[2])}\n{found[3]}"
+
+    return re.sub(SECTION, section, page, flags=re.S)
+
+
 if __name__ == "__main__":
-    print(table(sys.argv[1]))
+    if len(sys.argv) > 1:
+        print(table(sys.argv[1]))
+    else:
+        for path in PAGES.glob("*.md"):
+            path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")

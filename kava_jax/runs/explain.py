@@ -161,7 +161,7 @@ def _minimised(config: Config) -> str:
         )
     else:
         kv = f"{_number(weight)} x KV"
-    terms = [f"{loss.ce_weight:g} x cross-entropy"]
+    terms = [f"{_number(loss.ce_weight)} x cross-entropy"]
     terms += [f"{loss.kl_weight:g} x logit KL"] if loss.kl_weight else []
     raw = loss.model_dump() | {
         name: _number(getattr(loss, name)) for name in ("mercator_weight", "mse_weight")
@@ -219,9 +219,7 @@ def _warnings(config: Config) -> list[str]:
 
 def _number(weight: Any) -> str:
     if isinstance(weight, Ramp):
-        return (
-            f"({weight.start:g} falling to {weight.end:g})"
-            if (weight.start > weight.end)
-            else f"({weight.start:g} rising to {weight.end:g})"
-        )
+        word = "falling" if weight.start > weight.end else "rising"
+        part = "" if weight.over == 1 else f" over the first {weight.over:.0%} of the run"
+        return f"({weight.start:g} {word} to {weight.end:g}{part})"
     return f"{weight:g}"

@@ -98,7 +98,7 @@ def _setup(run: Run, fingerprints: Mapping[str, Any]) -> dict[str, Any]:
         for teacher in config.teachers
     ]
     if not teachers:
-        weight = {"ce_weight": config.loss.ce_weight}
+        weight = {"ce_weight": plain["loss"]["ce_weight"]}
         return {"teachers": [], "student": student, "recipe": None, "loss": weight}
     return {
         "teachers": teachers,

@@ -44,7 +44,7 @@ def make_objective(
         parts=loss.parts,
         direction=config.projector.direction,
         attention_weight=loss.attention_weight if loss.kv == "structural" else 0.0,
-        ce_weight=loss.ce_weight,
+        ce_weight=_weight(loss.ce_weight, steps),
         kl_weight=loss.kl_weight,
         kl_temperature=loss.kl_temperature,
         entropy_weight=config.router.entropy_weight,
@@ -117,5 +117,6 @@ def optimizer_of(
 
 def _weight(weight: float | Ramp, steps: int) -> Callable[[Any], Any]:
     if isinstance(weight, Ramp):
-        return optax.linear_schedule(weight.start, weight.end, max(1, steps - 1))
+        moving = max(1, round(weight.over * steps) - 1)
+        return optax.linear_schedule(weight.start, weight.end, moving)
     return optax.constant_schedule(weight)

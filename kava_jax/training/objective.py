@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
@@ -104,10 +105,10 @@ class Objective:
     router: Router
     kv_loss: TokenLoss
     frame: Frame
+    ce_weight: optax.Schedule
     parts: Literal["both", "keys", "values"] = "both"
     direction: Direction = "student_to_teacher"
     attention_weight: float = 0.0
-    ce_weight: float = 1.0
     kl_weight: float = 0.0
     kl_temperature: float = 1.0
     entropy_weight: float = 0.0
@@ -132,7 +133,8 @@ class Objective:
         student = self._read(self.student, params["student"], batch)
         ce = self._next_token(batch, {"student": student}, _cross_entropy)
         mean_ce = masked_mean(ce, batch.loss_mask[:, 1:])
-        language, metrics = self.ce_weight * share.targets * mean_ce.value, {"ce": mean_ce}
+        language = self.ce_weight(step) * share.targets * mean_ce.value
+        metrics = {"ce": mean_ce}
         if not self.teachers:
             return Losses(language, jnp.zeros(())), (metrics, Statistics({}, None))
         found = {}

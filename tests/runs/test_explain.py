@@ -62,6 +62,10 @@ def test_the_named_job_in_words() -> None:
         (["loss.parts=keys"], ["Compared: keys before RoPE, head by head"]),
         (["loss.kv_weight=auto(0.3)"], ["0.3 of the cross-entropy gradient (measured every 20"]),
         (["loss.kv_weight={start: 1, end: 0}"], ["(1 falling to 0) x KV"]),
+        (
+            ["loss.ce_weight={start: 0, end: 1, over: 0.2}"],
+            ["(0 rising to 1 over the first 20% of the run) x cross-entropy"],
+        ),
         (["loss.kv=hybrid", "loss.mse_weight={start: 0, end: 1}"], ["(0 rising to 1) x MSE"]),
         (["loss.kl_weight=0.5"], ["+ 0.5 x logit KL +"]),
         (["loss.standardize=true", "loss.per_head=false"], ["standard deviation", "one vector"]),

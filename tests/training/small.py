@@ -164,7 +164,7 @@ def setting(
         parts=parts,
         direction=direction,
         attention_weight=1.0 if kv == "structural" else 0.0,
-        ce_weight=ce_weight,
+        ce_weight=optax.constant_schedule(ce_weight),
         kl_weight=kl_weight,
         kl_temperature=2.0,
         entropy_weight=0.01,
