@@ -127,6 +127,8 @@ WHEN: dict[str, dict[str, str]] = {
         "eval_every": "the course on held-out rows is wanted, and `best` checkpoints",
         "diagnose_every": "probes cost too much (see `probe_share_of_time`)",
         "checkpoint_every": "the machine may be taken away: lower it",
+        "checkpoint_minutes": "steps take long, or their time varies",
+        "most_skipped": "numbers overflow now and then and recover (raise)",
         "keep_checkpoints": "disk runs out, or older ones are wanted",
     },
     "eval": {

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kava_jax.errors import KavaError
+from kava_jax.errors import KavaError, PreemptedError, StoppedError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -284,16 +284,17 @@ def demo(
 
 
 def main() -> None:
-    """Entry point: 0 done, 1 a check failed, 2 bad input."""
+    """Entry point: 0 done, 1 a check failed or a run stopped, 2 bad input, 75 preempted."""
     # Else transformers says on stderr, at every command, that there is no PyTorch; none is needed.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     # Orbax warns through absl that a checkpoint directory opened for reading is read only.
     logging.getLogger("absl").setLevel(logging.ERROR)
     try:
         app()
-    except KavaError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
+    except (KavaError, StoppedError, PreemptedError) as error:
+        word = "preempted" if isinstance(error, PreemptedError) else "error"
+        print(f"{word}: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
 
 
 def _command() -> list[str]:

@@ -5,7 +5,7 @@ is not configured here but read from each model's own ``config.json``.
 """
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -271,7 +271,13 @@ class TrainConfig(Section):
         default=100, description="gradient shares and per-layer figures; null: never"
     )
     checkpoint_every: Positive = Field(default=500, description="one is also written at the end")
+    checkpoint_minutes: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="and at the first logged step so long after the last one"
+    )
     keep_checkpoints: Positive = Field(default=2, description="the newest, and the best besides")
+    most_skipped: Positive = Field(
+        default=10, description="steps in a row that are not finite before the run stops"
+    )
 
 
 class EvalSet(Section):
@@ -390,7 +396,9 @@ FREE_FIELDS = (
     "train.eval_every",
     "train.diagnose_every",
     "train.checkpoint_every",
+    "train.checkpoint_minutes",
     "train.keep_checkpoints",
+    "train.most_skipped",
     "eval",
     "mesh",
 )

@@ -1,9 +1,32 @@
-"""The one exception that means "the input is wrong", as opposed to "the program is wrong"."""
+"""Ends of a command that are not the program's fault, each with the exit code of its own.
+
+The command line prints the message in one line on stderr, without a traceback. Library callers may
+catch them.
+"""
 
 
 class KavaError(Exception):
     """Bad input: one line that names the field, its value and the remedy.
 
-    The command line prints the message to stderr and exits with code 2, without a traceback.
-    Library callers may catch it; nothing has been written or changed when it is raised.
+    Nothing has been written or changed when it is raised.
     """
+
+    exit_code = 2
+
+
+class StoppedError(Exception):
+    """A run that cannot go on by itself: a full disk, numbers that are not finite.
+
+    What its last checkpoint holds is safe.
+    """
+
+    exit_code = 1
+
+
+class PreemptedError(Exception):
+    """A run that was asked to end (SIGTERM, a preemption notice) and has saved its state.
+
+    The same command goes on from there. 75 is ``EX_TEMPFAIL`` of sysexits.h: try again.
+    """
+
+    exit_code = 75

@@ -120,7 +120,7 @@ class BatchStream:
         Raises:
             KavaError: the batch size is not a multiple of ``process_count``.
         """
-        chosen = self._rows_of(step)
+        chosen = self.row_indices(step)
         length = self._padded_length(chosen)
         mine = chosen[_share(self.batch_size, process_index, process_count)]
         return collate([self.rows[i] for i in mine], length, self.pad_id, self.sink_tokens)
@@ -129,7 +129,7 @@ class BatchStream:
     def report(self) -> DataReport:
         """Counts over all rows, and the padding of the first epoch's batches."""
         steps = -(-len(self.rows) // self.batch_size)
-        chosen = [self._rows_of(step) for step in range(steps)]
+        chosen = [self.row_indices(step) for step in range(steps)]
         positions = self.batch_size * sum(self._padded_length(rows) for rows in chosen)
         real = sum(int(self._lengths[rows].sum()) for rows in chosen)
         return DataReport(
@@ -142,7 +142,8 @@ class BatchStream:
             max_length=self.max_length,
         )
 
-    def _rows_of(self, step: int) -> np.ndarray:
+    def row_indices(self, step: int) -> Int[np.ndarray, "B"]:
+        """Which of ``rows`` the global batch of this step holds."""
         places = step * self.batch_size + np.arange(self.batch_size)
         epochs, within = np.divmod(places, len(self.rows))
         return np.array([self._order(int(e))[w] for e, w in zip(epochs, within, strict=True)])

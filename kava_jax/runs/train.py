@@ -26,6 +26,7 @@ from kava_jax.training.manifest import (
     write_manifest,
 )
 from kava_jax.training.monitor import Monitor
+from kava_jax.training.preemption import listening
 from kava_jax.training.probe import make_probe
 from kava_jax.training.step import TrainState, make_train_step
 
@@ -65,19 +66,22 @@ def train(config: Config, command: Sequence[str]) -> Trained:
         )
     share = _share(config)
     with Checkpoints(run.directory, config.train.keep_checkpoints) as checkpoints:
-        resumed = checkpoints.steps()
-        if resumed:
-            start = checkpoints.restore(resumed[-1], restore_target(run))
-        with Monitor(
-            run.directory,
-            total_steps=config.train.steps,
-            start_step=int(start.step),
-            write=write,
-        ) as monitor:
-            for note in dataset.notes:
+        notes = list(dataset.notes)
+        resumed = checkpoints.newest_intact(notes.append)
+        if resumed is not None:
+            notes.append(f"continuing from the checkpoint at step {resumed}")
+            start = checkpoints.restore(resumed, restore_target(run))
+        with (
+            listening() as preemption,
+            Monitor(
+                run.directory,
+                total_steps=config.train.steps,
+                start_step=int(start.step),
+                write=write,
+            ) as monitor,
+        ):
+            for note in notes:
                 monitor.note(note)
-            if resumed:
-                monitor.note(f"continuing from the checkpoint at step {resumed[-1]}")
             state, evaluation = run_steps(
                 start,
                 step=jitted_step(run),
@@ -96,7 +100,10 @@ def train(config: Config, command: Sequence[str]) -> Trained:
                     config.train.checkpoint_every,
                     config.train.diagnose_every,
                     share.every if share else None,
+                    config.train.checkpoint_minutes,
+                    config.train.most_skipped,
                 ),
+                preemption=preemption,
             )
     if run.blueprint.projector and write:
         _save_projector(run, state)

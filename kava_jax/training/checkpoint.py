@@ -1,21 +1,28 @@
 """Checkpoints of the train state through Orbax: asynchronous, atomic, the last K and the best.
 
 Orbax writes to a temporary name and renames when complete, so a directory with a step's name is a
-complete checkpoint. The teachers are not in it; their fingerprints are in the manifest.
+complete checkpoint; digests written before that tell whether it still is what was written. The
+teachers are not in it; their fingerprints are in the manifest.
 """
 
+import errno
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import jax
 
-from kava_jax.errors import KavaError
+from kava_jax.errors import KavaError, StoppedError
+from kava_jax.parallel.hosts import from_first
+from kava_jax.training.digests import damage
 from kava_jax.training.step import TrainState
 
 BEST_METRIC = "eval_loss"
+# Beside ``checkpoints/``: what was found damaged there, moved and never deleted.
+DAMAGED_NAME = "checkpoints_damaged"
 
 
 class Checkpoints:
@@ -29,16 +36,20 @@ class Checkpoints:
         import orbax.checkpoint as ocp
         from orbax.checkpoint.checkpoint_managers import preservation_policy as keeping
 
+        from kava_jax.training import orbax_items
+
         best = keeping.BestN(
             get_metric_fn=lambda metrics: -metrics[BEST_METRIC],
             n=1,
             keep_checkpoints_without_metrics=False,
         )
         policy = keeping.AnyPreservationPolicy([keeping.LatestN(n=keep), best])
-        self._ocp = ocp
+        self._items = orbax_items
         self._directory = (run_dir / "checkpoints").resolve()
+        self._checked: set[int] = set()
         self._manager = ocp.CheckpointManager(
             self._directory,
+            item_handlers=orbax_items.DigestedHandler(),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policy,
                 best_fn=lambda metrics: metrics[BEST_METRIC],
@@ -60,12 +71,14 @@ class Checkpoints:
         traceback: TracebackType | None,
     ) -> None:
         """Wait for the last asynchronous write."""
-        self._manager.close()
+        with self._full_disk_told():
+            self._manager.close()
 
     def save(self, state: TrainState, metrics: Mapping[str, float] | None) -> None:
         """Start writing; ``metrics`` are those of an evaluation at this very step, if any.
 
-        Saving a step that is already there does nothing.
+        Saving a step that is already there does nothing. Raises StoppedError when this or the
+        write before it finds the disk full.
         """
         step = int(state.step)
         if step in self._manager.all_steps():
@@ -73,11 +86,50 @@ class Checkpoints:
         # A loss that is NaN would be neither better nor worse than any other: it does not count.
         known = metrics is not None and math.isfinite(metrics.get(BEST_METRIC, math.nan))
         scored = metrics if known else None
-        self._manager.save(step, args=self._ocp.args.StandardSave(state), metrics=scored)
+        with self._full_disk_told():
+            self._manager.save(step, args=self._items.DigestedSave(state), metrics=scored)
+
+    def wait(self) -> None:
+        """Until everything is written; raises as ``save``."""
+        with self._full_disk_told():
+            self._manager.wait_until_finished()
 
     def steps(self) -> list[int]:
         """Steps of all complete checkpoints, oldest first."""
         return sorted(self._manager.all_steps())
+
+    def newest_intact(self, say: Callable[[str], None]) -> int | None:
+        """The newest step whose files are as they were written; None when there is no checkpoint.
+
+        Damaged ones that are newer are said and moved to ``checkpoints_damaged/``, where a later
+        save of the same step cannot meet them. On several processes the first one looks.
+
+        Raises KavaError when there are checkpoints and none is intact; nothing is moved then.
+        """
+        steps = self.steps()
+        if not steps:
+            return None
+        problems: dict[int, str | None] = {}
+        if jax.process_index() == 0:
+            for step in reversed(steps):
+                problems[step] = self._damage(step)
+                if problems[step] is None:
+                    break
+        intact = from_first(next((step for step, bad in problems.items() if bad is None), -1))
+        if intact < 0:
+            raise KavaError(
+                f"{self._name()}: none of the checkpoints {', '.join(map(str, steps))} is intact"
+                f"{_because(problems)}; restore one or name another run.dir"
+            )
+        for step in problems.keys() - {intact}:
+            self._put_aside(step)
+            say(
+                f"checkpoint {step} is damaged ({problems[step]}); it is in {DAMAGED_NAME}/ now, "
+                f"and the run goes on from step {intact}"
+            )
+        from_first(intact)  # until the first process has moved them, no other may look again
+        self._manager.reload()
+        return intact
 
     def choose(self, which: str) -> int:
         """The step that ``last``, ``best`` or a number means.
@@ -104,10 +156,17 @@ class Checkpoints:
     def restore(self, step: int, abstract: Any) -> TrainState:
         """Read a checkpoint into the shapes, dtypes and shardings of ``abstract``.
 
-        Raises KavaError when it holds another state than that, as one by another version does.
+        Raises KavaError when it is damaged, or holds another state than that, as one by another
+        version does.
         """
+        if problem := None if step in self._checked else self._damage(step):
+            others = ", ".join(str(other) for other in self.steps() if other != step)
+            raise KavaError(
+                f"checkpoint={step}: {self._name()}/{step} is damaged ({problem}); "
+                + (f"use one of {others}" if others else "restore it")
+            )
         try:
-            found: Any = self._manager.restore(step, args=self._ocp.args.StandardRestore(abstract))
+            found: Any = self._manager.restore(step, args=self._items.DigestedRestore(abstract))
         except (ValueError, KeyError) as error:
             reason = " ".join(str(error).split())[:200]
             raise KavaError(
@@ -115,6 +174,32 @@ class Checkpoints:
                 f"({reason}); use the version of kava_jax that wrote it (see manifest.json)"
             ) from error
         return found
+
+    def _damage(self, step: int) -> str | None:
+        """What is wrong with a step's files; None when they are as they were written."""
+        problem = damage(self._directory / str(step) / "default")
+        if problem is None:
+            self._checked.add(step)
+        return problem
+
+    def _put_aside(self, step: int) -> None:
+        place = self._directory.parent / DAMAGED_NAME
+        place.mkdir(exist_ok=True)
+        number = sum(1 for path in place.glob(f"{step}*"))
+        (self._directory / str(step)).rename(place / (f"{step}.{number}" if number else str(step)))
+
+    @contextmanager
+    def _full_disk_told(self) -> Iterator[None]:
+        """Orbax and TensorStore say a full disk in exceptions of many kinds."""
+        try:
+            yield
+        except Exception as error:
+            if not _is_full_disk(error):
+                raise
+            raise StoppedError(
+                f"{self._name()}: no space is left on the disk, so the checkpoint was not written; "
+                f"earlier ones are whole: make room and call again"
+            ) from error
 
     def _name(self) -> str:
         return f"{self._directory.parent.name}/{self._directory.name}"
@@ -127,3 +212,18 @@ def abstract_state(state: Any, shardings: Any) -> Any:
         state,
         shardings,
     )
+
+
+def _because(problems: Mapping[int, str | None]) -> str:
+    found = [f"{step}: {problem}" for step, problem in problems.items()]
+    return f" ({'; '.join(found)})" if found else ""
+
+
+def _is_full_disk(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            return True
+        if "No space left on device" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

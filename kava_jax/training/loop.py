@@ -13,12 +13,16 @@ import optax
 from jax.sharding import Mesh
 
 from kava_jax.data.batches import Batch, BatchStream, padded
+from kava_jax.errors import PreemptedError
 from kava_jax.models.decoder import Params
+from kava_jax.parallel.hosts import from_first
 from kava_jax.parallel.sharding import put_batch
 from kava_jax.training.checkpoint import Checkpoints
 from kava_jax.training.monitor import Monitor
 from kava_jax.training.objective import Metrics
+from kava_jax.training.preemption import Preemption
 from kava_jax.training.probe import Probed, share_is_due
+from kava_jax.training.skips import SkipLog
 from kava_jax.training.step import LossScale, TrainState
 from kava_jax.training.summary import Figures, summarize, summarize_layers
 
@@ -36,6 +40,8 @@ class Cadence(NamedTuple):
     checkpoint_every: int
     diagnose_every: int | None = None
     share_every: int | None = None
+    checkpoint_minutes: float | None = None
+    most_skipped: int = 10
 
 
 def run_steps(
@@ -51,20 +57,27 @@ def run_steps(
     mesh: Mesh,
     rates: Mapping[str, optax.Schedule],
     cadence: Cadence,
+    preemption: Preemption,
 ) -> tuple[TrainState, dict[str, float]]:
     """Train from ``state.step`` to ``cadence.steps``; returns the last state and evaluation.
 
     ``evaluate(state, step)`` is called before the first step of a fresh run, every ``eval_every``
-    steps and at the end. A checkpoint is written every ``checkpoint_every`` steps and at the end.
-    ``probe`` (None without teachers) is called before a step, every ``diagnose_every`` and whenever
-    a share is due.
+    steps and at the end. A checkpoint is written every ``checkpoint_every`` steps, at the first
+    logged step after ``checkpoint_minutes`` without one, at the end, and when the run is asked to
+    end. ``probe`` (None without teachers) is called before a step, every ``diagnose_every`` and
+    whenever a share is due.
+
+    Raises:
+        StoppedError: ``most_skipped`` steps in a row were not finite.
+        PreemptedError: the run was asked to end before its last step; the state is saved.
     """
     start = int(state.step)
     evaluation = Figures({}, {})
     if start == 0:
         evaluation = evaluate(state, 0)
         monitor.evaluation(0, evaluation.values, evaluation.layers)
-    clock = _Clock(start)
+    clock, saved = _Clock(start), time.monotonic()
+    skips = SkipLog(state.skips, most=cadence.most_skipped, stream=stream, monitor=monitor)
     for number in range(start, cadence.steps):
         batch = stream.batch(number, jax.process_index(), jax.process_count())
         measuring = share_is_due(number, cadence.share_every)
@@ -76,21 +89,35 @@ def run_steps(
         clock.tokens += int(batch.valid.sum()) * jax.process_count()
         state, metrics = step(state, teachers, put_batch(batch, mesh))
         done = number + 1
-        last = done == cadence.steps
-        if last or done % cadence.log_every == 0:
+        skips.add(done, metrics["skipped"])
+        last, logged = done == cadence.steps, done % cadence.log_every == 0
+        if last or logged:
+            skips.settle()
             monitor.log(done, _line(metrics, rates, number) | clock.lap(done))
         measured = None
         if last or _due(done, cadence.eval_every):
             evaluation = evaluate(state, done)
             measured = evaluation.values
             monitor.evaluation(done, evaluation.values, evaluation.layers)
-        if last or done % cadence.checkpoint_every == 0:
+        asked = preemption.asked(done)
+        late = logged and _overdue(saved, cadence.checkpoint_minutes)
+        if last or asked or late or done % cadence.checkpoint_every == 0:
+            skips.settle()
             checkpoints.save(state, measured)
+            saved = time.monotonic()
+        if asked and not last:
+            checkpoints.wait()
+            raise PreemptedError(f"saved at step {done}; the same command goes on from there")
         if measured is not None:
             clock.restart(done)
     if start >= cadence.steps:
         evaluation = evaluate(state, start)
     return state, evaluation.values
+
+
+def _overdue(saved: float, minutes: float | None) -> bool:
+    """Whether the last checkpoint is too old; the first process's clock counts for all."""
+    return minutes is not None and bool(from_first(time.monotonic() - saved >= 60 * minutes))
 
 
 def _due(number: int, every: int | None) -> bool:
@@ -119,9 +146,10 @@ def _probed(
 
 def _line(metrics: Metrics, rates: Mapping[str, optax.Schedule], number: int) -> dict[str, float]:
     """One logged line: the metrics of this very step and the rates it was taken with."""
-    return summarize(metrics) | {
-        f"lr_{group}": float(np.asarray(rate(number))) for group, rate in rates.items()
-    }
+    values = summarize(metrics)
+    # A skipped step is none to the optimizer, whose count the rates go by.
+    taken = number - int(values["skipped"])
+    return values | {f"lr_{group}": float(np.asarray(rate(taken))) for group, rate in rates.items()}
 
 
 class _Clock:

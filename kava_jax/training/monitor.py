@@ -45,7 +45,7 @@ EVALUATED = {
     "exact_match_strict": ("exact match", "{:.4f}"),
 }
 
-Kind = Literal["train", "eval", "diagnostics"]
+Kind = Literal["train", "eval", "diagnostics", "skipped"]
 Metrics = Mapping[str, float | int | None]
 # Figures by mapped layer, such as {"teacher/cka_k": [0.3, 0.5]}.
 Layers = Mapping[str, Sequence[float]]
@@ -146,6 +146,16 @@ class Monitor:
         if bad := _not_finite(metrics):
             self._display.say(f"warning at step {step}: {', '.join(bad)}")
 
+    def skipped(self, step: int, rows: Sequence[int]) -> None:
+        """Record and say that a step was skipped, with the training rows of its batch."""
+        if not self._write:
+            return
+        self._write_line({"step": step, "kind": "skipped", "rows": list(rows)})
+        self._display.say(
+            f"warning at step {step}: loss or gradient is not finite; the step was skipped (its "
+            f"rows are in {METRICS_NAME})"
+        )
+
     def note(self, text: str) -> None:
         """Say one line to the person; it is not part of the metrics."""
         if self._write:
@@ -158,14 +168,17 @@ class Monitor:
         by_layer = {key: [_finite(value) for value in row] for key, row in (layers or {}).items()}
         record = {"step": step, "kind": kind, **finite}
         record |= {"layers": by_layer} if by_layer else {}
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
+        self._write_line(record)
         points = {key.removeprefix("eval_"): value for key, value in finite.items()}
         for key, row in by_layer.items():
             points |= {f"layers/{key}/{layer:02d}": value for layer, value in enumerate(row)}
         for key, value in points.items():
             if value is not None:
                 self._tensorboard.add_scalar(f"{kind}/{key}", value, global_step=step)
+
+    def _write_line(self, record: Mapping[str, Any]) -> None:
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        self._file.flush()
 
     def _alarms(self, metrics: Metrics) -> list[str]:
         finite = {key: _finite(value) for key, value in metrics.items()}

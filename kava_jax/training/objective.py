@@ -133,7 +133,7 @@ class Objective:
         student = self._read(self.student, params["student"], batch)
         ce = self._next_token(batch, {"student": student}, _cross_entropy)
         mean_ce = masked_mean(ce, batch.loss_mask[:, 1:])
-        language = self.ce_weight(step) * share.targets * mean_ce.value
+        language = jnp.asarray(self.ce_weight(step)) * share.targets * mean_ce.value
         metrics = {"ce": mean_ce}
         if not self.teachers:
             return Losses(language, jnp.zeros(())), (metrics, Statistics({}, None))

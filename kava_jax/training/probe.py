@@ -143,8 +143,8 @@ def make_probe(
 
 
 def _rescaled(scale: LossScale, unweighted: Float[Array, ""], share: float) -> LossScale:
-    """The scale after one more measurement; a gradient of zero measures nothing."""
-    known = unweighted > 0
+    """The scale after one more measurement; a gradient of zero or NaN measures nothing."""
+    known = (unweighted > 0) & jnp.isfinite(unweighted)
     old = scale.log_ratio
     log_ratio = Mean(
         MEMORY * old.sum - jnp.log(jnp.where(known, unweighted, 1.0)), MEMORY * old.count + 1.0

@@ -1,6 +1,7 @@
 """The state of a run and the one function that advances it."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -31,6 +32,16 @@ class LossScale(NamedTuple):
     log_ratio: Mean
 
 
+class Skips(NamedTuple):
+    """Steps whose loss or gradient was not finite: all of them, and those since the last good one.
+
+    Such a step changes nothing but the step number and these counts.
+    """
+
+    total: Int[Array, ""]
+    in_a_row: Int[Array, ""]
+
+
 class TrainState(NamedTuple):
     """All that a run needs to go on exactly; the teachers are not part of it.
 
@@ -50,6 +61,7 @@ class TrainState(NamedTuple):
     """Running moments of the frame and prototypes of the router."""
     kv_scale: LossScale
     """Times the scheduled KV weight: 1, or as measured for a share of the gradient."""
+    skips: Skips
 
 
 def initial_state(
@@ -61,9 +73,16 @@ def initial_state(
     """Step 0 of a run over ``{"student": ..., "projector": ..., "router": ...}``."""
     zero = Mean(jnp.zeros(()), jnp.zeros(()))
     running = {"cos": zero, "cos_shuffled": zero} if params["projector"] else {}
-    step, scale = jnp.zeros((), jnp.int32), LossScale(jnp.ones(()), zero)
-    seed = jnp.asarray(seed, jnp.uint32)
-    return TrainState(step, seed, params, optimizer.init(params), running, statistics, scale)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        seed=jnp.asarray(seed, jnp.uint32),
+        params=params,
+        opt_state=optimizer.init(params),
+        running=running,
+        statistics=statistics,
+        kv_scale=LossScale(jnp.ones(()), zero),
+        skips=Skips(jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)),
+    )
 
 
 def make_train_step(
@@ -76,7 +95,7 @@ def make_train_step(
     """``(state, teachers, batch) -> (state, metrics)``, to be jitted by the caller.
 
     Gradients are accumulated over ``microbatches``, weighted by loss-bearing tokens, so that the
-    result is that of one whole batch.
+    result is that of one whole batch. A step whose loss or gradient is not finite is skipped.
     """
 
     def train_step(
@@ -113,14 +132,18 @@ def make_train_step(
         metrics |= {f"grad_norm_{group}": _scalar(optax.tree.norm(g)) for group, g in grads.items()}
         metrics |= {f"{name}_running": mean for name, mean in running.items()}
         metrics |= {"kv_weight": _scalar(jnp.asarray(weight))} if objective.teachers else {}
-        statistics = remembered(state.statistics, seen)
-        return state._replace(
-            step=state.step + 1,
+        new = state._replace(
             params=params,
             opt_state=opt_state,
             running=running,
-            statistics=statistics,
-        ), metrics
+            statistics=remembered(state.statistics, seen),
+        )
+        norms = [metrics[f"grad_norm_{group}"].sum for group in grads]
+        finite = jnp.isfinite(jnp.stack([metrics["loss"].sum, *norms])).all()
+        new = jax.tree.map(partial(jnp.where, finite), new, state)
+        skips = _counted(state.skips, finite)
+        metrics |= {"skipped": _scalar(skips.total)}
+        return new._replace(step=state.step + 1, skips=skips), metrics
 
     return train_step
 
@@ -151,6 +174,11 @@ def split_rows(batch: Batch, parts: int) -> Batch:
 def loss_tokens(batch: Batch) -> Share:
     """Tokens that carry cross-entropy (the first of a row is never predicted) and KV loss."""
     return Share(batch.loss_mask[:, 1:].sum(), batch.kv_mask.sum())
+
+
+def _counted(skips: Skips, finite: Array) -> Skips:
+    in_a_row = jnp.where(finite, 0, skips.in_a_row + 1)
+    return Skips(skips.total + jnp.where(finite, 0, 1), in_a_row)
 
 
 def _part(part: Array, total: Array) -> Array:

@@ -1,5 +1,7 @@
 """Checkpoints: bit for bit, on another mesh too, the last few and the best."""
 
+import errno
+import re
 from pathlib import Path
 
 import jax
@@ -8,14 +10,16 @@ import numpy as np
 import optax
 import pytest
 
-from kava_jax.errors import KavaError
+from kava_jax.errors import KavaError, StoppedError
 from kava_jax.geometry import Mean
 from kava_jax.parallel.mesh import make_mesh
 from kava_jax.parallel.sharding import matching_shardings
+from kava_jax.training import orbax_items
 from kava_jax.training.checkpoint import Checkpoints, abstract_state
 from kava_jax.training.objective import Statistics
 from kava_jax.training.optimizer import make_optimizer
-from kava_jax.training.step import LossScale, TrainState, initial_state
+from kava_jax.training.step import LossScale, Skips, TrainState, initial_state
+from tests.tiny import contents
 from tests.training.small import one_device, setting
 
 RATE = optax.constant_schedule(1e-3)
@@ -47,7 +51,8 @@ def small_state(step: int) -> TrainState:
     params = {"x": jnp.full((3,), float(step))}
     none = Statistics({}, None)
     scale = LossScale(jnp.ones(()), Mean(jnp.zeros(()), jnp.zeros(())))
-    return TrainState(jnp.asarray(step, jnp.int32), jnp.uint32(0), params, {}, {}, none, scale)
+    number, skips = jnp.asarray(step, jnp.int32), Skips(jnp.int32(0), jnp.int32(0))
+    return TrainState(number, jnp.uint32(0), params, {}, {}, none, scale, skips)
 
 
 def assert_bitwise(left, right) -> None:
@@ -120,6 +125,106 @@ def test_what_is_not_there_is_told(tmp_path: Path) -> None:
         for which in ("3", "-1", "newest"):
             with pytest.raises(KavaError, match=f"'{which}' does not exist; .*one of 1, 2"):
                 checkpoints.choose(which)
+
+
+def restored(directory: Path, step: int) -> TrainState:
+    places = jax.tree.map(lambda x: x.sharding, small_state(0))
+    with Checkpoints(directory, 2) as checkpoints:
+        return checkpoints.restore(step, abstract_state(small_state(0), places))
+
+
+def largest_file(directory: Path) -> Path:
+    return max((p for p in directory.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def cut_short(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+DAMAGES = {
+    "flipped bit": (flip_a_bit, "has changed since it was written"),
+    "cut short": (cut_short, "has changed since it was written"),
+    "lost file": (Path.unlink, "is missing"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damaged_checkpoint_is_said_put_aside_and_the_one_before_is_used(
+    tmp_path: Path, kind: str
+) -> None:
+    spoil, words = DAMAGES[kind]
+    save_all(tmp_path, {1: None, 2: None})
+    spoil(largest_file(tmp_path / "checkpoints" / "2" / "default"))
+    before = contents(tmp_path / "checkpoints" / "2")
+    with pytest.raises(KavaError, match=rf"checkpoint=2: .*/2 is damaged \(.* {words}\); use .* 1"):
+        restored(tmp_path, 2)
+    said: list[str] = []
+    with Checkpoints(tmp_path, 2) as checkpoints:
+        assert checkpoints.newest_intact(said.append) == 1
+        assert checkpoints.steps() == [1]
+        checkpoints.save(small_state(2), None)  # its place is free again
+    assert_bitwise(restored(tmp_path, 2), small_state(2))
+    assert len(said) == 1
+    assert re.fullmatch(
+        rf"checkpoint 2 is damaged \(.* {words}\); it is in checkpoints_damaged/ now, and the run "
+        r"goes on from step 1",
+        said[0],
+    )
+    assert contents(tmp_path / "checkpoints_damaged" / "2") == before  # nothing is deleted
+
+
+def test_every_flipped_bit_is_noticed(tmp_path: Path) -> None:
+    """Orbax alone restores many of them without a word."""
+    save_all(tmp_path, {1: None})
+    files = [p for p in (tmp_path / "checkpoints" / "1" / "default").rglob("*") if p.is_file()]
+    assert len(files) > 3
+    for path in files:
+        if path.name == "commit_success.txt":  # Orbax's marker: that it is there is all it says
+            continue
+        whole = path.read_bytes()
+        flip_a_bit(path)
+        with pytest.raises(KavaError, match=r"checkpoint=1: .* is damaged"):
+            restored(tmp_path, 1)
+        path.write_bytes(whole)
+    assert_bitwise(restored(tmp_path, 1), small_state(1))
+
+
+def test_where_none_is_intact_nothing_is_moved(tmp_path: Path) -> None:
+    save_all(tmp_path, {1: None, 2: None})
+    for step in ("1", "2"):
+        flip_a_bit(largest_file(tmp_path / "checkpoints" / step / "default"))
+    before = contents(tmp_path)
+    with (
+        Checkpoints(tmp_path, 2) as checkpoints,
+        pytest.raises(KavaError, match=r"none of the checkpoints 1, 2 is intact .*2: .*; restore"),
+    ):
+        checkpoints.newest_intact(print)
+    assert contents(tmp_path) == before
+
+
+def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the write of digests fails, in Orbax's own thread."""
+    save_all(tmp_path, {1: None})
+
+    def full(directory: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(orbax_items, "write_digests", full)
+    words = r"no space is left on the disk.*earlier ones are whole"
+    with Checkpoints(tmp_path, 2) as checkpoints:
+        checkpoints.save(small_state(2), None)
+        with pytest.raises(StoppedError, match=words):
+            checkpoints.wait()
+    monkeypatch.undo()
+    with Checkpoints(tmp_path, 2) as checkpoints:
+        assert checkpoints.newest_intact(print) == 1
+    assert_bitwise(restored(tmp_path, 1), small_state(1))
 
 
 def test_a_loss_that_is_not_a_number_is_never_the_best(tmp_path: Path) -> None:

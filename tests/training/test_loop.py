@@ -1,6 +1,8 @@
 """The loop: what happens when, and a resumed run that is the uninterrupted one, bit for bit."""
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import jax
@@ -9,10 +11,12 @@ import optax
 import pytest
 
 from kava_jax.data.batches import BatchStream
+from kava_jax.errors import PreemptedError, StoppedError
 from kava_jax.training.checkpoint import Checkpoints, abstract_state
 from kava_jax.training.loop import Cadence, run_steps
 from kava_jax.training.monitor import Monitor
 from kava_jax.training.optimizer import Rate, make_optimizer
+from kava_jax.training.preemption import Preemption, listening
 from kava_jax.training.probe import make_probe
 from kava_jax.training.step import initial_state, make_train_step
 from kava_jax.training.summary import Figures
@@ -59,7 +63,14 @@ class Record:
 
 
 def train(
-    directory: Path, made, step, *, until: int, probe=None, share_every: int | None = None
+    directory: Path,
+    made,
+    step,
+    *,
+    until: int,
+    probe=None,
+    share_every: int | None = None,
+    preemption: Preemption | None = None,
 ) -> tuple:
     """Start, or continue from the newest checkpoint, as a run does."""
     stream = BatchStream(rows(11), batch_size=4, max_length=12, seed=1, bucket=12, sink_tokens=2)
@@ -88,7 +99,9 @@ def train(
                     checkpoint_every=3,
                     diagnose_every=None if probe is None else 5,
                     share_every=share_every,
+                    most_skipped=2,
                 ),
+                preemption=preemption or Preemption(),
             )
     with Checkpoints(directory, keep=2) as checkpoints:
         kept = checkpoints.steps()
@@ -178,3 +191,70 @@ def test_steps_really_differ(tmp_path: Path, made, step) -> None:
     values = [float(metrics["loss"].value) for metrics in record.metrics.values()]
     assert len(set(values)) == 3
     assert optax.tree.norm(made.params) > 0
+
+
+def poisoned(step, numbers):
+    """The step, with teachers of NaN at some steps."""
+
+    def run(state, teachers, batch):
+        bad = int(state.step) in numbers
+        return step(state, jax.tree.map(lambda x: x * np.nan, teachers) if bad else teachers, batch)
+
+    return run
+
+
+def test_a_step_that_is_not_finite_is_skipped_counted_and_named(tmp_path, made, step, capsys):
+    state, _, record, _ = train(tmp_path, made, poisoned(step, {1, 4}), until=STEPS)
+    assert [int(metrics["skipped"].sum) for metrics in record.metrics.values()] == [
+        0,
+        1,
+        1,
+        1,
+        2,
+        2,
+    ]
+    assert (int(state.step), int(state.skips.total), int(state.skips.in_a_row)) == (6, 2, 0)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
+    skipped = [line for line in lines(tmp_path) if line["kind"] == "skipped"]
+    stream = BatchStream(rows(11), batch_size=4, max_length=12, seed=1, bucket=12, sink_tokens=2)
+    assert skipped == [
+        {"step": number + 1, "kind": "skipped", "rows": stream.row_indices(number).tolist()}
+        for number in (1, 4)
+    ]
+    assert "warning at step 2: loss or gradient is not finite" in capsys.readouterr().err
+    # A skipped step is none to the optimizer: the sixth step is its fourth.
+    last = [line for line in lines(tmp_path) if line["kind"] == "train"][-1]
+    assert last["lr_student"] == pytest.approx(float(RATES["student"](3)))
+
+
+def test_too_many_in_a_row_stop_the_run_with_its_checkpoint_whole(tmp_path, made, step):
+    words = r"not finite for 2 steps in a row, up to step 5 \(train.most_skipped\)"
+    with pytest.raises(StoppedError, match=words):
+        train(tmp_path, made, poisoned(step, {3, 4, 5}), until=STEPS)
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        assert checkpoints.newest_intact(print) == 3
+    train(tmp_path, made, step, until=STEPS)  # the cause is gone: it goes on
+    train(tmp_path / "whole", made, step, until=STEPS)
+    assert lines(tmp_path) == lines(tmp_path / "whole")
+
+
+def test_a_run_that_is_asked_to_end_saves_and_goes_on_exactly(tmp_path, made, step):
+    class Asked(Preemption):
+        def asked(self, done: int) -> bool:
+            return done == 2
+
+    with pytest.raises(PreemptedError, match="saved at step 2; the same command goes on"):
+        train(tmp_path / "parts", made, step, until=STEPS, preemption=Asked())
+    train(tmp_path / "parts", made, step, until=STEPS)
+    train(tmp_path / "whole", made, step, until=STEPS)
+    assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
+
+
+def test_a_first_signal_asks_and_a_second_one_ends():
+    before = signal.getsignal(signal.SIGTERM)
+    with listening() as preemption:
+        assert not preemption.asked(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert preemption.asked(1)
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) is before

@@ -128,3 +128,22 @@ def test_training_lowers_the_loss() -> None:
     _, lines = run(setting(), optimizer, steps=30)
     assert float(lines[-1]["loss"].sum) < 0.7 * float(lines[0]["loss"].sum)
     assert float(lines[-1]["big/cos_k"].value) > float(lines[0]["big/cos_k"].value) + 0.1
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_leaves_everything_bitwise(what: str) -> None:
+    """NaN in the teacher makes the loss NaN; a KV weight of 1e38 only the gradient infinite."""
+    made = setting(kv_weight=1e38 if what == "gradient" else 0.7)
+    step = jax.jit(make_train_step(made.objective, PLAIN, kv_weight=made.kv_weight, microbatches=2))
+    start = start_of(made, PLAIN)
+    teachers = made.teachers
+    if what == "loss":
+        teachers = jax.tree.map(lambda x: x * jnp.nan, teachers)
+    state, metrics = step(start, teachers, BATCH)
+    assert np.isfinite(float(metrics["loss"].sum)) == (what == "gradient")
+    assert not np.isfinite(float(metrics["grad_norm_student"].sum))
+    same = state._replace(step=start.step, skips=start.skips)
+    jax.tree.map(np.testing.assert_array_equal, same, start)
+    assert (int(state.step), int(state.skips.total), int(state.skips.in_a_row)) == (1, 1, 1)
+    again, _ = step(state, teachers, BATCH)
+    assert (int(again.skips.total), int(again.skips.in_a_row)) == (2, 2)

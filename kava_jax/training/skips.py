@@ -1,0 +1,54 @@
+"""Steps that were skipped because their loss or gradient was not finite: said, and written down.
+
+The step itself leaves the weights alone (``step``). Whether it did is known on the device; it is
+asked for only when a line is logged or a checkpoint written, so that the host does not wait.
+"""
+
+import jax
+
+from kava_jax.data.batches import BatchStream
+from kava_jax.errors import StoppedError
+from kava_jax.geometry import Mean
+from kava_jax.training.monitor import Monitor
+from kava_jax.training.step import Skips
+
+
+class SkipLog:
+    """Looks after the skipped steps of one run.
+
+    Args:
+        start: the counts that the run starts with.
+        most: so many skipped steps in a row stop the run.
+        stream: says which rows a step had.
+        monitor: gets a record of each skipped step.
+    """
+
+    def __init__(self, start: Skips, *, most: int, stream: BatchStream, monitor: Monitor):
+        self._total, self._in_a_row = int(start.total), int(start.in_a_row)
+        self._most, self._stream, self._monitor = most, stream, monitor
+        self._pending: list[tuple[int, Mean]] = []
+
+    def add(self, done: int, total: Mean) -> None:
+        """Step number ``done`` (from 1) ended with so many skipped in all; not looked at yet."""
+        self._pending.append((done, total))
+
+    def settle(self) -> None:
+        """Look at what was added.
+
+        Raises StoppedError when too many steps in a row were skipped.
+        """
+        pending, self._pending = jax.device_get(self._pending), []
+        for done, mean in pending:
+            total = int(mean.sum)
+            self._in_a_row = self._in_a_row + 1 if total > self._total else 0
+            self._total = total
+            if self._in_a_row:
+                rows = [int(row) for row in self._stream.row_indices(done - 1)]
+                self._monitor.skipped(done, rows)
+            if self._in_a_row == self._most:
+                raise StoppedError(
+                    f"loss or gradient was not finite for {self._most} steps in a row, up to step "
+                    f"{done} (train.most_skipped), and the weights were left as they were; look at "
+                    f"the rows that metrics.jsonl names, lower the learning rates, and call again "
+                    f"to go on from the last checkpoint"
+                )
