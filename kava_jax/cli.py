@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kava_jax.errors import KavaError, PreemptedError, StoppedError
+from kava_jax.errors import KavaError, PreemptedError, StoppedError, is_full_disk
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -287,14 +287,25 @@ def main() -> None:
     """Entry point: 0 done, 1 a check failed or a run stopped, 2 bad input, 75 preempted."""
     # Else transformers says on stderr, at every command, that there is no PyTorch; none is needed.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    # Orbax warns through absl that a checkpoint directory opened for reading is read only.
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    # Orbax warns through absl of what is meant so (a directory opened for reading is read only),
+    # and logs errors with a traceback that it raises as well.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
         app()
     except (KavaError, StoppedError, PreemptedError) as error:
         word = "preempted" if isinstance(error, PreemptedError) else "error"
         print(f"{word}: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
+    except OSError as error:
+        if not is_full_disk(error):
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        print(
+            f"error: no space is left on the disk{where}; make room and call again; what was "
+            f"written before is whole",
+            file=sys.stderr,
+        )
+        raise SystemExit(StoppedError.exit_code) from None
 
 
 def _command() -> list[str]:

@@ -4,6 +4,8 @@ The command line prints the message in one line on stderr, without a traceback. 
 catch them.
 """
 
+import errno
+
 
 class KavaError(Exception):
     """Bad input: one line that names the field, its value and the remedy.
@@ -30,3 +32,17 @@ class PreemptedError(Exception):
     """
 
     exit_code = 75
+
+
+def is_full_disk(error: BaseException | None) -> bool:
+    """Whether this, or what it was raised from, says that no space is left.
+
+    Orbax and TensorStore say so in exceptions of many kinds.
+    """
+    while error is not None:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            return True
+        if "No space left on device" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

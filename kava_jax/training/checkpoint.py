@@ -5,7 +5,6 @@ complete checkpoint; digests written before that tell whether it still is what w
 teachers are not in it; their fingerprints are in the manifest.
 """
 
-import errno
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from typing import Any
 
 import jax
 
-from kava_jax.errors import KavaError, StoppedError
+from kava_jax.errors import KavaError, StoppedError, is_full_disk
 from kava_jax.parallel.hosts import from_first
 from kava_jax.training.digests import damage
 from kava_jax.training.step import TrainState
@@ -190,11 +189,11 @@ class Checkpoints:
 
     @contextmanager
     def _full_disk_told(self) -> Iterator[None]:
-        """Orbax and TensorStore say a full disk in exceptions of many kinds."""
+        """StoppedError in the place of whatever a full disk was raised as."""
         try:
             yield
         except Exception as error:
-            if not _is_full_disk(error):
+            if not is_full_disk(error):
                 raise
             raise StoppedError(
                 f"{self._name()}: no space is left on the disk, so the checkpoint was not written; "
@@ -217,13 +216,3 @@ def abstract_state(state: Any, shardings: Any) -> Any:
 def _because(problems: Mapping[int, str | None]) -> str:
     found = [f"{step}: {problem}" for step, problem in problems.items()]
     return f" ({'; '.join(found)})" if found else ""
-
-
-def _is_full_disk(error: BaseException | None) -> bool:
-    while error is not None:
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            return True
-        if "No space left on device" in str(error):
-            return True
-        error = error.__cause__ or error.__context__
-    return False

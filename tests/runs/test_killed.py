@@ -7,24 +7,26 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from kava_jax.training.checkpoint import Checkpoints
 from tests.tiny import write_config, write_workspace
 
 STEPS, KILLS = 12, 10
 TIMED = ("step_seconds", "tokens_per_second", "probe_seconds", "probe_share_of_time")
 
 
-def command(workspace: Path, name: str) -> subprocess.Popen:
+def command(workspace: Path, name: str, *changed: str) -> subprocess.Popen:
     """The real ``kava train``; compiled programs are shared, so that a restart is quick."""
     cache = {
         "JAX_COMPILATION_CACHE_DIR": str(workspace / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     return subprocess.Popen(
-        [sys.executable, "-m", "kava_jax", "train", "long.yaml", f"run.dir={name}"],
+        [sys.executable, "-m", "kava_jax", "train", "long.yaml", f"run.dir={name}", *changed],
         cwd=workspace,
         env=os.environ | cache | {"PYTHONPATH": str(Path(__file__).parents[2])},
         stdout=subprocess.DEVNULL,
@@ -33,8 +35,8 @@ def command(workspace: Path, name: str) -> subprocess.Popen:
     )
 
 
-def finish(workspace: Path, name: str) -> str:
-    process = command(workspace, name)
+def finish(workspace: Path, name: str, *changed: str) -> str:
+    process = command(workspace, name, *changed)
     said = process.communicate()[1]
     assert process.returncode == 0, said
     return said
@@ -98,6 +100,39 @@ def test_ten_kills_at_random_moments_leave_no_trace(workspace: Path) -> None:
     assert during_save
     finish(workspace, "killed")
     assert lines(run) == lines(workspace / "whole")
+
+
+@pytest.fixture
+def small_disk(workspace: Path) -> Iterator[Path]:
+    """A file system of its own inside the workspace, with room for a few checkpoints."""
+    place = workspace / "small_disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1500k", "tmpfs", str(place)]
+    done = subprocess.run(mount, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+def test_a_full_disk_ends_the_run_with_its_checkpoints_whole(
+    workspace: Path, small_disk: Path
+) -> None:
+    changed = ["train.checkpoint_every=1", "train.keep_checkpoints=99"]
+    process = command(workspace, "small_disk/run", *changed)
+    said = process.communicate()[1]
+    assert process.returncode == 1, said
+    # Beside our line the threads of TensorStore and TensorBoard may print their own words.
+    told = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert len(told) == 1
+    assert "no space is left on the disk" in told[0]
+    with Checkpoints(small_disk / "run", 99, read_only=True) as checkpoints:
+        kept = checkpoints.steps()
+        assert 1 < len(kept) < STEPS
+        assert checkpoints.newest_intact(pytest.fail) == kept[-1]
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    finish(workspace, "small_disk/run", *changed)
+    assert lines(small_disk / "run") == lines(workspace / "whole")
 
 
 def test_a_term_signal_saves_and_the_same_command_goes_on(workspace: Path) -> None:
