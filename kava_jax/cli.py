@@ -30,6 +30,38 @@ Overrides = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")]
 
 
+@app.callback()
+def processes(
+    coordinator: Annotated[
+        str | None, typer.Option(envvar="KAVA_COORDINATOR", help="HOST:PORT of process 0.")
+    ] = None,
+    processes: Annotated[
+        int | None, typer.Option(envvar="KAVA_PROCESSES", help="How many processes there are.")
+    ] = None,
+    process: Annotated[
+        int | None, typer.Option(envvar="KAVA_PROCESS", help="Which one this is, from 0.")
+    ] = None,
+    cluster: Annotated[
+        bool,
+        typer.Option("--cluster", help="Ask a TPU pod's metadata who the other processes are."),
+    ] = False,
+) -> None:
+    """Join the processes of a run; under srun and mpirun, and on GKE, they find each other."""
+    from kava_jax.parallel.cluster import find_cluster
+
+    found = find_cluster(
+        os.environ,
+        coordinator=coordinator,
+        processes=processes,
+        process=process,
+        detect=cluster,
+    )
+    if found is not None:
+        from kava_jax.parallel.hosts import start
+
+        start(found)
+
+
 @app.command()
 def train(
     config: Annotated[Path, typer.Argument(help="YAML file; see configs/.")],
@@ -52,7 +84,8 @@ def train(
 
         loaded = smoke_config(loaded)
     trained = train_run(loaded, _command())
-    _say(f"run directory: {trained.run.directory}")
+    if _first_process():
+        _say(f"run directory: {trained.run.directory}")
 
 
 @app.command("eval")
@@ -73,7 +106,8 @@ def evaluate(
     from kava_jax.runs.assess import assess
 
     values = assess(model, data, checkpoint=checkpoint, rows=rows, overrides=overrides or [])
-    _print_values(values, as_json)
+    if _first_process():
+        _print_values(values, as_json)
 
 
 @app.command()
@@ -129,7 +163,8 @@ def export(
         raise KavaError(f"--dtype={dtype!r} is unknown; use auto, float32, bfloat16 or float16")
     opened = reopen(run)
     export_run(opened, restore(opened, checkpoint), out, dtype)  # pyright: ignore[reportArgumentType]  (checked above)
-    _say(f"exported to {out}")
+    if _first_process():
+        _say(f"exported to {out}")
 
 
 @app.command()
@@ -163,6 +198,8 @@ def calibrate(
 
     loaded = load_config(config, overrides or [])
     found = calibrate_run(loaded)
+    if not _first_process():
+        return
     if as_json:
         print(json.dumps(found.report, indent=2))
     else:
@@ -306,6 +343,13 @@ def main() -> None:
             file=sys.stderr,
         )
         raise SystemExit(StoppedError.exit_code) from None
+
+
+def _first_process() -> bool:
+    """Whether this process is the one that speaks."""
+    import jax
+
+    return jax.process_index() == 0
 
 
 def _command() -> list[str]:

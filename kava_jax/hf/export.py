@@ -2,10 +2,11 @@
 
 Written beside its destination and renamed into place, so a directory is either a whole export or
 not there. A directory that is not a previous export is never touched. Weights go through host
-memory one shard at a time; parameters may be sharded over the devices of this process.
+memory one shard at a time, wherever the parameters are sharded.
 
-Left out on purpose: pushing to the hub, and writing from several processes (restore the checkpoint
-in one process and export there).
+With several processes all must call; the first one writes.
+
+Left out on purpose: pushing to the hub.
 """
 
 import json
@@ -26,6 +27,7 @@ from kava_jax.hf.load import cast, read_json
 from kava_jax.hf.locate import TOKENIZER_FILES
 from kava_jax.hf.names import Row, parameter_shapes, rows_of
 from kava_jax.models.spec import DecoderSpec
+from kava_jax.parallel.hosts import on_host
 
 _MARKER = "kava_export.json"
 # Keys of a source config that name its machine, point to code that is not copied, or follow from
@@ -67,6 +69,10 @@ def export_model(
     """
     _check_destination(directory)
     flat = _checked_params(params, spec)
+    if jax.process_index() != 0:  # it holds parts of the tensors that the first process writes
+        for row, layer in _tensors(spec):
+            _fetch(flat[row.ours], row, layer, spec, jnp.dtype(dtype))
+        return
     directory.parent.mkdir(parents=True, exist_ok=True)
     partial = directory.with_name(f".{directory.name}.partial-{os.getpid()}")
     shutil.rmtree(partial, ignore_errors=True)
@@ -169,7 +175,7 @@ def _write_weights(
 
 def _fetch(array: Any, row: Row, layer: int, spec: DecoderSpec, dtype: np.dtype) -> np.ndarray:
     """One tensor in Hugging Face's layout on the host; of a stacked parameter only its layer."""
-    ours = np.asarray(jax.device_get(array[layer] if row.stacked else array))
+    ours = on_host(array[layer] if row.stacked else array)
     theirs = row.to_theirs(ours, spec)
     return np.ascontiguousarray(cast(theirs, dtype, row.name(layer)))
 

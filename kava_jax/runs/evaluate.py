@@ -17,6 +17,7 @@ from kava_jax.evaluation.heldout import held_out, make_examine, make_measure
 from kava_jax.hf.load import read_json
 from kava_jax.models.decoder import Params
 from kava_jax.models.generate import generate
+from kava_jax.parallel.hosts import on_host
 from kava_jax.parallel.sharding import put_batch
 from kava_jax.runs.prepare import Run
 from kava_jax.training.manifest import write_atomically
@@ -163,7 +164,7 @@ def _generate(run: Run, student: Params) -> Generate:
             eos_ids=tuple(sorted(ends)),
             pad_id=pad_id(run.tokenizer),
         )
-        return np.asarray(new_BM)
+        return on_host(new_BM)
 
     return continued
 

@@ -11,6 +11,7 @@ from kava_jax.alignment.projector import KVDimensionProjector
 from kava_jax.config import FREE_FIELDS, AutoShare, Config
 from kava_jax.config_file import dump_config
 from kava_jax.data.dataset import Dataset
+from kava_jax.parallel.hosts import on_host
 from kava_jax.parallel.sharding import batch_sharding, replicated
 from kava_jax.runs.calibrate import calibrated, place, unmeasured
 from kava_jax.runs.evaluate import evaluator
@@ -105,7 +106,7 @@ def train(config: Config, command: Sequence[str]) -> Trained:
                 ),
                 preemption=preemption,
             )
-    if run.blueprint.projector and write:
+    if run.blueprint.projector:
         _save_projector(run, state)
     if write:
         write_record(run, dataset, evaluation)
@@ -169,5 +170,7 @@ def _share(config: Config) -> AutoShare | None:
 def _save_projector(run: Run, state: TrainState) -> None:
     projector = run.blueprint.projector
     assert projector is not None
-    module: KVDimensionProjector = nnx.merge(projector.graph, state.params["projector"])
-    module.save(projector_path(run.directory))
+    params = jax.tree.map(on_host, state.params["projector"])
+    if jax.process_index() == 0:
+        module: KVDimensionProjector = nnx.merge(projector.graph, params)
+        module.save(projector_path(run.directory))

@@ -1,0 +1,138 @@
+"""Two real processes that share a run are one process with two devices, and survive each other."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from tests.tiny import write_config, write_workspace
+from tests.tolerances import TOL
+
+STEPS = 6
+TIMED = ("step_seconds", "tokens_per_second", "probe_seconds", "probe_share_of_time")
+ROOT = Path(__file__).parents[2]
+# The others end so many seconds after a process has died; the heartbeat's limit is 30.
+LIMIT = 60
+
+
+def start(workspace: Path, arguments: list[str], devices: int, flags: list[str]):
+    environment = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "JAX_COMPILATION_CACHE_DIR": str(workspace / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    return subprocess.Popen(
+        [sys.executable, "-m", "kava_jax", *flags, *arguments],
+        cwd=workspace,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def one(workspace: Path, *arguments: str) -> str:
+    """One process with two devices; what it printed."""
+    process = start(workspace, list(arguments), 2, [])
+    out, words = process.communicate()
+    assert process.returncode == 0, words
+    return out
+
+
+def pair(workspace: Path, *arguments: str) -> list[subprocess.Popen]:
+    """Two processes with a device each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    return [
+        start(
+            workspace,
+            list(arguments),
+            1,
+            ["--coordinator", address, "--processes", "2", "--process", str(number)],
+        )
+        for number in range(2)
+    ]
+
+
+def both(workspace: Path, *arguments: str) -> list[str]:
+    """What each of two processes printed."""
+    ended = [(process, *process.communicate()) for process in pair(workspace, *arguments)]
+    for process, _, words in ended:
+        assert process.returncode == 0, words
+    return [out for _, out, _ in ended]
+
+
+def lines(run: Path) -> list[dict]:
+    found = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: x for key, x in line.items() if key not in TIMED} for line in found]
+
+
+def assert_same_lines(left: list[dict], right: list[dict]) -> None:
+    assert [(x["step"], x["kind"]) for x in left] == [(x["step"], x["kind"]) for x in right]
+    for ours, theirs in zip(left, right, strict=True):
+        assert ours.keys() == theirs.keys()
+        for key in ours.keys() - {"kind", "layers"}:
+            assert ours[key] == pytest.approx(theirs[key], rel=TOL["float32"], abs=TOL["float32"])
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same run by one process and by two, weights split over both."""
+    place = write_workspace(tmp_path_factory.mktemp("two"))
+    write_config(
+        place / "run.yaml",
+        train={"steps": STEPS, "log_every": 1, "checkpoint_every": 2, "eval_every": 3},
+        mesh={"data": 1, "fsdp": 2},
+    )
+    one(place, "train", "run.yaml", "run.dir=single")
+    both(place, "train", "run.yaml", "run.dir=double")
+    return place
+
+
+def test_training_evaluating_and_answering_are_those_of_one(workspace: Path) -> None:
+    single, double = workspace / "single", workspace / "double"
+    assert_same_lines(lines(double), lines(single))
+    assert (double / "answers.jsonl").read_text() == (single / "answers.jsonl").read_text()
+    arguments = ["--data", "data.jsonl", "--rows", "16", "--json"]
+    alone = json.loads(one(workspace, "eval", "single", *arguments))
+    first, second = both(workspace, "eval", "double", *arguments)
+    assert second == ""  # only the first process speaks
+    found = json.loads(first)
+    assert found.keys() == alone.keys()
+    for key, value in alone.items():
+        assert found[key] == pytest.approx(value, rel=TOL["float32"], abs=TOL["float32"])
+
+
+def test_an_export_holds_the_same_weights(workspace: Path) -> None:
+    one(workspace, "export", "single", "--out", "exported-single")
+    both(workspace, "export", "double", "--out", "exported-double")
+    single, double = (
+        load_file(workspace / f"exported-{name}" / "model.safetensors")
+        for name in ("single", "double")
+    )
+    assert single.keys() == double.keys()
+    for name, weights in single.items():
+        np.testing.assert_allclose(double[name], weights, atol=TOL["after_one_step"])
+
+
+def test_when_one_is_killed_the_other_ends_and_the_pair_resumes(workspace: Path) -> None:
+    first, second = pair(workspace, "train", "run.yaml", "run.dir=killed")
+    metrics = workspace / "killed" / "metrics.jsonl"
+    while first.poll() is None and not (metrics.exists() and '"step": 3' in metrics.read_text()):
+        time.sleep(0.02)
+    second.send_signal(signal.SIGKILL)
+    second.communicate()
+    first.communicate(timeout=LIMIT)
+    assert first.returncode not in (0, None)
+    both(workspace, "train", "run.yaml", "run.dir=killed")
+    assert lines(workspace / "killed") == lines(workspace / "double")
