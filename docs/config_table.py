@@ -146,6 +146,7 @@ WHEN: dict[str, dict[str, str]] = {
     "mesh": {
         "data": "several devices, and the models fit on one",
         "fsdp": "the models do not fit on one device: `data: 1, fsdp: -1`",
+        "indivisible": "heads or widths do not divide: `replicate` repeats them, and says so",
         "tensor": "a single layer is too large, or the batch too small to split",
     },
 }

@@ -308,12 +308,16 @@ class MeshConfig(Section):
     data: int = Field(default=-1, description="rows are split, weights repeated")
     fsdp: int = Field(default=1, description="rows and weights are split")
     tensor: int = Field(default=1, description="heads and feed-forward width are split")
+    indivisible: Literal["error", "replicate"] = Field(
+        default="error", description="axes of weights that a mesh axis does not divide"
+    )
 
     @model_validator(mode="after")
     def _sizes(self) -> "MeshConfig":
         sizes = (self.data, self.fsdp, self.tensor)
         if any(size == 0 or size < -1 for size in sizes) or sizes.count(-1) > 1:
-            written = ", ".join(f"{axis}={size}" for axis, size in self)
+            axes = ("data", "fsdp", "tensor")
+            written = ", ".join(f"{axis}={n}" for axis, n in zip(axes, sizes, strict=True))
             raise ValueError(
                 f"{written}, but each axis is a positive number or -1, and at most one is -1"
             )

@@ -1,8 +1,12 @@
-"""The device mesh of a run. Multi-slice meshes and multi-host start-up come with the pod work."""
+"""The device mesh of a run: all devices of all processes, in one slice or several."""
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 from kava_jax.errors import KavaError
@@ -13,7 +17,11 @@ AXES = ("data", "fsdp", "tensor")
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     """All devices of all processes as a mesh ``(data, fsdp, tensor)``; one axis may be -1 (fill).
 
-    Raises KavaError when the sizes do not multiply to the number of devices.
+    Over several slices the data axis crosses the slow network between them, because it needs the
+    least of it (one sum of gradients a step); the other axes stay inside a slice.
+
+    Raises KavaError when the sizes do not multiply to the number of devices, or the slices do not
+    divide the data axis.
     """
     sizes = dict(zip(AXES, (data, fsdp, tensor), strict=True))
     devices = jax.device_count()
@@ -25,7 +33,28 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
             f"{written} does not use exactly the {devices} devices; make the product {devices} or "
             f"set one axis to -1"
         )
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    types = (AxisType.Auto,) * len(AXES)
+    if len(slices_of(jax.devices())) == 1:
+        return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types)
+    return Mesh(over_slices(jax.devices(), **sizes), AXES, axis_types=types)
+
+
+def over_slices(devices: Sequence[Any], data: int, fsdp: int, tensor: int) -> np.ndarray:
+    """Devices of several slices as an array [data, fsdp, tensor], slices along the data axis."""
+    slices = len(slices_of(devices))
+    if data % slices:
+        raise KavaError(
+            f"mesh.data={data} is not divisible by the {slices} slices, which it has to cross; use "
+            f"a multiple of {slices}, for example mesh.data={slices} and mesh.fsdp=-1"
+        )
+    return mesh_utils.create_hybrid_device_mesh(
+        (data // slices, fsdp, tensor), (slices, 1, 1), devices
+    )
+
+
+def slices_of(devices: Sequence[Any]) -> set[int]:
+    """The slices that devices belong to; those of other platforms than TPU know of one."""
+    return {getattr(device, "slice_index", 0) for device in devices}
 
 
 def batch_shards(mesh: Mesh) -> int:

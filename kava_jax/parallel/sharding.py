@@ -4,7 +4,9 @@ Modules name the axes of their parameters (``nnx.Param(..., axes=(...))``); this
 mesh axis each name is split over. A new mesh axis is a new entry here and nothing in the models.
 """
 
-from typing import Any
+import math
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -12,6 +14,8 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kava_jax.errors import KavaError
+
+Indivisible = Literal["error", "replicate"]
 
 RULES: dict[str | None, str | None] = {
     "layers": None,
@@ -38,32 +42,64 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
-def param_shardings(abstract: Any, mesh: Mesh) -> dict[str, Any]:
+class Misfit(NamedTuple):
+    """A parameter's axis that its mesh axis does not divide."""
+
+    path: str
+    name: str
+    size: int
+    mesh_axis: str
+
+
+def param_shardings(
+    abstract: Any, mesh: Mesh, indivisible: Indivisible = "error"
+) -> tuple[dict[str, Any], list[Misfit]]:
     """A NamedSharding for every parameter of an (abstract) ``nnx.State``, as a pure dict.
 
-    A parameter with one more axis than it has names is a stack: its first axis is ``layers``.
-    Raises KavaError listing every parameter whose axis does not divide by its mesh axis.
-    """
-    problems: list[str] = []
+    A parameter with one more axis than it has names is a stack: its first axis is ``layers``. Axes
+    that do not divide are repeated on every device under ``replicate``, and returned.
 
-    def place(path: tuple[Any, ...], variable: Any) -> NamedSharding:
-        shape = variable.get_value().shape
-        names = variable.get_metadata().get("axes", (None,) * len(shape))
-        names = ("layers",) * (len(shape) - len(names)) + tuple(names)
-        mesh_axes = [RULES[name] for name in names]
-        for name, size, axis in zip(names, shape, mesh_axes, strict=True):
+    Raises KavaError under ``error``, listing every such parameter and the nearest mesh that works.
+    """
+    flat, misfits = {}, []
+    sizes: dict[str, list[int]] = {}
+    for path, variable in nnx.to_flat_state(abstract):
+        axes = []
+        for name, size in _named_axes(variable):
+            axis = RULES[name]
+            if axis is not None:
+                sizes.setdefault(axis, []).append(size)
             if axis is not None and size % mesh.shape[axis]:
                 where = "/".join(str(part) for part in path)
-                problems.append(f"{where} axis {name}={size} over mesh.{axis}={mesh.shape[axis]}")
-        return NamedSharding(mesh, PartitionSpec(*mesh_axes))
-
-    flat = {path: place(path, variable) for path, variable in nnx.to_flat_state(abstract)}
-    if problems:
-        raise KavaError(
-            f"mesh does not divide {len(problems)} parameters: {'; '.join(problems)}; use a mesh "
-            f"axis that divides them"
+                misfits.append(Misfit(where, str(name), size, axis))
+                axis = None
+            axes.append(axis)
+        flat[path] = NamedSharding(mesh, PartitionSpec(*axes))
+    if misfits and indivisible == "error":
+        listed = "; ".join(
+            f"{m.path} axis {m.name}={m.size} over mesh.{m.mesh_axis}={mesh.shape[m.mesh_axis]}"
+            for m in misfits
         )
-    return nnx.traversals.unflatten_mapping(flat)
+        raise KavaError(
+            f"mesh does not divide {len(misfits)} parameters: {listed}; use {_nearest(mesh, sizes)}"
+            f", or mesh.indivisible=replicate to repeat them on every device"
+        )
+    return nnx.traversals.unflatten_mapping(flat), misfits
+
+
+def _named_axes(variable: Any) -> Iterator[tuple[str | None, int]]:
+    shape = variable.get_value().shape
+    names = variable.get_metadata().get("axes", (None,) * len(shape))
+    return zip(("layers",) * (len(shape) - len(names)) + tuple(names), shape, strict=True)
+
+
+def _nearest(mesh: Mesh, sizes: dict[str, list[int]]) -> str:
+    """The mesh with the largest sizes up to this one's that divide everything; data fills."""
+    shape = dict(mesh.shape)
+    for axis, found in sizes.items():
+        shape[axis] = math.gcd(mesh.shape[axis], *found)
+        shape["data"] *= mesh.shape[axis] // shape[axis]
+    return ", ".join(f"mesh.{axis}={size}" for axis, size in shape.items())
 
 
 def matching_shardings(tree: Any, params: Any, mesh: Mesh) -> Any:

@@ -67,7 +67,7 @@ def train(config: Config, command: Sequence[str]) -> Trained:
         )
     share = _share(config)
     with Checkpoints(run.directory, config.train.keep_checkpoints) as checkpoints:
-        notes = list(dataset.notes)
+        notes = [*dataset.notes, *filter(None, [run.blueprint.repeated])]
         resumed = checkpoints.newest_intact(notes.append)
         if resumed is not None:
             notes.append(f"continuing from the checkpoint at step {resumed}")

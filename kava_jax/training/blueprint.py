@@ -29,7 +29,12 @@ from kava_jax.hf.locate import resolve_model
 from kava_jax.models.decoder import Decoder, Params
 from kava_jax.models.spec import DecoderSpec
 from kava_jax.parallel.mesh import batch_shards
-from kava_jax.parallel.sharding import matching_shardings, param_shardings
+from kava_jax.parallel.sharding import (
+    Indivisible,
+    Misfit,
+    matching_shardings,
+    param_shardings,
+)
 from kava_jax.training.assembly import (
     empty_statistics,
     kv_weight,
@@ -53,12 +58,15 @@ class Part:
     build: Any
     abstract: Any
     shardings: Params
+    misfits: tuple[Misfit, ...]
+    """Axes that are repeated because the mesh does not divide them."""
 
     @classmethod
-    def of(cls, build: Any, mesh: Mesh) -> "Part":
+    def of(cls, build: Any, mesh: Mesh, indivisible: Indivisible = "error") -> "Part":
         """Trace ``build(rngs)`` without allocating anything."""
         graph, abstract = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
-        return cls(graph, build, abstract, param_shardings(abstract, mesh))
+        shardings, misfits = param_shardings(abstract, mesh, indivisible)
+        return cls(graph, build, abstract, shardings, tuple(misfits))
 
     def fresh(self, seed: int) -> Params:
         """Random parameters, created where they lie: no device ever holds the whole."""
@@ -123,6 +131,18 @@ class Blueprint:
     kv_weight: optax.Schedule
     rates: dict[str, optax.Schedule]
     optimizer: optax.GradientTransformation
+
+    @property
+    def repeated(self) -> str | None:
+        """What the mesh does not divide and every device holds whole, in one line."""
+        parts = {"student": self.student, "projector": self.projector}
+        parts |= {name: teacher.part for name, teacher in self.teachers.items()}
+        found = [
+            f"{name}/{m.path} ({m.name}={m.size} over mesh.{m.mesh_axis})"
+            for name, part in parts.items()
+            for m in (part.misfits if part else ())
+        ]
+        return f"repeated on every device: {', '.join(found)}" if found else None
 
     def load_teachers(self) -> dict[str, Params]:
         """All teachers' weights."""
@@ -199,7 +219,7 @@ def make_blueprint(
     student_dir, student_spec = _student(config, vocabulary)
     dtype = _dtype(config.student.dtype)
     build = partial(_build_decoder, student_spec, dtype=dtype, remat=config.student.remat)
-    student = Part.of(build, mesh)
+    student = Part.of(build, mesh, config.mesh.indivisible)
     teachers = {
         teacher.name: _teacher(
             index, teacher, student_spec, config, mesh, vocabulary, measured_maps
@@ -285,7 +305,7 @@ def _teacher(
         param_dtype=dtype,
         dtype=dtype,
     )
-    part = Part.of(build, mesh)
+    part = Part.of(build, mesh, config.mesh.indivisible)
     comparison = Comparison(
         teacher.name, layer_map, config.loss.key_space, config.loss.remove_key_bias
     )
@@ -324,7 +344,7 @@ def _projector(
             rngs=rngs,
         )
 
-    return Part.of(build, mesh)
+    return Part.of(build, mesh, config.mesh.indivisible)
 
 
 def _check_frame(config: Config, student: DecoderSpec, teachers: Mapping[str, TeacherPart]) -> None:

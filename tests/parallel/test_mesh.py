@@ -1,11 +1,13 @@
 """Meshes over the eight virtual devices of the test-suite."""
 
+from dataclasses import dataclass
+
 import jax
 import pytest
 from jax.sharding import AxisType
 
 from kava_jax.errors import KavaError
-from kava_jax.parallel.mesh import AXES, batch_shards, make_mesh
+from kava_jax.parallel.mesh import AXES, batch_shards, make_mesh, over_slices, slices_of
 
 
 @pytest.mark.parametrize(
@@ -35,3 +37,28 @@ def test_sizes_that_do_not_use_all_devices(asked: dict[str, int]) -> None:
     with pytest.raises(KavaError, match=r"mesh\.data=.* the 8 devices.*-1") as caught:
         make_mesh(**asked)
     assert "\n" not in str(caught.value)
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a device of a multi-slice pod looks like to the mesh."""
+
+    id: int
+    slice_index: int
+    platform: str = "gpu"
+    device_kind: str = "made up"
+    process_index: int = 0
+
+
+def test_only_the_data_axis_crosses_slices() -> None:
+    devices = [Device(i, i // 4) for i in range(8)]
+    assert slices_of(devices) == {0, 1}
+    assert slices_of(jax.devices()) == {0}
+    for sizes in ((2, 4, 1), (2, 2, 2), (4, 2, 1), (8, 1, 1)):
+        found = over_slices(devices, *sizes)
+        assert found.shape == sizes
+        assert {device.id for device in found.flat} == set(range(8))
+        for row in found.reshape(2, -1):  # each half of the data axis lies within one slice
+            assert len({device.slice_index for device in row}) == 1
+    with pytest.raises(KavaError, match=r"mesh.data=1 is not divisible by the 2 slices.*fsdp=-1"):
+        over_slices(devices, 1, 8, 1)

@@ -29,7 +29,8 @@ def abstract_student() -> nnx.State:
 
 def test_the_table_places_every_parameter() -> None:
     mesh = make_mesh(2, 2, 2)
-    found = param_shardings(abstract_student(), mesh)
+    found, misfits = param_shardings(abstract_student(), mesh)
+    assert not misfits
     attention, mlp = found["blocks"]["attention"], found["blocks"]["mlp"]
     for sharding, spec in (
         (found["embed"]["embedding"], ("tensor", "fsdp")),
@@ -59,6 +60,18 @@ def test_every_parameter_that_does_not_divide_is_listed() -> None:
         assert f"blocks/attention/{name} axis {axis} over mesh.tensor=8" in message
     assert "mlp" not in message
     assert "\n" not in message
+    # 4 query heads and 2 KV heads: 2 is the most that divides both.
+    assert "use mesh.data=4, mesh.fsdp=1, mesh.tensor=2, or mesh.indivisible=replicate" in message
+
+
+def test_what_does_not_divide_can_be_repeated() -> None:
+    mesh = make_mesh(1, 2, 4)
+    found, misfits = param_shardings(abstract_student(), mesh, "replicate")
+    assert {(m.name, m.size, m.mesh_axis) for m in misfits} == {("kv_heads", 2, "tensor")}
+    attention = found["blocks"]["attention"]
+    keys, queries = attention["k"]["kernel"], attention["q"]["kernel"]
+    assert keys == NamedSharding(mesh, PartitionSpec(None, "fsdp", None, None))
+    assert queries == NamedSharding(mesh, PartitionSpec(None, "fsdp", "tensor", None))
 
 
 def test_moments_lie_where_their_parameters_lie() -> None:
