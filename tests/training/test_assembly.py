@@ -1,5 +1,6 @@
 """Weights that change over a run: what the schedules give at each step, counted by hand."""
 
+from copy import deepcopy
 from dataclasses import replace
 
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ NEAR = TOL["float32"]
 
 
 def weights(ramp: str, steps: int) -> list[float]:
-    config = parse_config(dict(CONFIG), [f"train.steps={steps}", f"loss.kv_weight={ramp}"])
+    config = parse_config(deepcopy(CONFIG), [f"train.steps={steps}", f"loss.kv_weight={ramp}"])
     return [float(kv_weight(config)(step)) for step in range(steps)]
 
 
