@@ -143,6 +143,9 @@ WHEN: dict[str, dict[str, str]] = {
         "split": "the rows are in another split than `data.eval_split`",
         "rows": "figures are noisy (more) or slow (fewer)",
     },
+    "profile": {
+        "steps": "steps are slower than they should be",
+    },
     "mesh": {
         "data": "several devices, and the models fit on one",
         "fsdp": "the models do not fit on one device: `data: 1, fsdp: -1`",

@@ -324,6 +324,9 @@ def main() -> None:
     """Entry point: 0 done, 1 a check failed or a run stopped, 2 bad input, 75 preempted."""
     # Else transformers says on stderr, at every command, that there is no PyTorch; none is needed.
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    # Compiled programs are kept from run to run; JAX reads this when it is imported.
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(caches / "kava_jax" / "compiled"))
     # Orbax warns through absl of what is meant so (a directory opened for reading is read only),
     # and logs errors with a traceback that it raises as well.
     logging.getLogger("absl").setLevel(logging.CRITICAL)

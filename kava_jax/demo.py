@@ -23,7 +23,7 @@ from kava_jax.runs.evaluate import answer, evaluate
 from kava_jax.runs.export import export
 from kava_jax.runs.prepare import Run, prepare
 from kava_jax.runs.train import Trained, train
-from kava_jax.training.monitor import METRICS_NAME
+from kava_jax.training.metrics_file import METRICS_NAME
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -19,6 +19,7 @@ ROOMS = (
     "diagnostics",
     "verdict",
     "config_values",
+    "config_alignment",
     "config",
     "recipes",
     "config_file",

@@ -13,8 +13,9 @@ from kava_jax.errors import KavaError
 from tests.tiny import write_config
 
 CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.yaml"))
-# The design says about 70; the switches of frame, router and calibration came on top.
-LARGEST = 95
+# The design says about 70; the switches of frame, router and calibration came on top, then the
+# few that pods need (minutes between checkpoints, skipped steps, indivisible axes, traces).
+LARGEST = 100
 
 
 def least() -> dict[str, typing.Any]:
@@ -265,3 +266,12 @@ def test_round_trip_through_yaml():
     )
     text = yaml.safe_dump(dump_config(config))
     assert parse_config(yaml.safe_load(text)) == config
+
+
+def test_the_steps_of_a_trace():
+    assert parse().profile.first_and_last is None
+    assert parse("profile.steps=10:15").profile.first_and_last == (10, 15)
+    with pytest.raises(KavaError, match=r"profile.*15:10 ends before it begins; write first:last"):
+        parse("profile.steps=15:10")
+    with pytest.raises(KavaError, match=r"profile.steps=.?ten"):
+        parse("profile.steps=ten")

@@ -13,7 +13,7 @@ import tempfile
 
 from kava_jax.config_file import load_config, shipped_config
 from kava_jax.runs.train import train
-from kava_jax.training.monitor import METRICS_NAME, read_metrics
+from kava_jax.training.metrics_file import METRICS_NAME, read_metrics
 
 SHARE, STEPS, WINDOW = 0.2, 500, 50
 

@@ -20,7 +20,7 @@ from kava_jax.recipes import RECIPES
 from kava_jax.runs.calibrate import calibrate
 from kava_jax.runs.export import export
 from kava_jax.runs.train import train
-from kava_jax.training.monitor import METRICS_NAME, read_metrics
+from kava_jax.training.metrics_file import METRICS_NAME, read_metrics
 from kava_jax.verdict import verdict
 
 STEPS, TEACHER = 400, "stories260k"

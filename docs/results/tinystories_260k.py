@@ -16,7 +16,7 @@ from kava_jax.config_file import dump_config, load_config, parse_config, shipped
 from kava_jax.runs.assess import assess
 from kava_jax.runs.export import export
 from kava_jax.runs.train import Trained, train
-from kava_jax.training.monitor import METRICS_NAME, read_metrics
+from kava_jax.training.metrics_file import METRICS_NAME, read_metrics
 
 
 def main(model: str, text: str) -> None:

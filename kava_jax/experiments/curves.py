@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kava_jax.errors import KavaError
-from kava_jax.training.monitor import read_metrics
+from kava_jax.training.metrics_file import read_metrics
 from kava_jax.verdict import ACCEPTABLE, EXCELLENT, GOOD
 
 if TYPE_CHECKING:

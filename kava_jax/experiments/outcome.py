@@ -13,7 +13,7 @@ import numpy as np
 from kava_jax.runs.evaluate import MAIN_SET, read_answers
 from kava_jax.runs.record import six_digits
 from kava_jax.training.manifest import read_manifest
-from kava_jax.training.monitor import METRICS_NAME, read_metrics
+from kava_jax.training.metrics_file import METRICS_NAME, read_metrics
 
 CURVE = ("eval_loss", "exact_match_strict", "eval_cos_sim", "eval_alignment_gap")
 SAMPLES = 3

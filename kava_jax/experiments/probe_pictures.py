@@ -13,7 +13,7 @@ import numpy as np
 from kava_jax.errors import KavaError
 from kava_jax.experiments.curves import COLOURS, DPI, FAINT, INK, MARKERS
 from kava_jax.experiments.heatmap import Layers
-from kava_jax.training.monitor import read_metrics
+from kava_jax.training.metrics_file import read_metrics
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -29,7 +29,7 @@ from kava_jax.experiments.samples import samples_of_everyone, samples_of_run
 from kava_jax.runs.explain import MAPS
 from kava_jax.runs.samples import Answered
 from kava_jax.training.manifest import read_manifest
-from kava_jax.training.monitor import METRICS_NAME, Kind, read_metrics
+from kava_jax.training.metrics_file import METRICS_NAME, Kind, read_metrics
 
 TEMPLATE, REPORT_NAME = "report.html.j2", "report.html"
 # Scores of a calibration by mapped layer, and overall.

@@ -8,7 +8,7 @@ from kava_jax.hf.export import export_model
 from kava_jax.hf.load import read_json
 from kava_jax.runs.prepare import Run
 from kava_jax.training.manifest import read_manifest
-from kava_jax.training.monitor import METRICS_NAME, read_metrics
+from kava_jax.training.metrics_file import METRICS_NAME, read_metrics
 from kava_jax.training.step import TrainState
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]

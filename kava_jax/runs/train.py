@@ -29,6 +29,7 @@ from kava_jax.training.manifest import (
 from kava_jax.training.monitor import Monitor
 from kava_jax.training.preemption import listening
 from kava_jax.training.probe import make_probe
+from kava_jax.training.profiling import Profile
 from kava_jax.training.step import TrainState, make_train_step
 
 
@@ -105,6 +106,7 @@ def train(config: Config, command: Sequence[str]) -> Trained:
                     config.train.most_skipped,
                 ),
                 preemption=preemption,
+                profile=Profile(run.directory, config.profile.first_and_last),
             )
     if run.blueprint.projector:
         _save_projector(run, state)

@@ -22,6 +22,7 @@ from kava_jax.training.monitor import Monitor
 from kava_jax.training.objective import Metrics
 from kava_jax.training.preemption import Preemption
 from kava_jax.training.probe import Probed, share_is_due
+from kava_jax.training.profiling import Profile
 from kava_jax.training.skips import SkipLog
 from kava_jax.training.step import LossScale, TrainState
 from kava_jax.training.summary import Figures, summarize, summarize_layers
@@ -58,6 +59,7 @@ def run_steps(
     rates: Mapping[str, optax.Schedule],
     cadence: Cadence,
     preemption: Preemption,
+    profile: Profile,
 ) -> tuple[TrainState, dict[str, float]]:
     """Train from ``state.step`` to ``cadence.steps``; returns the last state and evaluation.
 
@@ -87,8 +89,10 @@ def run_steps(
             # Only then: how often one looks must not change what is learnt.
             state = state._replace(kv_scale=scale) if measuring else state
         clock.tokens += int(batch.valid.sum()) * jax.process_count()
-        state, metrics = step(state, teachers, put_batch(batch, mesh))
         done = number + 1
+        profile.before(done, state)
+        state, metrics = step(state, teachers, put_batch(batch, mesh))
+        profile.after(done, state)
         skips.add(done, metrics["skipped"])
         last, logged = done == cadence.steps, done % cadence.log_every == 0
         if last or logged:
@@ -105,6 +109,8 @@ def run_steps(
             skips.settle()
             checkpoints.save(state, measured)
             saved = time.monotonic()
+        if last or asked:
+            profile.stop()
         if asked and not last:
             checkpoints.wait()
             raise PreemptedError(f"saved at step {done}; the same command goes on from there")

@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -27,10 +27,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
 
-from kava_jax.errors import KavaError
+from kava_jax.training.metrics_file import METRICS_NAME, Kind, cut
 from kava_jax.verdict import alarms, collapse_signs, collapsed_layers, verdict
 
-METRICS_NAME = "metrics.jsonl"
 TENSORBOARD_NAME = "tensorboard"
 
 # Logged direction losses that are looked at for oscillation.
@@ -45,7 +44,6 @@ EVALUATED = {
     "exact_match_strict": ("exact match", "{:.4f}"),
 }
 
-Kind = Literal["train", "eval", "diagnostics", "skipped"]
 Metrics = Mapping[str, float | int | None]
 # Figures by mapped layer, such as {"teacher/cka_k": [0.3, 0.5]}.
 Layers = Mapping[str, Sequence[float]]
@@ -89,7 +87,7 @@ class Monitor:
 
         self._run_dir.mkdir(parents=True, exist_ok=True)
         path = self._run_dir / METRICS_NAME
-        _cut(path, self._start_step)
+        cut(path, self._start_step)
         with ExitStack() as stack:
             self._file = stack.enter_context(path.open("a", encoding="utf-8"))
             self._tensorboard = stack.enter_context(
@@ -203,30 +201,6 @@ class Monitor:
         return _duration((self._total_steps - step) * (now - first_time) / (step - first_step))
 
 
-def read_metrics(path: Path, kind: Kind) -> list[dict[str, Any]]:
-    """All lines of one kind in ``metrics.jsonl``, by step; ``null`` is None.
-
-    A half-written last line, as a running or killed run leaves it, is skipped; a step logged twice,
-    before and after a resume, counts as it was last.
-
-    Raises:
-        KavaError: the file is missing, or another line is not a metrics line (its number is named).
-    """
-    try:
-        lines = path.read_bytes().splitlines(keepends=True)
-    except FileNotFoundError:
-        raise KavaError(f"{path} is missing; name the metrics.jsonl of a run") from None
-    records = []
-    for number, line in enumerate(lines, start=1):
-        record = _parse(line)
-        if record is not None:
-            records.append(record)
-        elif number < len(lines):
-            raise KavaError(f"{path}, line {number} is not a metrics line; remove or mend it")
-    of_kind = {record["step"]: record for record in records if record["kind"] == kind}
-    return [of_kind[step] for step in sorted(of_kind)]
-
-
 def shown(
     metrics: Metrics, more: Mapping[str, tuple[str, str]] | None = None
 ) -> list[tuple[str, str]]:
@@ -324,38 +298,6 @@ def _display(start_step: int, total_steps: int) -> _Lines | _Terminal:
     if sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown"):
         return _Terminal(start_step, total_steps)
     return _Lines(total_steps)
-
-
-def _cut(path: Path, step: int) -> None:
-    """Cut the file where its lines stop being whole lines of steps up to ``step`` (0: nothing)."""
-    if not path.exists():
-        return
-    end = 0
-    with path.open("r+b") as file:
-        for line in file:
-            record = _parse(line)
-            if record is None or step == 0 or _after(record, step):
-                break
-            end += len(line)
-        file.truncate(end)
-
-
-def _after(record: Mapping[str, Any], step: int) -> bool:
-    """Whether a run that continues after ``step`` writes this record again.
-
-    Diagnostics of a step are taken before it, that is after everything else of the step before.
-    """
-    return record["step"] > step or (record["kind"] == "diagnostics" and record["step"] == step)
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    """The record of one line, None if it is not whole."""
-    try:
-        record = json.loads(line)
-    except ValueError:
-        return None
-    whole = isinstance(record, dict) and {"step", "kind"} <= record.keys() and line.endswith(b"\n")
-    return record if whole else None
 
 
 def _finite(value: float | int | None) -> float | None:

@@ -18,6 +18,7 @@ from kava_jax.training.monitor import Monitor
 from kava_jax.training.optimizer import Rate, make_optimizer
 from kava_jax.training.preemption import Preemption, listening
 from kava_jax.training.probe import make_probe
+from kava_jax.training.profiling import PROFILE_NAME, Profile
 from kava_jax.training.step import initial_state, make_train_step
 from kava_jax.training.summary import Figures
 from tests.training.small import one_device, rows, setting
@@ -71,6 +72,7 @@ def train(
     probe=None,
     share_every: int | None = None,
     preemption: Preemption | None = None,
+    profiled: tuple[int, int] | None = None,
 ) -> tuple:
     """Start, or continue from the newest checkpoint, as a run does."""
     stream = BatchStream(rows(11), batch_size=4, max_length=12, seed=1, bucket=12, sink_tokens=2)
@@ -102,6 +104,7 @@ def train(
                     most_skipped=2,
                 ),
                 preemption=preemption or Preemption(),
+                profile=Profile(directory, profiled),
             )
     with Checkpoints(directory, keep=2) as checkpoints:
         kept = checkpoints.steps()
@@ -258,3 +261,11 @@ def test_a_first_signal_asks_and_a_second_one_ends():
         assert preemption.asked(1)
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_few_steps_are_traced_and_nothing_else_changes(tmp_path, made, step):
+    traced, _, _, _ = train(tmp_path / "traced", made, step, until=3, profiled=(2, 9))
+    plain, _, _, _ = train(tmp_path / "plain", made, step, until=3)
+    assert list((tmp_path / "traced" / PROFILE_NAME).rglob("*.xplane.pb"))
+    assert not (tmp_path / "plain" / PROFILE_NAME).exists()
+    jax.tree.map(np.testing.assert_array_equal, traced, plain)

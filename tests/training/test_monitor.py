@@ -9,7 +9,8 @@ import pytest
 
 from kava_jax.errors import KavaError
 from kava_jax.training import monitor as monitor_module
-from kava_jax.training.monitor import Monitor, read_metrics, shown
+from kava_jax.training.metrics_file import read_metrics
+from kava_jax.training.monitor import Monitor, shown
 from kava_jax.verdict import verdict
 
 METRICS = {
