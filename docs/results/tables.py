@@ -1,8 +1,9 @@
 """The tables of the docs, written from the committed results; tests compare them word for word.
 
-python docs/results/tables.py               rewrite every table in the pages of docs/
+python docs/results/tables.py               rewrite every table in docs/ and in the README
 python docs/results/tables.py NAME          print that of NAME.json, or of the grid in NAME/
 python docs/results/tables.py prediction    print that of both regimes' grids together
+python docs/results/tables.py confirmed     print that of both confirming grids together
 """
 
 import json
@@ -295,29 +296,85 @@ def _confidence_heads(found: dict[str, Any]) -> list[str]:
     return lines
 
 
+def bench_arms(found: dict[str, Any]) -> list[str]:
+    """The step of every arm, fastest first."""
+    lines = [
+        f"| arm | median, ms | least to most | times {found['baseline']} |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    steps = found["step_seconds"]
+    for arm in sorted(steps, key=lambda arm: steps[arm]["median"]):
+        own = {key: 1000 * steps[arm][key] for key in ("median", "least", "most")}
+        ends = f"{own['least']:.1f} to {own['most']:.1f}"
+        ratio = found["relative"][arm]
+        lines.append(f"| {arm} | {own['median']:.1f} | {ends} | {ratio:.2f} |")
+    rounds, batch = steps[found["baseline"]]["rounds"], found["batch"]
+    return [
+        *lines,
+        "",
+        f"{rounds} alternating rounds; {batch['rows']} rows of {batch['tokens_of_a_row']} tokens; "
+        f"{found['device']}.",
+    ]
+
+
+def confirmed() -> list[str]:
+    """What the confirming grids say of each comparison, in points of exact match."""
+    lines = [
+        "| student | comparison | points | 95 % interval | Student's 95 % interval | p |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    for regime in REGIMES:
+        results = read_results(HERE / f"{regime}_confirm")
+        comparison, grid = compare(results), results.grid
+        found = {(arm, grid.baseline): own.difference for arm, own in comparison.arms.items()}
+        found |= {(arm, grid.against[arm]): own for arm, own in comparison.further.items()}
+        for (arm, other), own in found.items():
+            if own is None or own.contrast is None or own.by_seeds is None:
+                continue
+            declared = (arm, other) == (grid.contrast, grid.baseline)
+            p = own.contrast.p_value if declared or own.p_holm is None else own.p_holm
+            cells = [regime, f"{arm} minus {other}" + (" (declared)" if declared else "")]
+            cells += [f"{100 * own.mean:+.1f}"]
+            for interval in (own.contrast.difference, own.by_seeds):
+                cells += [f"{100 * interval.low:+.1f} to {100 * interval.high:+.1f}"]
+            lines.append(f"| {' | '.join(cells)} | {p:.3f} |")
+    return lines
+
+
+TOGETHER = {"prediction": prediction, "confirmed": confirmed}
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "recipes": recipes,
     "teachers": teachers,
     "auto_share": auto_share,
     "bench_diagnostics": bench_diagnostics,
+    "bench_arms": bench_arms,
     "confidence": confidence,
 }
 
 
 def table(name: str) -> str:
     """The Markdown of one result."""
-    if name == "prediction":
-        return "\n".join(prediction())
+    if name in TOGETHER:
+        return "\n".join(TOGETHER[name]())
     if (HERE / name).is_dir():
         show = sensitivity if name == "sensitivity" else grid
         return "\n".join(show(HERE / name)).rstrip("\n")
     return "\n".join(TABLES[name](json.loads((HERE / f"{name}.json").read_text(encoding="utf-8"))))
 
 
+def written_here(name: str) -> bool:
+    """Whether this script writes the table; two of the README's are written by hand, and tested."""
+    return name in TOGETHER or name in TABLES or (HERE / name).is_dir()
+
+
 def filled(page: str) -> str:
     """The page's text with every table between ``results:`` markers written anew."""
 
     def section(found: re.Match[str]) -> str:
+        if not written_here(found[2]):
+            return found[0]
         return f"{found[1]}\n{table(found[2])}\n{found[3]}"
 
     return re.sub(SECTION, section, page, flags=re.S)
@@ -327,5 +384,5 @@ if __name__ == "__main__":
     if len(sys.argv) > 1:
         print(table(sys.argv[1]))
     else:
-        for path in PAGES.glob("*.md"):
+        for path in [*PAGES.glob("*.md"), PAGES.parent / "README.md"]:
             path.write_text(filled(path.read_text(encoding="utf-8")), encoding="utf-8")

@@ -6,6 +6,8 @@ which fields differ from the recipe; and what such a run is known to suffer from
 
 from typing import Any
 
+import yaml
+
 from kava_jax.alignment.layer_map import make_layer_map
 from kava_jax.config import AutoShare, Config, Ramp, TeacherConfig
 from kava_jax.config_file import dump_config
@@ -75,13 +77,26 @@ def _changes(config: Config) -> str:
     raw, recipe = dump_config(config), dict(RECIPES[config.recipe])
     per_teacher = recipe.pop("teachers", {})
     given = {section: {name: raw[section][name] for name in recipe[section]} for section in recipe}
-    changes = [str(change) for change in config_diff(recipe, given)]
+    changes = [str(change) for change in config_diff(_whole(recipe), _whole(given))]
     for index, teacher in enumerate(raw["teachers"]):
         own = {name: teacher[name] for name in per_teacher}
         changes += [f"teachers.{index}.{change}" for change in config_diff(per_teacher, own)]
     if not changes:
         return "Every field that it sets is as it sets it."
     return f"Set otherwise here: {'; '.join(changes)}."
+
+
+def _whole(sections: dict[str, Any]) -> dict[str, Any]:
+    """Values that have parts of their own, such as ramps, as one text each."""
+    return {
+        section: {
+            name: yaml.safe_dump(value, default_flow_style=True, sort_keys=False).strip()
+            if isinstance(value, dict)
+            else value
+            for name, value in fields.items()
+        }
+        for section, fields in sections.items()
+    }
 
 
 def _teacher(config: Config, teacher: TeacherConfig, specs: dict[str, DecoderSpec]) -> str:

@@ -28,8 +28,9 @@ def test_the_named_job_in_words() -> None:
     assert "all but" not in text
     assert "the first 4 of its row" in text
     assert "cannot drift" in text
+    assert "Every field that it sets is as it sets it" in text
     assert "dropped at export" in text
-    assert "1 x cross-entropy + 1 x KV" in text
+    assert "1 x cross-entropy + (1 falling to 0) x KV" in text
     assert "student at 5e-05" in text
     assert "projector at 0.001 beside it from the first step" in text
     assert "Every field that it sets is as it sets it." in text
