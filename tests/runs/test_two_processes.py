@@ -135,4 +135,5 @@ def test_when_one_is_killed_the_other_ends_and_the_pair_resumes(workspace: Path)
     first.communicate(timeout=LIMIT)
     assert first.returncode not in (0, None)
     both(workspace, "train", "run.yaml", "run.dir=killed")
-    assert lines(workspace / "killed") == lines(workspace / "double")
+    # Not bit for bit: sums over processes come in no fixed order.
+    assert_same_lines(lines(workspace / "killed"), lines(workspace / "double"))
