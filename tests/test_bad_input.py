@@ -219,7 +219,7 @@ FRESH = {
             "heads=4",
             "blocks/attention/k/kernel",
             "kv_heads=2",
-            "use a mesh axis",
+            "use mesh.data=4, mesh.fsdp=1, mesh.tensor=2",
         ),
     ),
     "run directory that is no run": Case(
