@@ -158,7 +158,7 @@ class Checkpoints:
         Raises KavaError when it is damaged, or holds another state than that, as one by another
         version does.
         """
-        if problem := None if step in self._checked else self._damage(step):
+        if problem := self._problem(step):
             others = ", ".join(str(other) for other in self.steps() if other != step)
             raise KavaError(
                 f"checkpoint={step}: {self._name()}/{step} is damaged ({problem}); "
@@ -173,6 +173,13 @@ class Checkpoints:
                 f"({reason}); use the version of kava_jax that wrote it (see manifest.json)"
             ) from error
         return found
+
+    def _problem(self, step: int) -> str | None:
+        """What is wrong with a step's files, on all processes; only the first one reads them all."""
+        looks = jax.process_index() == 0 and step not in self._checked
+        problem = self._damage(step) if looks else None
+        damaged = from_first(problem is not None)
+        return (problem or "the first process says why") if damaged else None
 
     def _damage(self, step: int) -> str | None:
         """What is wrong with a step's files; None when they are as they were written."""
