@@ -175,7 +175,7 @@ class Checkpoints:
         return found
 
     def _problem(self, step: int) -> str | None:
-        """What is wrong with a step's files, on all processes; only the first one reads them all."""
+        """What is wrong with a step's files, on all processes; the first one reads them."""
         looks = jax.process_index() == 0 and step not in self._checked
         problem = self._damage(step) if looks else None
         damaged = from_first(problem is not None)
