@@ -16,8 +16,8 @@ RECIPES: dict[str, dict[str, Any]] = {
         "optimizer": {"student_lr": 5e-5, "projector_lr": 1e-3, "weight_decay": 0.01},
     },
     # The projector stands on the student's side and is dropped at export, so the target is the
-    # teacher's own cache and cannot drift. The pull fades: of all that was measured this helped a
-    # fresh student most and cost a trained one nothing (docs/findings.md).
+    # teacher's own cache and cannot drift. The pull fades: that keeps what it gives a fresh
+    # student and costs a trained one nothing (docs/findings.md).
     "anchored": {
         "projector": {"kind": "elastic", "direction": "student_to_teacher", "training": "joint"},
         "loss": {
