@@ -31,7 +31,7 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.
 
 
 @app.callback()
-def processes(
+def join(
     coordinator: Annotated[
         str | None, typer.Option(envvar="KAVA_COORDINATOR", help="HOST:PORT of process 0.")
     ] = None,

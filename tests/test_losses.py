@@ -121,7 +121,7 @@ def test_cosine_accuracy_of_a_masked_batch() -> None:
 
 
 def test_smooth_l1_equals_torch_and_survives_huge_distances() -> None:
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="torch, the oracle, is not installed")
     s, t = normal(0, 6, 9) * 3, normal(1, 6, 9)
     want = torch.nn.functional.smooth_l1_loss(torch.tensor(s), torch.tensor(t), beta=0.7)
     got = smooth_l1(to_jax(s), to_jax(t), transition=0.7).value
@@ -133,7 +133,7 @@ def test_smooth_l1_equals_torch_and_survives_huge_distances() -> None:
 
 
 def test_cross_entropy_equals_torch_with_ignored_labels() -> None:
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="torch, the oracle, is not installed")
     logits, labels = normal(0, 2, 5, 11) * 4, np.random.default_rng(1).integers(0, 11, (2, 5))
     labels[0, :3] = -100
     want_logits = torch.tensor(logits, requires_grad=True)
@@ -167,7 +167,7 @@ def test_logit_kl_renormalises_over_the_shared_ids(widths: tuple[int, int]) -> N
 
 
 def test_logit_kl_equals_torch_in_value_and_gradient_under_a_mask() -> None:
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="torch, the oracle, is not installed")
     student, teacher = normal(0, 6, 13), normal(1, 6, 13)
     mask = np.array([1, 1, 0, 1, 0, 1])
     rows = torch.tensor(student, requires_grad=True)

@@ -25,11 +25,11 @@ from kava_jax.experiments.grid import PRETRAINED, Grid, exported, run_config, ru
 from kava_jax.experiments.outcome import outcome_of
 from kava_jax.training.manifest import config_hash, versions, write_atomically
 
-GRID_NAME, CACHE_NAME, BAD_INPUT = "grid.json", "compiled", 2
+GRID_NAME, BAD_INPUT = "grid.json", 2
 # glibc hands XLA's buffers back to the system after every step and fetches them anew, page by page:
 # a fifth to a third of the time of a small model's step. This keeps them.
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
-# Runs of one arm differ in their seed alone, so they share what was compiled.
+# Runs of one arm differ in their seed alone: what compiles fast is worth keeping too.
 KEEP_COMPILED = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
 
 
@@ -134,13 +134,12 @@ class Ablation:
         """A ``kava`` command in a process of its own, with its words in the run's log."""
         log = self._log(job)
         log.parent.mkdir(parents=True, exist_ok=True)
-        compiled = {"JAX_COMPILATION_CACHE_DIR": str((self.out / CACHE_NAME).resolve())}
         with log.open("a", encoding="utf-8") as words:
             process = subprocess.Popen(
                 [sys.executable, "-m", "kava_jax", *arguments],
                 stdout=words,
                 stderr=words,
-                env={**KEEP_MEMORY, **KEEP_COMPILED, **compiled, **os.environ},
+                env={**KEEP_MEMORY, **KEEP_COMPILED, **os.environ},
             )
             if cores is not None:
                 os.sched_setaffinity(process.pid, cores)

@@ -199,7 +199,7 @@ class Checkpoints:
         """StoppedError in the place of whatever a full disk was raised as."""
         try:
             yield
-        except Exception as error:
+        except Exception as error:  # Orbax and TensorStore raise a full disk as many types
             if not is_full_disk(error):
                 raise
             raise StoppedError(

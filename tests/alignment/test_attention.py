@@ -85,7 +85,7 @@ def test_divergence_equals_numpy() -> None:
 
 
 def test_gradients_of_the_divergence_equal_torch() -> None:
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="torch, the oracle, is not installed")
     sides = [
         torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in (Q, STUDENT.k, TARGET.k)
     ]
@@ -106,7 +106,7 @@ def test_gradients_of_the_divergence_equal_torch() -> None:
 
 
 def test_outputs_equal_torch() -> None:
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="torch, the oracle, is not installed")
 
     def read(side: KVCache):
         q, k, v = (torch.tensor(x, dtype=torch.float64).swapaxes(2, 3) for x in (Q, *side))

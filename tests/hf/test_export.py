@@ -87,14 +87,14 @@ def our_logits(directory) -> np.ndarray:
 
 
 def their_logits(model) -> np.ndarray:
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="torch, the oracle, is not installed")
     with torch.no_grad():
         return model(torch.from_numpy(TOKENS)).logits.float().numpy()
 
 
 @pytest.mark.parametrize("name", sorted(CONFIGS))
 def test_the_export_loads_in_transformers_with_equal_logits(name, tmp_path, tokenizer_dir):
-    pytest.importorskip("torch")
+    pytest.importorskip("torch", reason="torch, the oracle, is not installed")
     from transformers import AutoModelForCausalLM
 
     source = write_directory(tmp_path / "source", name)
@@ -109,7 +109,7 @@ def test_the_export_loads_in_transformers_with_equal_logits(name, tmp_path, toke
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_transformers_reads_the_dtype_from_our_config(dtype, tmp_path, tokenizer_dir):
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="torch, the oracle, is not installed")
     from transformers import AutoModelForCausalLM
 
     source = write_directory(tmp_path / "source", "llama3")
@@ -122,7 +122,7 @@ def test_transformers_reads_the_dtype_from_our_config(dtype, tmp_path, tokenizer
 
 @pytest.mark.parametrize("size", ["20KB", "200KB"])
 def test_what_transformers_shards_we_read(tmp_path, size):
-    pytest.importorskip("torch")
+    pytest.importorskip("torch", reason="torch, the oracle, is not installed")
     source = write_directory(tmp_path / "source", "qwen3")
     torch_model("qwen3").save_pretrained(tmp_path / "saved", max_shard_size=size)
     assert len(list((tmp_path / "saved").glob("*.safetensors"))) > 1
@@ -148,7 +148,7 @@ def test_what_we_shard_reads_back_and_loads_in_transformers(tmp_path, tokenizer_
         for name, tensor in load_file(file).items():
             assert index["weight_map"][name] == file.name
             np.testing.assert_array_equal(tensor, tensors[name])
-    pytest.importorskip("torch")
+    pytest.importorskip("torch", reason="torch, the oracle, is not installed")
     from transformers import AutoModelForCausalLM
 
     theirs = their_logits(AutoModelForCausalLM.from_pretrained(out).eval())

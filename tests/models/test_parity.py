@@ -11,7 +11,7 @@ from kava_jax.models.masks import attention_mask, token_positions
 from tests.tiny_models import CONFIGS, load_decoder, torch_model, write_directory
 from tests.tolerances import TOL
 
-torch = pytest.importorskip("torch")
+torch = pytest.importorskip("torch", reason="torch, the oracle, is not installed")
 
 LENGTHS = (40, 23, 31)
 

@@ -42,7 +42,7 @@ def test_greedy_text_equals_the_published_one(directory, tokenizer):
 
 
 def test_loss_on_real_text_equals_transformers(directory, tokenizer, shared):
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="torch, the oracle, is not installed")
     from transformers import AutoModelForCausalLM
 
     stories = shared / "data" / "tinystories" / "tinystories_2mib.txt"

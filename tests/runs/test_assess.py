@@ -54,7 +54,7 @@ def test_figures_of_a_plain_model(on_builtin):
 
 
 def test_held_out_loss_is_that_of_transformers(model, on_builtin):
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="torch, the oracle, is not installed")
     from transformers import AutoModelForCausalLM
 
     theirs = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
