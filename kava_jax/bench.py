@@ -21,7 +21,7 @@ from kava_jax.models.decoder import Params
 from kava_jax.parallel.sharding import put_batch
 from kava_jax.runs.calibrate import unmeasured
 from kava_jax.runs.prepare import Run, fingerprints_of, load_dataset, prepare
-from kava_jax.runs.train import begun, jitted_probe, jitted_step
+from kava_jax.runs.train import begun, jitted_probe
 from kava_jax.training.manifest import versions
 from kava_jax.training.step import TrainState
 
@@ -100,7 +100,7 @@ class _Steps:
 
     def __init__(self, run: Run, teachers: Mapping[str, Params], state: TrainState, batch: Batch):
         self.state = state
-        self._step, self._teachers = jitted_step(run), teachers
+        self._step, self._teachers = run.blueprint.jitted_step(), teachers
         self._batch = put_batch(batch, run.mesh)
 
     def __call__(self) -> None:

@@ -12,6 +12,7 @@ import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
@@ -34,6 +35,12 @@ class Batch(NamedTuple):
     for position t is made at t - 1."""
     kv_mask: Bool[Array, "B T"]
     """Tokens whose keys and values are compared: valid and not among the first ``sink_tokens``."""
+
+
+def abstract_batch(rows: int, length: int) -> Batch:
+    """Shapes and dtypes of a batch, for compiling without one."""
+    mask = jax.ShapeDtypeStruct((rows, length), np.bool_)
+    return Batch(jax.ShapeDtypeStruct((rows, length), np.int32), mask, mask, mask)  # pyright: ignore[reportArgumentType]  (shapes in place of arrays)
 
 
 class DataReport(NamedTuple):

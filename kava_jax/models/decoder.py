@@ -26,6 +26,7 @@ from kava_jax.models.layers import (
 )
 from kava_jax.models.rope import rope_frequencies, rope_rotation
 from kava_jax.models.spec import DecoderSpec
+from kava_jax.parallel.sharding import Activations
 
 KeySpace = Literal["pre_rope", "post_rope"]
 Remat = Literal["none", "dots", "full"]
@@ -56,15 +57,18 @@ class Decoder(nnx.Module):
         param_dtype: Any = jnp.float32,
         dtype: Any = jnp.float32,
         remat: Remat = "none",
+        activations: Activations | None = None,
     ):
         """Build ``blocks`` full layers (all by default), optionally a KV-only ``tail`` after them.
 
         ``head=False`` leaves out final norm and LM head: such a decoder has a cache but no logits.
+        ``activations`` says where hidden states lie on a mesh.
         """
         dtypes = Dtypes(jnp.dtype(param_dtype), jnp.dtype(dtype))
         count = spec.num_layers if blocks is None else blocks
         self.spec, self.dtype = spec, dtypes.compute
         self.remat: Remat = remat
+        self.activations = activations
         self.embed = Embedding(spec, dtypes=dtypes, rngs=rngs)
         self.blocks = _stacked_blocks(spec, count, dtypes, rngs) if count else None
         self.tail = Tail(spec, dtypes=dtypes, rngs=rngs) if tail else None
@@ -141,7 +145,7 @@ class Decoder(nnx.Module):
         keep: Callable[[KeyValue], Any],
     ) -> tuple[Float[Array, "B T D"], Any]:
         """Hidden states, and what ``keep`` takes of every layer, stacked over layers."""
-        x_BTD = self.embed.embedding[...][tokens_BT].astype(self.dtype)
+        x_BTD = self._by_rows(self._embedded(tokens_BT))
         rotation = self.rotation(positions_BT)
         kept = []
         if self.blocks is not None:
@@ -150,7 +154,7 @@ class Decoder(nnx.Module):
             def layer(x_BTD: Array, xs: tuple[Any, KVCache | None]) -> tuple[Array, Any]:
                 params, layer_past = xs
                 x_BTD, new = nnx.merge(graph, params)(x_BTD, rotation, mask_BTS, layer_past)
-                return x_BTD, keep(new)
+                return self._by_rows(x_BTD), keep(new)
 
             x_BTD, of_blocks = jax.lax.scan(_remat(layer, self.remat), x_BTD, (layers, past))
             kept.append(of_blocks)
@@ -159,6 +163,17 @@ class Decoder(nnx.Module):
             kept.append(jax.tree.map(lambda array: array[None], of_tail))
         stacked = jax.tree.map(lambda *parts: jnp.concatenate(parts), *kept)
         return (x_BTD if self.final_norm is None else self.final_norm(x_BTD)), stacked
+
+    def _embedded(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        x_BTD = self.embed.embedding[...][tokens_BT]
+        if self.activations is not None:
+            x_BTD = jax.lax.with_sharding_constraint(x_BTD, self.activations.embedded)
+        return x_BTD.astype(self.dtype)
+
+    def _by_rows(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        if self.activations is None:
+            return x_BTD
+        return jax.lax.with_sharding_constraint(x_BTD, self.activations.rows)
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """LM head: all V rows, in the compute dtype; the transposed embedding when tied."""

@@ -14,8 +14,12 @@ from kava_jax.errors import KavaError
 AXES = ("data", "fsdp", "tensor")
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """All devices of all processes as a mesh ``(data, fsdp, tensor)``; one axis may be -1 (fill).
+def make_mesh(
+    data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[Any] | None = None
+) -> Mesh:
+    """Devices as a mesh ``(data, fsdp, tensor)``, all of all processes unless given.
+
+    One axis may be -1: it takes what the others leave.
 
     Over several slices the data axis crosses the slow network between them, because it needs the
     least of it (one sum of gradients a step); the other axes stay inside a slice.
@@ -23,20 +27,20 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     Raises KavaError when the sizes do not multiply to the number of devices, or the slices do not
     divide the data axis.
     """
+    devices = jax.devices() if devices is None else devices
     sizes = dict(zip(AXES, (data, fsdp, tensor), strict=True))
-    devices = jax.device_count()
     fixed = math.prod(size for size in sizes.values() if size != -1)
-    sizes = {axis: devices // fixed if size == -1 else size for axis, size in sizes.items()}
-    if math.prod(sizes.values()) != devices:
+    sizes = {axis: len(devices) // fixed if size == -1 else size for axis, size in sizes.items()}
+    if math.prod(sizes.values()) != len(devices):
         written = ", ".join(f"mesh.{axis}={size}" for axis, size in sizes.items())
         raise KavaError(
-            f"{written} does not use exactly the {devices} devices; make the product {devices} or "
-            f"set one axis to -1"
+            f"{written} does not use exactly the {len(devices)} devices; make the product "
+            f"{len(devices)} or set one axis to -1"
         )
     types = (AxisType.Auto,) * len(AXES)
-    if len(slices_of(jax.devices())) == 1:
-        return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types)
-    return Mesh(over_slices(jax.devices(), **sizes), AXES, axis_types=types)
+    if len(slices_of(devices)) == 1:
+        return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types, devices=devices)
+    return Mesh(over_slices(devices, **sizes), AXES, axis_types=types)
 
 
 def over_slices(devices: Sequence[Any], data: int, fsdp: int, tensor: int) -> np.ndarray:

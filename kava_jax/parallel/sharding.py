@@ -42,6 +42,25 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
+class Activations(NamedTuple):
+    """Where hidden states [B, T, D] lie; both are needed to say how to get from one to the other.
+
+    Left alone, the partitioner splits the width, as fsdp splits the weights, and holds the whole
+    batch on every device; or it goes from one layout to the other by way of whole copies.
+    """
+
+    embedded: NamedSharding
+    """As they are looked up: each device of an fsdp group has its part of the table's width."""
+    rows: NamedSharding
+    """Everywhere else: the rows over data and fsdp."""
+
+
+def activations(mesh: Mesh) -> Activations:
+    """The layouts on a mesh."""
+    embedded = NamedSharding(mesh, PartitionSpec("data", None, RULES["embed"]))
+    return Activations(embedded, batch_sharding(mesh))
+
+
 class Misfit(NamedTuple):
     """A parameter's axis that its mesh axis does not divide."""
 

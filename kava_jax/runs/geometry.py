@@ -1,16 +1,20 @@
-"""Geometry of a run's models without their weights: for smoke runs and for words about a config."""
+"""Geometry of a run's models without their weights: for plans, smoke runs and explanations."""
 
 import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kava_jax.config import Config
+from kava_jax.config_file import dump_config
 from kava_jax.errors import KavaError
 from kava_jax.hf.geometry import spec_from_config
 from kava_jax.hf.known import KNOWN_CONFIGS
 from kava_jax.hf.load import read_spec
 from kava_jax.hf.locate import BUILTIN_PREFIX, resolve_model
 from kava_jax.models.spec import DecoderSpec
+from kava_jax.runs.prepare import find_tokenizer
+from kava_jax.training.blueprint import Found, Models
 
 
 def model_specs(raw: Mapping[str, Any]) -> dict[str, DecoderSpec]:
@@ -28,6 +32,25 @@ def model_specs(raw: Mapping[str, Any]) -> dict[str, DecoderSpec]:
         f"teacher-{teacher['name']}": _spec(teacher["path"], teacher["revision"])
         for teacher in raw["teachers"]
     }
+
+
+def models_without_weights(config: Config) -> Models:
+    """The config's models for a blueprint that will never load them; nothing is downloaded.
+
+    Raises KavaError for a model whose geometry is not at hand.
+    """
+    raw = dump_config(config)
+    geometry = raw["student"]["geometry"]
+    if geometry is not None and "vocab_size" not in geometry:
+        geometry["vocab_size"] = len(find_tokenizer(config)[0])
+    specs = specs_at_hand(raw)
+    path = config.student.path
+    student = Found(None if path is None else Path(path), specs["student"])
+    teachers = {
+        teacher.name: Found(Path(teacher.path), specs[f"teacher-{teacher.name}"])
+        for teacher in config.teachers
+    }
+    return Models(student, teachers)
 
 
 def specs_at_hand(raw: Mapping[str, Any]) -> dict[str, DecoderSpec]:
@@ -59,7 +82,10 @@ def _at_hand(path: str, revision: str | None) -> str:
 
 
 def _spec(path: str, revision: str | None) -> DecoderSpec:
-    """From the table of known models, else from the model itself."""
+    """From the table of known models, else from the model itself; a directory needs no weights."""
     if path in KNOWN_CONFIGS:
         return spec_from_config(KNOWN_CONFIGS[path], where=path)
+    directory = Path(path).expanduser()
+    if directory.is_dir():
+        return read_spec(directory)
     return read_spec(resolve_model(path, revision))

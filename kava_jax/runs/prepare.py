@@ -17,7 +17,7 @@ from kava_jax.data.tokenizer import BUILTIN_TOKENIZER, check_same_ids, load_toke
 from kava_jax.errors import KavaError
 from kava_jax.hf.locate import model_fingerprint, resolve_model
 from kava_jax.parallel.mesh import make_mesh
-from kava_jax.training.blueprint import Blueprint, make_blueprint
+from kava_jax.training.blueprint import Blueprint, find_models, make_blueprint
 from kava_jax.training.checkpoint import Checkpoints, abstract_state
 from kava_jax.training.manifest import CALIBRATION_NAME, Fingerprints, read_manifest
 from kava_jax.training.step import TrainState
@@ -50,8 +50,9 @@ def prepare(config: Config, measured_maps: Mapping[str, LayerMap] | None = None)
     whatever does not fit together.
     """
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    tokenizer, source = _tokenizer(config)
-    blueprint = make_blueprint(config, mesh, len(tokenizer), measured_maps or {})
+    tokenizer, source = find_tokenizer(config)
+    models = find_models(config, len(tokenizer))
+    blueprint = make_blueprint(config, mesh, models, measured_maps or {})
     for name, teacher in blueprint.teachers.items():
         check_same_ids(tokenizer, teacher.directory, name)
     data = config.data
@@ -160,7 +161,7 @@ def restore_target(run: Run) -> Any:
     return abstract_state(run.blueprint.abstract_state(), run.blueprint.state_shardings())
 
 
-def _tokenizer(config: Config) -> tuple["PreTrainedTokenizerBase", str]:
+def find_tokenizer(config: Config) -> tuple["PreTrainedTokenizerBase", str]:
     """The run's tokenizer and where it came from: named, the student's, or the first teacher's."""
     student = config.student
     if student.tokenizer is not None:

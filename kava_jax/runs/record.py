@@ -20,8 +20,8 @@ from kava_jax.data.dataset import Dataset
 from kava_jax.errors import KavaError
 from kava_jax.models.spec import DecoderSpec
 from kava_jax.runs.prepare import Run
-from kava_jax.training.blueprint import TeacherPart
 from kava_jax.training.manifest import read_manifest, write_atomically
+from kava_jax.training.parts import TeacherPart
 from kava_jax.verdict import verdict
 
 RECORD_NAME = "record.yaml"

@@ -30,7 +30,7 @@ from kava_jax.training.monitor import Monitor
 from kava_jax.training.preemption import listening
 from kava_jax.training.probe import make_probe
 from kava_jax.training.profiling import Profile
-from kava_jax.training.step import TrainState, make_train_step
+from kava_jax.training.step import TrainState
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def train(config: Config, command: Sequence[str]) -> Trained:
                 monitor.note(note)
             state, evaluation = run_steps(
                 start,
-                step=jitted_step(run),
+                step=run.blueprint.jitted_step(),
                 probe=jitted_probe(run) if config.teachers else None,
                 teachers=teachers,
                 stream=dataset.stream,
@@ -128,25 +128,6 @@ def begun(
     return run, run.blueprint.fresh_state(None if fitted is None else place(run, fitted))
 
 
-def jitted_step(run: Run) -> Any:
-    """The train step with its shardings; the old state's memory is reused for the new one."""
-    blueprint = run.blueprint
-    step = make_train_step(
-        blueprint.objective,
-        blueprint.optimizer,
-        kv_weight=blueprint.kv_weight,
-        microbatches=run.config.train.grad_accumulation,
-    )
-    state = blueprint.state_shardings()
-    teachers = {name: teacher.part.shardings for name, teacher in blueprint.teachers.items()}
-    return jax.jit(
-        step,
-        in_shardings=(state, teachers, batch_sharding(run.mesh)),
-        out_shardings=(state, replicated(run.mesh)),
-        donate_argnums=0,
-    )
-
-
 def jitted_probe(run: Run) -> Any:
     """The probe with its shardings; it reads the state and leaves it alone."""
     blueprint, share = run.blueprint, _share(run.config)
@@ -156,10 +137,10 @@ def jitted_probe(run: Run) -> Any:
         share=share.share if share else None,
         microbatches=run.config.train.grad_accumulation,
     )
-    teachers = {name: teacher.part.shardings for name, teacher in blueprint.teachers.items()}
+    teachers, batch = blueprint.teacher_shardings(), batch_sharding(run.mesh)
     return jax.jit(
         probe,
-        in_shardings=(blueprint.state_shardings(), teachers, batch_sharding(run.mesh)),
+        in_shardings=(blueprint.state_shardings(), teachers, batch),
         out_shardings=replicated(run.mesh),
     )
 

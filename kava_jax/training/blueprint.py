@@ -1,18 +1,18 @@
 """Everything about a run that can be known without loading a weight.
 
-A blueprint holds graphs, abstract parameters, shardings, objective and optimizer. Export and
-evaluation need it as much as training does; teachers are loaded, and a state made, from it.
+A blueprint holds graphs, abstract parameters, shardings, objective and optimizer. Export,
+evaluation and planning need it as much as training does; teachers are loaded, and a state made,
+from it.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
@@ -30,10 +30,10 @@ from kava_jax.models.decoder import Decoder, Params
 from kava_jax.models.spec import DecoderSpec
 from kava_jax.parallel.mesh import batch_shards
 from kava_jax.parallel.sharding import (
-    Indivisible,
-    Misfit,
+    activations,
+    batch_sharding,
     matching_shardings,
-    param_shardings,
+    replicated,
 )
 from kava_jax.training.assembly import (
     empty_statistics,
@@ -44,74 +44,56 @@ from kava_jax.training.assembly import (
 )
 from kava_jax.training.comparison import Comparison
 from kava_jax.training.objective import Objective, Statistics, TeacherLink
-from kava_jax.training.step import TrainState, initial_state
+from kava_jax.training.parts import Part, TeacherPart, place_slices
+from kava_jax.training.step import TrainState, initial_state, make_train_step
 
 # Seeds of random teachers lie far from those of student and projector.
 RANDOM_TEACHER = 1000
 
 
-@dataclass(frozen=True)
-class Part:
-    """One module: how to build it, and where its parameters lie."""
+class Found(NamedTuple):
+    """A model's geometry and the directory of its weights (None for random ones)."""
 
-    graph: nnx.GraphDef[Any]
-    build: Any
-    abstract: Any
-    shardings: Params
-    misfits: tuple[Misfit, ...]
-    """Axes that are repeated because the mesh does not divide them."""
-
-    @classmethod
-    def of(cls, build: Any, mesh: Mesh, indivisible: Indivisible = "error") -> "Part":
-        """Trace ``build(rngs)`` without allocating anything."""
-        graph, abstract = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
-        shardings, misfits = param_shardings(abstract, mesh, indivisible)
-        return cls(graph, build, abstract, shardings, tuple(misfits))
-
-    def fresh(self, seed: int) -> Params:
-        """Random parameters, created where they lie: no device ever holds the whole."""
-
-        def init(seed: Array) -> Params:
-            rngs = nnx.Rngs(jax.random.key(seed))
-            return nnx.to_pure_dict(nnx.split(self.build(rngs))[1])
-
-        return jax.jit(init, out_shardings=self.shardings)(jnp.uint32(seed))
-
-
-@dataclass(frozen=True)
-class TeacherPart:
-    """A teacher's module, cut after its last mapped layer, and where its weights are."""
-
-    part: Part
+    directory: Path | None
     spec: DecoderSpec
-    directory: Path
-    link: TeacherLink
-    blocks: int
-    headless: bool
-    dtype: Any
-    seed: int
-    """Of random weights, where the control asks for them."""
 
-    @property
-    def layer_map(self) -> LayerMap:
-        """Which of its layers the student's are compared with."""
-        return self.link.comparison.layer_map
 
-    def load(self) -> Params:
-        """Read the weights that are needed, each straight to its place on the mesh.
+class Models(NamedTuple):
+    """The models of a run; teachers by name."""
 
-        Under the control ``random`` they are drawn instead.
-        """
-        if self.link.control == "random":
-            return self.part.fresh(self.seed)
-        return load_decoder_params(
-            self.directory,
-            self.spec,
-            layers=self.blocks,
-            tail=self.headless,
-            head=not self.headless,
-            param_dtype=self.dtype,
-            put=partial(_put, self.part.shardings),
+    student: Found
+    teachers: dict[str, Found]
+
+
+def find_models(config: Config, vocabulary: int) -> Models:
+    """The config's models on this machine, downloaded where they have to be.
+
+    Args:
+        config: the run.
+        vocabulary: the tokenizer's number of ids: a fresh student's, and the least of any other.
+
+    Raises KavaError for a model that is not to be had or has too few rows.
+    """
+    if config.student.path is not None:
+        directory = resolve_model(config.student.path, config.student.revision)
+        student = Found(directory, read_spec(directory))
+    else:
+        geometry = {"vocab_size": vocabulary} | (config.student.geometry or {})
+        student = Found(None, spec_from_config(geometry, where="student.geometry"))
+    _check_vocabulary("student", student.spec, vocabulary)
+    teachers = {}
+    for index, teacher in enumerate(config.teachers):
+        directory = resolve_model(teacher.path, teacher.revision)
+        teachers[teacher.name] = Found(directory, read_spec(directory))
+        _check_vocabulary(f"teachers.{index}", teachers[teacher.name].spec, vocabulary)
+    return Models(student, teachers)
+
+
+def _check_vocabulary(who: str, spec: DecoderSpec, vocabulary: int) -> None:
+    if vocabulary > spec.vocab_size:
+        raise KavaError(
+            f"{who} has vocab_size={spec.vocab_size} rows and the tokenizer {vocabulary} ids; use "
+            f"the tokenizer that belongs to the model (student.tokenizer=...)"
         )
 
 
@@ -168,7 +150,7 @@ class Blueprint:
     def load_student(self) -> Params:
         """The student's starting weights, in float32."""
         assert self.student_dir is not None
-        put = partial(_put, self.student.shardings)
+        put = partial(place_slices, self.student.shardings)
         return load_decoder_params(self.student_dir, self.student_spec, put=put)
 
     def abstract_state(self) -> TrainState:
@@ -182,8 +164,34 @@ class Blueprint:
 
         return jax.eval_shape(build)
 
+    def abstract_teachers(self) -> dict[str, Params]:
+        """Shapes and dtypes of the teachers' weights."""
+        return {
+            name: nnx.to_pure_dict(teacher.part.abstract) for name, teacher in self.teachers.items()
+        }
+
     def _state_of(self, params: dict[str, Params], seed: Array) -> TrainState:
         return initial_state(params, self.optimizer, self.empty_statistics(), seed)
+
+    def jitted_step(self) -> Any:
+        """The train step with its shardings; the old state's memory is reused for the new one."""
+        step = make_train_step(
+            self.objective,
+            self.optimizer,
+            kv_weight=self.kv_weight,
+            microbatches=self.config.train.grad_accumulation,
+        )
+        state = self.state_shardings()
+        return jax.jit(
+            step,
+            in_shardings=(state, self.teacher_shardings(), batch_sharding(self.mesh)),
+            out_shardings=(state, replicated(self.mesh)),
+            donate_argnums=0,
+        )
+
+    def teacher_shardings(self) -> dict[str, Params]:
+        """Where every parameter of every teacher lies."""
+        return {name: teacher.part.shardings for name, teacher in self.teachers.items()}
 
     def empty_statistics(self) -> Statistics:
         """Those of a run that has not taken a step."""
@@ -197,14 +205,14 @@ class Blueprint:
 
 
 def make_blueprint(
-    config: Config, mesh: Mesh, vocabulary: int, measured_maps: Mapping[str, LayerMap]
+    config: Config, mesh: Mesh, models: Models, measured_maps: Mapping[str, LayerMap]
 ) -> Blueprint:
-    """Resolve models, geometry and layer maps.
+    """Resolve geometry and layer maps.
 
     Args:
         config: the run.
         mesh: its devices.
-        vocabulary: the tokenizer's number of ids.
+        models: what :func:`find_models` found.
         measured_maps: by teacher, the layer maps that a calibration found.
 
     Raises KavaError for whatever does not fit together.
@@ -216,14 +224,18 @@ def make_blueprint(
             f"data-parallel devices times train.grad_accumulation={config.train.grad_accumulation};"
             f" use a multiple of {shards} or lower mesh.data"
         )
-    student_dir, student_spec = _student(config, vocabulary)
+    student_dir, student_spec = models.student
     dtype = _dtype(config.student.dtype)
-    build = partial(_build_decoder, student_spec, dtype=dtype, remat=config.student.remat)
+    build = partial(
+        _build_decoder,
+        student_spec,
+        dtype=dtype,
+        remat=config.student.remat,
+        activations=activations(mesh),
+    )
     student = Part.of(build, mesh, config.mesh.indivisible)
     teachers = {
-        teacher.name: _teacher(
-            index, teacher, student_spec, config, mesh, vocabulary, measured_maps
-        )
+        teacher.name: _teacher(index, teacher, models, config, mesh, measured_maps)
         for index, teacher in enumerate(config.teachers)
     }
     _check_frame(config, student_spec, teachers)
@@ -255,42 +267,21 @@ def make_blueprint(
     )
 
 
-def _student(config: Config, vocabulary: int) -> tuple[Path | None, DecoderSpec]:
-    """Directory (None for a fresh student) and geometry."""
-    if config.student.path is not None:
-        directory = resolve_model(config.student.path, config.student.revision)
-        spec = read_spec(directory)
-    else:
-        directory = None
-        geometry = {"vocab_size": vocabulary} | (config.student.geometry or {})
-        spec = spec_from_config(geometry, where="student.geometry")
-    _check_vocabulary("student", spec, vocabulary)
-    return directory, spec
-
-
-def _check_vocabulary(who: str, spec: DecoderSpec, vocabulary: int) -> None:
-    if vocabulary > spec.vocab_size:
-        raise KavaError(
-            f"{who} has vocab_size={spec.vocab_size} rows and the tokenizer {vocabulary} ids; use "
-            f"the tokenizer that belongs to the model (student.tokenizer=...)"
-        )
-
-
 def _teacher(
     index: int,
     teacher: TeacherConfig,
-    student: DecoderSpec,
+    models: Models,
     config: Config,
     mesh: Mesh,
-    vocabulary: int,
     measured_maps: Mapping[str, LayerMap],
 ) -> TeacherPart:
-    field = f"teachers.{index}"
-    directory = resolve_model(teacher.path, teacher.revision)
-    spec = read_spec(directory)
-    _check_vocabulary(field, spec, vocabulary)
+    directory, spec = models.teachers[teacher.name]
+    assert directory is not None  # a teacher is never fresh
     layer_map = measured_maps.get(teacher.name) or make_layer_map(
-        teacher.layer_map, spec.num_layers, student.num_layers, field=f"{field}.layer_map"
+        teacher.layer_map,
+        spec.num_layers,
+        models.student.spec.num_layers,
+        field=f"teachers.{index}.layer_map",
     )
     # Logits need every layer and the head; the caches alone only the layers up to the last mapped.
     headless = config.loss.kl_weight == 0
@@ -304,6 +295,7 @@ def _teacher(
         head=not headless,
         param_dtype=dtype,
         dtype=dtype,
+        activations=activations(mesh),
     )
     part = Part.of(build, mesh, config.mesh.indivisible)
     comparison = Comparison(
@@ -387,11 +379,3 @@ def _build_gate(width: int, teachers: int, rngs: nnx.Rngs) -> Gate:
 
 def _initial(part: Part | None) -> Params:
     return {} if part is None else nnx.to_pure_dict(nnx.split(part.build(nnx.Rngs(0)))[1])
-
-
-def _put(shardings: Params, path: str, shape: tuple[int, ...], dtype: np.dtype, read: Any) -> Any:
-    """Place one parameter: every device's slice is read from disk by itself."""
-    sharding: Any = shardings
-    for name in path.split("/"):
-        sharding = sharding[name]
-    return jax.make_array_from_callback(shape, sharding, read, dtype=dtype)

@@ -1,0 +1,163 @@
+"""Commands about one run: before it, the run itself, and what comes of it."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kava_jax.cli.app import Json, Overrides, app, command, first_process, print_values, say
+from kava_jax.errors import KavaError
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="YAML file; see configs/.")],
+    overrides: Overrides = None,
+    smoke: Annotated[
+        bool,
+        typer.Option("--smoke", help="A few steps with tiny random models, same heads."),
+    ] = False,
+) -> None:
+    """Train one run, or continue it if its directory holds a checkpoint of the same config.
+
+    Example: kava train configs/demo.yaml train.steps=200 run.dir=runs/short
+    """
+    from kava_jax.config_file import load_config
+    from kava_jax.runs.train import train as train_run
+
+    loaded = load_config(config, overrides or [])
+    if smoke:
+        from kava_jax.runs.smoke import smoke_config
+
+        loaded = smoke_config(loaded)
+    trained = train_run(loaded, command())
+    if first_process():
+        say(f"run directory: {trained.run.directory}")
+
+
+@app.command()
+def explain(
+    config: Annotated[Path, typer.Argument(help="YAML file; see configs/.")],
+    overrides: Overrides = None,
+) -> None:
+    """Say in words what a config will do: what is compared, in which frame, what learns.
+
+    Example: kava explain configs/qwen2.5_14b_to_1.5b_gsm8k.yaml recipe=original
+    """
+    from kava_jax.config_file import load_config
+    from kava_jax.runs.explain import explain as explain_config
+
+    print(explain_config(load_config(config, overrides or [])))
+
+
+@app.command()
+def plan(
+    config: Annotated[Path, typer.Argument(help="YAML file; see configs/.")],
+    overrides: Overrides = None,
+    mesh: Annotated[
+        str | None, typer.Option(help="data=..,fsdp=..,tensor=..; the config's when absent.")
+    ] = None,
+    devices: Annotated[int, typer.Option(min=1, help="How many there are to be.")] = 1,
+    chip: Annotated[str, typer.Option(help="v5e, v5p, v6e, a100, h100, h200 or b200.")] = "h100",
+    hbm: Annotated[
+        float | None, typer.Option(min=0.1, help="GB of one device; the chip's when absent.")
+    ] = None,
+    every_mesh: Annotated[
+        bool, typer.Option("--search", help="Rank all meshes of so many devices that fit.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Say whether a run will fit and what a step will cost, without weights or devices.
+
+    Example: kava plan configs/qwen2.5_14b_to_1.5b_gsm8k.yaml --devices 8 --mesh fsdp=8 --chip h100
+    """
+    from kava_jax.config_file import load_config
+    from kava_jax.plan.chips import find_chip
+    from kava_jax.plan.planning import make_plan, search, virtual_devices
+    from kava_jax.plan.show import render, render_search
+
+    found = find_chip(chip)
+    memory = found.memory if hbm is None else 1e9 * hbm
+    sizes = [f"mesh.{part.strip()}" for part in mesh.split(",")] if mesh else []
+    loaded = load_config(config, [*(overrides or []), *sizes])
+    virtual_devices(devices)
+    if every_mesh:
+        plans = search(loaded, found, memory, say)
+        print(
+            json.dumps([one.as_dict() for one in plans], indent=2)
+            if as_json
+            else render_search(plans)
+        )
+        return
+    one = make_plan(loaded, found, memory)
+    print(json.dumps(one.as_dict(), indent=2) if as_json else render(one))
+
+
+@app.command()
+def calibrate(
+    config: Annotated[Path, typer.Argument(help="YAML file; see configs/.")],
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Fit projector and layer map in closed form, before training; kava train does so by itself.
+
+    Example: kava calibrate configs/tinystories_260k.yaml recipe=calibrated student.path=DIR
+    """
+    from kava_jax.config_file import load_config
+    from kava_jax.runs.calibrate import calibrate as calibrate_run
+    from kava_jax.runs.calibrate import describe
+
+    loaded = load_config(config, overrides or [])
+    found = calibrate_run(loaded)
+    if not first_process():
+        return
+    if as_json:
+        print(json.dumps(found.report, indent=2))
+    else:
+        print(describe(found))
+    say(f"written to {loaded.run.directory / 'calibration'}")
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Run directory, Hugging Face directory or hub id.")],
+    data: Annotated[str, typer.Option(help="JSONL, parquet or text file, hub id or builtin:...")],
+    checkpoint: Annotated[str, typer.Option(help="Of a run: last, best or a step.")] = "last",
+    rows: Annotated[int | None, typer.Option(min=1, help="Only the first so many rows.")] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="data.field=value or eval.field=value.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Held-out loss and exact match; for a run also its alignment with the teachers.
+
+    Example: kava eval runs/demo --data builtin:word_problems --json
+    """
+    from kava_jax.runs.assess import assess
+
+    values = assess(model, data, checkpoint=checkpoint, rows=rows, overrides=overrides or [])
+    if first_process():
+        print_values(values, as_json)
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Run directory.")],
+    out: Annotated[Path, typer.Option(help="Hugging Face directory to write.")],
+    checkpoint: Annotated[str, typer.Option(help="last, best or a step.")] = "last",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+) -> None:
+    """Write the student as a plain Hugging Face directory.
+
+    Example: kava export runs/demo --out exported/demo --checkpoint best --dtype bfloat16
+    """
+    from kava_jax.runs.export import export as export_run
+    from kava_jax.runs.prepare import reopen, restore
+
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise KavaError(f"--dtype={dtype!r} is unknown; use auto, float32, bfloat16 or float16")
+    opened = reopen(run)
+    export_run(opened, restore(opened, checkpoint), out, dtype)  # pyright: ignore[reportArgumentType]  (checked above)
+    if first_process():
+        say(f"exported to {out}")

@@ -1,0 +1,158 @@
+"""Commands about many runs, and about kava_jax itself."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kava_jax.cli.app import Json, Overrides, app, command, print_values, say
+from kava_jax.errors import KavaError
+
+
+@app.command()
+def ablate(
+    grid: Annotated[Path, typer.Argument(help="YAML file of a grid; see configs/grids/.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Directory of its runs; runs/<name> when absent."),
+    ] = None,
+    jobs: Annotated[
+        int, typer.Option(help="Runs at the same time, each with its share of the CPU cores.")
+    ] = 1,
+    overrides: Overrides = None,
+) -> None:
+    """Run an experiment grid, arms times seeds; finished runs are not repeated.
+
+    Example: kava ablate configs/grids/scratch.yaml --jobs 2
+    """
+    from kava_jax.experiments.ablation import Ablation, Progress
+    from kava_jax.experiments.grid import load_grid
+
+    loaded, base = load_grid(grid, overrides or [])
+
+    def tell(progress: Progress) -> None:
+        job = progress.job
+        say(f"{progress.done}/{progress.of}  {job.arm} seed {job.seed}: {progress.word}")
+
+    where = out or Path("runs") / loaded.name
+    failed = Ablation(loaded, base, where).run(jobs, tell)
+    say(f"results: {where}/*.json; now: kava report {where}")
+    if failed:
+        names = ", ".join(f"{job.arm} (seed {job.seed})" for job in failed)
+        say(f"failed: {names}; their words are in {where}/logs")
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    directory: Annotated[
+        Path, typer.Argument(help="Directory of a run, or of a grid; it may still be running.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option(help="HTML file; report.html in the directory when absent.")
+    ] = None,
+    samples: Annotated[
+        int | None,
+        typer.Option(help="Of a run: let student (before, after) and teachers answer so many."),
+    ] = None,
+) -> None:
+    """Write one HTML file about a run (verdict, curves, layers) or a grid (arms compared).
+
+    Example: kava report runs/demo/distilled --samples 3
+    """
+    from kava_jax.experiments.ablation import GRID_NAME
+    from kava_jax.experiments.grid_report import write_grid_report
+    from kava_jax.experiments.report import write_report
+    from kava_jax.runs.samples import answer_all
+
+    if (directory / GRID_NAME).is_file():
+        if samples is not None:
+            raise KavaError(
+                f"samples={samples}: {directory} is a grid, whose records hold answers already; "
+                f"leave --samples out"
+            )
+        written = write_grid_report(directory, out)
+    else:
+        answered = [] if samples is None else answer_all(directory, samples)
+        written = write_report(directory, out, answered)
+    say(f"report: {written}")
+
+
+@app.command()
+def verify(as_json: Json = False) -> None:
+    """Check the three verification tables of the original method, row by row.
+
+    Example: kava verify --json
+    """
+    from kava_jax.experiments.verify import render, run_verification
+
+    verification = run_verification()
+    if as_json:
+        print(json.dumps(verification.as_dict(), indent=2))
+    else:
+        from rich.console import Console
+
+        Console().print(render(verification))
+    if not verification.holds:
+        raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    name: Annotated[str, typer.Argument(help="What to measure: diagnostics or arms.")],
+    config: Annotated[
+        Path | None,
+        typer.Option(help="YAML file; when absent, the demo's, and for arms grids/scratch.yaml."),
+    ] = None,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Measure speed: warmed up, in alternating rounds, with medians and spread.
+
+    diagnostics: what looking at gradients and layers costs beside the step. arms: the step of every
+    arm of a grid.
+
+    Example: kava bench diagnostics --json
+    """
+    from kava_jax.bench import bench_arms, bench_diagnostics
+    from kava_jax.config_file import load_config, shipped_config
+    from kava_jax.experiments.grid import load_grid
+
+    if name == "diagnostics":
+        path = config or shipped_config("demo.yaml")
+        found = bench_diagnostics(load_config(path, overrides or []))
+        seconds = {key: found[key]["median"] for key in ("step_seconds", "probe_seconds")}
+        values = seconds | {"share_of_step": found["share_of_step"]}
+    elif name == "arms":
+        path = config or shipped_config("grids/scratch.yaml")
+        found = bench_arms(*load_grid(path, overrides or []))
+        values = found["relative"]
+    else:
+        raise KavaError(f"name={name!r} is not a benchmark; use diagnostics or arms")
+    if as_json:
+        print(json.dumps(found, indent=2))
+    else:
+        print_values(values, as_json=False)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Directory for the runs, pictures and export.")] = Path(
+        "runs/demo"
+    ),
+    as_json: Json = False,
+) -> None:
+    """Distil the built-in teacher into a small student and compare; no download, under 5 minutes.
+
+    Example: kava demo --out runs/demo
+    """
+    from kava_jax.demo import render, run_demo
+
+    result = run_demo(out, command())
+    if as_json:
+        print(json.dumps(result.as_dict(), indent=2))
+    else:
+        from rich.console import Console
+
+        Console().print(render(result))

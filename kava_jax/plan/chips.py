@@ -1,0 +1,65 @@
+"""Chips that a run can be planned for: what their makers say they do."""
+
+from typing import NamedTuple
+
+from kava_jax.errors import KavaError
+
+
+class Chip(NamedTuple):
+    """Peak figures of one device; bandwidths in bytes a second, one way."""
+
+    name: str
+    flops: float
+    """Dense bfloat16, a second."""
+    memory: float
+    """Bytes of device memory, in the maker's decimal gigabytes."""
+    memory_bandwidth: float
+    link: float
+    """Of one device to its ring neighbours: NVLink one way; ICI both directions of one axis."""
+    domain: int
+    """Devices that the fast links join: a host of GPUs, a TPU slice."""
+    network: float
+    """Of one device beyond the domain: 400 Gb/s (A100: 200) a GPU; the data-centre network."""
+    topology: str | None
+    """Name of the TPU's topologies for the ahead-of-time compiler."""
+    source: str
+
+
+_SCALING_BOOK = "jax-ml.github.io/scaling-book/tpus"
+
+CHIPS = {
+    chip.name: chip
+    for chip in (
+        Chip("v5e", 197e12, 16e9, 819e9, 90e9, 256, 3.1e9, "v5e", _SCALING_BOOK),
+        Chip("v5p", 459e12, 95e9, 2765e9, 180e9, 8960, 6.2e9, "v5p", _SCALING_BOOK),
+        Chip("v6e", 918e12, 32e9, 1640e9, 180e9, 256, 12.5e9, "v6e", _SCALING_BOOK),
+        Chip("a100", 312e12, 80e9, 2039e9, 300e9, 8, 25e9, None, "NVIDIA A100 80GB SXM data sheet"),
+        Chip("h100", 989e12, 80e9, 3350e9, 450e9, 8, 50e9, None, "NVIDIA H100 SXM data sheet"),
+        Chip("h200", 989e12, 141e9, 4800e9, 450e9, 8, 50e9, None, "NVIDIA H200 SXM data sheet"),
+        Chip("b200", 2250e12, 180e9, 8000e9, 900e9, 8, 50e9, None, "NVIDIA HGX B200 data sheet"),
+    )
+}
+
+
+def find_chip(name: str) -> Chip:
+    """The chip of that name, in whatever case; raises KavaError for an unknown one."""
+    if name.lower() not in CHIPS:
+        raise KavaError(f"--chip={name!r} is unknown; use one of {', '.join(CHIPS)}")
+    return CHIPS[name.lower()]
+
+
+def topology_name(chip: Chip, devices: int) -> str | None:
+    """The smallest torus of so many TPU chips, as the compiler calls it; None if there is none.
+
+    Slices of v5e and v6e are rectangles of at most 16 x 16 chips, those of v5p boxes.
+    """
+    shapes = {
+        2: {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16"}
+        | {256: "16x16"},
+        3: {1: "1x1x1", 4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4"}
+        | {128: "4x4x8", 256: "4x8x8", 512: "8x8x8", 1024: "8x8x16", 2048: "8x16x16"},
+    }
+    if chip.topology is None:
+        return None
+    shape = shapes[3 if chip.name == "v5p" else 2].get(devices)
+    return f"{chip.topology}:{shape}" if shape else None

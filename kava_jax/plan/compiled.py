@@ -1,0 +1,161 @@
+"""The real train step, compiled with shapes in place of weights."""
+
+import os
+import re
+import tempfile
+from collections.abc import Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
+
+from kava_jax.data.batches import abstract_batch
+from kava_jax.parallel.sharding import batch_sharding
+from kava_jax.plan.chips import Chip, topology_name
+from kava_jax.plan.program import Work, work_of
+from kava_jax.training.blueprint import Blueprint
+
+# Only memory and messages are asked for: no machine code has to be good.
+_QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+_PASS = "spmd-partitioning"
+
+
+class Memory(NamedTuple):
+    """Bytes of one device, as the compiler lays them out."""
+
+    arguments: int
+    """State, teachers and batch."""
+    results: int
+    """What is not written in the arguments' place."""
+    temporaries: int
+    """Gradients, activations, gathered weights."""
+
+    @property
+    def peak(self) -> int:
+        """All of it at once."""
+        return sum(self)
+
+
+class Compiled(NamedTuple):
+    """One device's share of a step."""
+
+    work: Work
+    memory: Memory
+
+
+def compile_step(blueprint: Blueprint, rows: int, length: int) -> Compiled:
+    """The step for the blueprint's mesh of (virtual) CPU devices."""
+    lowered = _lowered(blueprint, rows, length)
+    if blueprint.mesh.size == 1:  # nothing to partition
+        return Compiled(work_of(lowered.as_text("hlo")), _memory(lowered.compile(_QUICK)))
+    text, compiled = partitioned(lowered)
+    return Compiled(work_of(text), _memory(compiled))
+
+
+def partitioned(lowered: Any) -> tuple[str, Any]:
+    """One device's program as the partitioner left it, and the compiled one."""
+    with tempfile.TemporaryDirectory() as folder, _uncached():
+        dump = {"xla_dump_to": folder, "xla_dump_hlo_pass_re": _PASS}
+        compiled = lowered.compile(_QUICK | dump)
+        (text,) = Path(folder).glob(f"*after_{_PASS}*")
+        return text.read_text(encoding="utf-8"), compiled
+
+
+def compiled_memory(blueprint: Blueprint, rows: int, length: int) -> Memory:
+    """The memory of the step for the blueprint's mesh of (virtual) CPU devices."""
+    return _memory(_lowered(blueprint, rows, length).compile(_QUICK))
+
+
+def compile_for_tpu(blueprint: Blueprint, rows: int, length: int) -> int:
+    """Bytes of temporaries that the TPU's own compiler needs, whether the chip has them or not.
+
+    ``blueprint.mesh`` is one of ``tpu_devices``.
+    """
+    lowered = _lowered(blueprint, rows, length)
+    try:
+        return _memory(lowered.compile()).temporaries
+    except jax.errors.JaxRuntimeError as error:
+        # "HLO temporaries" it says, and counts the arguments too.
+        used = re.search(r"\(([\d.]+)([KMGT])\) exceeds available", str(error))
+        if used is None:
+            raise
+        total = int(float(used[1]) * 1024 ** (1 + "KMGT".index(used[2])))
+        return total - sum(held(blueprint, rows, length).values())
+
+
+def tpu_devices(chip: Chip, devices: int) -> list[Any] | None:
+    """Descriptions of so many TPU chips; None where there is no such slice or no compiler."""
+    name = topology_name(chip, devices)
+    if name is None or not _has_libtpu():
+        return None
+    from jax.experimental import topologies
+
+    # There is no TPU here, and nobody to ask about one.
+    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
+    os.environ |= {"TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3"}
+    return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+
+
+def bytes_of_device(tree: Any, shardings: Any) -> int:
+    """Bytes that one device holds of abstract arrays that lie as the shardings say."""
+    sizes = jax.tree.map(
+        lambda leaf, sharding: (
+            int(np.prod(sharding.shard_shape(leaf.shape), dtype=np.int64)) * leaf.dtype.itemsize
+        ),
+        tree,
+        shardings,
+    )
+    return sum(jax.tree.leaves(sizes))
+
+
+def held(blueprint: Blueprint, rows: int, length: int) -> Mapping[str, int]:
+    """Bytes that one device holds between steps, by what they are; exact, nothing is compiled."""
+    state, places = blueprint.abstract_state(), blueprint.state_shardings()
+    rest = {"params": {}, "opt_state": ()}
+    batch = abstract_batch(rows, length)
+    of_batch = jax.tree.map(lambda _: batch_sharding(blueprint.mesh), batch)
+    helpers = ("projector", "router")
+    return {
+        "teachers": bytes_of_device(blueprint.abstract_teachers(), blueprint.teacher_shardings()),
+        "student": bytes_of_device(state.params["student"], places.params["student"]),
+        "projector": sum(
+            bytes_of_device(state.params[name], places.params[name]) for name in helpers
+        ),
+        "optimizer": bytes_of_device(state.opt_state, places.opt_state),
+        "statistics": bytes_of_device(state._replace(**rest), places._replace(**rest)),
+        "batch": bytes_of_device(batch, of_batch),
+    }
+
+
+def _lowered(blueprint: Blueprint, rows: int, length: int) -> Any:
+    return blueprint.jitted_step().lower(
+        blueprint.abstract_state(), blueprint.abstract_teachers(), abstract_batch(rows, length)
+    )
+
+
+def _memory(compiled: Any) -> Memory:
+    found = compiled.memory_analysis()
+    results = found.output_size_in_bytes - found.alias_size_in_bytes
+    return Memory(found.argument_size_in_bytes, results, found.temp_size_in_bytes)
+
+
+@contextmanager
+def _uncached() -> Any:
+    """A program that comes out of the cache leaves no text behind."""
+    before = jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # else the switch is not looked at again
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
+
+
+def _has_libtpu() -> bool:
+    from importlib.util import find_spec
+
+    return find_spec("libtpu") is not None

@@ -1,0 +1,86 @@
+"""The fewest operations that a training step of this kind can do: what its speed is measured by.
+
+Model FLOPs in the usual sense: two for every weight of a matrix product and token, three times that
+where there is a backward pass, attention over the causal half, and nothing for recomputation.
+"""
+
+import math
+from typing import NamedTuple
+
+from flax import nnx
+
+from kava_jax.models.spec import DecoderSpec
+from kava_jax.training.blueprint import Blueprint
+
+
+class Floor(NamedTuple):
+    """FLOPs of one step over all devices."""
+
+    teachers: float
+    student: float
+    """Without its LM head."""
+    heads: float
+    """Of the student, and of teachers whose logits are asked for."""
+    projector: float
+
+    @property
+    def total(self) -> float:
+        """Everything."""
+        return sum(self)
+
+
+def step_floor(blueprint: Blueprint, rows: int, length: int, targets: int) -> Floor:
+    """FLOPs of one step over ``rows x length`` tokens, ``targets`` of which are predicted.
+
+    A teacher costs one forward pass up to its last mapped layer, of which only keys and values are
+    projected; the student three times its forward pass; LM heads run at predicted positions alone:
+    ``2 * rows * length * (weights + heads * head_dim * (length + 1))`` per layer and pass. The
+    projector's weights meet every mapped layer's tokens; its input needs a gradient only when it
+    maps the student.
+    """
+    tokens = rows * length
+    teachers, heads = 0.0, 3 * 2.0 * _head(blueprint.student_spec) * targets
+    for teacher in blueprint.teachers.values():
+        teachers += tokens * teacher.blocks * layer_flops(teacher.spec, length)
+        if teacher.headless:
+            teachers += 2.0 * tokens * _keys_values(teacher.spec)
+        else:
+            heads += 2.0 * _head(teacher.spec) * targets
+    student = 3 * tokens * blueprint.student_spec.num_layers
+    student *= layer_flops(blueprint.student_spec, length)
+    return Floor(teachers, student, heads, _projector(blueprint, tokens))
+
+
+def layer_flops(spec: DecoderSpec, length: int) -> float:
+    """Forward FLOPs of one decoder layer for one token of ``length``, on average over positions."""
+    width, queries = spec.hidden_size, spec.num_heads * spec.head_dim
+    weights = 2 * width * queries + _keys_values(spec) + 3 * width * spec.intermediate_size
+    # Scores and weighted sum, 2 FLOPs each per query entry and attended token: (length + 1) / 2.
+    return 2.0 * weights + 4.0 * queries * (length + 1) / 2
+
+
+def _keys_values(spec: DecoderSpec) -> int:
+    return 2 * spec.hidden_size * spec.kv_width
+
+
+def _head(spec: DecoderSpec) -> int:
+    return spec.hidden_size * spec.vocab_size
+
+
+def _projector(blueprint: Blueprint, tokens: int) -> float:
+    if blueprint.projector is None:
+        return 0.0
+    settings = blueprint.config.projector
+    total = 0.0
+    for name, pair in blueprint.projector.abstract["pairs"].items():
+        layers = len(blueprint.teachers[name].layer_map)
+        kernels = [
+            math.prod(variable.get_value().shape)
+            for path, variable in nnx.to_flat_state(pair)
+            if "kernel" in str(path[-1])
+        ]
+        # With weights of its own, a layer's tokens meet only those.
+        repeats = 1 if settings.per_layer else layers
+        total += 2.0 * tokens * sum(kernels) * repeats
+    passes = 1 + (settings.training != "frozen")
+    return total * (passes + (settings.direction == "student_to_teacher"))

@@ -1,0 +1,255 @@
+"""Will it fit, and what will it cost: one mesh planned, or every mesh that fits ranked."""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import jax
+
+from kava_jax.config import Config
+from kava_jax.config_file import dump_config, parse_config
+from kava_jax.errors import KavaError
+from kava_jax.parallel.mesh import AXES, batch_shards, make_mesh
+from kava_jax.plan.chips import Chip
+from kava_jax.plan.compiled import (
+    compile_for_tpu,
+    compile_step,
+    compiled_memory,
+    held,
+    tpu_devices,
+)
+from kava_jax.plan.floor import step_floor
+from kava_jax.plan.roofline import Roofline, roofline
+from kava_jax.runs.calibrate import unmeasured
+from kava_jax.runs.geometry import models_without_weights
+from kava_jax.training.blueprint import Blueprint, make_blueprint
+
+# The compiler for CPUs widens bfloat16 and keeps wide copies of whole models, so temporaries are
+# those of a program that is float32 throughout: an accelerator's are at most that, and about this
+# part of it where all could be bfloat16. docs/results/plan_memory.json has them side by side.
+NARROWEST = 0.45
+
+
+class Range(NamedTuple):
+    """Bytes, at least and at most; equal when exact."""
+
+    least: float
+    most: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One mesh. Bytes, FLOPs and messages are those of one device; times are seconds."""
+
+    name: str
+    mesh: Mapping[str, int]
+    chip: str
+    hbm: float
+    rows: int
+    length: int
+    held: Mapping[str, int]
+    estimated: Range
+    """Temporaries by the compiler for CPUs."""
+    temporaries: Range
+    """As estimated, or exactly where ``exact``."""
+    peak: Range
+    exact: bool
+    """Whether the device's own compiler laid the memory out."""
+    largest_batch: tuple[int, int]
+    """Rows of the whole batch that fit, surely and at best."""
+    flops: float
+    floor: float
+    """The fewest FLOPs that such a step can do, all devices together."""
+    messages: Mapping[str, float]
+    time: Roofline
+
+    @property
+    def devices(self) -> int:
+        """How many there are."""
+        size = 1
+        for axis in self.mesh.values():
+            size *= axis
+        return size
+
+    @property
+    def verdict(self) -> str:
+        """``fits``, ``may fit`` or ``does not fit``."""
+        if self.peak.most <= self.hbm:
+            return "fits"
+        return "may fit" if self.peak.least <= self.hbm else "does not fit"
+
+    @property
+    def tokens_per_second(self) -> Range:
+        """All devices together, padding included."""
+        tokens = self.rows * self.length
+        return Range(tokens / self.time.most, tokens / self.time.least)
+
+    def as_dict(self) -> dict[str, Any]:
+        """As JSON holds it."""
+        return asdict(self) | {
+            "estimated": self.estimated._asdict(),
+            "temporaries": self.temporaries._asdict(),
+            "peak": self.peak._asdict(),
+            "time": self.time._asdict() | {"least": self.time.least, "most": self.time.most},
+            "devices": self.devices,
+            "verdict": self.verdict,
+            "flops_over_floor": self.flops * self.devices / self.floor,
+            "tokens_per_second": self.tokens_per_second._asdict(),
+        }
+
+
+def virtual_devices(count: int) -> None:
+    """Make this process see so many CPU devices; has to come before JAX is used for anything.
+
+    Raises KavaError when it came too late.
+    """
+    try:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", count)
+    except RuntimeError:  # devices are counted once
+        if jax.device_count() != count:
+            raise KavaError(
+                f"--devices={count}: this process already sees {jax.device_count()} devices; plan "
+                f"in a new one"
+            ) from None
+
+
+def make_plan(config: Config, chip: Chip, hbm: float) -> Plan:
+    """The plan for the config's mesh over all (virtual) devices of this process.
+
+    ``hbm`` is the memory of one device in bytes. Raises KavaError for whatever does not fit
+    together.
+    """
+    config = _as_on(chip, config)
+    blueprint = _blueprint(config)
+    return _plan(blueprint, chip, hbm, _own_compiler(config, chip))
+
+
+def search(config: Config, chip: Chip, hbm: float, say: Callable[[str], None]) -> list[Plan]:
+    """Plans of every mesh over this process's devices that fits or may fit, the fastest first.
+
+    Raises KavaError when there is none.
+    """
+    found = []
+    for mesh in _meshes(jax.device_count()):
+        config_there = _as_on(chip, config).model_copy(
+            update={"mesh": config.mesh.model_copy(update=mesh)}
+        )
+        written = ", ".join(f"{axis}={size}" for axis, size in mesh.items())
+        try:
+            blueprint = _blueprint(config_there)
+        except KavaError:  # something is not divisible
+            continue
+        rows, length = config.data.batch_size, config.data.max_length
+        if sum(held(blueprint, rows, length).values()) > hbm:
+            say(f"{written}: weights and moments alone are too many")
+            continue
+        plan = _plan(blueprint, chip, hbm)
+        say(f"{written}: {plan.verdict}")
+        if plan.verdict != "does not fit":
+            found.append(plan)
+    if not found:
+        raise KavaError(
+            f"--devices={jax.device_count()}: no mesh of so many devices with {hbm / 1e9:g} GB fits"
+            f" data.batch_size={config.data.batch_size}; use more devices, a smaller batch, "
+            f"train.grad_accumulation or student.remat=full"
+        )
+    return sorted(found, key=lambda plan: plan.time.most)
+
+
+def _plan(blueprint: Blueprint, chip: Chip, hbm: float, own: int | None = None) -> Plan:
+    """``own``: bytes of temporaries as the chip's own compiler has them, where it was asked."""
+    config = blueprint.config
+    rows, length = config.data.batch_size, config.data.max_length
+    program, wide = compile_step(blueprint, rows, length), _Wide.of(config)
+    fixed = program.memory.arguments + program.memory.results
+    temporaries = wide.range if own is None else Range(float(own), float(own))
+    return Plan(
+        name=config.run.name,
+        mesh=dict(blueprint.mesh.shape),
+        chip=chip.name,
+        hbm=hbm,
+        rows=rows,
+        length=length,
+        held=held(blueprint, rows, length),
+        estimated=wide.range,
+        temporaries=temporaries,
+        peak=Range(fixed + temporaries.least, fixed + temporaries.most),
+        exact=own is not None,
+        largest_batch=wide.largest_batch(hbm - fixed),
+        flops=program.work.flops,
+        floor=step_floor(blueprint, rows, length, rows * (length - 1)).total,
+        messages=program.work.bytes_by_kind(),
+        time=roofline(program, temporaries.most, chip),
+    )
+
+
+class _Wide(NamedTuple):
+    """Temporaries of the same run in float32 throughout, a line through two sizes of batch."""
+
+    rows: int
+    temporaries: int
+    of_row: float
+    unit: int
+    """Batches are multiples of so many rows."""
+
+    @classmethod
+    def of(cls, config: Config) -> "_Wide":
+        raw = dump_config(config)
+        for model in (raw["student"], *raw["teachers"]):
+            model["dtype"] = "float32"
+        blueprint = _blueprint(parse_config(raw))
+        rows, length = config.data.batch_size, config.data.max_length
+        unit = batch_shards(blueprint.mesh) * config.train.grad_accumulation
+        other = unit if rows != unit else 2 * unit
+        here, there = (compiled_memory(blueprint, size, length) for size in (rows, other))
+        of_row = (here.temporaries - there.temporaries) / (rows - other)
+        return cls(rows, here.temporaries, of_row, unit)
+
+    @property
+    def range(self) -> Range:
+        return Range(NARROWEST * self.temporaries, float(self.temporaries))
+
+    def largest_batch(self, room: float) -> tuple[int, int]:
+        """Rows whose temporaries have room, surely and at best."""
+
+        def most(share: float) -> int:
+            at_zero = self.temporaries - self.of_row * self.rows
+            rows = int((room - share * at_zero) / (share * self.of_row))
+            return max(0, rows // self.unit * self.unit)
+
+        return most(1.0), most(NARROWEST)
+
+
+def _own_compiler(config: Config, chip: Chip) -> int | None:
+    """Temporaries as the chip's own compiler has them, where it can be asked."""
+    devices = tpu_devices(chip, jax.device_count())
+    if devices is None:
+        return None
+    rows, length = config.data.batch_size, config.data.max_length
+    return compile_for_tpu(_blueprint(config, devices), rows, length)
+
+
+def _blueprint(config: Config, devices: list[Any] | None = None) -> Blueprint:
+    sizes = config.mesh
+    mesh = make_mesh(sizes.data, sizes.fsdp, sizes.tensor, devices)
+    return make_blueprint(config, mesh, models_without_weights(config), {})
+
+
+def _as_on(chip: Chip, config: Config) -> Config:
+    """The config as it runs there: ``auto`` is bfloat16, and nothing is left to measure."""
+    raw = dump_config(unmeasured(config))
+    for model in (raw["student"], *raw["teachers"]):
+        model["dtype"] = "bfloat16" if model["dtype"] == "auto" else model["dtype"]
+    return parse_config(raw)
+
+
+def _meshes(devices: int) -> Iterator[dict[str, int]]:
+    """Every way to write the number of devices as data x fsdp x tensor."""
+    for tensor in _divisors(devices):
+        for fsdp in _divisors(devices // tensor):
+            yield dict(zip(AXES, (devices // tensor // fsdp, fsdp, tensor), strict=True))
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]

@@ -1,0 +1,96 @@
+"""A plan in words."""
+
+from collections.abc import Sequence
+
+from kava_jax.plan.planning import Plan, Range
+from kava_jax.plan.roofline import ASSUMPTIONS
+
+GB = 1e9
+
+
+def render(plan: Plan) -> str:
+    """Everything about one mesh, as lines."""
+    written = ", ".join(f"{axis}={size}" for axis, size in plan.mesh.items())
+    peak = _gigabytes(plan.peak)
+    lines = [
+        f"{plan.name} on {plan.devices} x {plan.chip} ({written}), "
+        f"{plan.rows} rows x {plan.length} tokens a step",
+        "",
+        "memory of one device" + " " * 16 + "GB",
+        *(_row(name, f"{size / GB:.2f}", "exact") for name, size in plan.held.items()),
+        _row("gradients, activations", _gigabytes(plan.temporaries), _kind(plan)),
+        _row("peak", peak, f"{_kind(plan)}; {plan.verdict} in {plan.hbm / GB:g} GB"),
+        f"  {_largest(plan)}",
+        "",
+        "one step of one device",
+        _row("TFLOPs", f"{plan.flops / 1e12:.2f}", "exact, matrix products"),
+        _row(
+            "over the floor",
+            f"{plan.flops * plan.devices / plan.floor:.2f}x",
+            "the fewest that a step can do",
+        ),
+        *(_row(f"{kind}, GB", f"{sent / GB:.2f}", "exact") for kind, sent in plan.messages.items()),
+        *(
+            _row(f"{name}, s", f"{seconds:.3f}", "estimate")
+            for name, seconds in plan.time._asdict().items()
+        ),
+        _row(
+            "step, s",
+            _span(Range(plan.time.least, plan.time.most), 3),
+            f"estimate; {_span(plan.tokens_per_second, 0)} tokens/s in all",
+        ),
+        "",
+        *_assumed(plan.exact),
+    ]
+    return "\n".join(lines)
+
+
+def render_search(plans: Sequence[Plan]) -> str:
+    """The meshes that fit, the fastest first, and the first of them in full."""
+    header = "  data  fsdp  tensor   peak, GB      step, s        largest batch"
+    rows = [
+        f"{plan.mesh['data']:6d}{plan.mesh['fsdp']:6d}{plan.mesh['tensor']:8d}   "
+        f"{_gigabytes(plan.peak):12}  {_span(Range(plan.time.least, plan.time.most), 3):15}"
+        f"{plan.largest_batch[0]} to {plan.largest_batch[1]} rows"
+        for plan in plans
+    ]
+    return "\n".join(["meshes that fit, the fastest first", header, *rows, "", render(plans[0])])
+
+
+def _largest(plan: Plan) -> str:
+    surely, at_best = plan.largest_batch
+    where = f"{plan.devices} x {plan.hbm / GB:g} GB"
+    if at_best == 0:
+        return f"no batch fits in {where} (estimate)"
+    return (
+        f"largest batch in {where}: {surely} rows of {plan.length} tokens surely, {at_best} at "
+        f"best (estimate)"
+    )
+
+
+def _assumed(exact: bool) -> list[str]:
+    about_memory = (
+        "memory was laid out by the chip's own compiler"
+        if exact
+        else "memory was laid out by the compiler for CPUs, in float32: an accelerator needs at "
+        "most that, and at least 0.45 of the temporaries"
+    )
+    assumptions = (*ASSUMPTIONS, about_memory, "1 GB is 1e9 bytes; nothing else is on the device")
+    return ["assumed:", *(f"  * {line}" for line in assumptions)]
+
+
+def _kind(plan: Plan) -> str:
+    return "exact" if plan.exact else "estimate"
+
+
+def _row(name: str, value: str, remark: str) -> str:
+    return f"  {name:24}{value:>12}   {remark}"
+
+
+def _gigabytes(size: Range) -> str:
+    return _span(Range(size.least / GB, size.most / GB), 2)
+
+
+def _span(span: Range, digits: int) -> str:
+    least, most = (f"{value:,.{digits}f}" for value in span)
+    return least if least == most else f"{least} to {most}"
