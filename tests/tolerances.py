@@ -13,6 +13,8 @@ TOL = {
     "rearranged": 2e-6,
     # one loss on different device meshes, relative
     "across_meshes": 2e-6,
+    # first gradients on different device meshes, of the largest entry of each parameter's
+    "gradients_across_meshes": 1e-5,
     # parameters after one plain gradient step, on other meshes or in other microbatches
     "after_one_step": 1e-5,
     # a bf16 forward pass against the same in float32, relative error of the hidden states

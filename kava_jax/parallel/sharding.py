@@ -150,3 +150,15 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
     """Host arrays holding this process's rows -> global device arrays split over the batch axis."""
     sharding = batch_sharding(mesh)
     return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
+
+
+def spread_rows(rows: np.ndarray, mesh: Mesh) -> jax.Array:
+    """The same host array on every process -> one device array split over the batch axis.
+
+    The last row is repeated until the devices divide them; the caller drops what is added.
+    """
+    whole = -len(rows) % (mesh.shape["data"] * mesh.shape["fsdp"])
+    filled = np.concatenate([rows, np.repeat(rows[-1:], whole, axis=0)])
+    return jax.make_array_from_callback(
+        filled.shape, batch_sharding(mesh), lambda index: filled[index]
+    )

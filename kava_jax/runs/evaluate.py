@@ -18,7 +18,7 @@ from kava_jax.hf.load import read_json
 from kava_jax.models.decoder import Params
 from kava_jax.models.generate import generate
 from kava_jax.parallel.hosts import on_host
-from kava_jax.parallel.sharding import put_batch
+from kava_jax.parallel.sharding import put_batch, spread_rows
 from kava_jax.runs.prepare import Run
 from kava_jax.training.manifest import write_atomically
 from kava_jax.training.objective import Statistics
@@ -29,11 +29,20 @@ ANSWERS_NAME = "answers.jsonl"
 MAIN_SET = "held_out"
 
 
-def answer(run: Run, held: HeldOut, student: Params) -> ExactMatch:
-    """The student's greedy answers to held-out questions, scored."""
+def _go_on() -> None:
+    """The check of an evaluation that nobody cuts short."""
+
+
+def answer(
+    run: Run, held: HeldOut, student: Params, check: Callable[[], None] = _go_on
+) -> ExactMatch:
+    """The student's greedy answers to held-out questions, scored.
+
+    ``check`` is called before every batch and may raise.
+    """
     settings = run.config.eval
     return exact_match(
-        _generate(run, student),
+        _generate(run, student, check),
         run.encoder,
         held.examples,
         batch_size=settings.batch_size,
@@ -53,7 +62,7 @@ def evaluate(
     ``statistics`` are a train state's; those of no step yet when absent.
     """
     objective = run.blueprint.objective
-    batches = _held_out_batches(run, held)
+    batches = _held_out_batches(run, held, _go_on)
     found = held_out(
         make_measure(objective, run.mesh),
         make_examine(objective, run.mesh),
@@ -68,17 +77,20 @@ def evaluate(
 
 
 def evaluator(
-    run: Run, dataset: Dataset, teachers: Mapping[str, Params]
+    run: Run,
+    dataset: Dataset,
+    teachers: Mapping[str, Params],
+    check: Callable[[], None],
 ) -> Callable[[TrainState, int], Figures]:
-    """What the loop is handed.
+    """What the loop is handed; ``check`` is called before every batch and may raise.
 
     Answers are slow to generate: at the end, and where ``eval.exact_match_every`` asks for them. At
     the end the further sets are measured as well, and all answers written to ``answers.jsonl``.
     """
     objective, settings = run.blueprint.objective, run.config.eval
     measure, examine = make_measure(objective, run.mesh), make_examine(objective, run.mesh)
-    main = _held_out_batches(run, dataset.held_out)
-    more = {name: _held_out_batches(run, held) for name, held in dataset.more.items()}
+    main = _held_out_batches(run, dataset.held_out, check)
+    more = {name: _held_out_batches(run, held, check) for name, held in dataset.more.items()}
     sets = {MAIN_SET: dataset.held_out, **dataset.more}
     answered = [name for name, held in sets.items() if settings.exact_match and held.has_answers]
 
@@ -94,7 +106,7 @@ def evaluator(
         due = last or (every is not None and step > 0 and step % every == 0)
         answers = {}
         for name in answered if last else answered[:1] if due else ():
-            answers[name] = answer(run, sets[name], state.params["student"])
+            answers[name] = answer(run, sets[name], state.params["student"], check)
             prefix = "" if name == MAIN_SET else f"{name}/"
             values |= {f"{prefix}{key}": value for key, value in scores(answers[name]).items()}
         if last and answers and jax.process_index() == 0:
@@ -146,7 +158,7 @@ def scores(answers: ExactMatch) -> dict[str, float]:
     }
 
 
-def _generate(run: Run, student: Params) -> Generate:
+def _generate(run: Run, student: Params, check: Callable[[], None]) -> Generate:
     """Greedy continuation that ends at the tokenizer's eos or those of the model's own config."""
     ends = {int(run.tokenizer.eos_token_id)}  # pyright: ignore[reportArgumentType]  (Encoder demands an eos)
     source = run.blueprint.student_dir
@@ -155,21 +167,24 @@ def _generate(run: Run, student: Params) -> Generate:
         ends |= set(listed if isinstance(listed, list) else [listed])
 
     def continued(prompt_BT: np.ndarray, valid_BT: np.ndarray) -> np.ndarray:
+        check()
         new_BM = generate(
             run.blueprint.student.graph,
             student,
-            prompt_BT,
-            valid_BT,
+            spread_rows(prompt_BT, run.mesh),
+            spread_rows(valid_BT, run.mesh),
             max_new_tokens=run.config.eval.max_new_tokens,
             eos_ids=tuple(sorted(ends)),
             pad_id=pad_id(run.tokenizer),
         )
-        return on_host(new_BM)
+        return on_host(new_BM)[: len(prompt_BT)]
 
     return continued
 
 
-def _held_out_batches(run: Run, held: HeldOut) -> list[Callable[[], Batch]]:
+def _held_out_batches(
+    run: Run, held: HeldOut, check: Callable[[], None]
+) -> list[Callable[[], Batch]]:
     """What puts each batch on the devices, when it is its turn."""
     batches = eval_batches(
         held.rows,
@@ -181,4 +196,9 @@ def _held_out_batches(run: Run, held: HeldOut) -> list[Callable[[], Batch]]:
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
-    return [partial(put_batch, batch, run.mesh) for batch in batches]
+
+    def placed(batch: Batch) -> Batch:
+        check()
+        return put_batch(batch, run.mesh)
+
+    return [partial(placed, batch) for batch in batches]

@@ -11,7 +11,7 @@ from kava_jax.alignment.projector import KVDimensionProjector
 from kava_jax.config import FREE_FIELDS, AutoShare, Config
 from kava_jax.config_file import dump_config
 from kava_jax.data.dataset import Dataset
-from kava_jax.parallel.hosts import on_host
+from kava_jax.parallel.hosts import from_first, on_host
 from kava_jax.parallel.sharding import batch_sharding, replicated
 from kava_jax.runs.calibrate import calibrated, place, unmeasured
 from kava_jax.runs.evaluate import evaluator
@@ -90,7 +90,7 @@ def train(config: Config, command: Sequence[str]) -> Trained:
                 probe=jitted_probe(run) if config.teachers else None,
                 teachers=teachers,
                 stream=dataset.stream,
-                evaluate=evaluator(run, dataset, teachers),
+                evaluate=evaluator(run, dataset, teachers, preemption.check),
                 checkpoints=checkpoints,
                 monitor=monitor,
                 mesh=run.mesh,
@@ -107,12 +107,19 @@ def train(config: Config, command: Sequence[str]) -> Trained:
                 ),
                 preemption=preemption,
                 profile=Profile(run.directory, config.profile.first_and_last),
+                evaluated=not _evaluation_is_due(config, int(start.step))
+                or bool(from_first(monitor.has_evaluation(int(start.step)))),
             )
     if run.blueprint.projector:
         _save_projector(run, state)
     if write:
         write_record(run, dataset, evaluation)
     return Trained(run, dataset, state, evaluation)
+
+
+def _evaluation_is_due(config: Config, step: int) -> bool:
+    every = config.train.eval_every
+    return step == config.train.steps or (every is not None and step % every == 0)
 
 
 def begun(

@@ -1,14 +1,11 @@
 """The loop: batches in, checkpoints and metrics out. All decisions were made before it starts."""
 
-import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -18,14 +15,15 @@ from kava_jax.models.decoder import Params
 from kava_jax.parallel.hosts import from_first
 from kava_jax.parallel.sharding import put_batch
 from kava_jax.training.checkpoint import Checkpoints
+from kava_jax.training.lines import Clock, Lines
 from kava_jax.training.monitor import Monitor
 from kava_jax.training.objective import Metrics
-from kava_jax.training.preemption import Preemption
+from kava_jax.training.preemption import AskedToEndError, Preemption
 from kava_jax.training.probe import Probed, share_is_due
 from kava_jax.training.profiling import Profile
 from kava_jax.training.skips import SkipLog
 from kava_jax.training.step import LossScale, TrainState
-from kava_jax.training.summary import Figures, summarize, summarize_layers
+from kava_jax.training.summary import Figures, summarize_layers
 
 Step = Callable[[TrainState, Mapping[str, Params], Batch], tuple[TrainState, Metrics]]
 Probe = Callable[[TrainState, Mapping[str, Params], Batch], Probed]
@@ -60,65 +58,107 @@ def run_steps(
     cadence: Cadence,
     preemption: Preemption,
     profile: Profile,
+    evaluated: bool = True,
 ) -> tuple[TrainState, dict[str, float]]:
     """Train from ``state.step`` to ``cadence.steps``; returns the last state and evaluation.
 
     ``evaluate(state, step)`` is called before the first step of a fresh run, every ``eval_every``
-    steps and at the end. A checkpoint is written every ``checkpoint_every`` steps, at the first
-    logged step after ``checkpoint_minutes`` without one, at the end, and when the run is asked to
-    end. ``probe`` (None without teachers) is called before a step, every ``diagnose_every`` and
-    whenever a share is due.
+    steps and at the end; and before the first step of a resumed run where the evaluation due there
+    was cut short (``evaluated`` is False). A checkpoint is written every ``checkpoint_every``
+    steps, at the first logged step after ``checkpoint_minutes`` without one, at the end, and when
+    the run is asked to end. ``probe`` (None without teachers) is called before a step, every
+    ``diagnose_every`` and whenever a share is due.
 
     Raises:
         StoppedError: ``most_skipped`` steps in a row were not finite.
         PreemptedError: the run was asked to end before its last step; the state is saved.
     """
     start = int(state.step)
-    evaluation = Figures({}, {})
-    if start == 0:
-        evaluation = evaluate(state, 0)
-        monitor.evaluation(0, evaluation.values, evaluation.layers)
-    clock, saved = _Clock(start), time.monotonic()
     skips = SkipLog(state.skips, most=cadence.most_skipped, stream=stream, monitor=monitor)
-    for number in range(start, cadence.steps):
-        batch = stream.batch(number, jax.process_index(), jax.process_count())
-        measuring = share_is_due(number, cadence.share_every)
-        if probe and (measuring or _due(number, cadence.diagnose_every)):
-            whole = put_batch(padded(batch, stream.max_length), mesh)
-            scale = _probed(probe, state, teachers, whole, monitor, clock)
-            # Only then: how often one looks must not change what is learnt.
-            state = state._replace(kv_scale=scale) if measuring else state
-        clock.tokens += int(batch.valid.sum()) * jax.process_count()
-        done = number + 1
-        profile.before(done, state)
-        state, metrics = step(state, teachers, put_batch(batch, mesh))
-        profile.after(done, state)
-        skips.add(done, metrics["skipped"])
-        last, logged = done == cadence.steps, done % cadence.log_every == 0
-        if last or logged:
-            skips.settle()
-            monitor.log(done, _line(metrics, rates, number) | clock.lap(done))
-        measured = None
-        if last or _due(done, cadence.eval_every):
-            evaluation = evaluate(state, done)
-            measured = evaluation.values
-            monitor.evaluation(done, evaluation.values, evaluation.layers)
-        asked = preemption.asked(done)
-        late = logged and _overdue(saved, cadence.checkpoint_minutes)
-        if last or asked or late or done % cadence.checkpoint_every == 0:
-            skips.settle()
+    lines = Lines(start, monitor, skips, rates)
+    upcoming = _Upcoming(stream, mesh, cadence.steps)
+    saved, done = time.monotonic(), start
+    evaluation, measured = Figures({}, {}), None
+    try:
+        if start == 0 or not evaluated:
+            evaluation = _evaluated(evaluate, state, start, monitor)
+        elif start >= cadence.steps:
+            evaluation = evaluate(state, start)
+        lines.restart_clock(start)
+        for number in range(start, cadence.steps):
+            rows, batch = upcoming.take(number)
+            measuring = share_is_due(number, cadence.share_every)
+            if probe and (measuring or _due(number, cadence.diagnose_every)):
+                lines.settle()
+                whole = put_batch(padded(rows, stream.max_length), mesh)
+                scale = _probed(probe, state, teachers, whole, monitor, lines.clock)
+                # Only then: how often one looks must not change what is learnt.
+                state = state._replace(kv_scale=scale) if measuring else state
+            done = number + 1
+            profile.before(done, state)
+            state, metrics = step(state, teachers, batch)
+            upcoming.fetch(done)
+            profile.after(done, state)
+            lines.step(done, metrics, int(rows.valid.sum()) * jax.process_count())
+            last, logged = done == cadence.steps, done % cadence.log_every == 0
+            if last or logged:
+                lines.add(done, metrics)
+            measured = None  # until this step's evaluation is whole
+            if last or _due(done, cadence.eval_every):
+                lines.settle()
+                evaluation = _evaluated(evaluate, state, done, monitor)
+                measured = evaluation.values
+                lines.restart_clock(done)
+            asked = preemption.asked()
+            late = logged and _overdue(saved, cadence.checkpoint_minutes)
+            due = late or done % cadence.checkpoint_every == 0
+            if last or (due and not asked):
+                _settled(lines, skips, done)
+                checkpoints.save(state, measured)
+                saved = time.monotonic()
+            if asked and not last:
+                raise AskedToEndError
+    except AskedToEndError:
+        _settled(lines, skips, done)
+        if done > start:
             checkpoints.save(state, measured)
-            saved = time.monotonic()
-        if last or asked:
-            profile.stop()
-        if asked and not last:
             checkpoints.wait()
-            raise PreemptedError(f"saved at step {done}; the same command goes on from there")
-        if measured is not None:
-            clock.restart(done)
-    if start >= cadence.steps:
-        evaluation = evaluate(state, start)
+        raise PreemptedError(f"saved at step {done}; the same command goes on from there") from None
+    finally:
+        profile.stop()
     return state, evaluation.values
+
+
+class _Upcoming:
+    """The next batch, put on the devices while they are busy with the last one."""
+
+    def __init__(self, stream: BatchStream, mesh: Mesh, steps: int):
+        self._stream, self._mesh, self._steps = stream, mesh, steps
+        self._ahead: dict[int, tuple[Batch, Batch]] = {}
+
+    def fetch(self, number: int) -> None:
+        """Begin with the batch of step ``number`` (from 0), if there is such a step."""
+        if number < self._steps:
+            rows = self._stream.batch(number, jax.process_index(), jax.process_count())
+            self._ahead[number] = rows, put_batch(rows, self._mesh)
+
+    def take(self, number: int) -> tuple[Batch, Batch]:
+        """This process's rows on the host, and the batch on the devices."""
+        if number not in self._ahead:
+            self.fetch(number)
+        return self._ahead.pop(number)
+
+
+def _evaluated(evaluate: Evaluate, state: TrainState, step: int, monitor: Monitor) -> Figures:
+    evaluation = evaluate(state, step)
+    monitor.evaluation(step, evaluation.values, evaluation.layers)
+    return evaluation
+
+
+def _settled(lines: Lines, skips: SkipLog, done: int) -> None:
+    """Nothing up to step ``done`` is left unwritten, so that a checkpoint may follow."""
+    lines.settle()
+    skips.settle(done)
 
 
 def _overdue(saved: float, minutes: float | None) -> bool:
@@ -136,7 +176,7 @@ def _probed(
     teachers: Mapping[str, Params],
     batch: Batch,
     monitor: Monitor,
-    clock: "_Clock",
+    clock: Clock,
 ) -> LossScale:
     """The scale that the probe measured; what else it found goes to the monitor."""
     jax.block_until_ready(state)  # else the probe would be charged for steps still under way
@@ -148,54 +188,6 @@ def _probed(
     values = gradients | figures.values | clock.cost_of_pauses(step)
     monitor.diagnostics(step, values, figures.layers)
     return found.kv_scale
-
-
-def _line(metrics: Metrics, rates: Mapping[str, optax.Schedule], number: int) -> dict[str, float]:
-    """One logged line: the metrics of this very step and the rates it was taken with."""
-    values = summarize(metrics)
-    # A skipped step is none to the optimizer, whose count the rates go by.
-    taken = number - int(values["skipped"])
-    return values | {f"lr_{group}": float(np.asarray(rate(taken))) for group, rate in rates.items()}
-
-
-class _Clock:
-    """Speed since the last logged line, evaluations and probes left out; only real tokens count."""
-
-    def __init__(self, step: int):
-        self._start = step
-        self._laps: list[float] = []
-        self._pauses: list[float] = []
-        self.restart(step)
-
-    def restart(self, step: int) -> None:
-        self._step, self._time, self.tokens = step, time.perf_counter(), 0
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leave out what is done inside."""
-        started = time.perf_counter()
-        yield
-        self._pauses.append(time.perf_counter() - started)
-        self._time += self._pauses[-1]
-
-    def lap(self, step: int) -> dict[str, float]:
-        seconds, tokens = time.perf_counter() - self._time, self.tokens
-        steps = max(1, step - self._step)
-        self._laps.append(seconds / steps)
-        self.restart(step)
-        return {"step_seconds": seconds / steps, "tokens_per_second": tokens / seconds}
-
-    def cost_of_pauses(self, step: int) -> dict[str, float]:
-        """Seconds of the last probe, and of all probes as a share of the steps' time.
-
-        The share takes medians, so that compiling counts on neither side; it needs three of each.
-        """
-        cost = {"probe_seconds": self._pauses[-1]}
-        if min(len(self._laps), len(self._pauses)) >= 3:
-            probes = len(self._pauses) * statistics.median(self._pauses)
-            steps = (step - self._start) * statistics.median(self._laps)
-            cost["probe_share_of_time"] = probes / steps
-        return cost
 
 
 def projector_path(run_dir: Path) -> Path:

@@ -27,7 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
 
-from kava_jax.training.metrics_file import METRICS_NAME, Kind, cut
+from kava_jax.training.metrics_file import METRICS_NAME, Kind, cut, read_metrics
 from kava_jax.verdict import alarms, collapse_signs, collapsed_layers, verdict
 
 TENSORBOARD_NAME = "tensorboard"
@@ -143,6 +143,13 @@ class Monitor:
             self._display.say(f"warning at step {step}: collapsed by layer: {'; '.join(parts)}")
         if bad := _not_finite(metrics):
             self._display.say(f"warning at step {step}: {', '.join(bad)}")
+
+    def has_evaluation(self, step: int) -> bool:
+        """Whether the evaluation at ``step`` was recorded before; only the first process knows."""
+        if not self._write:
+            return False
+        recorded = read_metrics(self._run_dir / METRICS_NAME, "eval")
+        return any(line["step"] == step for line in recorded)
 
     def skipped(self, step: int, rows: Sequence[int]) -> None:
         """Record and say that a step was skipped, with the training rows of its batch."""

@@ -14,19 +14,33 @@ import jax
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
+class AskedToEndError(Exception):
+    """An evaluation was left because the run has been asked to end."""
+
+
 class Preemption:
     """Whether the run has been asked to end; made by :func:`listening`."""
 
     def __init__(self) -> None:
-        self._asked = False
+        self._asked, self._moments = False, 0
 
-    def asked(self, done: int) -> bool:
-        """Whether to save and stop now that ``done`` steps are done, the same on all processes."""
+    def asked(self) -> bool:
+        """Whether to save and stop now, the same on all processes.
+
+        They all have to ask at the same moments: after every step and before every batch of an
+        evaluation.
+        """
         if jax.process_count() == 1:
             return self._asked
         from jax.experimental.multihost_utils import reached_preemption_sync_point
 
-        return reached_preemption_sync_point(done)
+        self._moments += 1
+        return reached_preemption_sync_point(self._moments)
+
+    def check(self) -> None:
+        """Raises AskedToEndError when the run has been asked to end."""
+        if self.asked():
+            raise AskedToEndError
 
     def notice(self, number: int, frame: FrameType | None) -> None:
         """Signal handler: the first signal asks, a second one acts as it always does."""

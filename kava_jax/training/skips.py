@@ -32,13 +32,14 @@ class SkipLog:
         """Step number ``done`` (from 1) ended with so many skipped in all; not looked at yet."""
         self._pending.append((done, total))
 
-    def settle(self) -> None:
-        """Look at what was added.
+    def settle(self, upto: int) -> None:
+        """Look at what was added for steps up to this one.
 
         Raises StoppedError when too many steps in a row were skipped.
         """
-        pending, self._pending = jax.device_get(self._pending), []
-        for done, mean in pending:
+        due = [one for one in self._pending if one[0] <= upto]
+        self._pending = self._pending[len(due) :]
+        for done, mean in jax.device_get(due):
             total = int(mean.sum)
             self._in_a_row = self._in_a_row + 1 if total > self._total else 0
             self._total = total

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -123,6 +124,30 @@ def test_an_export_holds_the_same_weights(workspace: Path) -> None:
     assert single.keys() == double.keys()
     for name, weights in single.items():
         np.testing.assert_allclose(double[name], weights, atol=TOL["after_one_step"])
+
+
+def test_calibration_is_that_of_one(workspace: Path) -> None:
+    arguments = ["recipe=calibrated", "calibration.rows=32", "--json"]
+    alone = json.loads(one(workspace, "calibrate", "run.yaml", "run.dir=fit-single", *arguments))
+    first, second = both(workspace, "calibrate", "run.yaml", "run.dir=fit-double", *arguments)
+    assert second == ""
+    assert_close(json.loads(first), alone)
+
+
+def assert_close(ours: Any, theirs: Any) -> None:
+    """Two JSON documents that differ in the last digits of their numbers at most."""
+    if isinstance(theirs, dict):
+        assert ours.keys() == theirs.keys()
+        for key, value in theirs.items():
+            assert_close(ours[key], value)
+    elif isinstance(theirs, list):
+        assert len(ours) == len(theirs)
+        for left, right in zip(ours, theirs, strict=True):
+            assert_close(left, right)
+    elif isinstance(theirs, float):
+        assert ours == pytest.approx(theirs, rel=TOL["parity"], abs=TOL["parity"])
+    else:
+        assert ours == theirs
 
 
 def test_when_one_is_killed_the_other_ends_and_the_pair_resumes(workspace: Path) -> None:

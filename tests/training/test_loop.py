@@ -6,20 +6,25 @@ import signal
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
 from kava_jax.data.batches import BatchStream
 from kava_jax.errors import PreemptedError, StoppedError
+from kava_jax.geometry import Mean
+from kava_jax.training import lines as lines_module
 from kava_jax.training.checkpoint import Checkpoints, abstract_state
+from kava_jax.training.lines import Lines
 from kava_jax.training.loop import Cadence, run_steps
 from kava_jax.training.monitor import Monitor
 from kava_jax.training.optimizer import Rate, make_optimizer
-from kava_jax.training.preemption import Preemption, listening
+from kava_jax.training.preemption import AskedToEndError, Preemption, listening
 from kava_jax.training.probe import make_probe
 from kava_jax.training.profiling import PROFILE_NAME, Profile
-from kava_jax.training.step import initial_state, make_train_step
+from kava_jax.training.skips import SkipLog
+from kava_jax.training.step import Skips, initial_state, make_train_step
 from kava_jax.training.summary import Figures
 from tests.training.small import one_device, rows, setting
 
@@ -73,6 +78,7 @@ def train(
     share_every: int | None = None,
     preemption: Preemption | None = None,
     profiled: tuple[int, int] | None = None,
+    evaluated: bool = True,
 ) -> tuple:
     """Start, or continue from the newest checkpoint, as a run does."""
     stream = BatchStream(rows(11), batch_size=4, max_length=12, seed=1, bucket=12, sink_tokens=2)
@@ -105,6 +111,7 @@ def train(
                 ),
                 preemption=preemption or Preemption(),
                 profile=Profile(directory, profiled),
+                evaluated=evaluated,
             )
     with Checkpoints(directory, keep=2) as checkpoints:
         kept = checkpoints.steps()
@@ -243,8 +250,11 @@ def test_too_many_in_a_row_stop_the_run_with_its_checkpoint_whole(tmp_path, made
 
 def test_a_run_that_is_asked_to_end_saves_and_goes_on_exactly(tmp_path, made, step):
     class Asked(Preemption):
-        def asked(self, done: int) -> bool:
-            return done == 2
+        moments = 0
+
+        def asked(self) -> bool:
+            self.moments += 1
+            return self.moments == 2
 
     with pytest.raises(PreemptedError, match="saved at step 2; the same command goes on"):
         train(tmp_path / "parts", made, step, until=STEPS, preemption=Asked())
@@ -253,12 +263,65 @@ def test_a_run_that_is_asked_to_end_saves_and_goes_on_exactly(tmp_path, made, st
     assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
 
 
+def test_an_evaluation_can_be_cut_short_and_is_made_up_for(tmp_path, made, step, monkeypatch):
+    """Asked to end between two batches of the evaluation at step 4."""
+    evaluate = Record.evaluate
+
+    def cut_short(self, state, number: int) -> Figures:
+        if number == 4:
+            raise AskedToEndError
+        return evaluate(self, state, number)
+
+    monkeypatch.setattr(Record, "evaluate", cut_short)
+    with pytest.raises(PreemptedError, match="saved at step 4; the same command goes on"):
+        train(tmp_path / "parts", made, step, until=STEPS)
+    monkeypatch.undo()
+    assert lines(tmp_path / "parts")[-1]["step"] == 4
+    _, _, record, _ = train(tmp_path / "parts", made, step, until=STEPS, evaluated=False)
+    assert record.evaluated == [4, STEPS]
+    train(tmp_path / "whole", made, step, until=STEPS)
+    assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
+
+
+def test_asked_before_the_first_step_nothing_is_saved(tmp_path, made, step, monkeypatch):
+    def cut_short(self, state, number: int) -> Figures:
+        raise AskedToEndError
+
+    monkeypatch.setattr(Record, "evaluate", cut_short)
+    with pytest.raises(PreemptedError, match="saved at step 0"):
+        train(tmp_path, made, step, until=STEPS)
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        assert checkpoints.steps() == []
+
+
+@pytest.mark.parametrize(("ready", "written"), [(False, [0, 0, 2, 2]), (True, [0, 2, 2, 4])])
+def test_the_host_does_not_wait_for_a_line(monkeypatch, tmp_path, ready: bool, written: list[int]):
+    """A line is written when its numbers are there, at the latest when the next one is due."""
+    monkeypatch.setattr(lines_module, "_ready", lambda metrics: ready)
+    stream = BatchStream(rows(11), batch_size=4, max_length=12, bucket=12, sink_tokens=2)
+    zero = jnp.zeros((), jnp.int32)
+    metrics = {name: Mean(jnp.zeros(()), jnp.ones(())) for name in ("loss", "skipped")}
+    with Monitor(tmp_path, total_steps=STEPS) as monitor:
+        skips = SkipLog(Skips(zero, zero), most=2, stream=stream, monitor=monitor)
+        late = Lines(0, monitor, skips, RATES)
+        seen = []
+        for done in range(1, 6):
+            late.step(done, metrics, tokens=10)
+            if done % 2 == 0:
+                late.add(done, metrics)
+            if done > 1:
+                seen.append(max([line["step"] for line in lines(tmp_path)], default=0))
+        assert seen == written
+        late.settle()
+    assert [line["step"] for line in lines(tmp_path)] == [2, 4]
+
+
 def test_a_first_signal_asks_and_a_second_one_ends():
     before = signal.getsignal(signal.SIGTERM)
     with listening() as preemption:
-        assert not preemption.asked(1)
+        assert not preemption.asked()
         os.kill(os.getpid(), signal.SIGTERM)
-        assert preemption.asked(1)
+        assert preemption.asked()
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     assert signal.getsignal(signal.SIGTERM) is before
 

@@ -1,0 +1,124 @@
+"""Logged lines, written when the device has them: the host never waits for a step just begun.
+
+A line's numbers are fetched as soon as they are ready, and waited for only when the next line, an
+evaluation, a probe or a checkpoint is due. The order of what is written is that of the steps.
+"""
+
+import statistics
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+from kava_jax.training.monitor import Monitor
+from kava_jax.training.objective import Metrics
+from kava_jax.training.skips import SkipLog
+from kava_jax.training.summary import summarize
+
+
+class _Line(NamedTuple):
+    """One line to come: the step, its metrics on the device, and tokens of the run so far."""
+
+    done: int
+    metrics: Metrics
+    tokens: int
+
+
+class Lines:
+    """The lines of one run.
+
+    Args:
+        start: the step that the run starts after.
+        monitor: gets the lines.
+        skips: is told which steps are looked at, so that what was skipped is said before the line.
+        rates: learning rates, by group.
+    """
+
+    def __init__(
+        self, start: int, monitor: Monitor, skips: SkipLog, rates: Mapping[str, optax.Schedule]
+    ):
+        self.clock = Clock(start)
+        self._monitor, self._skips, self._rates = monitor, skips, rates
+        self._pending: deque[_Line] = deque()
+        self._tokens = 0
+
+    def step(self, done: int, metrics: Metrics, tokens: int) -> None:
+        """Step ``done`` was begun; ``tokens`` of its batch are real."""
+        self._tokens += tokens
+        self._skips.add(done, metrics["skipped"])
+        if self._pending and _ready(self._pending[0].metrics):
+            self.settle()
+
+    def add(self, done: int, metrics: Metrics) -> None:
+        """Step ``done`` gets a line; the line before it is written now."""
+        self.settle()
+        self._pending.append(_Line(done, metrics, self._tokens))
+
+    def settle(self) -> None:
+        """Write what has been added, waiting for it.
+
+        Raises StoppedError when too many steps in a row were skipped.
+        """
+        while self._pending:
+            line = self._pending.popleft()
+            values = summarize(line.metrics)
+            self._skips.settle(line.done)
+            # A skipped step is none to the optimizer, whose count the rates go by.
+            taken = line.done - 1 - int(values["skipped"])
+            rates = {f"lr_{name}": float(np.asarray(r(taken))) for name, r in self._rates.items()}
+            self._monitor.log(line.done, values | rates | self.clock.lap(line.done, line.tokens))
+
+    def restart_clock(self, done: int) -> None:
+        """Leave out what was done since step ``done`` ended; all lines are settled."""
+        self.clock.restart(done, self._tokens)
+
+
+def _ready(metrics: Metrics) -> bool:
+    return all(leaf.is_ready() for leaf in jax.tree.leaves(metrics))
+
+
+class Clock:
+    """Speed since the last logged line, evaluations and probes left out; only real tokens count."""
+
+    def __init__(self, step: int):
+        self._start = step
+        self._laps: list[float] = []
+        self._pauses: list[float] = []
+        self.restart(step, 0)
+
+    def restart(self, step: int, tokens: int) -> None:
+        """Begin a lap after ``step`` steps and so many tokens."""
+        self._step, self._tokens, self._time = step, tokens, time.perf_counter()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out what is done inside."""
+        started = time.perf_counter()
+        yield
+        self._pauses.append(time.perf_counter() - started)
+        self._time += self._pauses[-1]
+
+    def lap(self, step: int, tokens: int) -> dict[str, float]:
+        """End a lap at ``step`` and so many tokens of the run; begin the next."""
+        seconds, read = time.perf_counter() - self._time, tokens - self._tokens
+        steps = max(1, step - self._step)
+        self._laps.append(seconds / steps)
+        self.restart(step, tokens)
+        return {"step_seconds": seconds / steps, "tokens_per_second": read / seconds}
+
+    def cost_of_pauses(self, step: int) -> dict[str, float]:
+        """Seconds of the last probe, and of all probes as a share of the steps' time.
+
+        The share takes medians, so that compiling counts on neither side; it needs three of each.
+        """
+        cost = {"probe_seconds": self._pauses[-1]}
+        if min(len(self._laps), len(self._pauses)) >= 3:
+            probes = len(self._pauses) * statistics.median(self._pauses)
+            steps = (step - self._start) * statistics.median(self._laps)
+            cost["probe_share_of_time"] = probes / steps
+        return cost
