@@ -9,10 +9,10 @@ Left out on purpose: pickled weights, quantized tensors, and renaming guesses fo
 
 import json
 import re
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -83,47 +83,67 @@ def load_decoder_params(
         raise KavaError(f"layers={depth} with tail={tail} exceeds num_layers={spec.num_layers}")
     dtype, put = jnp.dtype(param_dtype), put or _put_whole
     tree: dict[str, Any] = {}
-    with ExitStack() as stack:
-        files = TensorFiles(directory, stack)
-        check_tensors(files, spec)
-        for row in rows_of(spec):
-            if not row.stacked and not head and not row.ours.startswith("embed/"):
-                continue
-            if not row.stacked or depth:
-                _plant(tree, row.ours, _place(row, files, spec, depth, dtype, put))
-            if tail and (path := tail_path(row)) is not None:
-                reader = _layer_reader(row, files, spec, depth, dtype)
-                _plant(tree, path, put(path, row.our_shape(spec), dtype, reader))
+    files = TensorFiles(directory)
+    check_tensors(files, spec)
+    for row in rows_of(spec):
+        if not row.stacked and not head and not row.ours.startswith("embed/"):
+            continue
+        if not row.stacked or depth:
+            _plant(tree, row.ours, _place(row, files, spec, depth, dtype, put))
+        if tail and (path := tail_path(row)) is not None:
+            reader = _layer_reader(row, files, spec, depth, dtype)
+            _plant(tree, path, put(path, row.our_shape(spec), dtype, reader))
     return tree
 
 
-class TensorFiles:
-    """The safetensors files of a directory, open for reading by slice while ``stack`` lives."""
+class Tensor(NamedTuple):
+    """What a file's header says of one tensor."""
 
-    def __init__(self, directory: Path, stack: ExitStack):
-        """Open every file and read its header; no tensor data is read."""
-        self.where: dict[str, Any] = {}
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+class TensorFiles:
+    """The safetensors files of a directory, read by slice.
+
+    A file is open only while a slice of it is read: what is mapped counts as this process's memory,
+    and a teacher's files together are as large as the teacher.
+    """
+
+    def __init__(self, directory: Path):
+        """Read every file's header, and no tensor data."""
+        self.tensors: dict[str, Tensor] = {}
         self.directory = directory
         for name in _weight_files(directory):
-            try:
-                file = stack.enter_context(safe_open(directory / name, framework="np"))
-            except (SafetensorError, OSError) as error:
-                raise KavaError(
-                    f"{directory.name}/{name} is truncated or damaged ({error}); "
-                    "download or copy it again"
-                ) from error
-            self.where |= dict.fromkeys(file.keys(), file)
+            with self._opened(directory / name) as file:
+                for key in file.keys():  # noqa: SIM118  (no mapping)
+                    found = file.get_slice(key)
+                    shape = tuple(found.get_shape())
+                    self.tensors[key] = Tensor(directory / name, shape, found.get_dtype())
 
-    def slice(self, name: str) -> Any:
-        """A lazy view of one tensor, with ``get_shape()``, ``get_dtype()`` and ``[index]``."""
-        return self.where[name].get_slice(name)
+    def read(self, name: str, index: Index) -> np.ndarray:
+        """One part of one tensor."""
+        with self._opened(self.tensors[name].file) as file:
+            return file.get_slice(name)[index]
+
+    @contextmanager
+    def _opened(self, path: Path) -> Iterator[Any]:
+        try:
+            with safe_open(path, framework="np") as file:
+                yield file
+        except (SafetensorError, OSError) as error:
+            raise KavaError(
+                f"{self.directory.name}/{path.name} is truncated or damaged ({error}); "
+                "download or copy it again"
+            ) from error
 
 
 def check_tensors(files: TensorFiles, spec: DecoderSpec) -> None:
     """Raise one ``KavaError`` that lists every missing, unexpected or unfit tensor."""
     expected = expected_tensors(spec)
-    present = {name for name in files.where if not _IGNORED.search(name)}
-    shapes = {name: tuple(files.slice(name).get_shape()) for name in present}
+    present = {name for name in files.tensors if not _IGNORED.search(name)}
+    shapes = {name: files.tensors[name].shape for name in present}
     faults = []
     if spec.tie_embeddings and "lm_head.weight" in present:
         # Some exports store the tied head a second time; it is checked and not read.
@@ -142,7 +162,7 @@ def check_tensors(files: TensorFiles, spec: DecoderSpec) -> None:
     ]
     if wrong:
         faults.append("wrong shape: " + ", ".join(wrong))
-    unread = [f"{n} is {t}" for n in known if (t := files.slice(n).get_dtype()) not in _FLOATS]
+    unread = [f"{n} is {t}" for n in known if (t := files.tensors[n].dtype) not in _FLOATS]
     if unread:
         faults.append(f"wrong dtype (readable are {', '.join(_FLOATS)}): " + ", ".join(unread))
     if faults:
@@ -190,7 +210,7 @@ def _layer_reader(
 
     def read(index: Index) -> np.ndarray:
         outer, inner = row.slice_of_theirs(index, spec)
-        part = row.to_ours(files.slice(row.name(layer))[outer], spec)[inner]
+        part = row.to_ours(files.read(row.name(layer), outer), spec)[inner]
         return cast(np.ascontiguousarray(part), dtype, row.name(layer))
 
     return read
