@@ -26,7 +26,7 @@ from kava_jax.models.layers import (
 )
 from kava_jax.models.rope import rope_frequencies, rope_rotation
 from kava_jax.models.spec import DecoderSpec
-from kava_jax.parallel.sharding import Activations
+from kava_jax.parallel.sharding import Layouts
 
 KeySpace = Literal["pre_rope", "post_rope"]
 Remat = Literal["none", "dots", "full"]
@@ -57,18 +57,18 @@ class Decoder(nnx.Module):
         param_dtype: Any = jnp.float32,
         dtype: Any = jnp.float32,
         remat: Remat = "none",
-        activations: Activations | None = None,
+        layouts: Layouts | None = None,
     ):
         """Build ``blocks`` full layers (all by default), optionally a KV-only ``tail`` after them.
 
         ``head=False`` leaves out final norm and LM head: such a decoder has a cache but no logits.
-        ``activations`` says where hidden states lie on a mesh.
+        ``layouts`` says where hidden states lie on a mesh.
         """
         dtypes = Dtypes(jnp.dtype(param_dtype), jnp.dtype(dtype))
         count = spec.num_layers if blocks is None else blocks
         self.spec, self.dtype = spec, dtypes.compute
         self.remat: Remat = remat
-        self.activations = activations
+        self.layouts = layouts
         self.embed = Embedding(spec, dtypes=dtypes, rngs=rngs)
         self.blocks = _stacked_blocks(spec, count, dtypes, rngs) if count else None
         self.tail = Tail(spec, dtypes=dtypes, rngs=rngs) if tail else None
@@ -166,14 +166,14 @@ class Decoder(nnx.Module):
 
     def _embedded(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         x_BTD = self.embed.embedding[...][tokens_BT]
-        if self.activations is not None:
-            x_BTD = jax.lax.with_sharding_constraint(x_BTD, self.activations.embedded)
+        if self.layouts is not None:
+            x_BTD = jax.lax.with_sharding_constraint(x_BTD, self.layouts.embedded)
         return x_BTD.astype(self.dtype)
 
     def _by_rows(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        if self.activations is None:
+        if self.layouts is None:
             return x_BTD
-        return jax.lax.with_sharding_constraint(x_BTD, self.activations.rows)
+        return jax.lax.with_sharding_constraint(x_BTD, self.layouts.rows)
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """LM head: all V rows, in the compute dtype; the transposed embedding when tied."""

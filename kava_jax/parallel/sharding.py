@@ -42,23 +42,32 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
-class Activations(NamedTuple):
-    """Where hidden states [B, T, D] lie; both are needed to say how to get from one to the other.
+class Layouts(NamedTuple):
+    """Where arrays lie inside a step, said where the partitioner would choose badly.
 
-    Left alone, the partitioner splits the width, as fsdp splits the weights, and holds the whole
+    Left alone, it splits hidden states by width, as fsdp splits the weights, and holds the whole
     batch on every device; or it goes from one layout to the other by way of whole copies.
     """
 
     embedded: NamedSharding
-    """As they are looked up: each device of an fsdp group has its part of the table's width."""
+    """Hidden states [B, T, D] as they are looked up: rows over data, width as the table's."""
     rows: NamedSharding
-    """Everywhere else: the rows over data and fsdp."""
+    """Everything else that has rows first: over data and fsdp."""
+    head: NamedSharding
+    """The LM head's kernel [D, V] while it is used: gathered over fsdp."""
+    head_gradients: NamedSharding
+    """Its gradient [shards, D, V] while each shard of the batch adds up its own."""
 
 
-def activations(mesh: Mesh) -> Activations:
+def layouts(mesh: Mesh) -> Layouts:
     """The layouts on a mesh."""
-    embedded = NamedSharding(mesh, PartitionSpec("data", None, RULES["embed"]))
-    return Activations(embedded, batch_sharding(mesh))
+    rows, vocabulary = ("data", "fsdp"), RULES["vocab"]
+    return Layouts(
+        NamedSharding(mesh, PartitionSpec("data", None, RULES["embed"])),
+        NamedSharding(mesh, PartitionSpec(rows)),
+        NamedSharding(mesh, PartitionSpec(None, vocabulary)),
+        NamedSharding(mesh, PartitionSpec(rows, None, vocabulary)),
+    )
 
 
 class Misfit(NamedTuple):

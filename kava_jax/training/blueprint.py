@@ -30,8 +30,8 @@ from kava_jax.models.decoder import Decoder, Params
 from kava_jax.models.spec import DecoderSpec
 from kava_jax.parallel.mesh import batch_shards
 from kava_jax.parallel.sharding import (
-    activations,
     batch_sharding,
+    layouts,
     matching_shardings,
     replicated,
 )
@@ -231,7 +231,7 @@ def make_blueprint(
         student_spec,
         dtype=dtype,
         remat=config.student.remat,
-        activations=activations(mesh),
+        layouts=layouts(mesh),
     )
     student = Part.of(build, mesh, config.mesh.indivisible)
     teachers = {
@@ -295,7 +295,7 @@ def _teacher(
         head=not headless,
         param_dtype=dtype,
         dtype=dtype,
-        activations=activations(mesh),
+        layouts=layouts(mesh),
     )
     part = Part.of(build, mesh, config.mesh.indivisible)
     comparison = Comparison(

@@ -28,7 +28,7 @@ from kava_jax.losses import cross_entropy, logit_kl, mercator
 from kava_jax.models.decoder import Decoder, KeySpace, Params
 from kava_jax.models.spec import DecoderSpec
 from kava_jax.training.comparison import Compared, Comparison, Reading, read
-from kava_jax.training.vocabulary import ChunkLoss, losses_of_next_token
+from kava_jax.training.vocabulary import Head, weighted_losses
 
 Metrics = dict[str, Mean]
 PARTS = ("k", "v")
@@ -81,10 +81,10 @@ class Losses(NamedTuple):
 
 
 class _OfTeacher(NamedTuple):
-    """One teacher's losses, token by token, its metrics, and its statistics."""
+    """One teacher's pass, its KV loss token by token, its metrics, and its statistics."""
 
+    reading: Reading
     kv: Float[Array, "B T"]
-    kl: Float[Array, "B U"] | None
     metrics: Metrics
     moments: dict[str, SideMoments]
 
@@ -131,13 +131,10 @@ class Objective:
         key is given.
         """
         student = self._read(self.student, params["student"], batch)
-        ce = self._next_token(batch, {"student": student}, _cross_entropy)
-        mean_ce = masked_mean(ce, batch.loss_mask[:, 1:])
-        language = jnp.asarray(self.ce_weight(step)) * share.targets * mean_ce.value
-        metrics = {"ce": mean_ce}
         if not self.teachers:
+            language, metrics = self._language(batch, student, {}, step, share, None)
             return Losses(language, jnp.zeros(())), (metrics, Statistics({}, None))
-        found = {}
+        found, metrics = {}, {}
         for index, name in enumerate(self.teachers):
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
             running = statistics.moments.get(name)
@@ -148,11 +145,9 @@ class Objective:
         kv_BTM = jnp.stack([one.kv for one in found.values()], axis=-1)
         shares_BTM = self.router.shares(student.hidden, params.get("router"), statistics.prototypes)
         kv = masked_mean((shares_BTM * kv_BTM).sum(axis=-1), batch.kv_mask)
-        if self.kl_weight > 0:
-            kl_BUM = jnp.stack([one.kl for one in found.values()], axis=-1)
-            routed = (shares_BTM[:, :-1] * kl_BUM).sum(axis=-1)
-            kl = masked_mean(routed, batch.loss_mask[:, 1:])
-            language = language + self.kl_weight * share.targets * kl.value
+        readings = {name: one.reading for name, one in found.items()} if self.kl_weight > 0 else {}
+        language, of_language = self._language(batch, student, readings, step, share, shares_BTM)
+        metrics |= of_language
         bonus, routing = self._routing(shares_BTM, batch)
         new = Statistics(
             {name: one.moments for name, one in found.items() if one.moments},
@@ -220,12 +215,45 @@ class Objective:
             )
             kv = kv + self.attention_weight * attention
             metrics["attention_kl"] = masked_mean(attention, batch.kv_mask)
-        kl = None
-        if self.kl_weight > 0:
-            models = {"student": student, "teacher": teacher}
-            kl = self._next_token(batch, models, self._divergence)
-            metrics["kl"] = masked_mean(kl, batch.loss_mask[:, 1:])
-        return _OfTeacher(kv, kl, metrics, moments)
+        return _OfTeacher(teacher, kv, metrics, moments)
+
+    def _language(
+        self,
+        batch: Batch,
+        student: Reading,
+        teachers: Mapping[str, Reading],
+        step: Int[Array, ""],
+        share: Share,
+        shares_BTM: Float[Array, "B T M"] | None,
+    ) -> tuple[Float[Array, ""], Metrics]:
+        """Weighted cross-entropy, and KL to every teacher that is given; their means as metrics."""
+        mask_BU = batch.loss_mask[:, 1:]
+        of_mean = mask_BU / jnp.maximum(mask_BU.sum(), 1) * share.targets
+        weights_BUK = (jnp.asarray(self.ce_weight(step)) * of_mean)[..., None]
+        if teachers:
+            assert shares_BTM is not None
+            of_kl = self.kl_weight * of_mean[..., None] * shares_BTM[:, :-1]
+            weights_BUK = jnp.concatenate([weights_BUK, of_kl], axis=-1)
+
+        def losses(logits: dict[str, Array], labels: Array) -> Array:
+            divergences = [self._divergence(logits["student"], logits[name]) for name in teachers]
+            return jnp.stack([_cross_entropy(logits["student"], labels), *divergences], axis=-1)
+
+        total, losses_BUK = weighted_losses(
+            _head(student),
+            {name: _head(reading) for name, reading in teachers.items()},
+            batch.tokens[:, 1:],
+            mask_BU,
+            weights_BUK,
+            losses,
+            shards=self.batch_shards,
+            layouts=student.model.layouts,
+        )
+        names = ["ce", *(f"{name}/kl" for name in teachers)]
+        metrics = {
+            name: masked_mean(losses_BUK[..., index], mask_BU) for index, name in enumerate(names)
+        }
+        return total, metrics
 
     def _kv(
         self,
@@ -268,24 +296,23 @@ class Objective:
         bonus = self.entropy_weight * spread.value if learned else jnp.zeros(())
         return bonus, chosen | {"router_entropy": spread}
 
-    def _divergence(self, logits: dict[str, Array], labels: Array) -> Array:
-        del labels
-
+    def _divergence(self, student: Array, teacher: Array) -> Array:
         def of_token(student: Array, teacher: Array) -> Array:
             return logit_kl(student, teacher, temperature=self.kl_temperature).value
 
-        return jax.vmap(jax.vmap(of_token))(logits["student"], logits["teacher"])
-
-    def _next_token(self, batch: Batch, readings: Mapping[str, Reading], loss: ChunkLoss) -> Array:
-        models = {name: (reading.model, reading.hidden) for name, reading in readings.items()}
-        return losses_of_next_token(batch, models, loss, batch_shards=self.batch_shards)
+        return jax.vmap(jax.vmap(of_token))(student, teacher)
 
 
-def _cross_entropy(logits: dict[str, Array], labels: Array) -> Array:
+def _head(reading: Reading) -> Head:
+    """Of next-token predictions: the last position predicts nothing."""
+    return Head(reading.hidden[:, :-1], reading.model.head_kernel())
+
+
+def _cross_entropy(student: Array, labels: Array) -> Array:
     def of_token(row: Array, label: Array) -> Array:
         return cross_entropy(row, label).value
 
-    return jax.vmap(jax.vmap(of_token))(logits["student"], labels)
+    return jax.vmap(jax.vmap(of_token))(student, labels)
 
 
 def _alignment(compared: Compared, mask_BT: Bool[Array, "B T"]) -> Metrics:
