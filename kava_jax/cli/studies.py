@@ -115,7 +115,7 @@ def bench(
 
     Example: kava bench diagnostics --json
     """
-    from kava_jax.bench import bench_arms, bench_diagnostics
+    from kava_jax.bench.steps import bench_arms, bench_diagnostics
     from kava_jax.config_file import load_config, shipped_config
     from kava_jax.experiments.grid import load_grid
 

@@ -6,22 +6,22 @@ from pathlib import Path
 import pytest
 import yaml
 
-from kava_jax import bench
+from kava_jax.bench import steps, timing
 from tests.tiny import contents, kava, write_workspace
 
 
 def test_rounds_alternate_and_the_first_is_not_counted(monkeypatch) -> None:
-    monkeypatch.setattr(bench, "ROUNDS", 3)
+    monkeypatch.setattr(timing, "ROUNDS", 3)
     order: list[str] = []
-    seconds = bench.alternate({"a": lambda: order.append("a"), "b": lambda: order.append("b")})
+    seconds = timing.alternate({"a": lambda: order.append("a"), "b": lambda: order.append("b")})
     assert order == ["a", "b"] * 4
     assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3}
 
 
 def test_diagnostics_are_measured_beside_the_step(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(write_workspace(tmp_path))
-    monkeypatch.setattr(bench, "ROUNDS", 2)
-    monkeypatch.setattr(bench, "STEPS_PER_ROUND", 1)
+    monkeypatch.setattr(timing, "ROUNDS", 2)
+    monkeypatch.setattr(steps, "STEPS_PER_ROUND", 1)
     ended = kava(
         capsys, "bench", "diagnostics", "--config", "tiny.yaml", "train.diagnose_every=4", "--json"
     )
@@ -36,8 +36,8 @@ def test_diagnostics_are_measured_beside_the_step(tmp_path, monkeypatch, capsys)
 
 def test_every_arm_of_a_grid_is_timed_beside_its_baseline(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(write_workspace(tmp_path))
-    monkeypatch.setattr(bench, "ROUNDS", 2)
-    monkeypatch.setattr(bench, "STEPS_PER_ROUND", 1)
+    monkeypatch.setattr(timing, "ROUNDS", 2)
+    monkeypatch.setattr(steps, "STEPS_PER_ROUND", 1)
     grid = {"name": "small", "config": "tiny.yaml", "seeds": [0], "baseline": "ce"}
     grid |= {"arms": {"ce": {"teachers": []}, "kv": {"recipe": "calibrated"}}}
     Path("grid.yaml").write_text(yaml.safe_dump(grid))

@@ -1,18 +1,14 @@
-"""``kava bench``: how long things take, measured so that the figure can be believed.
-
-Compiled and warmed up first; what is compared runs in alternating rounds, so that a slow moment of
-the machine falls on both; medians with their spread; device and versions stand beside the figures.
-"""
+"""Train steps beside each other: what a probe costs, and the step of every arm of a grid."""
 
 import statistics
 import tempfile
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from kava_jax.bench.timing import alternate, circumstances, summary
 from kava_jax.config import Config
 from kava_jax.data.batches import Batch, padded
 from kava_jax.errors import KavaError
@@ -22,10 +18,9 @@ from kava_jax.parallel.sharding import put_batch
 from kava_jax.runs.calibrate import unmeasured
 from kava_jax.runs.prepare import Run, fingerprints_of, load_dataset, prepare
 from kava_jax.runs.train import begun, jitted_probe
-from kava_jax.training.manifest import versions
 from kava_jax.training.step import TrainState
 
-ROUNDS, STEPS_PER_ROUND = 7, 5
+STEPS_PER_ROUND = 5
 
 
 def bench_diagnostics(config: Config) -> dict[str, Any]:
@@ -50,11 +45,12 @@ def bench_diagnostics(config: Config) -> dict[str, Any]:
     return {
         "name": "diagnostics",
         "config": config.run.name,
-        "step_seconds": _summary(seconds["step"]),
-        "probe_seconds": _summary(seconds["probe"]),
+        "step_seconds": summary(seconds["step"]),
+        "probe_seconds": summary(seconds["probe"]),
         "diagnose_every": every,
         "share_of_step": medians["probe"] / (every * medians["step"]) if every else 0.0,
-        **_circumstances(batch),
+        **_of_batch(batch),
+        **circumstances(),
     }
 
 
@@ -82,7 +78,7 @@ def bench_arms(grid: Grid, base: Mapping[str, Any]) -> dict[str, Any]:
         seconds = alternate(work)
     assert batch is not None  # a grid has an arm
     summaries = {
-        arm: _summary([value / STEPS_PER_ROUND for value in own]) for arm, own in seconds.items()
+        arm: summary([value / STEPS_PER_ROUND for value in own]) for arm, own in seconds.items()
     }
     baseline = summaries[grid.baseline]["median"]
     return {
@@ -91,7 +87,8 @@ def bench_arms(grid: Grid, base: Mapping[str, Any]) -> dict[str, Any]:
         "baseline": grid.baseline,
         "step_seconds": summaries,
         "relative": {arm: own["median"] / baseline for arm, own in summaries.items()},
-        **_circumstances(batch),
+        **_of_batch(batch),
+        **circumstances(),
     }
 
 
@@ -109,30 +106,5 @@ class _Steps:
         jax.block_until_ready(self.state)
 
 
-def _circumstances(batch: Batch) -> dict[str, Any]:
-    return {
-        "batch": {"rows": batch.tokens.shape[0], "tokens_of_a_row": batch.tokens.shape[1]},
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "versions": versions(),
-    }
-
-
-def alternate(work: Mapping[str, Callable[[], None]]) -> dict[str, list[float]]:
-    """Seconds of every round of each piece of work, after one round that is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in work}
-    for number in range(ROUNDS + 1):
-        for name, run in work.items():
-            started = time.perf_counter()
-            run()
-            if number:
-                seconds[name].append(time.perf_counter() - started)
-    return seconds
-
-
-def _summary(seconds: list[float]) -> dict[str, float]:
-    return {
-        "median": statistics.median(seconds),
-        "least": min(seconds),
-        "most": max(seconds),
-        "rounds": len(seconds),
-    }
+def _of_batch(batch: Batch) -> dict[str, Any]:
+    return {"batch": {"rows": batch.tokens.shape[0], "tokens_of_a_row": batch.tokens.shape[1]}}
