@@ -106,6 +106,7 @@ WHEN: dict[str, dict[str, str]] = {
         "format": "`chat` for an instruct model, `template` for your own prompt",
         "template": "`format=template`",
         "max_length": "rows are truncated (the first lines of a run say how many)",
+        "batching": "much is padding (the first lines of a run say how much): `bucketed`",
         "bucket": "many lengths are compiled (raise) or much is padding (lower)",
         "batch_size": "memory or noise asks for it; a multiple of devices x `grad_accumulation`",
     },
@@ -123,6 +124,7 @@ WHEN: dict[str, dict[str, str]] = {
     "train": {
         "steps": "always; one epoch is rows / batch_size steps",
         "grad_accumulation": "a batch does not fit into memory",
+        "attention": "a kernel gives trouble (`xla`), or its absence is to be an error (others)",
         "log_every": "lines come too fast or too slowly",
         "eval_every": "the course on held-out rows is wanted, and `best` checkpoints",
         "diagnose_every": "probes cost too much (see `probe_share_of_time`)",

@@ -112,9 +112,13 @@ class DataConfig(Section):
     )
     template: str | None = Field(default=None, description="with {prompt} and {answer}")
     max_length: int = Field(default=512, ge=8, description="longest row in tokens; the rest is cut")
+    batching: Literal["bucketed", "shuffled"] = Field(
+        default="shuffled", description="rows of a step: of like length, or of any"
+    )
     bucket: Positive | None = Field(
         default=None,
-        description="padded lengths are multiples of it; null: an eighth of max_length",
+        description="padded lengths are multiples of it; null: an eighth of max_length, and 8 for "
+        "bucketed training rows",
     )
     batch_size: Positive = Field(default=32, description="rows of a step, over all devices")
 
@@ -122,6 +126,11 @@ class DataConfig(Section):
     def length_bucket(self) -> int:
         """``bucket``, or an eighth of the longest row: at most eight shapes are ever compiled."""
         return self.bucket or -(-self.max_length // 8)
+
+    @property
+    def train_bucket(self) -> int:
+        """Of training rows: finer when bucketed, where no more than eight multiples are used."""
+        return self.bucket or (8 if self.batching == "bucketed" else self.length_bucket)
 
     @model_validator(mode="after")
     def _template_given(self) -> "DataConfig":
@@ -153,6 +162,9 @@ class TrainConfig(Section):
 
     steps: Positive = Field(default=1000, description="optimizer steps")
     grad_accumulation: Positive = Field(default=1, description="parts that a batch is computed in")
+    attention: Literal["auto", "xla", "cudnn", "splash"] = Field(
+        default="auto", description="its kernel; auto: the device's own where it can run, else xla"
+    )
     log_every: Positive = Field(default=10, description="steps between two logged lines")
     eval_every: Positive | None = Field(default=None, description="null: only at the end")
     diagnose_every: Positive | None = Field(
@@ -309,6 +321,7 @@ class Config(Section):
 # Fields that may change between a run and its continuation without changing what is learnt.
 FREE_FIELDS = (
     "run.dir",
+    "train.attention",
     "train.log_every",
     "train.eval_every",
     "train.diagnose_every",

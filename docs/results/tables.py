@@ -117,6 +117,25 @@ def bench_diagnostics(found: dict[str, Any]) -> list[str]:
     ]
 
 
+def padding(found: dict[str, Any]) -> list[str]:
+    """What is computed for nothing, and how many shapes are compiled."""
+    lines = [
+        "| `data.batching` | padding | tokens computed, millions | padded lengths "
+        "| the last of them comes at step |",
+        "| --- | ---: | ---: | --- | ---: |",
+    ]
+    for name, own in found["batching"].items():
+        cells = [f"{own['padding']:.1%}", f"{own['positions'] / 1e6:.2f}"]
+        cells += [", ".join(map(str, own["lengths"])), str(own["last_new_length_at_step"])]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return [
+        *lines,
+        "",
+        f"{found['rows']} rows of {found['shortest']} to {found['longest']} tokens, median "
+        f"{found['median']:.0f}; {found['steps']} steps of {found['batch_size']} rows.",
+    ]
+
+
 def grid(directory: Path) -> list[str]:
     """What ``kava ablate`` left: scores, other figures, further sets, and how sure they are."""
     results = read_results(directory)
@@ -341,7 +360,50 @@ def confirmed() -> list[str]:
     return lines
 
 
-TOGETHER = {"prediction": prediction, "confirmed": confirmed}
+PLANS = ("plan_1_h100", "plan_16_v5e", "plan_64_v5e", "plan_256_v5e")
+
+
+def plans() -> list[str]:
+    """The named job planned for several numbers of devices; bytes are those of one device."""
+    lines = [
+        "| devices | rows | weights and moments, GB | temporaries, GB | the CPU compiler's estimate "
+        "| peak, GB | verdict | FLOPs over the floor | gathered, GB | scattered or summed, GB |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | --- | ---: | ---: | ---: |",
+    ]
+    for name in PLANS:
+        plan = json.loads((HERE / f"{name}.json").read_text(encoding="utf-8"))
+        held = sum(plan["held"].values()) - plan["held"]["batch"]
+        spans = [
+            _gigabytes(*(plan[part][end] for end in ("least", "most")))
+            for part in ("temporaries", "estimated", "peak")
+        ]
+        sent = plan["messages"]
+        summed = sent.get("all-reduce", 0.0) + sent.get("reduce-scatter", 0.0)
+        cells = [f"{plan['devices']} x {plan['chip']}", str(plan["rows"]), f"{held / 1e9:.2f}"]
+        cells += [*spans, f"{plan['verdict']} in {plan['hbm'] / 1e9:g} GB"]
+        cells += [f"{plan['flops_over_floor']:.2f}", f"{sent.get('all-gather', 0.0) / 1e9:.2f}"]
+        lines.append(f"| {' | '.join(cells)} | {summed / 1e9:.2f} |")
+    return [*lines, "", _one_device()]
+
+
+def _one_device() -> str:
+    """The original's claim, answered."""
+    plan = json.loads((HERE / f"{PLANS[0]}.json").read_text(encoding="utf-8"))
+    surely, at_best = plan["largest_batch"]
+    return (
+        f"Does 14B → 1.5B fit in {plan['hbm'] / 1e9:g} GB on one device? Yes, with a batch of "
+        f"{surely} rows of {plan['length']} tokens surely and {at_best} at best (estimate)."
+        if at_best
+        else f"Does 14B → 1.5B fit in {plan['hbm'] / 1e9:g} GB on one device? No, with no batch."
+    )
+
+
+def _gigabytes(least: float, most: float) -> str:
+    low, high = f"{least / 1e9:.2f}", f"{most / 1e9:.2f}"
+    return low if low == high else f"{low} to {high}"
+
+
+TOGETHER = {"prediction": prediction, "confirmed": confirmed, "plans": plans}
 
 
 TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
@@ -350,6 +412,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "auto_share": auto_share,
     "bench_diagnostics": bench_diagnostics,
     "bench_arms": bench_arms,
+    "padding": padding,
     "confidence": confidence,
 }
 

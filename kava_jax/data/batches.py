@@ -4,6 +4,9 @@
 whole state of the iterator: nothing to save, and another number of hosts resumes the same stream.
 Batches are numpy; putting them on devices is the caller's job.
 
+Padding is computed like any token. Rows put together at random are padded to the longest of them;
+*bucketed* rows are put together with rows that are padded to the same length.
+
 Left out on purpose: packing several rows into one (it would need segment ids everywhere) and
 background loading (a batch is an index and a copy).
 """
@@ -18,6 +21,9 @@ from jaxtyping import Array, Bool, Int
 
 from kava_jax.data.text import Encoded
 from kava_jax.errors import KavaError
+
+# Bucketed batches have at most so many lengths: each is a shape that is compiled.
+MOST_LENGTHS = 8
 
 
 class Batch(NamedTuple):
@@ -57,7 +63,9 @@ class DataReport(NamedTuple):
     targets: int
     """Of these, targets of cross-entropy."""
     padding: float
-    """Share of padding among all positions of one epoch, 0 to 1."""
+    """Share of padding among all positions of the first epoch's batches, 0 to 1."""
+    lengths: int
+    """Padded lengths among these batches; a step is compiled for each."""
     max_length: int
 
     @property
@@ -66,7 +74,8 @@ class DataReport(NamedTuple):
         return (
             f"{self.rows} rows, {self.truncated} truncated to {self.max_length} tokens, "
             f"{self.dropped} dropped (prompt fills the row); {self.tokens} tokens, "
-            f"{self.targets} of them trained on, {self.padding:.0%} padding"
+            f"{self.targets} of them trained on, {self.padding:.0%} padding, {self.lengths} "
+            f"padded length{'s' if self.lengths > 1 else ''}"
         )
 
 
@@ -78,11 +87,19 @@ class BatchStream:
     longest row rounded up to a multiple of ``bucket`` (at most ``max_length``), taken over the
     *global* batch, so that all processes agree and few shapes are compiled.
 
+    ``bucketed``: T is one of at most eight of these multiples, chosen for the least padding, and a
+    batch holds rows of one bucket, which are those with the same T. Which rows of the bucket, and
+    when the batch comes, is drawn anew each epoch. There are three exceptions. Where two buckets
+    meet, one batch holds rows of both. The batch that two epochs share holds the shortest bucket's.
+    And a run begins with one batch of every T, the longest first, so that whatever is compiled, and
+    the most memory that is needed, shows at once.
+
     Args:
         rows: encoded rows; those without a target are dropped and counted.
         batch_size: rows of the global batch.
         max_length: longest row, as given to the encoder.
         seed: of the shuffle.
+        bucketed: rows of like length together, as above; else any rows.
         bucket: T is a multiple of this.
         pad_id: fills the rows; masks, not ids, tell padding apart.
         sink_tokens: leading tokens of each row that are left out of ``kv_mask``.
@@ -98,6 +115,7 @@ class BatchStream:
         batch_size: int,
         max_length: int,
         seed: int = 0,
+        bucketed: bool = False,
         bucket: int = 64,
         pad_id: int = 0,
         sink_tokens: int = 4,
@@ -109,12 +127,19 @@ class BatchStream:
         self.batch_size = batch_size
         self.max_length = max_length
         self.seed = seed
-        self.bucket = bucket
         self.pad_id = pad_id
         self.sink_tokens = sink_tokens
         self._dropped = len(rows) - len(self.rows)
         self._lengths = np.array([len(row.ids) for row in self.rows])
-        self._order = functools.lru_cache(maxsize=2)(self._order_of_epoch)
+        padded_lengths = np.unique([_rounded(int(n), bucket, max_length) for n in self._lengths])
+        if bucketed:
+            # Whole batches are cut from the longest row down: what counts is the first row of each.
+            longest = -np.sort(-self._lengths)[::batch_size]
+            padded_lengths = best_lengths(longest, padded_lengths, MOST_LENGTHS)
+        # T of each row if it stood alone; a batch's is the largest of its rows'.
+        self._padded = padded_lengths[np.searchsorted(padded_lengths, self._lengths)]
+        order = self._bucketed_order if bucketed else self._shuffled_order
+        self._order = functools.lru_cache(maxsize=2)(order)
 
     @property
     def steps_per_epoch(self) -> float:
@@ -128,7 +153,7 @@ class BatchStream:
             KavaError: the batch size is not a multiple of ``process_count``.
         """
         chosen = self.row_indices(step)
-        length = self._padded_length(chosen)
+        length = int(self._padded[chosen].max())
         mine = chosen[_share(self.batch_size, process_index, process_count)]
         return collate([self.rows[i] for i in mine], length, self.pad_id, self.sink_tokens)
 
@@ -137,7 +162,8 @@ class BatchStream:
         """Counts over all rows, and the padding of the first epoch's batches."""
         steps = -(-len(self.rows) // self.batch_size)
         chosen = [self.row_indices(step) for step in range(steps)]
-        positions = self.batch_size * sum(self._padded_length(rows) for rows in chosen)
+        padded_lengths = [int(self._padded[rows].max()) for rows in chosen]
+        positions = self.batch_size * sum(padded_lengths)
         real = sum(int(self._lengths[rows].sum()) for rows in chosen)
         return DataReport(
             rows=len(self.rows),
@@ -146,6 +172,7 @@ class BatchStream:
             tokens=int(self._lengths.sum()),
             targets=sum(len(row.ids) - max(row.prompt_length, 1) for row in self.rows),
             padding=1 - real / positions,
+            lengths=len(set(padded_lengths)),
             max_length=self.max_length,
         )
 
@@ -155,11 +182,24 @@ class BatchStream:
         epochs, within = np.divmod(places, len(self.rows))
         return np.array([self._order(int(e))[w] for e, w in zip(epochs, within, strict=True)])
 
-    def _order_of_epoch(self, epoch: int) -> np.ndarray:
-        return np.argsort(_mixed(self.seed, epoch, len(self.rows)), kind="stable")
+    def _shuffled_order(self, epoch: int) -> np.ndarray:
+        return np.argsort(_mixed(len(self.rows), self.seed, epoch), kind="stable")
 
-    def _padded_length(self, chosen: np.ndarray) -> int:
-        return _rounded(int(self._lengths[chosen].max()), self.bucket, self.max_length)
+    def _bucketed_order(self, epoch: int) -> np.ndarray:
+        """The rows that complete the last epoch's batch, whole batches, and those left over."""
+        order = self._shuffled_order(epoch)
+        order = order[np.argsort(-self._padded[order], kind="stable")]  # in a bucket still shuffled
+        head = min(-epoch * len(order) % self.batch_size, len(order))
+        whole = (len(order) - head) // self.batch_size
+        rows, shared = np.split(order, [whole * self.batch_size])
+        rows_WB = rows.reshape(whole, self.batch_size)
+        # A salt of its own: else where a batch comes would hang together with what is in it.
+        rows_WB = rows_WB[np.argsort(_mixed(whole, self.seed, epoch, 1), kind="stable")]
+        if epoch == 0:
+            _, one_of_each = np.unique(-self._padded[rows_WB].max(axis=1), return_index=True)
+            others = np.delete(np.arange(whole), one_of_each)
+            rows_WB = rows_WB[np.concatenate([one_of_each, others])]
+        return np.concatenate([shared[:head], rows_WB.reshape(-1), shared[head:]])
 
 
 def eval_batches(
@@ -202,6 +242,34 @@ def collate(rows: Sequence[Encoded], length: int, pad_id: int, sink_tokens: int)
     return Batch(*arrays)
 
 
+def best_lengths(
+    lengths: Int[np.ndarray, "R"], allowed: Int[np.ndarray, "M"], most: int
+) -> Int[np.ndarray, "N"]:
+    """At most ``most`` of the allowed lengths: those that ask for the least padding.
+
+    Found exactly, by dynamic programming: the best choice for everything up to some length is that
+    length, and the best choice of one fewer up to a shorter one.
+
+    Args:
+        lengths: of what is padded, each to the next length that is kept.
+        allowed: ascending; the last one is the longest's, and is always kept.
+        most: 1 or more.
+
+    Returns:
+        The lengths that are kept, ascending.
+    """
+    held = np.searchsorted(np.sort(lengths), allowed, side="right")  # how many fit into each
+    positions = held * allowed
+    kept: list[tuple[int, ...]] = [(int(length),) for length in allowed]
+    for _ in range(most - 1):
+        for j in range(len(allowed) - 1, 0, -1):  # downwards: those below still have one fewer
+            split = positions[:j] + (held[j] - held[:j]) * allowed[j]
+            i = int(split.argmin())
+            if split[i] < positions[j]:
+                positions[j], kept[j] = split[i], (*kept[i], int(allowed[j]))
+    return np.array(kept[-1])
+
+
 def padded(batch: Batch, length: int) -> Batch:
     """The batch with positions added on the right that count nowhere; for one shape only."""
     missing = ((0, 0), (0, length - batch.tokens.shape[1]))
@@ -239,10 +307,10 @@ def _rounded(length: int, bucket: int, max_length: int) -> int:
     return min(-(-length // bucket) * bucket, max_length)
 
 
-def _mixed(seed: int, epoch: int, count: int) -> np.ndarray:
-    """splitmix64 of (seed, epoch, place); numpy's own generators may change between versions."""
+def _mixed(count: int, *salts: int) -> np.ndarray:
+    """splitmix64 of (salts, place); numpy's own generators may change between versions."""
     z = np.arange(count, dtype=np.uint64)
-    for salt in (seed, epoch):
+    for salt in salts:
         z = z + np.uint64((salt * 0xD1342543DE82EF95 + 0x9E3779B97F4A7C15) % 2**64)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

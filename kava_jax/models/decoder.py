@@ -7,6 +7,7 @@ head. Sampling, beam search and mixture-of-experts layers are left out on purpos
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import jax
@@ -15,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from kava_jax.cache import KVCache
+from kava_jax.models.attend import Attend, Implementation, attend
 from kava_jax.models.layers import (
     Block,
     Dtypes,
@@ -58,17 +60,20 @@ class Decoder(nnx.Module):
         dtype: Any = jnp.float32,
         remat: Remat = "none",
         layouts: Layouts | None = None,
+        attention: Implementation = "xla",
     ):
         """Build ``blocks`` full layers (all by default), optionally a KV-only ``tail`` after them.
 
         ``head=False`` leaves out final norm and LM head: such a decoder has a cache but no logits.
-        ``layouts`` says where hidden states lie on a mesh.
+        ``layouts`` says where hidden states lie on a mesh. ``attention`` is that of calls without a
+        past; where it is not ``xla``, their rows have to be padded on the right.
         """
         dtypes = Dtypes(jnp.dtype(param_dtype), jnp.dtype(dtype))
         count = spec.num_layers if blocks is None else blocks
         self.spec, self.dtype = spec, dtypes.compute
         self.remat: Remat = remat
         self.layouts = layouts
+        self.attention: Implementation = attention
         self.embed = Embedding(spec, dtypes=dtypes, rngs=rngs)
         self.blocks = _stacked_blocks(spec, count, dtypes, rngs) if count else None
         self.tail = Tail(spec, dtypes=dtypes, rngs=rngs) if tail else None
@@ -107,7 +112,8 @@ class Decoder(nnx.Module):
         def cache(new: KeyValue) -> KVCache:
             return new.cache(key_space)
 
-        return self._run(tokens_BT, positions_BT, mask_BTS, past, cache)
+        how = self._by_kernel(positions_BT) if past is None else attend
+        return self._run(tokens_BT, positions_BT, mask_BTS, past, cache, how)
 
     def with_queries(
         self,
@@ -117,12 +123,12 @@ class Decoder(nnx.Module):
         *,
         key_space: KeySpace = "pre_rope",
     ) -> tuple[Float[Array, "B T D"], KVCache, Float[Array, "L B T N H"]]:
-        """As a call without a past, and the post-RoPE queries of all layers."""
+        """As a call without a past, by XLA's attention, and all layers' post-RoPE queries."""
 
         def both(new: KeyValue) -> tuple[KVCache, Array | None]:
             return new.cache(key_space), new.q
 
-        hidden, (cache, queries) = self._run(tokens_BT, positions_BT, mask_BTS, None, both)
+        hidden, (cache, queries) = self._run(tokens_BT, positions_BT, mask_BTS, None, both, attend)
         return hidden, cache, queries
 
     def rotation(self, positions_BT: Int[Array, "B T"]) -> Rotation:
@@ -143,6 +149,7 @@ class Decoder(nnx.Module):
         mask_BTS: Bool[Array, "B 1 T S"],
         past: KVCache | None,
         keep: Callable[[KeyValue], Any],
+        how: Attend,
     ) -> tuple[Float[Array, "B T D"], Any]:
         """Hidden states, and what ``keep`` takes of every layer, stacked over layers."""
         x_BTD = self._by_rows(self._embedded(tokens_BT))
@@ -153,7 +160,7 @@ class Decoder(nnx.Module):
 
             def layer(x_BTD: Array, xs: tuple[Any, KVCache | None]) -> tuple[Array, Any]:
                 params, layer_past = xs
-                x_BTD, new = nnx.merge(graph, params)(x_BTD, rotation, mask_BTS, layer_past)
+                x_BTD, new = nnx.merge(graph, params)(x_BTD, rotation, mask_BTS, layer_past, how)
                 return self._by_rows(x_BTD), keep(new)
 
             x_BTD, of_blocks = jax.lax.scan(_remat(layer, self.remat), x_BTD, (layers, past))
@@ -163,6 +170,20 @@ class Decoder(nnx.Module):
             kept.append(jax.tree.map(lambda array: array[None], of_tail))
         stacked = jax.tree.map(lambda *parts: jnp.concatenate(parts), *kept)
         return (x_BTD if self.final_norm is None else self.final_norm(x_BTD)), stacked
+
+    def _by_kernel(self, positions_BT: Int[Array, "B T"]) -> Attend:
+        """This decoder's attention over rows padded on the right."""
+        if self.attention == "xla":
+            return attend
+        return partial(
+            attend,
+            implementation=self.attention,
+            # Padding repeats the position before it. Read off here and not off the mask, which
+            # then is never made.
+            valid_BT=jnp.diff(positions_BT, axis=1, prepend=-1) > 0,
+            window=self.spec.sliding_window,
+            rows=None if self.layouts is None else self.layouts.rows,
+        )
 
     def _embedded(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         x_BTD = self.embed.embedding[...][tokens_BT]
@@ -177,13 +198,13 @@ class Decoder(nnx.Module):
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
         """LM head: all V rows, in the compute dtype; the transposed embedding when tied."""
-        return hidden @ self.head_kernel().astype(self.dtype)
+        return hidden @ self.head_table().T.astype(self.dtype)
 
-    def head_kernel(self) -> Float[Array, "D V"]:
-        """The LM head's kernel as it is stored, tied or not."""
+    def head_table(self) -> Float[Array, "V D"]:
+        """The LM head's rows as they are stored: the embedding when tied."""
         if self.head is not None:
-            return self.head.kernel[...]
-        return self.embed.embedding[...].T
+            return self.head.kernel[...].T
+        return self.embed.embedding[...]
 
 
 def _stacked_blocks(spec: DecoderSpec, count: int, dtypes: Dtypes, rngs: nnx.Rngs) -> Block:

@@ -13,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from kava_jax.cache import KVCache
+from kava_jax.models.attend import Attend, attend
 from kava_jax.models.rope import rotate
 from kava_jax.models.spec import DecoderSpec
 
@@ -135,15 +136,18 @@ class Attention(nnx.Module):
         rotation: Rotation,
         mask_BTS: Bool[Array, "B 1 T S"],
         past: KVCache | None,
+        how: Attend = attend,
     ) -> tuple[Float[Array, "B T D"], KeyValue]:
-        """Attend over ``past`` (post-RoPE, one layer) followed by the tokens of ``x``."""
+        """Attend over ``past`` (post-RoPE, one layer) followed by the tokens of ``x``.
+
+        ``how(q, k, v, mask)`` does so: ``attend``, or what is left of it to be given.
+        """
         new, q_BTNH = self.keys_values(x_BTD, rotation), self.queries(x_BTD, rotation)
         k_BSKH, v_BSKH = new.post_rope, new.v
         if past is not None:
             k_BSKH = jnp.concatenate([past.k, k_BSKH], axis=1)
             v_BSKH = jnp.concatenate([past.v, v_BSKH], axis=1)
-        y_BTNH = jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask_BTS)
-        return self.o(y_BTNH), new._replace(q=q_BTNH)
+        return self.o(how(q_BTNH, k_BSKH, v_BSKH, mask_BTS)), new._replace(q=q_BTNH)
 
 
 class MLP(nnx.Module):
@@ -189,9 +193,10 @@ class Block(nnx.Module):
         rotation: Rotation,
         mask_BTS: Bool[Array, "B 1 T S"],
         past: KVCache | None,
+        how: Attend = attend,
     ) -> tuple[Float[Array, "B T D"], KeyValue]:
         """Residual attention, then residual MLP; also what the attention wrote."""
-        y_BTD, new = self.attention(self.attention_norm(x_BTD), rotation, mask_BTS, past)
+        y_BTD, new = self.attention(self.attention_norm(x_BTD), rotation, mask_BTS, past, how)
         x_BTD = x_BTD + y_BTD
         return x_BTD + self.mlp(self.mlp_norm(x_BTD)), new
 

@@ -54,9 +54,9 @@ class Layouts(NamedTuple):
     rows: NamedSharding
     """Everything else that has rows first: over data and fsdp."""
     head: NamedSharding
-    """The LM head's kernel [D, V] while it is used: gathered over fsdp."""
+    """The LM head's table [V, D] while it is used: gathered over fsdp."""
     head_gradients: NamedSharding
-    """Its gradient [shards, D, V] while each shard of the batch adds up its own."""
+    """Its gradient [shards, V, D] while each shard of the batch adds up its own."""
 
 
 def layouts(mesh: Mesh) -> Layouts:
@@ -65,8 +65,8 @@ def layouts(mesh: Mesh) -> Layouts:
     return Layouts(
         NamedSharding(mesh, PartitionSpec("data", None, RULES["embed"])),
         NamedSharding(mesh, PartitionSpec(rows)),
-        NamedSharding(mesh, PartitionSpec(None, vocabulary)),
-        NamedSharding(mesh, PartitionSpec(rows, None, vocabulary)),
+        NamedSharding(mesh, PartitionSpec(vocabulary, None)),
+        NamedSharding(mesh, PartitionSpec(rows, vocabulary, None)),
     )
 
 

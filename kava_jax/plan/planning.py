@@ -241,6 +241,8 @@ def _as_on(chip: Chip, config: Config) -> Config:
     raw = dump_config(unmeasured(config))
     for model in (raw["student"], *raw["teachers"]):
         model["dtype"] = "bfloat16" if model["dtype"] == "auto" else model["dtype"]
+    # The devices that it is compiled for are not those that it is meant for.
+    raw["train"]["attention"] = "auto"
     return parse_config(raw)
 
 

@@ -79,7 +79,8 @@ def load_dataset(run: Run) -> Dataset:
         held,
         run.encoder,
         batch_size=data.batch_size,
-        bucket=data.length_bucket,
+        bucketed=data.batching == "bucketed",
+        bucket=data.train_bucket,
         seed=run.config.run.seed,
         pad_id=pad_id(run.tokenizer),
         sink_tokens=run.config.loss.sink_tokens,
@@ -118,8 +119,12 @@ def data_loader(run: Run) -> Load:
 
 
 def reopen(run_dir: Path, overrides: Sequence[str] = ()) -> Run:
-    """A run directory that ``train`` made, prepared again from the config it was started with."""
-    config = parse_config(read_manifest(run_dir)["config"], overrides)
+    """A run directory that ``train`` made, prepared again from the config it was started with.
+
+    The attention kernel is chosen anew: this may be another kind of machine.
+    """
+    chosen = ["train.attention=auto", *overrides]
+    config = parse_config(read_manifest(run_dir)["config"], chosen)
     located = config.run.model_copy(update={"dir": str(run_dir)})
     located_config = config.model_copy(update={"run": located})
     return prepare(located_config, read_measured_maps(located_config))

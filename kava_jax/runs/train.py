@@ -68,7 +68,7 @@ def train(config: Config, command: Sequence[str]) -> Trained:
         )
     share = _share(config)
     with Checkpoints(run.directory, config.train.keep_checkpoints) as checkpoints:
-        notes = [*dataset.notes, *filter(None, [run.blueprint.repeated])]
+        notes = [*dataset.notes, run.blueprint.attending, *filter(None, [run.blueprint.repeated])]
         resumed = checkpoints.newest_intact(notes.append)
         if resumed is not None:
             notes.append(f"continuing from the checkpoint at step {resumed}")

@@ -26,15 +26,11 @@ from kava_jax.errors import KavaError
 from kava_jax.hf.geometry import spec_from_config
 from kava_jax.hf.load import load_decoder_params, read_spec
 from kava_jax.hf.locate import resolve_model
+from kava_jax.models.attend import Choice, choose, in_words
 from kava_jax.models.decoder import Decoder, Params
 from kava_jax.models.spec import DecoderSpec
 from kava_jax.parallel.mesh import batch_shards
-from kava_jax.parallel.sharding import (
-    batch_sharding,
-    layouts,
-    matching_shardings,
-    replicated,
-)
+from kava_jax.parallel.sharding import batch_sharding, layouts, matching_shardings, replicated
 from kava_jax.training.assembly import (
     empty_statistics,
     kv_weight,
@@ -125,6 +121,13 @@ class Blueprint:
             for m in (part.misfits if part else ())
         ]
         return f"repeated on every device: {', '.join(found)}" if found else None
+
+    @property
+    def attending(self) -> str:
+        """What the models attend with, and why, in one line."""
+        student = ("student", self.student_spec, _dtype(self.config.student.dtype))
+        models = [student, *((name, t.spec, t.dtype) for name, t in self.teachers.items())]
+        return in_words([(m[0], _attention(self.config, self.mesh, *m)) for m in models])
 
     def load_teachers(self) -> dict[str, Params]:
         """All teachers' weights."""
@@ -226,14 +229,13 @@ def make_blueprint(
         )
     student_dir, student_spec = models.student
     dtype = _dtype(config.student.dtype)
-    build = partial(
-        _build_decoder,
-        student_spec,
-        dtype=dtype,
-        remat=config.student.remat,
-        layouts=layouts(mesh),
-    )
+    remat, layout = config.student.remat, layouts(mesh)
+    build = partial(_build_decoder, student_spec, dtype=dtype, remat=remat, layouts=layout)
     student = Part.of(build, mesh, config.mesh.indivisible)
+    # Kernels want padding on the right, as batches have it; prompts to be continued, which
+    # ``student`` reads, have it on the left.
+    attention = _attention(config, mesh, "student", student_spec, dtype).implementation
+    of_batches = Part.of(partial(build, attention=attention), mesh, config.mesh.indivisible)
     teachers = {
         teacher.name: _teacher(index, teacher, models, config, mesh, measured_maps)
         for index, teacher in enumerate(config.teachers)
@@ -255,7 +257,7 @@ def make_blueprint(
         router=router,
         objective=make_objective(
             config,
-            student.graph,
+            of_batches.graph,
             {name: teacher.link for name, teacher in teachers.items()},
             projector.graph if projector else None,
             router.graph if router else None,
@@ -296,6 +298,7 @@ def _teacher(
         param_dtype=dtype,
         dtype=dtype,
         layouts=layouts(mesh),
+        attention=_attention(config, mesh, f"teachers.{index}", spec, dtype).implementation,
     )
     part = Part.of(build, mesh, config.mesh.indivisible)
     comparison = Comparison(
@@ -359,6 +362,13 @@ def _check_frame(config: Config, student: DecoderSpec, teachers: Mapping[str, Te
                 f"so it has no queries of its own; give one teacher layer per student layer, or "
                 f"set projector.direction=teacher_to_student"
             )
+
+
+def _attention(config: Config, mesh: Mesh, who: str, spec: DecoderSpec, dtype: Any) -> Choice:
+    """What one model attends with when it reads a batch."""
+    asked, data = config.train.attention, config.data
+    lengths = (data.train_bucket, data.length_bucket, data.max_length)
+    return choose(asked, mesh.devices.flat[0], who, dtype, spec.head_dim, lengths)
 
 
 def _dtype(name: str) -> Any:

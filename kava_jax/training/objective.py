@@ -305,7 +305,7 @@ class Objective:
 
 def _head(reading: Reading) -> Head:
     """Of next-token predictions: the last position predicts nothing."""
-    return Head(reading.hidden[:, :-1], reading.model.head_kernel())
+    return Head(reading.hidden[:, :-1], reading.model.head_table())
 
 
 def _cross_entropy(student: Array, labels: Array) -> Array:

@@ -26,10 +26,10 @@ LossOfLogits = Callable[[dict[str, Array], Array], Array]
 
 
 class Head(NamedTuple):
-    """One model's way to logits: ``hidden @ kernel``, multiplied in the hidden states' dtype."""
+    """One model's way to logits: ``hidden @ table.T``, multiplied in the hidden states' dtype."""
 
     hidden: Float[Array, "B U D"]
-    kernel: Float[Array, "D V"]
+    table: Float[Array, "V D"]
 
 
 class _Sorted(NamedTuple):
@@ -112,12 +112,12 @@ def _run(
 
     heads = {"student": learner, **others}
     hiddens = {name: by_shard(head.hidden) for name, head in heads.items()}
-    kernels = {
-        name: _lying(head.kernel.astype(head.hidden.dtype), layouts and layouts.head)
+    tables = {
+        name: _lying(head.table.astype(head.hidden.dtype), layouts and layouts.head)
         for name, head in heads.items()
     }
     labels, weights, counted = map(by_shard, (labels_BU, weights_BUK, counted_BU))
-    tokens = _sorted(counted, max(kernel.shape[1] for kernel in kernels.values()))
+    tokens = _sorted(counted, max(table.shape[0] for table in tables.values()))
     student = hiddens["student"]
 
     def chunk(state: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -125,7 +125,7 @@ def _run(
         start = number * tokens.size
         places = jax.lax.dynamic_slice_in_dim(tokens.order, start, tokens.size, axis=1)
         taken = {name: _take(hidden, places) for name, hidden in hiddens.items()}
-        logits = {name: _logits(taken[name], kernels[name]) for name in taken}
+        logits = {name: _logits(taken[name], tables[name]) for name in taken}
         # A place beyond the last token repeats one, and counts for nothing.
         inside = start + jnp.arange(tokens.size) < student.shape[1]
         kept = _take(counted, places) & inside[None, :]
@@ -140,11 +140,11 @@ def _run(
         else:
             slopes, found = jax.grad(weighted, has_aux=True)(logits["student"])
             slopes = slopes.astype(student.dtype)
-            of_hidden = jnp.einsum("snv,dv->snd", slopes, kernels["student"])
-            of_kernel = jnp.einsum(
-                "snd,snv->sdv", taken["student"], slopes, preferred_element_type=jnp.float32
+            of_hidden = jnp.einsum("snv,vd->snd", slopes, tables["student"])
+            of_table = jnp.einsum(
+                "snv,snd->svd", slopes, taken["student"], preferred_element_type=jnp.float32
             )
-            gradient = [_written(gradient[0], of_hidden, start), gradient[1] + of_kernel]
+            gradient = [_written(gradient[0], of_hidden, start), gradient[1] + of_table]
         return number + 1, _written(losses, found, start), *gradient
 
     def unfinished(state: tuple[Any, ...]) -> Array:
@@ -154,10 +154,10 @@ def _run(
     room = tokens.order.shape
     state = (jnp.zeros((), jnp.int32), jnp.zeros((*room, weights.shape[-1])))
     if with_gradient:
-        of_kernel = jnp.zeros((shards, *kernels["student"].shape))
+        of_table = jnp.zeros((shards, *tables["student"].shape))
         state += (
             jnp.zeros((*room, student.shape[-1]), student.dtype),
-            _lying(of_kernel, layouts and layouts.head_gradients),
+            _lying(of_table, layouts and layouts.head_gradients),
         )
     _, losses, *gradient = jax.lax.while_loop(unfinished, chunk, state)
     # Where each token's chunk wrote; what was never reached stays 0.
@@ -166,8 +166,8 @@ def _run(
     if not with_gradient:
         return losses, None
     of_hidden = _take(gradient[0], back).reshape(learner.hidden.shape)
-    of_kernel = gradient[1].sum(axis=0).astype(learner.kernel.dtype)
-    return losses, Head(of_hidden, of_kernel)
+    of_table = gradient[1].sum(axis=0).astype(learner.table.dtype)
+    return losses, Head(of_hidden, of_table)
 
 
 def _sorted(counted_SN: Array, vocabulary: int) -> _Sorted:
@@ -179,8 +179,8 @@ def _sorted(counted_SN: Array, vocabulary: int) -> _Sorted:
     return _Sorted(order, counted_SN.sum(axis=1).max(), size)
 
 
-def _logits(hidden: Array, kernel: Array) -> Array:
-    return jnp.einsum("snd,dv->snv", hidden, kernel, preferred_element_type=jnp.float32)
+def _logits(hidden: Array, table: Array) -> Array:
+    return jnp.einsum("snd,vd->snv", hidden, table, preferred_element_type=jnp.float32)
 
 
 def _take(x: Array, places_SN: Array) -> Array:

@@ -129,6 +129,7 @@ def gradient(model_spec: DecoderSpec, unrolled: bool):
             hidden, cache = model(tokens, positions, mask)
             return (model.logits(hidden) ** 2).sum() + (cache.k**2).sum() + (cache.v**2).sum()
         x, total = model.embed.embedding[...][tokens], jnp.zeros(())
+        assert model.blocks is not None
         block, stacked = nnx.split(model.blocks)
         for layer in range(model_spec.num_layers):
             own = jax.tree.map(lambda stack, layer=layer: stack[layer], stacked)

@@ -1,0 +1,80 @@
+"""Runs with random weights, for benchmarks that need no files."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from kava_jax.config_file import parse_config
+from kava_jax.data.batches import Batch
+from kava_jax.hf.geometry import spec_from_config
+from kava_jax.parallel.mesh import make_mesh
+from kava_jax.training.blueprint import Blueprint, Found, Models, make_blueprint
+
+Sizes = tuple[int, int, int, int, int]
+"""Layers, width, query heads, KV heads, feed-forward width."""
+
+
+def geometry(sizes: Sizes, vocabulary: int) -> dict[str, Any]:
+    """A ``config.json`` of Qwen2's shape, embeddings tied."""
+    layers, width, heads, kv_heads, inner = sizes
+    return {
+        "model_type": "qwen2",
+        "num_hidden_layers": layers,
+        "hidden_size": width,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "intermediate_size": inner,
+        "vocab_size": vocabulary,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": True,
+    }
+
+
+def one_device() -> Mesh:
+    """The first device alone, as a mesh."""
+    return make_mesh(1, 1, 1, jax.devices()[:1])
+
+
+def random_run(
+    teacher: Mapping[str, Any],
+    student: Mapping[str, Any],
+    *,
+    rows: int,
+    overrides: Mapping[str, Any] | None = None,
+    mesh: Mesh | None = None,
+) -> Blueprint:
+    """A run over random models of these geometries, on all devices or a mesh; weights are drawn."""
+    nowhere = Path("random weights")
+    raw: dict[str, Any] = {
+        "run": {"name": "bench"},
+        "teachers": [{"name": "teacher", "path": str(nowhere), "control": "random"}],
+        "student": {"geometry": dict(student)},
+        "data": {"path": "builtin:word_problems", "batch_size": rows},
+        "loss": {"kv_weight": 1.0},
+        "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
+    }
+    written = [f"{field}={value}" for field, value in (overrides or {}).items()]
+    config = parse_config(raw, written)
+    models = Models(
+        Found(None, spec_from_config(dict(student), where="bench")),
+        {"teacher": Found(nowhere, spec_from_config(dict(teacher), where="bench"))},
+    )
+    return make_blueprint(config, mesh or make_mesh(1, -1, 1), models, {})
+
+
+def random_batch(rows: int, length: int, vocabulary: int, prompt: int) -> Batch:
+    """Random tokens without padding, of which the first ``prompt`` are not predicted."""
+    shape = (rows, length)
+    tokens = np.random.default_rng(0).integers(0, vocabulary, shape, dtype=np.int32)
+    answers = np.broadcast_to(np.arange(length) >= max(1, prompt), shape).copy()
+    everywhere = np.ones(shape, bool)
+    return Batch(tokens, everywhere, answers, everywhere)  # pyright: ignore[reportArgumentType]  (host arrays)
+
+
+def bytes_of(tree: Any) -> int:
+    """Bytes of all arrays."""
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))

@@ -1,0 +1,98 @@
+"""``kava bench input`` and ``kava bench import``: how fast rows and weights come in."""
+
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from flax.traverse_util import unflatten_dict
+
+from kava_jax.bench.pairs import Sizes, bytes_of, geometry
+from kava_jax.bench.timing import alternate, circumstances, summary
+from kava_jax.data.batches import BatchStream
+from kava_jax.data.problems import WordProblems
+from kava_jax.data.text import Encoder
+from kava_jax.data.tokenizer import builtin_tokenizer
+from kava_jax.hf.export import export_model
+from kava_jax.hf.geometry import spec_from_config
+from kava_jax.hf.load import load_decoder_params
+from kava_jax.hf.names import parameter_shapes
+from kava_jax.models.decoder import Decoder
+from kava_jax.parallel.mesh import make_mesh
+from kava_jax.parallel.sharding import put_batch
+from kava_jax.training.parts import Part, place_slices
+
+ROWS, BATCH, LENGTH, BATCHES = 2048, 32, 128, 20
+
+
+class ModelSizes(NamedTuple):
+    """The model that is imported: by default a gigabyte in float32."""
+
+    model: Sizes = (16, 1024, 16, 8, 4096)
+    vocabulary: int = 8192
+
+
+def bench_input() -> dict[str, Any]:
+    """Tokens a second of encoding text, of making batches, and of putting them on the devices.
+
+    Encoding happens once, before the first step; batches are made while the devices compute, so
+    what matters is that ``batch`` and ``put`` together are faster than any step.
+    """
+    encoder = Encoder(builtin_tokenizer(), format="qa", template=None, max_length=LENGTH)
+    problems = list(WordProblems("train", 0, ROWS))
+    rows = [encoder.encode(problem) for problem in problems]
+    stream = BatchStream(rows, batch_size=BATCH, max_length=LENGTH, seed=0, bucket=16)
+    batches, mesh = [stream.batch(number) for number in range(BATCHES)], make_mesh()
+    work = {
+        "encode": lambda: [encoder.encode(problem) for problem in problems[: BATCH * BATCHES]],
+        "batch": lambda: [stream.batch(number) for number in range(BATCHES)],
+        "put": lambda: jax.block_until_ready([put_batch(batch, mesh) for batch in batches]),
+    }
+    seconds = {name: summary(own) for name, own in alternate(work).items()}  # pyright: ignore[reportArgumentType]  (results are dropped)
+    tokens = sum(int(batch.valid.sum()) for batch in batches)
+    return {
+        "name": "input",
+        "rows_of_a_batch": BATCH,
+        "batches": BATCHES,
+        "seconds": seconds,
+        "tokens_per_second": {name: tokens / own["median"] for name, own in seconds.items()},
+        **circumstances(),
+    }
+
+
+def bench_import(sizes: ModelSizes) -> dict[str, Any]:
+    """Bytes a second of importing a Hugging Face directory, beside only reading its files."""
+    spec = spec_from_config(geometry(sizes.model, sizes.vocabulary), where="bench")
+    mesh = make_mesh(1, -1, 1)
+    part = Part.of(lambda rngs: Decoder(spec, rngs=rngs), mesh)
+    with tempfile.TemporaryDirectory() as folder:
+        directory = Path(folder) / "model"
+        flat = {path: np.full(s, 0.5, np.float32) for path, s in parameter_shapes(spec).items()}
+        size = bytes_of(flat)
+        export_model(
+            directory,
+            unflatten_dict(flat, sep="/"),
+            spec,
+            dtype="float32",
+            tokenizer=builtin_tokenizer(),
+            card="constant weights",
+        )
+        del flat
+        files = sorted(directory.glob("*.safetensors"))
+        put = partial(place_slices, part.shardings)
+        work = {
+            "import": lambda: jax.block_until_ready(load_decoder_params(directory, spec, put=put)),
+            "read": lambda: [np.fromfile(file, np.uint8) for file in files],
+        }
+        seconds = {name: summary(own) for name, own in alternate(work).items()}  # pyright: ignore[reportArgumentType]  (results are dropped)
+    return {
+        "name": "import",
+        "sizes": sizes._asdict(),
+        "bytes": size,
+        "seconds": seconds,
+        "bytes_per_second": {name: size / own["median"] for name, own in seconds.items()},
+        "times_reading": seconds["import"]["median"] / seconds["read"]["median"],
+        **circumstances(),
+    }

@@ -1,0 +1,219 @@
+"""``kava bench step``: the whole train step, beside the original's PyTorch loop.
+
+Both sides load the same weights from the same Hugging Face directories and take their steps in
+processes of their own, in turns, on the same batch. The losses of the first step have to agree.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from flax import nnx
+from flax.traverse_util import unflatten_dict
+
+from kava_jax.bench import timing
+from kava_jax.bench.pairs import Sizes, geometry, one_device
+from kava_jax.config_file import parse_config
+from kava_jax.data.tokenizer import builtin_tokenizer
+from kava_jax.errors import KavaError
+from kava_jax.hf.export import export_model
+from kava_jax.hf.geometry import spec_from_config
+from kava_jax.hf.names import parameter_shapes
+from kava_jax.plan.floor import step_floor
+from kava_jax.training.blueprint import find_models, make_blueprint
+
+AGREE = 1e-4
+PEERS = {"torch": ("torch", "torch_compile"), "torch-eager": ("torch",)}
+
+
+class Pair(NamedTuple):
+    """Sizes of what is measured; the defaults are Qwen2's shape at a CPU's size."""
+
+    teacher: Sizes = (8, 512, 8, 4, 1408)
+    student: Sizes = (4, 256, 8, 2, 704)
+    vocabulary: int = 151_936
+    rows: int = 4
+    length: int = 256
+    prompt: int = 128
+    """Tokens of every row that are not predicted."""
+
+
+def bench_step(pair: Pair, peer: str | None) -> dict[str, Any]:
+    """Seconds, tokens per second and memory of the step; with ``peer`` also those of PyTorch.
+
+    ``floor`` is ``plan.floor.step_floor`` with the predicted tokens alone. Memory is what a process
+    holds at most during its steps, beyond the libraries and the models' weights: gradients,
+    moments, activations. Raises KavaError for an unknown peer, and when the first losses differ by
+    more than 1e-4.
+    """
+    if peer is not None and peer not in PEERS:
+        raise KavaError(f"--peer={peer!r} is unknown; use {' or '.join(PEERS)}, or leave it out")
+    sides = ("ours", *(PEERS[peer] if peer else ()))
+    with tempfile.TemporaryDirectory() as folder:
+        floor = write_job(Path(folder), pair)
+        measured = _measured(Path(folder), sides)
+    tokens = pair.rows * pair.length
+    medians = {side: own["seconds"]["median"] for side, own in measured.items() if "seconds" in own}
+    return {
+        "name": "step",
+        "pair": pair._asdict(),
+        "floor_flops": floor,
+        "sides": measured,
+        "tokens_per_second": {side: tokens / seconds for side, seconds in medians.items()},
+        "times_faster_than": {
+            side: seconds / medians["ours"] for side, seconds in medians.items() if side != "ours"
+        },
+        "memory_over": {
+            side: measured["ours"]["above_models"] / own["above_models"]
+            for side, own in measured.items()
+            if side != "ours" and "above_models" in own
+        },
+        **timing.circumstances(),
+    }
+
+
+def write_job(folder: Path, pair: Pair) -> float:
+    """Models, projector, batch and config into ``folder``; the floor in FLOPs."""
+    rng = np.random.default_rng(0)
+    for name, sizes in (("teacher", pair.teacher), ("student", pair.student)):
+        _write_model(folder / name, sizes, pair.vocabulary, rng)
+    raw = _config(folder, pair)
+    config = parse_config(dict(raw))
+    blueprint = make_blueprint(config, one_device(), find_models(config, 1), {})
+    projector, link = blueprint.projector, blueprint.teachers["teacher"]
+    assert projector is not None
+    nnx.merge(projector.graph, projector.fresh(1)).save(folder / "projector.safetensors")
+    shape = (pair.rows, pair.length)
+    answers = np.broadcast_to(np.arange(pair.length) >= pair.prompt, shape)
+    everywhere = np.ones(shape, bool)
+    tokens = rng.integers(0, pair.vocabulary, shape, dtype=np.int32)
+    masks = {"valid": everywhere, "loss_mask": answers, "kv_mask": everywhere}
+    np.savez(folder / "batch.npz", tokens=tokens, **masks)
+    job = {
+        "config": raw,
+        "layers": [row[0] for row in link.layer_map.teacher_layers],
+        "rates": [config.optimizer.student_lr, config.optimizer.projector_lr],
+        "kv_weight": 1.0,
+    }
+    (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
+    targets = pair.rows * (pair.length - pair.prompt)
+    return step_floor(blueprint, pair.rows, pair.length, targets).total
+
+
+def _config(folder: Path, pair: Pair) -> dict[str, Any]:
+    """The original's recipe in the original's frame: whole post-RoPE vectors, no dropout."""
+    return {
+        "recipe": "original",
+        "run": {"name": "bench", "dir": str(folder / "run")},
+        "teachers": [{"name": "teacher", "path": str(folder / "teacher"), "dtype": "float32"}],
+        "student": {"path": str(folder / "student"), "dtype": "float32"},
+        "projector": {"dropout": 0.0},
+        "loss": {"kv_weight": 1.0, "key_space": "post_rope", "per_head": False, "sink_tokens": 0},
+        "data": {"path": "builtin:word_problems", "batch_size": pair.rows},
+        "optimizer": {"schedule": "constant", "warmup_steps": 0},
+        "mesh": {"data": 1, "fsdp": 1, "tensor": 1},
+    }
+
+
+def _write_model(where: Path, sizes: Sizes, vocabulary: int, rng: np.random.Generator) -> None:
+    spec = spec_from_config(geometry(sizes, vocabulary), where="bench")
+    flat = {
+        path: np.float32(0.02) * rng.standard_normal(shape, np.float32)
+        + np.float32(path.endswith("scale"))
+        for path, shape in parameter_shapes(spec).items()
+    }
+    export_model(
+        where,
+        unflatten_dict(flat, sep="/"),
+        spec,
+        dtype="float32",
+        tokenizer=builtin_tokenizer(),
+        card="random weights",
+    )
+
+
+def _measured(folder: Path, sides: tuple[str, ...]) -> dict[str, Any]:
+    """Rounds in turns; a compiled peer that cannot be compiled here is left out, with its words."""
+    found: dict[str, Any] = {}
+    with ExitStack() as stack:
+        workers = {side: stack.enter_context(_Worker(side, folder)) for side in sides}
+        for side, worker in list(workers.items()):
+            first = worker.answer()
+            if first is not None:
+                found[side] = {"first_loss": first["loss"]}
+            elif side == "torch_compile":
+                found[side] = {"failed": workers.pop(side).last_words()}
+            else:
+                raise KavaError(f"--peer: {side} failed: {worker.last_words()}")
+        _check_same({name: own["first_loss"] for name, own in found.items() if "first_loss" in own})
+        seconds: dict[str, list[float]] = {side: [] for side in workers}
+        for _ in range(timing.ROUNDS):
+            for side, worker in workers.items():
+                seconds[side].append(worker.step())
+        for side, worker in workers.items():
+            found[side] |= {"seconds": timing.summary(seconds[side]), **worker.end()}
+    return found
+
+
+def _check_same(losses: dict[str, float]) -> None:
+    for side, loss in losses.items():
+        if abs(loss / losses["ours"] - 1) > AGREE:
+            raise KavaError(
+                f"--peer: the first loss of {side} is {loss:.6f}, ours {losses['ours']:.6f}; they "
+                f"do not do the same work, so their times mean nothing"
+            )
+
+
+class _Worker:
+    """A side's process (see ``step_worker``), which does not outlive the ``with`` block."""
+
+    def __init__(self, side: str, folder: Path):
+        self._errors = (folder / f"{side}.stderr").open("w+", encoding="utf-8")
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "kava_jax.bench.step_worker", side, str(folder)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+        )
+
+    def __enter__(self) -> "_Worker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.communicate()
+        self._errors.close()
+
+    def answer(self) -> dict[str, Any] | None:
+        """The next line; None when the process has ended without one."""
+        assert self._process.stdout
+        line = self._process.stdout.readline()
+        return json.loads(line) if line else None
+
+    def step(self) -> float:
+        """Seconds of one step."""
+        assert self._process.stdin
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        found = self.answer()
+        if found is None:
+            raise KavaError(f"--peer: a side ended in the middle: {self.last_words()}")
+        return found["seconds"]
+
+    def end(self) -> dict[str, Any]:
+        """What it says at its end."""
+        out, _ = self._process.communicate()
+        return json.loads(out)
+
+    def last_words(self) -> str:
+        """The end of what it said on stderr."""
+        self._process.wait()
+        self._errors.seek(0)
+        lines = self._errors.read().strip().splitlines()
+        return lines[-1] if lines else "nothing was said"

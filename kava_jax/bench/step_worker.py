@@ -1,0 +1,130 @@
+"""One side of ``kava bench step`` in a process of its own: takes a step whenever it is told to.
+
+``python -m kava_jax.bench.step_worker ours|torch|torch_compile DIR`` reads ``DIR/job.json``, loads,
+takes one step that is not counted, and says so; then a line on stdin is a step, and its end on
+stdin is the end. Every answer is one line of JSON: the step's seconds and loss, or memory.
+"""
+
+import ctypes
+import gc
+import json
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Step = Callable[[], float]
+
+
+def resident(field: str = "VmRSS") -> int:
+    """Bytes of this process's memory: ``VmRSS`` now, ``VmHWM`` at most since the last reset."""
+    found = re.search(field + r":\s+(\d+)", Path("/proc/self/status").read_text())
+    return 1024 * int(found[1]) if found else 0
+
+
+def _forget() -> None:
+    """Give back what was freed since the start, and begin a new peak."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+
+
+def main() -> None:
+    """Load, take steps, report."""
+    side, directory = sys.argv[1], Path(sys.argv[2])
+    # What a library prints belongs elsewhere: stdout is read by a program.
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    job = json.loads((directory / "job.json").read_text(encoding="utf-8"))
+    batch = dict(np.load(directory / "batch.npz"))
+
+    def say(answer: dict[str, Any]) -> None:
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+    make = _ours if side == "ours" else _torch
+    imported, weights, step = make(directory, job, batch, side)
+    first = step()
+    _forget()
+    say({"loss": first})
+    for _ in sys.stdin:
+        started = time.perf_counter()
+        loss = step()
+        say({"seconds": time.perf_counter() - started, "loss": loss})
+    say({"above_models": resident("VmHWM") - imported - weights, "weights": weights})
+
+
+def _ours(
+    directory: Path, job: dict[str, Any], batch: dict[str, np.ndarray], side: str
+) -> tuple[int, int, Step]:
+    """Resident bytes before loading, bytes of the models, and the step."""
+    del side
+    import jax
+
+    from kava_jax.bench.pairs import one_device
+    from kava_jax.config_file import parse_config
+    from kava_jax.data.batches import Batch
+    from kava_jax.parallel.sharding import put_batch
+    from kava_jax.training.blueprint import find_models, make_blueprint
+
+    config = parse_config(job["config"])
+    mesh = one_device()
+    blueprint = make_blueprint(config, mesh, find_models(config, 1), {})
+    jax.block_until_ready(jax.numpy.zeros(1))
+    imported = resident()
+    teachers = blueprint.load_teachers()
+    state = blueprint.fresh_state(_projector(directory))
+    loaded = (teachers, state.params["student"], state.params["projector"])
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(loaded))
+    compiled, rows = blueprint.jitted_step(), put_batch(Batch(**batch), mesh)  # pyright: ignore[reportArgumentType]  (host arrays)
+
+    def step() -> float:
+        nonlocal state
+        state, metrics = compiled(state, teachers, rows)
+        jax.block_until_ready(state)
+        return float(metrics["loss"].value)
+
+    return imported, weights, step
+
+
+def _projector(directory: Path) -> Any:
+    from flax import nnx
+
+    from kava_jax.alignment.projector import KVDimensionProjector
+
+    loaded = KVDimensionProjector.load(directory / "projector.safetensors")
+    return nnx.to_pure_dict(nnx.state(loaded, nnx.Param))
+
+
+def _torch(
+    directory: Path, job: dict[str, Any], batch: dict[str, np.ndarray], side: str
+) -> tuple[int, int, Step]:
+    """As ``_ours``, of the peer."""
+    from kava_jax.bench.torch_loop import TorchLoop, require_torch
+
+    require_torch()
+    import transformers
+
+    del transformers  # it is imported before memory is looked at
+    imported = resident()
+    loop = TorchLoop.loaded(
+        directory / "student",
+        directory / "teacher",
+        directory / "projector.safetensors",
+        layers=job["layers"],
+        rates=tuple(job["rates"]),
+        kv_weight=job["kv_weight"],
+        compiled=side == "torch_compile",
+    )
+    modules = [loop.student, loop.teacher, *loop.projector.values()]
+    weights = sum(p.numel() * p.element_size() for m in modules for p in m.parameters())
+    return imported, weights, lambda: loop.step(batch)
+
+
+if __name__ == "__main__":
+    main()

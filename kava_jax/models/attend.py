@@ -1,0 +1,226 @@
+"""Attention by XLA, by cuDNN or by the splash kernel for TPUs, and the choice between them.
+
+XLA's reads any mask and makes a score for every pair of tokens. The kernels never do, so memory
+grows with the length and not with its square; in return they know one case only: rows padded on
+the right and nothing before them. There a query looks back at real tokens alone, because padding
+comes after them all. What a kernel gives at padding differs from XLA's, is finite, and is for
+nobody to read.
+
+Left out on purpose: rows packed with several texts, and kernels for decoding.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+from jaxtyping import Array, Bool, Float
+
+from kava_jax.errors import KavaError
+from kava_jax.parallel.sharding import RULES
+
+# ``splash_interpreted`` is the TPU's kernel run step by step on any device: very slow, for tests.
+Implementation = Literal["xla", "cudnn", "splash", "splash_interpreted"]
+Attend = Callable[..., Float[Array, "B T N H"]]
+
+# Splash works on squares of the scores. A side is a multiple of what a TPU's registers hold.
+SPLASH_BLOCKS = (512, 256, 128)
+
+
+class Choice(NamedTuple):
+    """What a model attends with, and why: the end of a sentence with "because"."""
+
+    implementation: Implementation
+    reason: str
+
+
+def choose(
+    asked: Literal["auto", "xla", "cudnn", "splash"],
+    device: Any,
+    who: str,
+    dtype: Any,
+    head_dim: int,
+    lengths: tuple[int, ...],
+) -> Choice:
+    """The implementation for one model: the one asked for, or the device's own where it can run.
+
+    Args:
+        asked: the config's ``train.attention``.
+        device: one of the mesh (a ``jax.Device``).
+        who: the model, in words.
+        dtype: in which it computes.
+        head_dim: width of a head.
+        lengths: every padded length is a multiple of one of them.
+
+    Raises KavaError when the one asked for cannot run.
+    """
+    own: dict[str, Implementation] = {"gpu": "cudnn", "tpu": "splash"}
+    wanted = own.get(device.platform, "xla") if asked == "auto" else asked
+    obstacle = _obstacle(wanted, device, jnp.dtype(dtype), head_dim, math.gcd(*lengths))
+    if obstacle is None:
+        found = f"the device is a {device.platform.upper()}"
+        return Choice(wanted, found if asked == "auto" else f"train.attention={asked}")
+    if asked != "auto":
+        raise KavaError(
+            f"train.attention={asked} does not work for {who}: {obstacle}; use auto or xla"
+        )
+    return Choice("xla", obstacle)
+
+
+def _obstacle(
+    implementation: Implementation, device: Any, dtype: jnp.dtype, head_dim: int, unit: int
+) -> str | None:
+    """Why a model cannot use it, or None."""
+    if implementation == "xla":
+        return None
+    if device.platform != ("gpu" if implementation == "cudnn" else "tpu"):
+        return f"the device is a {device.platform.upper()}"
+    if implementation == "splash":
+        if unit % SPLASH_BLOCKS[-1]:
+            return f"lengths are multiples of {unit} (data.bucket, data.max_length), not of 128"
+        return None
+    if not _at_least_ampere(device):
+        return f"cuDNN attends on NVIDIA GPUs from Ampere on, not on {device.device_kind}"
+    if dtype not in (jnp.bfloat16, jnp.float16):
+        return f"it computes in {dtype} and cuDNN attends in bfloat16 or float16"
+    if head_dim > 128 or head_dim % 8:
+        return f"head_dim={head_dim} and cuDNN takes multiples of 8 up to 128"
+    return None
+
+
+def _at_least_ampere(device: Any) -> bool:
+    major = str(device.compute_capability).partition(".")[0]
+    return major.isdecimal() and int(major) >= 8  # AMD's are words: gfx942
+
+
+def in_words(choices: list[tuple[str, Choice]]) -> str:
+    """What the models of a run attend with, in one line."""
+    models: dict[Choice, list[str]] = {}
+    for who, choice in choices:
+        models.setdefault(choice, []).append(who)
+    told = []
+    for choice, who in models.items():
+        these = f" for {', '.join(who)}" if len(models) > 1 else ""
+        told.append(f"{choice.implementation}{these}, because {choice.reason}")
+    return f"attention: {'; '.join(told)}"
+
+
+def attend(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BSKH: Float[Array, "B S K H"],
+    v_BSKH: Float[Array, "B S K H"],
+    mask_BTS: Bool[Array, "B 1 T S"],
+    *,
+    implementation: Implementation = "xla",
+    valid_BT: Bool[Array, "B T"] | None = None,
+    window: int | None = None,
+    rows: NamedSharding | None = None,
+) -> Float[Array, "B T N H"]:
+    """softmax(q k^T / sqrt(H)) v, softmax in float32; N / K query heads share a key/value head.
+
+    Args:
+        q_BTNH: queries.
+        k_BSKH: keys.
+        v_BSKH: values.
+        mask_BTS: what a query sees. All that XLA's reads beside q, k and v, and nothing to the
+            others: they see the real tokens of rows padded on the right (S = T), each its own
+            and those before, within ``window``.
+        implementation: see ``choose``.
+        valid_BT: the real tokens; read by splash.
+        window: None, or how many tokens a query sees, its own included; read by the kernels.
+        rows: how [B, ...] lies on a mesh of several devices; read by splash, which the partitioner
+            cannot split as it does the others.
+
+    Raises KavaError for a length that splash cannot cut into blocks.
+    """
+    if implementation == "xla":
+        return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask_BTS)
+    if implementation == "cudnn":
+        # Neither lengths nor a mask: causality hides the padding already. So no row is empty, and
+        # the kernel is on the path that is surest (with a mask, some backward passes gave NaN).
+        return jax.nn.dot_product_attention(
+            q_BTNH,
+            k_BSKH,
+            v_BSKH,
+            is_causal=True,
+            local_window_size=None if window is None else (window - 1, 0),
+            implementation="cudnn",
+        )
+    assert valid_BT is not None
+    return _splash(
+        q_BTNH, k_BSKH, v_BSKH, valid_BT, window, rows, implementation == "splash_interpreted"
+    )
+
+
+def _splash(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BTKH: Float[Array, "B T K H"],
+    v_BTKH: Float[Array, "B T K H"],
+    valid_BT: Bool[Array, "B T"],
+    window: int | None,
+    rows: NamedSharding | None,
+    interpret: bool,
+) -> Float[Array, "B T N H"]:
+    """The splash kernel, on every device for its own rows and heads."""
+
+    def local(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, valid_BT: Array) -> Array:
+        from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+        length, heads, width = q_BTNH.shape[1:]
+        # Real tokens see real ones and padding sees padding, so that no query sees nothing.
+        segments_BT = valid_BT.astype(jnp.int32)
+        # It does not scale. In float32, so that bfloat16 queries are rounded once.
+        q_BTNH = (q_BTNH.astype(jnp.float32) * width**-0.5).astype(q_BTNH.dtype)
+        y_BNTH = jax.vmap(_splash_kernel(length, heads, window, interpret))(
+            *(x.swapaxes(1, 2) for x in (q_BTNH, k_BTKH, v_BTKH)),
+            splash.SegmentIds(segments_BT, segments_BT),
+        )
+        return y_BNTH.swapaxes(1, 2)
+
+    if rows is None:
+        return local(q_BTNH, k_BTKH, v_BTKH, valid_BT)
+    axis = RULES["heads"]
+    divided = all(x.shape[2] % rows.mesh.shape[axis] == 0 for x in (q_BTNH, k_BTKH))
+    by_heads = PartitionSpec(rows.spec[0], None, axis if divided else None, None)
+    split = jax.shard_map(
+        local,
+        mesh=rows.mesh,
+        in_specs=(by_heads, by_heads, by_heads, rows.spec),
+        out_specs=by_heads,
+        check_vma=False,  # a kernel says nothing about what varies over the mesh
+    )
+    return split(q_BTNH, k_BTKH, v_BTKH, valid_BT)
+
+
+def _splash_kernel(length: int, heads: int, window: int | None, interpret: bool) -> Any:
+    """(q [N, T, H], k [K, T, H], v [K, T, H], segments) -> [N, T, H], for one row."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    block = next((size for size in SPLASH_BLOCKS if length % size == 0), None)
+    if block is None:
+        raise KavaError(
+            f"train.attention=splash cuts rows into blocks of {SPLASH_BLOCKS[-1]} tokens and these "
+            f"have {length}; set data.bucket and data.max_length to multiples, or use xla"
+        )
+    square = (length, length)
+    mask = (
+        splash.CausalMask(square)
+        if window is None
+        else splash.LocalMask(square, (window - 1, 0), offset=0)
+    )
+    return splash.make_splash_mha(
+        splash.MultiHeadMask([mask] * heads),
+        block_sizes=splash.BlockSizes(
+            block_q=block,
+            block_kv=block,
+            block_q_dkv=block,
+            block_kv_dkv=block,
+            block_q_dq=block,
+            block_kv_dq=block,
+        ),
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=interpret,
+    )
