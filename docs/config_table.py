@@ -117,6 +117,7 @@ WHEN: dict[str, dict[str, str]] = {
         "clip_norm": "gradient norms are mostly above it",
         "b1": "hardly ever",
         "b2": "small batches: 0.95 to 0.99",
+        "mean_dtype": "memory is missing: `bfloat16` saves 2 bytes a parameter",
         "warmup_steps": "the first steps are rough",
         "schedule": "the run's length is not known yet: `constant`",
         "final_lr_share": "the run is to be continued by another",

@@ -148,6 +148,9 @@ class OptimizerConfig(Section):
     clip_norm: float = Field(default=1.0, gt=0, description="largest gradient norm of each group")
     b1: float = Field(default=0.9, ge=0, lt=1, description="AdamW: decay of the mean gradient")
     b2: float = Field(default=0.999, ge=0, lt=1, description="AdamW: decay of its square")
+    mean_dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="AdamW: of the mean gradient; that of its square is float32"
+    )
     warmup_steps: int = Field(default=0, ge=0, description="steps over which the rates rise")
     schedule: Literal["cosine", "constant"] = Field(
         default="cosine", description="of the rates, after warm-up"

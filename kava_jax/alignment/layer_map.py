@@ -56,6 +56,17 @@ class LayerMap:
         """How many teacher layers stand side by side in the target; 1 where they are averaged."""
         return 1 if self.weights is not None else len(self.teacher_layers[0])
 
+    @property
+    def read_layers(self) -> tuple[int, ...]:
+        """The teacher layers that are needed, ascending."""
+        return tuple(sorted({layer for row in self.teacher_layers for layer in row}))
+
+    def among(self, layers: tuple[int, ...]) -> "LayerMap":
+        """The same map where the teacher's layers are counted among these alone."""
+        place = {layer: number for number, layer in enumerate(layers)}
+        rows = tuple(tuple(place[layer] for layer in row) for row in self.teacher_layers)
+        return LayerMap(self.student_layers, rows, self.weights)
+
     def student_cache(self, cache: KVCache) -> KVCache:
         """The mapped layers [P, B, T, K, H] of the student's cache [L, B, T, K, H].
 

@@ -12,6 +12,7 @@ from kava_jax.config_file import parse_config
 from kava_jax.data.batches import Batch
 from kava_jax.hf.geometry import spec_from_config
 from kava_jax.parallel.mesh import make_mesh
+from kava_jax.parallel.sharding import put_batch
 from kava_jax.training.blueprint import Blueprint, Found, Models, make_blueprint
 
 Sizes = tuple[int, int, int, int, int]
@@ -78,3 +79,17 @@ def random_batch(rows: int, length: int, vocabulary: int, prompt: int) -> Batch:
 def bytes_of(tree: Any) -> int:
     """Bytes of all arrays."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+class Stepping:
+    """A run's train steps on one batch, one for each call."""
+
+    def __init__(self, run: Blueprint, batch: Batch):
+        """Draw weights and put the batch on the devices; the first call compiles."""
+        self._state, self._teachers = run.fresh_state(), run.load_teachers()
+        self._step, self._batch = run.jitted_step(), put_batch(batch, run.mesh)
+
+    def __call__(self) -> None:
+        """Take one step and wait for it."""
+        self._state, _ = self._step(self._state, self._teachers, self._batch)
+        jax.block_until_ready(self._state)

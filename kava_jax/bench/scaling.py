@@ -4,12 +4,10 @@ import statistics
 import time
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
-from kava_jax.bench.pairs import geometry, random_batch, random_run
+from kava_jax.bench.pairs import Stepping, geometry, random_batch, random_run
 from kava_jax.bench.timing import circumstances
-from kava_jax.parallel.sharding import put_batch
 from kava_jax.plan.floor import step_floor
 
 STEPS = 5
@@ -59,13 +57,11 @@ def _point(sizes: Range, *, rows: int, length: int, depth: int) -> tuple[float, 
     """Median seconds and floor FLOPs per token."""
     shape = geometry((depth, sizes.width, 4, 2, 3 * sizes.width), sizes.vocabulary)
     blueprint = random_run(shape, shape, rows=rows)
-    teachers, state = blueprint.load_teachers(), blueprint.fresh_state()
-    batch = put_batch(random_batch(rows, length, sizes.vocabulary, length // 2), blueprint.mesh)
-    step, seconds = blueprint.jitted_step(), []
+    step = Stepping(blueprint, random_batch(rows, length, sizes.vocabulary, length // 2))
+    seconds = []
     for _ in range(STEPS + 1):
         started = time.perf_counter()
-        state, _ = step(state, teachers, batch)
-        jax.block_until_ready(state)
+        step()
         seconds.append(time.perf_counter() - started)
     tokens = rows * length
     floor = step_floor(blueprint, rows, length, rows * (length - length // 2)).total

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
@@ -101,11 +102,13 @@ class Decoder(nnx.Module):
         *,
         past: KVCache | None = None,
         key_space: KeySpace = "pre_rope",
+        layers: tuple[int, ...] | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache]:
         """Run the layers over ``tokens``.
 
         ``past`` holds post-RoPE keys and values [L, B, S - T, K, H] of earlier tokens, read only;
         the returned cache holds the *new* tokens' [L, B, T, K, H] alone, keys in ``key_space``.
+        With ``layers``, ascending, it holds those layers alone: the others' are never kept.
         Positions and mask come from ``models.masks``.
         """
 
@@ -113,7 +116,7 @@ class Decoder(nnx.Module):
             return new.cache(key_space)
 
         how = self._by_kernel(positions_BT) if past is None else attend
-        return self._run(tokens_BT, positions_BT, mask_BTS, past, cache, how)
+        return self._run(tokens_BT, positions_BT, mask_BTS, past, cache, how, layers)
 
     def with_queries(
         self,
@@ -128,7 +131,8 @@ class Decoder(nnx.Module):
         def both(new: KeyValue) -> tuple[KVCache, Array | None]:
             return new.cache(key_space), new.q
 
-        hidden, (cache, queries) = self._run(tokens_BT, positions_BT, mask_BTS, None, both, attend)
+        inputs = (tokens_BT, positions_BT, mask_BTS)
+        hidden, (cache, queries) = self._run(*inputs, None, both, attend, None)
         return hidden, cache, queries
 
     def rotation(self, positions_BT: Int[Array, "B T"]) -> Rotation:
@@ -150,11 +154,12 @@ class Decoder(nnx.Module):
         past: KVCache | None,
         keep: Callable[[KeyValue], Any],
         how: Attend,
+        wanted: tuple[int, ...] | None,
     ) -> tuple[Float[Array, "B T D"], Any]:
-        """Hidden states, and what ``keep`` takes of every layer, stacked over layers."""
+        """Hidden states, and what ``keep`` takes of every (wanted) layer, stacked over layers."""
         x_BTD = self._by_rows(self._embedded(tokens_BT))
         rotation = self.rotation(positions_BT)
-        kept = []
+        kept, depth = [], 0
         if self.blocks is not None:
             graph, layers = nnx.split(self.blocks)
 
@@ -163,9 +168,15 @@ class Decoder(nnx.Module):
                 x_BTD, new = nnx.merge(graph, params)(x_BTD, rotation, mask_BTS, layer_past, how)
                 return self._by_rows(x_BTD), keep(new)
 
-            x_BTD, of_blocks = jax.lax.scan(_remat(layer, self.remat), x_BTD, (layers, past))
-            kept.append(of_blocks)
-        if self.tail is not None:
+            run = _remat(layer, self.remat)
+            depth = jax.tree.leaves(layers)[0].shape[0]
+            of_blocks = wanted and tuple(number for number in wanted if number < depth)
+            if of_blocks is None or len(of_blocks) == depth:
+                x_BTD, found = jax.lax.scan(run, x_BTD, (layers, past))
+            else:
+                x_BTD, found = _scan_keeping(run, x_BTD, (layers, past), depth, of_blocks)
+            kept.append(found)
+        if self.tail is not None and (wanted is None or depth in wanted):
             of_tail = keep(self.tail(x_BTD, rotation))
             kept.append(jax.tree.map(lambda array: array[None], of_tail))
         stacked = jax.tree.map(lambda *parts: jnp.concatenate(parts), *kept)
@@ -205,6 +216,31 @@ class Decoder(nnx.Module):
         if self.head is not None:
             return self.head.kernel[...].T
         return self.embed.embedding[...]
+
+
+def _scan_keeping(
+    layer: Any, x: Array, xs: Any, depth: int, wanted: tuple[int, ...]
+) -> tuple[Array, Any]:
+    """``lax.scan`` of which only the ``wanted`` rounds' outputs, ascending, are kept.
+
+    Every round writes into the place of the next wanted one, which then writes over it; what comes
+    after the last one has a place of its own that is dropped.
+    """
+    places = np.searchsorted(wanted, np.arange(depth))
+    one = jax.eval_shape(lambda x, xs: layer(x, jax.tree.map(lambda a: a[0], xs))[1], x, xs)
+    room = int(places.max()) + 1
+    empty = jax.tree.map(lambda a: jnp.zeros((room, *a.shape), a.dtype), one)
+
+    def step(state: tuple[Array, Any], xs: tuple[Any, Array]) -> tuple[tuple[Array, Any], None]:
+        x, kept = state
+        x, new = layer(x, xs[0])
+        kept = jax.tree.map(
+            lambda all_, own: jax.lax.dynamic_update_index_in_dim(all_, own, xs[1], 0), kept, new
+        )
+        return (x, kept), None
+
+    (x, kept), _ = jax.lax.scan(step, (x, empty), (xs, jnp.asarray(places, jnp.int32)))
+    return x, jax.tree.map(lambda all_: all_[: len(wanted)], kept)
 
 
 def _stacked_blocks(spec: DecoderSpec, count: int, dtypes: Dtypes, rngs: nnx.Rngs) -> Block:

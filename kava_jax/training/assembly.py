@@ -112,6 +112,7 @@ def optimizer_of(
         clip_norm=config.optimizer.clip_norm,
         b1=config.optimizer.b1,
         b2=config.optimizer.b2,
+        mean_dtype=config.optimizer.mean_dtype,
     )
 
 

@@ -32,6 +32,8 @@ class Reading(NamedTuple):
     queries: Float[Array, "L B T N H"] | None
     mask: Bool[Array, "B 1 T S"]
     rotation: Rotation
+    layers: tuple[int, ...] | None = None
+    """Which layers the cache holds; None: all."""
 
 
 def read(
@@ -41,8 +43,13 @@ def read(
     *,
     key_space: KeySpace,
     queries: bool = False,
+    layers: tuple[int, ...] | None = None,
 ) -> Reading:
-    """Run one model over the batch; with ``queries`` its post-RoPE queries are kept as well."""
+    """Run one model over the batch.
+
+    With ``queries`` its post-RoPE queries are kept as well, of all layers; without them ``layers``
+    says whose keys and values are kept.
+    """
     model = nnx.merge(graph, params)
     positions_BT = token_positions(batch.valid)
     mask = attention_mask(positions_BT, positions_BT, batch.valid, model.spec.sliding_window)
@@ -51,8 +58,9 @@ def read(
     if queries:
         hidden, cache, asked = model.with_queries(*inputs, key_space=key_space)
     else:
-        hidden, cache = model(*inputs, key_space=key_space)
-    return Reading(model, hidden, cache, asked, mask, model.rotation(positions_BT))
+        hidden, cache = model(*inputs, key_space=key_space, layers=layers)
+    held = None if queries else layers
+    return Reading(model, hidden, cache, asked, mask, model.rotation(positions_BT), held)
 
 
 class Compared(NamedTuple):
@@ -89,7 +97,10 @@ class Comparison:
     ) -> Compared:
         """The mapped layers of both sides; dropout in the projector only when a key is given."""
         ours = self.layer_map.student_cache(self.without_bias(student))
-        theirs = self.layer_map.teacher_cache(self.without_bias(teacher))
+        layer_map = (
+            self.layer_map if teacher.layers is None else self.layer_map.among(teacher.layers)
+        )
+        theirs = layer_map.teacher_cache(self.without_bias(teacher))
         if projector.direction == "student_to_teacher":
             return Compared(projector.project(self.name, ours, dropout_key=dropout_key), theirs)
         return Compared(ours, projector.project(self.name, theirs, dropout_key=dropout_key))
@@ -127,10 +138,12 @@ class Comparison:
         return reading.model.key_bias() if self.remove_key_bias else None
 
     def without_bias(self, reading: Reading) -> KVCache:
-        """The cache of all layers, keys less the bias of their projection if that is asked for."""
+        """The cache, keys less the bias of their projection if that is asked for."""
         bias = self._bias(reading)
         if bias is None:
             return reading.cache
+        if reading.layers is not None:
+            bias = bias[np.array(reading.layers)]
         return reading.cache._replace(k=reading.cache.k - _per_layer(bias, reading.cache))
 
 

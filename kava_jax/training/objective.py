@@ -175,9 +175,11 @@ class Objective:
         batch: Batch,
         *,
         queries: bool | None = None,
+        layers: tuple[int, ...] | None = None,
     ) -> Reading:
         queries = self.attention_weight > 0 if queries is None else queries
-        return read(graph, params, batch, key_space=self.key_space, queries=queries)
+        space = self.key_space
+        return read(graph, params, batch, key_space=space, queries=queries, layers=layers)
 
     def _projector(self, params: Mapping[str, Params]) -> KVDimensionProjector:
         assert self.projector is not None
@@ -196,7 +198,8 @@ class Objective:
     ) -> _OfTeacher:
         """One teacher's part in the losses."""
         link, projector = self.teachers[name], self._projector(params)
-        teacher = self._read(link.graph, teacher_params, batch)
+        needed = link.comparison.layer_map.read_layers
+        teacher = self._read(link.graph, teacher_params, batch, layers=needed)
         compared = link.comparison(projector, student, teacher, dropout_key)
         aimed, mask = compared, batch.kv_mask
         if link.control in ("shuffled", "constant"):

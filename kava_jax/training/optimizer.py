@@ -44,11 +44,12 @@ def make_optimizer(
     clip_norm: float,
     b1: float,
     b2: float,
+    mean_dtype: str = "float32",
 ) -> optax.GradientTransformation:
     """One chain per group (``student``, ``projector``, ``router``), each with its own rate.
 
     Each group's gradient is clipped by its own global norm. Weight decay leaves out norms and
-    biases. A rate of None freezes its group.
+    biases. A rate of None freezes its group. ``mean_dtype`` is that of AdamW's first moment.
     """
 
     def group(rate: optax.Schedule | None) -> optax.GradientTransformation:
@@ -56,7 +57,14 @@ def make_optimizer(
             return optax.set_to_zero()
         return optax.chain(
             optax.clip_by_global_norm(clip_norm),
-            optax.adamw(rate, b1=b1, b2=b2, weight_decay=weight_decay, mask=decayed),
+            optax.adamw(
+                rate,
+                b1=b1,
+                b2=b2,
+                weight_decay=weight_decay,
+                mask=decayed,
+                mu_dtype=mean_dtype,
+            ),
         )
 
     def labels(params: dict[str, Any]) -> dict[str, Any]:

@@ -227,6 +227,17 @@ def test_side_by_side_are_all_heads_of_the_first_then_of_the_second() -> None:
                 np.testing.assert_array_equal(y[p, :, :, head], x[row[head // 2], :, :, head % 2])
 
 
+def test_a_map_among_the_layers_that_are_kept_takes_the_same() -> None:
+    layer_map = LayerMap((0, 1), ((4, 1), (3, 4)), ((0.5, 0.5), (0.25, 0.75)))
+    assert layer_map.read_layers == (1, 3, 4)
+    whole = caches()
+    kept = KVCache(*(array[np.array([1, 3, 4])] for array in whole))
+    for ours, theirs in zip(
+        layer_map.among((1, 3, 4)).teacher_cache(kept), layer_map.teacher_cache(whole), strict=True
+    ):
+        np.testing.assert_array_equal(ours, theirs)
+
+
 def test_weighted_means_are_numpys_and_so_is_their_gradient() -> None:
     cache = caches()
     found = teacher_side(WEIGHTED, cache)

@@ -326,3 +326,16 @@ def test_llama3_frequencies() -> None:
     np.testing.assert_allclose(found, want, rtol=TOL["float32"])
     between = (found < 0.99 * plain) & (found > 1.01 * plain / 8)
     assert between.any()
+
+
+@pytest.mark.parametrize("wanted", [(0,), (1, 2), (0, 2), (2,), (0, 1, 2)])
+@pytest.mark.parametrize("tail", [False, True])
+def test_only_wanted_layers_are_kept(wanted: tuple[int, ...], tail: bool) -> None:
+    """Gathered from all of them, bit for bit; also where layers follow the last one."""
+    model = build(blocks=2, tail=True, head=False) if tail else build()
+    positions, mask = inputs(ALL)
+    hidden, cache = model(TOKENS, positions, mask)
+    fewer_hidden, fewer = model(TOKENS, positions, mask, layers=wanted)
+    np.testing.assert_array_equal(fewer_hidden, hidden)
+    for kept, whole in zip(fewer, cache, strict=True):
+        np.testing.assert_array_equal(kept, whole[np.array(wanted)])

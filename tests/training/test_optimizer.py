@@ -161,3 +161,32 @@ def test_a_frozen_projector_is_not_touched() -> None:
     assert not np.array_equal(
         after["student"]["embed"]["embedding"], params["student"]["embed"]["embedding"]
     )
+
+
+def test_the_mean_gradient_can_be_kept_in_half_the_bytes() -> None:
+    params = {"student": {"kernel": jnp.linspace(-1.0, 1.0, 64).reshape(8, 8)}}
+    gradient = jax.tree.map(jnp.sin, params)
+    found = {}
+    for kind in ("float32", "bfloat16"):
+        optimizer = make_optimizer(
+            {"student": optax.constant_schedule(1e-2)},
+            weight_decay=0.0,
+            clip_norm=1.0,
+            b1=0.9,
+            b2=0.999,
+            mean_dtype=kind,
+        )
+        state = optimizer.init(params)
+        for _ in range(3):
+            updates, state = optimizer.update(gradient, state, params)
+        kinds = {
+            name: {leaf.dtype.name for leaf in jax.tree.leaves(optax.tree.get(state, name))}
+            for name in ("mu", "nu")
+        }
+        assert kinds == {"mu": {kind}, "nu": {"float32"}}
+        found[kind] = updates
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=TOL["bf16_model"]),
+        found["bfloat16"],
+        found["float32"],
+    )
