@@ -14,11 +14,11 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from kava_jax.cache import KVCache
 from kava_jax.errors import KavaError
-from kava_jax.geometry import Mean, cosine, magnitude, masked_mean
+from kava_jax.geometry import Mean, compare, cosine, masked_mean
 
 EPS = 1e-8
 
@@ -54,8 +54,8 @@ def mercator(
     Raises:
         KavaError: the two shapes differ, or the mask fits neither form.
     """
-    s, t, keep = comparable(student, target, mask)
-    return masked_mean(mercator_values(s, t, alpha, beta, eps), keep)
+    keep = vector_mask(student, target, mask)
+    return masked_mean(mercator_values(student, target, alpha, beta, eps, keep), keep)
 
 
 def mercator_values(
@@ -64,9 +64,17 @@ def mercator_values(
     alpha: Scalar = 1.0,
     beta: Scalar = 0.0,
     eps: float = EPS,
+    keep: Bool[Array, "*B"] | None = None,
 ) -> Float[Array, "*B"]:
-    """``alpha * (1 - cos) + beta * (log(|s| + eps) - log(|t| + eps))^2`` of each vector."""
-    return alpha * (1.0 - cosine(s, t)) + beta * _log_ratio_squared(s, t, eps)
+    """``alpha * (1 - cos) + beta * (log(|s| + eps) - log(|t| + eps))^2`` of each vector.
+
+    Vectors that ``keep`` leaves out may hold NaN: they give any number, and get no gradient.
+    """
+    cos, s_length, t_length = compare(s, t, keep)
+    direction = alpha * (1.0 - cos)
+    if isinstance(beta, float | int) and beta == 0:
+        return direction
+    return direction + beta * _log_ratio_squared(s_length, t_length, eps)
 
 
 def mse(
@@ -290,38 +298,39 @@ def _over_pair(
 def _sphere_metrics(student: Array, teacher: Array, mask: Array | None) -> Metrics:
     """What every KV loss reports beside itself."""
     s, t, keep = comparable(student, teacher, mask)
-    cos = cosine(s, t)
-    s_magnitude = masked_mean(magnitude(s), keep).value
-    t_magnitude = masked_mean(magnitude(t), keep).value
+    cos, s_length, t_length = compare(s, t, keep)
+    s_magnitude, t_magnitude = (masked_mean(x, keep).value for x in (s_length, t_length))
     return {
         "cos_sim": masked_mean(cos, keep).value,
         "dir_loss": masked_mean(1.0 - cos, keep).value,
-        "mag_loss": masked_mean(_log_ratio_squared(s, t, EPS), keep).value,
+        "mag_loss": masked_mean(_log_ratio_squared(s_length, t_length, EPS), keep).value,
         "s_magnitude": s_magnitude,
         "t_magnitude": t_magnitude,
         "mag_ratio": Mean(s_magnitude, t_magnitude).value,  # 0 where the teacher is zero
     }
 
 
-def _log_ratio_squared(s: Float[Array, "*B H"], t: Float[Array, "*B H"], eps: float) -> Array:
-    """``(log(|s| + eps) - log(|t| + eps))^2`` of each vector."""
-    return (jnp.log(magnitude(s) + eps) - jnp.log(magnitude(t) + eps)) ** 2
+def _log_ratio_squared(s: Float[Array, "*B"], t: Float[Array, "*B"], eps: float) -> Array:
+    """``(log(s + eps) - log(t + eps))^2`` of lengths."""
+    return (jnp.log(s + eps) - jnp.log(t + eps)) ** 2
 
 
 def comparable(
     student: Array, target: Array, mask: Array | None
 ) -> tuple[Array, Array, Array | None]:
-    """Both sides in float32 with zeros where they do not count, and the mask of whole vectors.
+    """Both sides in float32 with zeros where they do not count, and ``vector_mask``."""
+    keep = vector_mask(student, target, mask)
+    return _counted(student, keep), _counted(target, keep), keep
 
-    Mask and errors as ``mercator``; the mask comes out as booleans [*B], or None for None.
-    """
+
+def vector_mask(student: Array, target: Array, mask: Array | None) -> Array | None:
+    """The mask of whole vectors: booleans [*B], or None for None. Mask, errors as ``mercator``."""
     if student.shape != target.shape:
         raise KavaError(
             f"student shape {student.shape} differs from target shape {target.shape}; "
             "map the layers and project one side to the other's heads and width first"
         )
-    keep = _keep(mask, student.shape[:-1])
-    return _counted(student, keep), _counted(target, keep), keep
+    return _keep(mask, student.shape[:-1])
 
 
 def _counted(x: Float[Array, "*B H"], keep: Array | None) -> Float[Array, "*B H"]:

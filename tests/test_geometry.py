@@ -9,6 +9,7 @@ from kava_jax.geometry import (
     Mean,
     angular_distance,
     center,
+    compare,
     cosine,
     geodesic_rotate,
     magnitude,
@@ -84,6 +85,38 @@ def test_zero_vectors_have_cosine_zero_and_a_right_angle() -> None:
         assert cosine(a, b) == 0
         np.testing.assert_allclose(angular_distance(a, b), np.pi / 2, rtol=CLOSE)
     assert magnitude(zero) == 0
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_comparing_equals_its_parts_and_leaves_out_what_does_not_count(dtype) -> None:
+    a, b = (to_jax(normal(seed, 3, 5, 16), dtype) for seed in (0, 1))
+    keep = jnp.asarray(normal(2, 3, 5) > 0)
+    for found, want in zip(compare(a, b), (cosine(a, b), magnitude(a), magnitude(b)), strict=True):
+        assert found.dtype == jnp.float32
+        np.testing.assert_allclose(found, want, rtol=CLOSE, atol=CLOSE)
+
+    def total(a: jax.Array, b: jax.Array) -> jax.Array:
+        return sum(part.sum() for part in compare(a, b, keep))
+
+    poisoned = jnp.where(keep[..., None], a, jnp.nan)
+    cos, of_a, of_b = compare(poisoned, b, keep)
+    assert (cos[~keep] == 0).all()
+    assert (of_a[~keep] == 1).all()
+    assert (of_b[~keep] == 1).all()
+    np.testing.assert_array_equal(cos[keep], cosine(a, b)[keep])
+    found, clean = (jax.grad(total, argnums=(0, 1))(x, b) for x in (poisoned, a))
+    for gradient, want in zip(found, clean, strict=True):
+        assert gradient.dtype == dtype
+        np.testing.assert_array_equal(gradient, want)
+        assert (gradient[~keep] == 0).all()
+
+
+def test_one_vector_that_needs_care_changes_no_other() -> None:
+    a, b = (to_jax(normal(seed, 6, 16)) for seed in (0, 1))
+    careful = jax.grad(lambda a: cosine(a, b).sum())(a.at[0].mul(1e-30))
+    plain = jax.grad(lambda a: cosine(a, b).sum())(a)
+    np.testing.assert_allclose(careful[1:], plain[1:], atol=CLOSE)
+    np.testing.assert_allclose(careful[0], plain[0] * 1e30, rtol=1e-4)
 
 
 def test_cosine_never_passes_one_and_a_nan_stays_visible() -> None:

@@ -112,6 +112,60 @@ def test_mercator_is_finite_at_the_extremes(beta: float) -> None:
         assert all(jnp.isfinite(m) for name, m in metrics.items() if name != "mag_ratio")
 
 
+def mercator64(
+    s: np.ndarray, t: np.ndarray, beta: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Values, and gradients of their sum in both sides, in float64; zero vectors get none."""
+    ls, lt = (np.linalg.norm(x, axis=-1, keepdims=True) for x in (s, t))
+    u, v = (np.divide(x, n, out=np.zeros_like(x), where=n > 0) for x, n in ((s, ls), (t, lt)))
+    cos = (u * v).sum(-1, keepdims=True)
+    ratio = np.log(ls + 1e-8) - np.log(lt + 1e-8)
+    per_length = [np.divide(1.0, n, out=np.zeros_like(n), where=n > 0) for n in (ls, lt)]
+    of_s = -(v - cos * u) * per_length[0] + 2 * beta * ratio / (ls + 1e-8) * u
+    of_t = -(u - cos * v) * per_length[1] - 2 * beta * ratio / (lt + 1e-8) * v
+    return ((1 - cos) + beta * ratio**2)[..., 0], of_s, of_t
+
+
+@pytest.mark.parametrize("beta", [0, 0.01])
+@pytest.mark.parametrize("scales", [(1.0,), (1.0, 1e30), (1.0, 1e-30), (0.0, 1.0, 1e30, 1e-30)])
+def test_mercator_and_its_gradient_equal_numpy_at_any_length(scales, beta: float) -> None:
+    """With lengths that need no care alone, and beside all the others."""
+    pairs = np.array(list(itertools.product(scales, repeat=2)), np.float32)[:, :, None, None]
+    s, t = (to_jax(pairs[:, side] * normal(side, len(pairs), 5, 16)) for side in (0, 1))
+    poisoned = jnp.concatenate([s, jnp.full((1, 5, 16), jnp.nan)])
+    mask = jnp.arange(len(pairs) + 1)[:, None] < len(pairs)
+
+    def total(s: jax.Array, t: jax.Array) -> jax.Array:
+        return mercator(s, t, mask, beta=beta).sum
+
+    both = jax.jit(jax.value_and_grad(total, argnums=(0, 1)))
+    value, gradients = both(poisoned, jnp.concatenate([t, t[:1]]))
+    values, *want = mercator64(np.asarray(s, np.float64), np.asarray(t, np.float64), beta)
+    np.testing.assert_allclose(value, values.sum(), rtol=CLOSE)
+    for gradient, exact in zip(gradients, want, strict=True):
+        assert (gradient[-1] == 0).all()
+        largest = np.abs(exact).max(axis=-1, keepdims=True)
+        off = np.abs(np.asarray(gradient[:-1], np.float64) - exact)
+        assert (off <= CLOSE * largest).all()
+
+
+def test_a_nan_that_counts_stays_visible_in_value_and_gradient() -> None:
+    s, t = to_jax(normal(0, 3, 8)).at[1, 2].set(jnp.nan), to_jax(normal(1, 3, 8))
+    value, gradient = jax.value_and_grad(lambda s: mercator(s, t, beta=0.01).value)(s)
+    assert jnp.isnan(value)
+    assert jnp.isnan(gradient[1]).any()
+
+
+@pytest.mark.parametrize("beta", [0, 0.01])
+def test_the_kv_loss_stores_no_copy_of_the_cache(beta: float) -> None:
+    shape = (2, 4, 64, 2, 128)
+    student, target = (to_jax(normal(seed, *shape)) for seed in (0, 1))
+    mask = jnp.arange(64)[None, :] < jnp.asarray([64, 48, 32, 16])[:, None]
+    loss = jax.jit(jax.value_and_grad(lambda s, t: mercator(s, t, mask, beta=beta).value))
+    needed = loss.lower(student, target).compile().memory_analysis()
+    assert 0 < needed.temp_size_in_bytes <= 0.1 * (student.nbytes + target.nbytes)
+
+
 def test_cosine_accuracy_of_a_masked_batch() -> None:
     s = jnp.asarray([[1.0, 0.0], [1.0, 0.1], [0.0, 1.0], [jnp.nan, 0.0]])
     t = jnp.broadcast_to(jnp.asarray([[1.0, 0.0]]), (4, 2))

@@ -15,6 +15,7 @@ from statistics import median
 from typing import Any
 
 import numpy as np
+from speed import SPEED
 
 from kava_jax.experiments.comparison import compare
 from kava_jax.experiments.grid_tables import (
@@ -366,7 +367,7 @@ PLANS = ("plan_1_h100", "plan_16_v5e", "plan_64_v5e", "plan_256_v5e")
 def plans() -> list[str]:
     """The named job planned for several numbers of devices; bytes are those of one device."""
     lines = [
-        "| devices | rows | weights and moments, GB | temporaries, GB | the CPU compiler's estimate "
+        "| devices | rows | weights and moments, GB | temporaries, GB | by the CPU compiler "
         "| peak, GB | verdict | FLOPs over the floor | gathered, GB | scattered or summed, GB |",
         "| --- | ---: | ---: | ---: | ---: | ---: | --- | ---: | ---: | ---: |",
     ]
@@ -414,6 +415,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "bench_arms": bench_arms,
     "padding": padding,
     "confidence": confidence,
+    **SPEED,
 }
 
 

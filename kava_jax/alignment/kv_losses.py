@@ -24,6 +24,7 @@ from kava_jax.losses import (
     mercator_values,
     mse_values,
     smooth_l1_values,
+    vector_mask,
 )
 
 KINDS = ("mercator", "mse", "smooth_l1", "hybrid", "structural", "infonce", "gram")
@@ -81,7 +82,6 @@ def kv_loss(
         if kind == "gram":
             return _by_layer(_gram, s, t, counted_BT)
         values = {
-            "mercator": lambda: mercator_values(s, t, alpha, beta),
             "mse": lambda: mse_values(s, t),
             "smooth_l1": lambda: smooth_l1_values(s, t),
             "hybrid": lambda: hybrid_values(
@@ -97,8 +97,13 @@ def kv_loss(
         mask_BT: Array,
         step: Array,
     ) -> Float[Array, "B T"]:
-        s, t, _ = comparable(student, target, mask_BT)
         counted_BT = mask_BT != 0
+        if kind == "mercator":
+            # It leaves out what does not count by itself, without a zeroed copy of either side.
+            keep = vector_mask(student, target, mask_BT)
+            values = mercator_values(student, target, alpha, beta, keep=keep)
+            return jnp.where(counted_BT, values.mean(axis=(0, 3)), 0.0)
+        s, t, _ = comparable(student, target, mask_BT)
         if divide_by_std:
             std = _std(t, counted_BT)
             s, t = s / std, t / std

@@ -79,7 +79,7 @@ def _largest_that_fits(side: str, job: Job, left: Any) -> dict[str, Any]:
 
 
 def _worker(side: str, job: dict[str, Any], limit: float) -> dict[str, Any]:
-    """What one process measured; ``failed`` with the end of its words when it did not come to it."""
+    """What one process measured; ``failed`` with the end of its words where it measured nothing."""
     command = [sys.executable, "-m", "kava_jax.bench.gpu_worker", side, json.dumps(job)]
     try:
         done = subprocess.run(

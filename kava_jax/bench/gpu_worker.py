@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from kava_jax.bench.pairs import random_batch, random_run
+from kava_jax.bench.peers import peer
 
 CHECKED = {
     "model_type": "qwen2",
@@ -110,10 +111,10 @@ def _ours(job: dict[str, Any], side: str) -> Made:
 
 
 def _torch(job: dict[str, Any], side: str) -> Made:
-    from kava_jax.bench.torch_loop import TorchLoop, require_torch
+    from kava_jax.bench.torch_loop import TorchLoop
     from kava_jax.plan.floor import step_floor
 
-    torch = require_torch()
+    torch = peer("torch")
     on_gpu = torch.cuda.is_available()
     run = _run_of(job)
     link = run.teachers["teacher"]

@@ -18,6 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from kava_jax.bench.peers import peer
+
 Step = Callable[[], float]
 
 
@@ -105,9 +107,9 @@ def _torch(
     directory: Path, job: dict[str, Any], batch: dict[str, np.ndarray], side: str
 ) -> tuple[int, int, Step]:
     """As ``_ours``, of the peer."""
-    from kava_jax.bench.torch_loop import TorchLoop, require_torch
+    from kava_jax.bench.torch_loop import TorchLoop
 
-    require_torch()
+    peer("torch")
     import transformers
 
     del transformers  # it is imported before memory is looked at

@@ -11,20 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from kava_jax.errors import KavaError
+from kava_jax.bench.peers import peer
 
 ALPHA, BETA, EPS = 1.0, 0.01, 1e-8
-
-
-def require_torch() -> Any:
-    """The torch module; a KavaError where it is not installed."""
-    try:
-        import torch
-    except ImportError:
-        raise KavaError(
-            "--peer=torch: PyTorch is not installed; pip install torch, or leave the peer out"
-        ) from None
-    return torch
 
 
 class TorchLoop:
@@ -52,7 +41,7 @@ class TorchLoop:
         compiled: bool = False,
         dtype: str = "float32",
     ):
-        self._torch = torch = require_torch()
+        self._torch = torch = peer("torch")
         self.student, self.teacher = student.train(), teacher.eval().requires_grad_(False)
         self.projector = projector
         ours = [p for mlp in projector.values() for p in mlp.parameters()]
@@ -75,7 +64,7 @@ class TorchLoop:
 
         The projector is elastic and maps the teacher to the student.
         """
-        torch = require_torch()
+        torch = peer("torch")
         from safetensors.torch import load_file
         from transformers import AutoModelForCausalLM
 
@@ -97,7 +86,7 @@ class TorchLoop:
         **settings: Any,
     ) -> "TorchLoop":
         """Random weights of these ``config.json`` geometries, the teacher in ``dtype``."""
-        torch = require_torch()
+        torch = peer("torch")
         from transformers import AutoConfig, AutoModelForCausalLM
 
         def model(geometry: dict[str, Any], kind: Any) -> Any:

@@ -100,40 +100,39 @@ def verify(as_json: Json = False) -> None:
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(help="What to measure: diagnostics or arms.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="step, loss, ce, teacher, decode, remat, scaling, input, import, startup, gpu, "
+            "diagnostics or arms."
+        ),
+    ],
     config: Annotated[
         Path | None,
-        typer.Option(help="YAML file; when absent, the demo's, and for arms grids/scratch.yaml."),
+        typer.Option(
+            help="YAML file for diagnostics or arms; when absent, the demo's or grids/scratch.yaml."
+        ),
+    ] = None,
+    peer: Annotated[
+        str | None, typer.Option(help="Beside step: torch (eager and compiled) or torch-eager.")
     ] = None,
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
-    """Measure speed: warmed up, in alternating rounds, with medians and spread.
+    """Measure speed and memory: warmed up, in alternating rounds, beside what else one could use.
 
-    diagnostics: what looking at gradients and layers costs beside the step. arms: the step of every
-    arm of a grid.
+    docs/performance.md says what each of them measures. On the screen stand the main figures;
+    --json prints everything.
 
-    Example: kava bench diagnostics --json
+    Example: kava bench step --peer torch
     """
-    from kava_jax.bench.steps import bench_arms, bench_diagnostics
-    from kava_jax.config_file import load_config, shipped_config
-    from kava_jax.experiments.grid import load_grid
+    from kava_jax.bench.catalog import Asked, run_benchmark
 
-    if name == "diagnostics":
-        path = config or shipped_config("demo.yaml")
-        found = bench_diagnostics(load_config(path, overrides or []))
-        seconds = {key: found[key]["median"] for key in ("step_seconds", "probe_seconds")}
-        values = seconds | {"share_of_step": found["share_of_step"]}
-    elif name == "arms":
-        path = config or shipped_config("grids/scratch.yaml")
-        found = bench_arms(*load_grid(path, overrides or []))
-        values = found["relative"]
-    else:
-        raise KavaError(f"name={name!r} is not a benchmark; use diagnostics or arms")
+    found, shown = run_benchmark(name, Asked(config, overrides or [], peer))
     if as_json:
         print(json.dumps(found, indent=2))
     else:
-        print_values(values, as_json=False)
+        print_values(shown, as_json=False)
 
 
 @app.command()
