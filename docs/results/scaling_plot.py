@@ -1,6 +1,7 @@
 """Draw docs/results/scaling.png from bench_scaling.json: python docs/results/scaling_plot.py."""
 
 import json
+import math
 from pathlib import Path
 
 import matplotlib as mpl
@@ -18,8 +19,10 @@ def main() -> None:
     figure, panels = plt.subplots(1, 3, figsize=(10, 3.2), sharey=True, layout="constrained")
     for panel, (axis, curve) in zip(panels, found["curves"].items(), strict=True):
         sizes, costs = curve["sizes"], [1e6 * cost for cost in curve["seconds_per_token"]]
-        middle = len(sizes) // 2
-        fitted = [costs[middle] * (size / sizes[middle]) ** curve["exponent"] for size in sizes]
+        of_size, of_cost = (sum(map(math.log, x)) / len(x) for x in (sizes, costs))
+        fitted = [
+            math.exp(of_cost + curve["exponent"] * (math.log(size) - of_size)) for size in sizes
+        ]
         panel.plot(sizes, costs, "o", label="measured")
         panel.plot(sizes, fitted, "-", label=f"size to the power {curve['exponent']:+.2f}")
         panel.set(xscale="log", yscale="log", xlabel=WORDS[axis])

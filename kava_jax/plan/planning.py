@@ -26,7 +26,7 @@ from kava_jax.training.blueprint import Blueprint, make_blueprint
 
 # The compiler for CPUs widens bfloat16 and keeps wide copies of whole models, so temporaries are
 # those of a program that is float32 throughout: an accelerator's are at most that, and about this
-# part of it where all could be bfloat16. docs/results/plan_memory.json has them side by side.
+# part of it where all could be bfloat16. docs/pods.md has them beside the compiler for TPUs.
 NARROWEST = 0.45
 
 
