@@ -4,6 +4,7 @@ Unknown keys are refused with the closest match, ``1e-3`` is a number (YAML 1.1 
 a key given twice is an error (YAML keeps the last silently), and every problem is named at once.
 """
 
+import copy
 import difflib
 import re
 from collections.abc import Iterable
@@ -68,7 +69,8 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
 
 
 def parse_config(raw: dict[str, Any], overrides: Iterable[str] = ()) -> Config:
-    """Apply the overrides to a nested dict (in place) and validate it; raises as load_config."""
+    """A nested dict, which stays as it is, with overrides, validated; raises as load_config."""
+    raw = copy.deepcopy(raw)
     for override in overrides:
         _apply(raw, override)
     try:

@@ -1,5 +1,6 @@
 """The configuration: what is accepted, what is refused, and that it survives a round trip."""
 
+import copy
 import typing
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from tests.tiny import write_config
 CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.yaml"))
 # The design says about 70; the switches of frame, router and calibration came on top, then the
 # few that pods need (minutes between checkpoints, skipped steps, indivisible axes, traces).
-LARGEST = 100
+LARGEST = 101
 
 
 def least() -> dict[str, typing.Any]:
@@ -275,3 +276,10 @@ def test_the_steps_of_a_trace():
         parse("profile.steps=15:10")
     with pytest.raises(KavaError, match=r"profile.steps=.?ten"):
         parse("profile.steps=ten")
+
+
+def test_overrides_leave_what_they_are_given_as_it_is():
+    raw = least()
+    before = copy.deepcopy(raw)
+    assert parse_config(raw, ["train.steps=5", "train.attention=xla"]).train.steps == 5
+    assert raw == before

@@ -58,4 +58,4 @@ def test_every_arm_of_a_grid_is_timed_beside_its_baseline(tmp_path, monkeypatch,
 def test_an_unknown_benchmark_is_told(capsys) -> None:
     ended = kava(capsys, "bench", "everything")
     assert ended.code == 2
-    assert ended.err.startswith("error: name='everything' is not a benchmark; use diagnostics, ")
+    assert ended.err.startswith("error: name='everything' is not a benchmark; use step, ")

@@ -1,6 +1,5 @@
 """FLOPs of the whole step, loops multiplied in, against the fewest that it can do."""
 
-from copy import deepcopy
 from pathlib import Path
 
 import jax
@@ -21,7 +20,7 @@ PAIR = Pair()
 
 def blueprint(*overrides: str) -> Blueprint:
     """The bench pair without weights: eight teacher layers over four student layers."""
-    raw = {"recipe": "original", **deepcopy(CONFIG), "data": {"path": "builtin:word_problems"}}
+    raw = {"recipe": "original", **CONFIG, "data": {"path": "builtin:word_problems"}}
     config = parse_config(raw, ["data.batch_size=4", "mesh.data=1", *overrides])
     teacher, student = (
         spec_from_config(geometry(sizes, PAIR.vocabulary), where="bench")

@@ -31,8 +31,7 @@ NAMED = Path(__file__).resolve().parents[2] / "configs" / "qwen2.5_14b_to_1.5b_g
 
 
 def config(*overrides: str, **sections: dict) -> Config:
-    raw = json.loads(json.dumps(CONFIG | sections))
-    return parse_config(raw, [*overrides])
+    return parse_config(CONFIG | sections, [*overrides])
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Weights that change over a run: what the schedules give at each step, counted by hand."""
 
-from copy import deepcopy
 from dataclasses import replace
 
 import jax.numpy as jnp
@@ -18,7 +17,7 @@ NEAR = TOL["float32"]
 
 
 def weights(ramp: str, steps: int) -> list[float]:
-    config = parse_config(deepcopy(CONFIG), [f"train.steps={steps}", f"loss.kv_weight={ramp}"])
+    config = parse_config(CONFIG, [f"train.steps={steps}", f"loss.kv_weight={ramp}"])
     return [float(kv_weight(config)(step)) for step in range(steps)]
 
 
