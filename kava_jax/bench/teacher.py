@@ -1,6 +1,5 @@
 """``kava bench teacher``: the teacher's pass as it is run, beside a whole forward pass."""
 
-import statistics
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -63,9 +62,7 @@ def bench_teacher(sizes: TeacherSizes) -> dict[str, Any]:
             name: step_floor(run, rows, length, 0).teachers / medians[name]
             for name, run in runs.items()
         },
-        "tokens_per_second": {
-            name: rows * length / statistics.median([own]) for name, own in medians.items()
-        },
+        "tokens_per_second": {name: rows * length / own for name, own in medians.items()},
         **circumstances(),
     }
 

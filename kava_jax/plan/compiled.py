@@ -145,7 +145,7 @@ def _memory(compiled: Any) -> Memory:
 @contextmanager
 def _uncached() -> Any:
     """A program that comes out of the cache leaves no text behind."""
-    before = jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]
+    before = jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]  (made at run time)
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()  # else the switch is not looked at again
     try:

@@ -130,6 +130,7 @@ def search(config: Config, chip: Chip, hbm: float, say: Callable[[str], None]) -
 
     Raises KavaError when there is none.
     """
+    models_without_weights(config)  # a model that is not at hand is no matter of meshes
     found = []
     for mesh in _meshes(jax.device_count()):
         config_there = _as_on(chip, config).model_copy(

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from kava_jax.plan.planning import Plan, Range
+from kava_jax.plan.planning import NARROWEST, Plan, Range
 from kava_jax.plan.roofline import ASSUMPTIONS
 
 GB = 1e9
@@ -73,7 +73,7 @@ def _assumed(exact: bool) -> list[str]:
         "memory was laid out by the chip's own compiler"
         if exact
         else "memory was laid out by the compiler for CPUs, in float32: an accelerator needs at "
-        "most that, and at least 0.45 of the temporaries"
+        f"most that, and at least {NARROWEST} of the temporaries"
     )
     assumptions = (*ASSUMPTIONS, about_memory, "1 GB is 1e9 bytes; nothing else is on the device")
     return ["assumed:", *(f"  * {line}" for line in assumptions)]

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -37,13 +38,23 @@ class Lines:
         monitor: gets the lines.
         skips: is told which steps are looked at, so that what was skipped is said before the line.
         rates: learning rates, by group.
+        steps: of the whole run.
     """
 
     def __init__(
-        self, start: int, monitor: Monitor, skips: SkipLog, rates: Mapping[str, optax.Schedule]
+        self,
+        start: int,
+        monitor: Monitor,
+        skips: SkipLog,
+        rates: Mapping[str, optax.Schedule],
+        steps: int,
     ):
         self.clock = Clock(start)
-        self._monitor, self._skips, self._rates = monitor, skips, rates
+        self._monitor, self._skips = monitor, skips
+        # All at once and before the first step: a rate asked for later is computed on the device,
+        # behind every step that waits there.
+        numbers = jnp.arange(steps)
+        self._rates = {name: np.asarray(jax.vmap(rate)(numbers)) for name, rate in rates.items()}
         self._pending: deque[_Line] = deque()
         self._tokens = 0
 
@@ -67,11 +78,12 @@ class Lines:
         while self._pending:
             line = self._pending.popleft()
             values = summarize(line.metrics)
+            lap = self.clock.lap(line.done, line.tokens)
             self._skips.settle(line.done)
             # A skipped step is none to the optimizer, whose count the rates go by.
             taken = line.done - 1 - int(values["skipped"])
-            rates = {f"lr_{name}": float(np.asarray(r(taken))) for name, r in self._rates.items()}
-            self._monitor.log(line.done, values | rates | self.clock.lap(line.done, line.tokens))
+            rates = {f"lr_{name}": float(table[taken]) for name, table in self._rates.items()}
+            self._monitor.log(line.done, values | rates | lap)
 
     def restart_clock(self, done: int) -> None:
         """Leave out what was done since step ``done`` ended; all lines are settled."""

@@ -75,7 +75,7 @@ def run_steps(
     """
     start = int(state.step)
     skips = SkipLog(state.skips, most=cadence.most_skipped, stream=stream, monitor=monitor)
-    lines = Lines(start, monitor, skips, rates)
+    lines = Lines(start, monitor, skips, rates, cadence.steps)
     upcoming = _Upcoming(stream, mesh, cadence.steps)
     saved, done = time.monotonic(), start
     evaluation, measured = Figures({}, {}), None

@@ -148,6 +148,13 @@ def test_search_without_room(workspace, capsys, monkeypatch) -> None:
     assert "no mesh of so many devices with 1 GB fits data.batch_size=8" in ended.err
 
 
+def test_a_search_tells_a_missing_model_as_such(workspace, capsys) -> None:
+    missing = "teachers.0.path=nobody/nothing"
+    ended = kava(capsys, "plan", "tiny.yaml", missing, "--devices", "8", "--search")
+    assert ended.code == 2
+    assert "is not at hand; give a directory" in ended.err
+
+
 def test_the_words_of_a_plan(workspace) -> None:
     text = render(plan(1e9))
     assert text.startswith("tiny on 8 x h100 (data=2, fsdp=2, tensor=2), 8 rows x 64 tokens a step")

@@ -303,7 +303,7 @@ def test_the_host_does_not_wait_for_a_line(monkeypatch, tmp_path, ready: bool, w
     metrics = {name: Mean(jnp.zeros(()), jnp.ones(())) for name in ("loss", "skipped")}
     with Monitor(tmp_path, total_steps=STEPS) as monitor:
         skips = SkipLog(Skips(zero, zero), most=2, stream=stream, monitor=monitor)
-        late = Lines(0, monitor, skips, RATES)
+        late = Lines(0, monitor, skips, RATES, STEPS)
         seen = []
         for done in range(1, 6):
             late.step(done, metrics, tokens=10)
