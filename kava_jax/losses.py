@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from kava_jax.cache import KVCache
 from kava_jax.errors import KavaError
-from kava_jax.geometry import Mean, compare, cosine, masked_mean
+from kava_jax.geometry import Compared, Mean, compare, cosine, masked_mean
 
 EPS = 1e-8
 
@@ -70,11 +70,16 @@ def mercator_values(
 
     Vectors that ``keep`` leaves out may hold NaN: they give any number, and get no gradient.
     """
-    cos, s_length, t_length = compare(s, t, keep)
-    direction = alpha * (1.0 - cos)
+    return _mercator_of(compare(s, t, keep), alpha, beta, eps)
+
+
+def _mercator_of(
+    compared: Compared, alpha: Scalar, beta: Scalar, eps: float = EPS
+) -> Float[Array, "*B"]:
+    direction = alpha * (1.0 - compared.cos)
     if isinstance(beta, float | int) and beta == 0:
         return direction
-    return direction + beta * _log_ratio_squared(s_length, t_length, eps)
+    return direction + beta * _log_ratio_squared(compared, eps)
 
 
 def mse(
@@ -230,8 +235,10 @@ class MercatorKVLoss:
         """The loss, a float32 scalar, and the metrics."""
 
         def one(student: Array, teacher: Array) -> Metrics:
-            loss = mercator(student, teacher, mask, alpha=self.alpha, beta=self.beta).value
-            return {"loss": loss} | _sphere_metrics(student, teacher, mask)
+            keep = vector_mask(student, teacher, mask)
+            compared = compare(student, teacher, keep)
+            loss = masked_mean(_mercator_of(compared, self.alpha, self.beta), keep).value
+            return {"loss": loss} | _sphere_metrics(compared, keep)
 
         return _over_pair(one, student_kv, teacher_kv)
 
@@ -262,11 +269,13 @@ class HybridKVLoss:
         }
 
         def one(student: Array, teacher: Array) -> Metrics:
-            direction = mercator(student, teacher, mask, beta=self.beta).value
+            keep = vector_mask(student, teacher, mask)
+            compared = compare(student, teacher, keep)
+            direction = masked_mean(_mercator_of(compared, 1.0, self.beta), keep).value
             value = mse(student, teacher, mask).value
             loss = weights["mercator_weight"] * direction + weights["mse_weight"] * value
             terms = {"loss": loss, "mercator_loss": direction, "mse_loss": value}
-            return terms | weights | _sphere_metrics(student, teacher, mask)
+            return terms | weights | _sphere_metrics(compared, keep)
 
         return _over_pair(one, student_kv, teacher_kv)
 
@@ -295,24 +304,23 @@ def _over_pair(
     return metrics["loss"], metrics
 
 
-def _sphere_metrics(student: Array, teacher: Array, mask: Array | None) -> Metrics:
+def _sphere_metrics(compared: Compared, keep: Array | None) -> Metrics:
     """What every KV loss reports beside itself."""
-    s, t, keep = comparable(student, teacher, mask)
-    cos, s_length, t_length = compare(s, t, keep)
+    cos, s_length, t_length = compared
     s_magnitude, t_magnitude = (masked_mean(x, keep).value for x in (s_length, t_length))
     return {
         "cos_sim": masked_mean(cos, keep).value,
         "dir_loss": masked_mean(1.0 - cos, keep).value,
-        "mag_loss": masked_mean(_log_ratio_squared(s_length, t_length, EPS), keep).value,
+        "mag_loss": masked_mean(_log_ratio_squared(compared, EPS), keep).value,
         "s_magnitude": s_magnitude,
         "t_magnitude": t_magnitude,
         "mag_ratio": Mean(s_magnitude, t_magnitude).value,  # 0 where the teacher is zero
     }
 
 
-def _log_ratio_squared(s: Float[Array, "*B"], t: Float[Array, "*B"], eps: float) -> Array:
-    """``(log(s + eps) - log(t + eps))^2`` of lengths."""
-    return (jnp.log(s + eps) - jnp.log(t + eps)) ** 2
+def _log_ratio_squared(compared: Compared, eps: float) -> Float[Array, "*B"]:
+    """``(log(|a| + eps) - log(|b| + eps))^2``."""
+    return (jnp.log(compared.length_a + eps) - jnp.log(compared.length_b + eps)) ** 2
 
 
 def comparable(

@@ -47,8 +47,7 @@ def bench_loss(found: dict[str, Any]) -> list[str]:
         f"Temporaries of the compiled loss and gradient: {found['temporaries_of_inputs']:.3f} of "
         f"its inputs' bytes."
     ]
-    if found["torch_compiled_failed"]:
-        rest.append(f"torch.compile failed: {found['torch_compiled_failed']}.")
+    rest += [f"{words}." for words in found["failed"].values()]
     return [*_beside(found), "", " ".join(rest)]
 
 

@@ -1,31 +1,26 @@
 """``kava bench decode``: greedy decoding, beside transformers on the same model directory."""
 
+import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from flax.traverse_util import unflatten_dict
 
-from kava_jax.bench.peers import beside, peer, product_speed
-from kava_jax.bench.timing import circumstances
+from kava_jax.bench import timing
+from kava_jax.bench.peers import peer, product_speed
+from kava_jax.bench.turns import Facts, Taken, take_turns
 from kava_jax.data.tokenizer import builtin_tokenizer
 from kava_jax.errors import KavaError
 from kava_jax.hf.export import export_model
 from kava_jax.hf.geometry import spec_from_config
-from kava_jax.hf.load import load_decoder_params, read_spec
 from kava_jax.hf.names import parameter_shapes
-from kava_jax.models.decoder import Decoder, Params
-from kava_jax.models.generate import generate
 from kava_jax.models.spec import DecoderSpec
 from kava_jax.plan.floor import layer_flops
 
-# -> new ids [B, M]
-Decode = Callable[[], np.ndarray]
+SIDES = ("kava", "transformers", "transformers_one_thread")
 
 
 class Sizes(NamedTuple):
@@ -54,21 +49,19 @@ def bench_decode(sizes: Sizes) -> dict[str, Any]:
 
     Raises KavaError without PyTorch, and where the tokens differ.
     """
-    peer("torch")
-    with tempfile.TemporaryDirectory() as folder:
-        directory = Path(folder) / "model"
-        _write_model(directory, sizes)
-        spec = read_spec(directory)
-        params = load_decoder_params(directory, spec)
-        model = peer("transformers").AutoModelForCausalLM.from_pretrained(directory)
-    prompt_BT = np.random.default_rng(1).integers(
-        0, sizes.vocabulary, (sizes.rows, sizes.prompt), np.int32
-    )
-    ours = _ours(spec, params, prompt_BT, sizes.new_tokens)
-    theirs = _transformers(model, prompt_BT, sizes.new_tokens)
-    _check_tokens(ours(), theirs())
-    work = {"kava": ours, "transformers": theirs, "transformers_one_thread": _one_thread(theirs)}
-    found = beside(work, "kava")
+    version = peer("torch").__version__
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        spec = _write_job(folder, sizes)
+
+        def check(first: Mapping[str, Facts]) -> None:
+            ours, *theirs = (np.load(folder / f"{side}.npy") for side in first)
+            for tokens in theirs:
+                _check_tokens(ours, tokens)
+
+        taken = take_turns("kava_jax.bench.decode_sides", SIDES, folder, check)
+    seconds = {side: own.seconds for side, own in taken.items() if isinstance(own, Taken)}
+    found = timing.compared(seconds, "kava")
     speed, floor = product_speed(sizes.square), _floor(spec, sizes)
     median = found["seconds"]["kava"]["median"]
     return {
@@ -78,12 +71,13 @@ def bench_decode(sizes: Sizes) -> dict[str, Any]:
         "tokens_per_second": sizes.rows * sizes.new_tokens / median,
         "floor_flops": floor,
         "share_of_floor": floor / speed / median,
-        **circumstances(),
-        "torch": peer("torch").__version__,
+        **timing.circumstances(),
+        "torch": version,
     }
 
 
-def _write_model(directory: Path, sizes: Sizes) -> None:
+def _write_job(folder: Path, sizes: Sizes) -> DecoderSpec:
+    """A random model, prompts, and how many tokens to add."""
     config = {
         "model_type": "qwen2",
         "num_hidden_layers": sizes.layers,
@@ -101,52 +95,13 @@ def _write_model(directory: Path, sizes: Sizes) -> None:
         for path, shape in parameter_shapes(spec).items()
     }
     params, tokenizer = unflatten_dict(flat, sep="/"), builtin_tokenizer()
-    export_model(directory, params, spec, dtype="float32", tokenizer=tokenizer, card="random")
-
-
-def _ours(spec: DecoderSpec, params: Params, prompt_BT: np.ndarray, new_tokens: int) -> Decode:
-    graph = nnx.graphdef(nnx.eval_shape(lambda: Decoder(spec, rngs=nnx.Rngs(0))))
-    prompt, valid = jnp.asarray(prompt_BT), jnp.ones(prompt_BT.shape, bool)
-
-    def run() -> np.ndarray:
-        new = generate(
-            graph, params, prompt, valid, max_new_tokens=new_tokens, eos_ids=(), pad_id=0
-        )
-        return np.asarray(jax.block_until_ready(new))
-
-    return run
-
-
-def _transformers(model: Any, prompt_BT: np.ndarray, new_tokens: int) -> Decode:
-    torch = peer("torch")
-    prompt = torch.from_numpy(prompt_BT.astype(np.int64))
-    model.generation_config.eos_token_id = None
-
-    def run() -> np.ndarray:
-        new = model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            do_sample=False,
-            max_new_tokens=new_tokens,
-            pad_token_id=0,
-        )
-        return new[:, prompt.shape[1] :].numpy()
-
-    return run
-
-
-def _one_thread(run: Decode) -> Decode:
-    torch = peer("torch")
-
-    def alone() -> np.ndarray:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
-            return run()
-        finally:
-            torch.set_num_threads(threads)
-
-    return alone
+    model = folder / "model"
+    export_model(model, params, spec, dtype="float32", tokenizer=tokenizer, card="random")
+    prompts = np.random.default_rng(1)
+    shape = (sizes.rows, sizes.prompt)
+    np.save(folder / "prompt.npy", prompts.integers(0, sizes.vocabulary, shape, np.int32))
+    (folder / "job.json").write_text(json.dumps({"new_tokens": sizes.new_tokens}), encoding="utf-8")
+    return spec
 
 
 def _check_tokens(ours: np.ndarray, theirs: np.ndarray) -> None:

@@ -4,7 +4,6 @@ A peer does the same work and gives the same numbers, which is checked before an
 """
 
 import importlib
-import statistics
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kava_jax.bench.timing import alternate, summary
+from kava_jax.bench.timing import alternate, compared
 from kava_jax.errors import KavaError
 
 
@@ -51,12 +50,7 @@ def beside(work: Mapping[str, Callable[[], Any]], ours: str) -> dict[str, Any]:
 
         return run_and_wait
 
-    seconds = alternate({name: waited(run) for name, run in work.items()})
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    return {
-        "seconds": {name: summary(values) for name, values in seconds.items()},
-        "times_ours": {name: median / medians[ours] for name, median in medians.items()},
-    }
+    return compared(alternate({name: waited(run) for name, run in work.items()}), ours)
 
 
 def temporary_bytes(program: jax.stages.Compiled) -> int:

@@ -5,10 +5,8 @@ processes of their own, in turns, on the same batch. The losses of the first ste
 """
 
 import json
-import subprocess
-import sys
 import tempfile
-from contextlib import ExitStack
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +16,7 @@ from flax.traverse_util import unflatten_dict
 
 from kava_jax.bench import timing
 from kava_jax.bench.pairs import Sizes, geometry, one_device
+from kava_jax.bench.turns import Facts, Taken, take_turns
 from kava_jax.config_file import parse_config
 from kava_jax.data.tokenizer import builtin_tokenizer
 from kava_jax.errors import KavaError
@@ -138,82 +137,27 @@ def _write_model(where: Path, sizes: Sizes, vocabulary: int, rng: np.random.Gene
 
 
 def _measured(folder: Path, sides: tuple[str, ...]) -> dict[str, Any]:
-    """Rounds in turns; a compiled peer that cannot be compiled here is left out, with its words."""
-    found: dict[str, Any] = {}
-    with ExitStack() as stack:
-        workers = {side: stack.enter_context(_Worker(side, folder)) for side in sides}
-        for side, worker in list(workers.items()):
-            first = worker.answer()
-            if first is not None:
-                found[side] = {"first_loss": first["loss"]}
-            elif side == "torch_compile":
-                found[side] = {"failed": workers.pop(side).last_words()}
-            else:
-                raise KavaError(f"--peer: {side} failed: {worker.last_words()}")
-        _check_same({name: own["first_loss"] for name, own in found.items() if "first_loss" in own})
-        seconds: dict[str, list[float]] = {side: [] for side in workers}
-        for _ in range(timing.ROUNDS):
-            for side, worker in workers.items():
-                seconds[side].append(worker.step())
-        for side, worker in workers.items():
-            found[side] |= {"seconds": timing.summary(seconds[side]), **worker.end()}
-    return found
+    """What each side took; a compiled peer that cannot be compiled here is left out, with words."""
+    taken = take_turns(
+        "kava_jax.bench.step_sides", sides, folder, _check_same, optional=("torch_compile",)
+    )
+    return {
+        name: {
+            "first_loss": own.first["loss"],
+            "seconds": timing.summary(own.seconds),
+            **own.last,
+        }
+        if isinstance(own, Taken)
+        else {"failed": own}
+        for name, own in taken.items()
+    }
 
 
-def _check_same(losses: dict[str, float]) -> None:
-    for side, loss in losses.items():
-        if abs(loss / losses["ours"] - 1) > AGREE:
+def _check_same(first: Mapping[str, Facts]) -> None:
+    ours = first["ours"]["loss"]
+    for name, facts in first.items():
+        if abs(facts["loss"] / ours - 1) > AGREE:
             raise KavaError(
-                f"--peer: the first loss of {side} is {loss:.6f}, ours {losses['ours']:.6f}; they "
+                f"--peer: the first loss of {name} is {facts['loss']:.6f}, ours {ours:.6f}; they "
                 f"do not do the same work, so their times mean nothing"
             )
-
-
-class _Worker:
-    """A side's process (see ``step_worker``), which does not outlive the ``with`` block."""
-
-    def __init__(self, side: str, folder: Path):
-        self._errors = (folder / f"{side}.stderr").open("w+", encoding="utf-8")
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "kava_jax.bench.step_worker", side, str(folder)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            text=True,
-        )
-
-    def __enter__(self) -> "_Worker":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.communicate()
-        self._errors.close()
-
-    def answer(self) -> dict[str, Any] | None:
-        """The next line; None when the process has ended without one."""
-        assert self._process.stdout
-        line = self._process.stdout.readline()
-        return json.loads(line) if line else None
-
-    def step(self) -> float:
-        """Seconds of one step."""
-        assert self._process.stdin
-        self._process.stdin.write("\n")
-        self._process.stdin.flush()
-        found = self.answer()
-        if found is None:
-            raise KavaError(f"--peer: a side ended in the middle: {self.last_words()}")
-        return found["seconds"]
-
-    def end(self) -> dict[str, Any]:
-        """What it says at its end."""
-        out, _ = self._process.communicate()
-        return json.loads(out)
-
-    def last_words(self) -> str:
-        """The end of what it said on stderr."""
-        self._process.wait()
-        self._errors.seek(0)
-        lines = self._errors.read().strip().splitlines()
-        return lines[-1] if lines else "nothing was said"

@@ -38,6 +38,15 @@ def summary(seconds: list[float]) -> dict[str, float]:
     }
 
 
+def compared(seconds: Mapping[str, list[float]], ours: str) -> dict[str, Any]:
+    """Everyone's seconds, and their medians as multiples of ours."""
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    return {
+        "seconds": {name: summary(values) for name, values in seconds.items()},
+        "times_ours": {name: median / medians[ours] for name, median in medians.items()},
+    }
+
+
 def circumstances() -> dict[str, Any]:
     """Device and versions."""
     return {

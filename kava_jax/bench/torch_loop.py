@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 
 from kava_jax.bench.peers import peer
-
-ALPHA, BETA, EPS = 1.0, 0.01, 1e-8
+from kava_jax.bench.torch_loss import mercator
 
 
 class TorchLoop:
@@ -116,7 +115,9 @@ class TorchLoop:
         kv = 0.0
         for part, mlp in self.projector.items():
             projected = mlp(target[part][self._layers].float())
-            kv = kv + 0.5 * _mercator(torch, own[part], projected, kv_mask)
+            # Its metrics too, as the original has them and our step does; nobody reads them here.
+            of_part, _ = mercator(own[part].float(), projected.float(), kv_mask)
+            kv = kv + 0.5 * of_part
         loss = output.loss + self._kv_weight * kv
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -161,12 +162,3 @@ def _mlp_of(torch: Any, weights: dict[str, Any], where: str) -> Any:
         for parameter, value in zip(mlp.parameters(), values, strict=True):
             parameter.copy_(value.T if value.ndim == 2 else value)
     return mlp
-
-
-def _mercator(torch: Any, student: Any, target: Any, mask: Any) -> Any:
-    """Mean over mapped layers, counted tokens and heads of ``1 - cos`` and the magnitude term."""
-    s, t = student.float(), target.float()
-    cos = torch.nn.functional.cosine_similarity(s, t, dim=-1)
-    lengths = torch.log(s.norm(dim=-1) + EPS) - torch.log(t.norm(dim=-1) + EPS)
-    losses = ALPHA * (1 - cos) + BETA * lengths**2
-    return (losses * mask).sum() / (mask.sum() * losses.shape[0])

@@ -17,10 +17,12 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kava_jax.parallel.sharding import Layouts
 
-# Logits of one chunk, per shard of the batch: 2**25 float32 are 128 MiB.
+# Logits that a chunk may always have, per shard of the batch: 2**25 float32 are 128 MiB.
 CHUNK_LOGITS = 2**25
 # At least so many chunks, so that few tokens without weight share one with the last that have some.
-CHUNKS = 8
+CHUNKS = 4
+# Long chunks are multiples of this, which is what matrix units like.
+CHUNK_UNIT = 128
 
 LossOfLogits = Callable[[dict[str, Array], Array], Array]
 
@@ -117,8 +119,8 @@ def _run(
         for name, head in heads.items()
     }
     labels, weights, counted = map(by_shard, (labels_BU, weights_BUK, counted_BU))
-    tokens = _sorted(counted, max(table.shape[0] for table in tables.values()))
     student = hiddens["student"]
+    tokens = _sorted(counted, max(table.shape[0] for table in tables.values()), student.shape[-1])
 
     def chunk(state: tuple[Any, ...]) -> tuple[Any, ...]:
         number, losses, *gradient = state
@@ -170,10 +172,17 @@ def _run(
     return losses, Head(of_hidden, of_table)
 
 
-def _sorted(counted_SN: Array, vocabulary: int) -> _Sorted:
-    """Tokens that count first, in chunks of a size that the widest vocabulary allows."""
+def _sorted(counted_SN: Array, vocabulary: int, width: int) -> _Sorted:
+    """Tokens that count first, in chunks.
+
+    A chunk has as many tokens as the learner is wide, or more: each adds to the gradient of the
+    whole table, which with fewer would cost more than its products. Its logits are then no larger
+    than that gradient.
+    """
     length = counted_SN.shape[1]
-    size = max(1, min(CHUNK_LOGITS // vocabulary, math.ceil(length / CHUNKS)))
+    size = min(max(1, width, CHUNK_LOGITS // vocabulary), math.ceil(length / CHUNKS))
+    if size > CHUNK_UNIT:
+        size += -size % CHUNK_UNIT
     order = jnp.argsort(~counted_SN, axis=1, stable=True)
     order = jnp.pad(order, [(0, 0), (0, -length % size)])
     return _Sorted(order, counted_SN.sum(axis=1).max(), size)

@@ -1,8 +1,9 @@
 """The decoding benchmark compares the same tokens of the same model directory."""
 
+import numpy as np
 import pytest
 
-from kava_jax.bench import decode, peers, timing
+from kava_jax.bench import decode, peers, timing, turns
 from kava_jax.errors import KavaError
 
 pytest.importorskip("torch", reason="torch, the peer, is not installed")
@@ -30,16 +31,22 @@ def test_the_figures_of_decoding_fit_together() -> None:
     assert found["torch"]
 
 
+def test_tokens_that_differ_or_are_too_few_are_told() -> None:
+    ours = np.arange(8).reshape(2, 4)
+    decode._check_tokens(ours, ours.copy())
+    with pytest.raises(KavaError, match=r"other tokens than we do \(75% agree\)"):
+        decode._check_tokens(ours, np.where(ours < 2, 9, ours))
+    with pytest.raises(KavaError, match=r"other tokens than we do \(0% agree\)"):
+        decode._check_tokens(ours, ours[:, :3])
+
+
 def test_a_peer_that_gives_other_tokens_is_not_timed(monkeypatch) -> None:
-    real = decode._transformers
+    def differ(ours, theirs):
+        raise KavaError("other tokens")
 
-    def other(*inputs):
-        run = real(*inputs)
-        return lambda: (run() + 1) % TOY.vocabulary
-
-    monkeypatch.setattr(decode, "_transformers", other)
-    monkeypatch.setattr(peers, "alternate", lambda work: pytest.fail("was timed"))
-    with pytest.raises(KavaError, match=r"transformers gives other tokens than we do \(0% agree\)"):
+    monkeypatch.setattr(decode, "_check_tokens", differ)
+    monkeypatch.setattr(turns.Side, "turn", lambda self: pytest.fail("was timed"))
+    with pytest.raises(KavaError, match="other tokens"):
         decode.bench_decode(TOY)
 
 

@@ -1,17 +1,12 @@
-"""One side of ``kava bench step`` in a process of its own: takes a step whenever it is told to.
+"""The sides of ``kava bench step``: our train step, and the original's loop in PyTorch.
 
-``python -m kava_jax.bench.step_worker ours|torch|torch_compile DIR`` reads ``DIR/job.json``, loads,
-takes one step that is not counted, and says so; then a line on stdin is a step, and its end on
-stdin is the end. Every answer is one line of JSON: the step's seconds and loss, or memory.
+Each loads what ``step.write_job`` wrote, and at its end says what memory its steps took.
 """
 
 import ctypes
 import gc
 import json
-import os
 import re
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from kava_jax.bench.peers import peer
+from kava_jax.bench.turns import Ready
 
 Step = Callable[[], float]
 
@@ -36,29 +32,19 @@ def _forget() -> None:
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
-def main() -> None:
-    """Load, take steps, report."""
-    side, directory = sys.argv[1], Path(sys.argv[2])
-    # What a library prints belongs elsewhere: stdout is read by a program.
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    job = json.loads((directory / "job.json").read_text(encoding="utf-8"))
-    batch = dict(np.load(directory / "batch.npz"))
-
-    def say(answer: dict[str, Any]) -> None:
-        answers.write(json.dumps(answer) + "\n")
-        answers.flush()
-
+def ready(side: str, folder: Path) -> Ready:
+    """``ours``, ``torch`` or ``torch_compile``, after one step."""
+    job = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+    batch = dict(np.load(folder / "batch.npz"))
     make = _ours if side == "ours" else _torch
-    imported, weights, step = make(directory, job, batch, side)
+    imported, weights, step = make(folder, job, batch, side)
     first = step()
     _forget()
-    say({"loss": first})
-    for _ in sys.stdin:
-        started = time.perf_counter()
-        loss = step()
-        say({"seconds": time.perf_counter() - started, "loss": loss})
-    say({"above_models": resident("VmHWM") - imported - weights, "weights": weights})
+
+    def last() -> dict[str, Any]:
+        return {"above_models": resident("VmHWM") - imported - weights, "weights": weights}
+
+    return Ready({"loss": first}, step, last)
 
 
 def _ours(
@@ -126,7 +112,3 @@ def _torch(
     modules = [loop.student, loop.teacher, *loop.projector.values()]
     weights = sum(p.numel() * p.element_size() for m in modules for p in m.parameters())
     return imported, weights, lambda: loop.step(batch)
-
-
-if __name__ == "__main__":
-    main()
