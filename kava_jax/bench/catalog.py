@@ -44,8 +44,8 @@ def run_benchmark(name: str, asked: Asked) -> tuple[dict[str, Any], dict[str, An
     """
     if name not in BENCHMARKS:
         raise KavaError(f"name={name!r} is not a benchmark; use {', '.join(BENCHMARKS)}")
-    if asked.peer is not None and name != "step":
-        raise KavaError(f"--peer={asked.peer}: {name} has its own; only step is told")
+    if asked.peer is not None and name not in ("step", "teacher"):
+        raise KavaError(f"--peer={asked.peer}: {name} has its own; only step and teacher are told")
     benchmark = BENCHMARKS[name]
     found = benchmark.run(asked)
     return found, benchmark.shown(found)
@@ -63,6 +63,11 @@ def _arms(asked: Asked) -> dict[str, Any]:
 
 def _step(asked: Asked) -> dict[str, Any]:
     return _fixed("step", lambda: step.bench_step(step.Pair(), asked.peer))(asked)
+
+
+def _teacher(asked: Asked) -> dict[str, Any]:
+    sizes = teacher.TeacherSizes()
+    return _fixed("teacher", lambda: teacher.bench_teacher(sizes, asked.peer))(asked)
 
 
 def _fixed(name: str, measure: Callable[[], dict[str, Any]]) -> Callable[[Asked], dict[str, Any]]:
@@ -130,9 +135,7 @@ BENCHMARKS = {
     "step": Benchmark(_step, _sides),
     "loss": Benchmark(_fixed("loss", lambda: loss.bench_loss(loss.Sizes())), _table),
     "ce": Benchmark(_fixed("ce", lambda: ce.bench_ce(ce.Sizes())), _cases),
-    "teacher": Benchmark(
-        _fixed("teacher", lambda: teacher.bench_teacher(teacher.TeacherSizes())), _own("of_whole")
-    ),
+    "teacher": Benchmark(_teacher, _own("of_whole")),
     "decode": Benchmark(_fixed("decode", lambda: decode.bench_decode(decode.Sizes())), _table),
     "remat": Benchmark(
         _fixed("remat", lambda: remat.bench_remat(remat.RematSizes())),

@@ -7,16 +7,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from flax.traverse_util import unflatten_dict
 
 from kava_jax.bench import timing
+from kava_jax.bench.pairs import geometry, write_model
 from kava_jax.bench.peers import peer, product_speed
 from kava_jax.bench.turns import Facts, Taken, take_turns
-from kava_jax.data.tokenizer import builtin_tokenizer
 from kava_jax.errors import KavaError
-from kava_jax.hf.export import export_model
-from kava_jax.hf.geometry import spec_from_config
-from kava_jax.hf.names import parameter_shapes
 from kava_jax.models.spec import DecoderSpec
 from kava_jax.plan.floor import layer_flops
 
@@ -78,27 +74,9 @@ def bench_decode(sizes: Sizes) -> dict[str, Any]:
 
 def _write_job(folder: Path, sizes: Sizes) -> DecoderSpec:
     """A random model, prompts, and how many tokens to add."""
-    config = {
-        "model_type": "qwen2",
-        "num_hidden_layers": sizes.layers,
-        "hidden_size": sizes.width,
-        "num_attention_heads": sizes.heads,
-        "num_key_value_heads": sizes.kv_heads,
-        "intermediate_size": sizes.inner,
-        "vocab_size": sizes.vocabulary,
-        "max_position_embeddings": sizes.prompt + sizes.new_tokens,
-        "tie_word_embeddings": True,
-    }
-    spec, rng = spec_from_config(config, where="bench"), np.random.default_rng(0)
-    flat = {
-        path: rng.normal(path.endswith("scale"), 0.1, shape).astype(np.float32)
-        for path, shape in parameter_shapes(spec).items()
-    }
-    params, tokenizer = unflatten_dict(flat, sep="/"), builtin_tokenizer()
-    model = folder / "model"
-    export_model(model, params, spec, dtype="float32", tokenizer=tokenizer, card="random")
-    prompts = np.random.default_rng(1)
-    shape = (sizes.rows, sizes.prompt)
+    config = geometry(sizes[:5], sizes.vocabulary)
+    spec = write_model(folder / "model", config, np.random.default_rng(0), std=0.1)
+    prompts, shape = np.random.default_rng(1), (sizes.rows, sizes.prompt)
     np.save(folder / "prompt.npy", prompts.integers(0, sizes.vocabulary, shape, np.int32))
     (folder / "job.json").write_text(json.dumps({"new_tokens": sizes.new_tokens}), encoding="utf-8")
     return spec

@@ -1,4 +1,4 @@
-"""Runs with random weights, for benchmarks that need no files."""
+"""Made-up models: runs with random weights that need no files, and model directories."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,17 +6,27 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import unflatten_dict
 from jax.sharding import Mesh
 
 from kava_jax.config_file import parse_config
 from kava_jax.data.batches import Batch
+from kava_jax.data.tokenizer import builtin_tokenizer
+from kava_jax.hf.export import export_model
 from kava_jax.hf.geometry import spec_from_config
+from kava_jax.hf.names import parameter_shapes
+from kava_jax.models.spec import DecoderSpec
 from kava_jax.parallel.mesh import make_mesh
 from kava_jax.parallel.sharding import put_batch
 from kava_jax.training.blueprint import Blueprint, Found, Models, make_blueprint
 
 Sizes = tuple[int, int, int, int, int]
 """Layers, width, query heads, KV heads, feed-forward width."""
+
+# The bench pair: Qwen2's shape and vocabulary at a size that a CPU can take.
+TEACHER: Sizes = (8, 512, 8, 4, 1408)
+STUDENT: Sizes = (4, 256, 8, 2, 704)
+VOCABULARY = 151_936
 
 
 def geometry(sizes: Sizes, vocabulary: int) -> dict[str, Any]:
@@ -33,6 +43,24 @@ def geometry(sizes: Sizes, vocabulary: int) -> dict[str, Any]:
         "max_position_embeddings": 4096,
         "tie_word_embeddings": True,
     }
+
+
+def write_model(
+    directory: Path, config: Mapping[str, Any], rng: np.random.Generator, std: float = 0.02
+) -> DecoderSpec:
+    """A Hugging Face directory of this ``config.json`` with random float32 weights.
+
+    Norms' scales are drawn around 1, all else around 0.
+    """
+    spec = spec_from_config(dict(config), where="bench")
+    flat = {
+        path: np.float32(std) * rng.standard_normal(shape, np.float32)
+        + np.float32(path.endswith("scale"))
+        for path, shape in parameter_shapes(spec).items()
+    }
+    params, tokenizer = unflatten_dict(flat, sep="/"), builtin_tokenizer()
+    export_model(directory, params, spec, dtype="float32", tokenizer=tokenizer, card="random")
+    return spec
 
 
 def one_device() -> Mesh:
@@ -74,11 +102,6 @@ def random_batch(rows: int, length: int, vocabulary: int, prompt: int) -> Batch:
     answers = np.broadcast_to(np.arange(length) >= max(1, prompt), shape).copy()
     everywhere = np.ones(shape, bool)
     return Batch(tokens, everywhere, answers, everywhere)  # pyright: ignore[reportArgumentType]  (host arrays)
-
-
-def bytes_of(tree: Any) -> int:
-    """Bytes of all arrays."""
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
 class Stepping:

@@ -15,14 +15,19 @@ from kava_jax.bench.timing import alternate, compared
 from kava_jax.errors import KavaError
 
 
+# Where the package that holds a module has another name.
+PACKAGES = {"tunix": "google-tunix"}
+
+
 def peer(module: str) -> Any:
     """A module of a package that is compared with and not depended on; KavaError without it."""
     try:
         return importlib.import_module(module)
     except ImportError:
-        package = module.split(".")[0]
+        name = module.split(".")[0]
+        package = PACKAGES.get(name, name)
         raise KavaError(
-            f"this benchmark compares with {package}, which is not installed; pip install {package}"
+            f"this benchmark compares with {name}, which is not installed; pip install {package}"
         ) from None
 
 

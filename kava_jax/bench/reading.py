@@ -1,5 +1,6 @@
 """``kava bench input`` and ``kava bench import``: how fast rows and weights come in."""
 
+import math
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -7,16 +8,13 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from flax.traverse_util import unflatten_dict
 
-from kava_jax.bench.pairs import Sizes, bytes_of, geometry
+from kava_jax.bench.pairs import Sizes, geometry, write_model
 from kava_jax.bench.timing import alternate, circumstances, summary
 from kava_jax.data.batches import BatchStream
 from kava_jax.data.problems import WordProblems
 from kava_jax.data.text import Encoder
 from kava_jax.data.tokenizer import builtin_tokenizer
-from kava_jax.hf.export import export_model
-from kava_jax.hf.geometry import spec_from_config
 from kava_jax.hf.load import load_decoder_params
 from kava_jax.hf.names import parameter_shapes
 from kava_jax.models.decoder import Decoder
@@ -64,22 +62,12 @@ def bench_input() -> dict[str, Any]:
 
 def bench_import(sizes: ModelSizes) -> dict[str, Any]:
     """Bytes a second of importing a Hugging Face directory, beside only reading its files."""
-    spec = spec_from_config(geometry(sizes.model, sizes.vocabulary), where="bench")
-    mesh = make_mesh(1, -1, 1)
-    part = Part.of(lambda rngs: Decoder(spec, rngs=rngs), mesh)
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / "model"
-        flat = {path: np.full(s, 0.5, np.float32) for path, s in parameter_shapes(spec).items()}
-        size = bytes_of(flat)
-        export_model(
-            directory,
-            unflatten_dict(flat, sep="/"),
-            spec,
-            dtype="float32",
-            tokenizer=builtin_tokenizer(),
-            card="constant weights",
-        )
-        del flat
+        rng = np.random.default_rng(0)
+        spec = write_model(directory, geometry(sizes.model, sizes.vocabulary), rng)
+        part = Part.of(lambda rngs: Decoder(spec, rngs=rngs), make_mesh(1, -1, 1))
+        size = 4 * sum(math.prod(shape) for shape in parameter_shapes(spec).values())
         files = sorted(directory.glob("*.safetensors"))
         put = partial(place_slices, part.shardings)
         work = {

@@ -2,7 +2,7 @@
 
 from typing import Any, NamedTuple
 
-from kava_jax.bench.pairs import Sizes, Stepping, geometry, random_batch, random_run
+from kava_jax.bench.pairs import TEACHER, Sizes, Stepping, geometry, random_batch, random_run
 from kava_jax.bench.timing import alternate, circumstances, summary
 from kava_jax.plan.compiled import compile_step
 
@@ -12,7 +12,7 @@ POLICIES = ("none", "dots", "full")
 class RematSizes(NamedTuple):
     """Deep enough that activations, and not the vocabulary, take the memory."""
 
-    teacher: Sizes = (8, 512, 8, 4, 1408)
+    teacher: Sizes = TEACHER
     student: Sizes = (16, 256, 8, 2, 704)
     vocabulary: int = 8192
     rows: int = 8

@@ -12,17 +12,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from flax import nnx
-from flax.traverse_util import unflatten_dict
 
 from kava_jax.bench import timing
-from kava_jax.bench.pairs import Sizes, geometry, one_device
+from kava_jax.bench.pairs import (
+    STUDENT,
+    TEACHER,
+    VOCABULARY,
+    Sizes,
+    geometry,
+    one_device,
+    write_model,
+)
 from kava_jax.bench.turns import Facts, Taken, take_turns
 from kava_jax.config_file import parse_config
-from kava_jax.data.tokenizer import builtin_tokenizer
 from kava_jax.errors import KavaError
-from kava_jax.hf.export import export_model
-from kava_jax.hf.geometry import spec_from_config
-from kava_jax.hf.names import parameter_shapes
 from kava_jax.plan.floor import step_floor
 from kava_jax.training.blueprint import find_models, make_blueprint
 
@@ -31,11 +34,11 @@ PEERS = {"torch": ("torch", "torch_compile"), "torch-eager": ("torch",)}
 
 
 class Pair(NamedTuple):
-    """Sizes of what is measured; the defaults are Qwen2's shape at a CPU's size."""
+    """Sizes of what is measured; the defaults are the bench pair's."""
 
-    teacher: Sizes = (8, 512, 8, 4, 1408)
-    student: Sizes = (4, 256, 8, 2, 704)
-    vocabulary: int = 151_936
+    teacher: Sizes = TEACHER
+    student: Sizes = STUDENT
+    vocabulary: int = VOCABULARY
     rows: int = 4
     length: int = 256
     prompt: int = 128
@@ -80,7 +83,7 @@ def write_job(folder: Path, pair: Pair) -> float:
     """Models, projector, batch and config into ``folder``; the floor in FLOPs."""
     rng = np.random.default_rng(0)
     for name, sizes in (("teacher", pair.teacher), ("student", pair.student)):
-        _write_model(folder / name, sizes, pair.vocabulary, rng)
+        write_model(folder / name, geometry(sizes, pair.vocabulary), rng)
     raw = _config(folder, pair)
     config = parse_config(dict(raw))
     blueprint = make_blueprint(config, one_device(), find_models(config, 1), {})
@@ -117,23 +120,6 @@ def _config(folder: Path, pair: Pair) -> dict[str, Any]:
         "optimizer": {"schedule": "constant", "warmup_steps": 0},
         "mesh": {"data": 1, "fsdp": 1, "tensor": 1},
     }
-
-
-def _write_model(where: Path, sizes: Sizes, vocabulary: int, rng: np.random.Generator) -> None:
-    spec = spec_from_config(geometry(sizes, vocabulary), where="bench")
-    flat = {
-        path: np.float32(0.02) * rng.standard_normal(shape, np.float32)
-        + np.float32(path.endswith("scale"))
-        for path, shape in parameter_shapes(spec).items()
-    }
-    export_model(
-        where,
-        unflatten_dict(flat, sep="/"),
-        spec,
-        dtype="float32",
-        tokenizer=builtin_tokenizer(),
-        card="random weights",
-    )
 
 
 def _measured(folder: Path, sides: tuple[str, ...]) -> dict[str, Any]:

@@ -114,7 +114,10 @@ def bench(
         ),
     ] = None,
     peer: Annotated[
-        str | None, typer.Option(help="Beside step: torch (eager and compiled) or torch-eager.")
+        str | None,
+        typer.Option(
+            help="Beside step: torch (eager and compiled) or torch-eager; beside teacher: tunix."
+        ),
     ] = None,
     overrides: Overrides = None,
     as_json: Json = False,

@@ -1,8 +1,9 @@
 """The other benchmarks at toy size: what they count is consistent, whatever the machine's pace."""
 
+import jax
 import pytest
 
-from kava_jax.bench import gpu, reading, scaling, startup, teacher, timing
+from kava_jax.bench import gpu, peers, reading, scaling, startup, teacher, timing
 from kava_jax.bench.gpu import Job, bench_gpu
 from kava_jax.bench.gpu_worker import CHECKED
 from kava_jax.errors import KavaError
@@ -42,13 +43,33 @@ def test_scaling_over_every_axis(monkeypatch) -> None:
         assert all(seconds > 0 for seconds in curve["seconds_per_token"])
 
 
+TEACHER = teacher.TeacherSizes((4, 32, 4, 2, 64), (2, 16, 4, 2, 32), 128, rows=8, length=16)
+
+
 def test_the_cut_teacher_beside_the_whole_one() -> None:
-    sizes = teacher.TeacherSizes((4, 32, 4, 2, 64), (2, 16, 4, 2, 32), 128, rows=8, length=16)
-    found = teacher.bench_teacher(sizes)
+    found = teacher.bench_teacher(TEACHER)
     assert set(found["seconds"]) == {"cut", "half", "whole"}
     assert found["of_whole"]["whole"] == 1
     # Three layers and keys and values of the fourth, against one and the second's.
     assert found["floor_flops"]["half"] < 0.5 * found["floor_flops"]["cut"]
+
+
+def test_a_public_implementation_gives_the_same_numbers(monkeypatch) -> None:
+    pytest.importorskip("tunix", reason="Tunix (the extra bench) is not installed")
+    with jax.numpy_rank_promotion("allow"):  # theirs, not ours
+        assert "tunix" in teacher.bench_teacher(TEACHER, "tunix")["seconds"]
+        monkeypatch.setattr(teacher, "TOLERANCE", -1.0)
+        with pytest.raises(KavaError, match=r"tunix differs from ours by .*other work"):
+            teacher.bench_teacher(TEACHER, "tunix")
+
+
+def test_a_peer_of_the_teacher_that_is_unknown_or_missing_is_told(monkeypatch) -> None:
+    with pytest.raises(KavaError, match="--peer='torch' is unknown; use tunix, or leave it out"):
+        teacher.bench_teacher(TEACHER, "torch")
+    monkeypatch.setattr(peers, "PACKAGES", {"absent": "google-tunix"})
+    monkeypatch.setattr(teacher, "tunix_forward", lambda *_: peers.peer("absent.models"))
+    with pytest.raises(KavaError, match="absent, which is not installed; pip install google-tunix"):
+        teacher.bench_teacher(TEACHER, "tunix")
 
 
 def test_reading_rows_and_weights(monkeypatch) -> None:
