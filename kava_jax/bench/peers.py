@@ -14,7 +14,6 @@ import numpy as np
 from kava_jax.bench.timing import alternate, compared
 from kava_jax.errors import KavaError
 
-
 # Where the package that holds a module has another name.
 PACKAGES = {"tunix": "google-tunix"}
 

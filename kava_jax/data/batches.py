@@ -146,6 +146,11 @@ class BatchStream:
         """Batches until every row has come once; rarely whole."""
         return len(self.rows) / self.batch_size
 
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Every T that a batch can have, ascending; bucketed, they are few."""
+        return tuple(int(length) for length in np.unique(self._padded))
+
     def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> Batch:
         """The batch of this step (from 0), or this process's contiguous share of it.
 

@@ -17,6 +17,7 @@ from kava_jax.runs.calibrate import calibrated, place, unmeasured
 from kava_jax.runs.evaluate import evaluator
 from kava_jax.runs.prepare import Run, fingerprints_of, load_dataset, prepare, restore_target
 from kava_jax.runs.record import write_record
+from kava_jax.training.ahead import compiled_ahead
 from kava_jax.training.checkpoint import Checkpoints
 from kava_jax.training.loop import Cadence, projector_path, run_steps
 from kava_jax.training.manifest import (
@@ -84,9 +85,13 @@ def train(config: Config, command: Sequence[str]) -> Trained:
         ):
             for note in notes:
                 monitor.note(note)
+            step = run.blueprint.jitted_step()
+            if config.data.batching == "bucketed":
+                shapes = config.data.batch_size, dataset.stream.lengths
+                step = compiled_ahead(step, start, teachers, *shapes, monitor.note)
             state, evaluation = run_steps(
                 start,
-                step=run.blueprint.jitted_step(),
+                step=step,
                 probe=jitted_probe(run) if config.teachers else None,
                 teachers=teachers,
                 stream=dataset.stream,

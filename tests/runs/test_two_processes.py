@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tests.tiny import write_config, write_workspace
+from tests.tiny import CONFIG, write_config, write_workspace
 from tests.tolerances import TOL
 
 STEPS = 6
@@ -92,6 +92,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = write_workspace(tmp_path_factory.mktemp("two"))
     write_config(
         place / "run.yaml",
+        data=CONFIG["data"] | {"batching": "bucketed", "bucket": 16},
         train={"steps": STEPS, "log_every": 1, "checkpoint_every": 2, "eval_every": 3},
         mesh={"data": 1, "fsdp": 2},
     )
