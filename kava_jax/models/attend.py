@@ -1,10 +1,10 @@
 """Attention by XLA, by cuDNN or by the splash kernel for TPUs, and the choice between them.
 
-XLA's reads any mask and makes a score for every pair of tokens. The kernels never do, so memory
-grows with the length and not with its square; in return they know one case only: rows padded on
-the right and nothing before them. There a query looks back at real tokens alone, because padding
-comes after them all. What a kernel gives at padding differs from XLA's, is finite, and is for
-nobody to read.
+XLA's reads any causal mask and makes a score for every pair of tokens but those that lie well
+ahead. The kernels never do, so memory grows with the length and not with its square; in return they
+know one case only: rows padded on the right and nothing before them. There a query looks back at
+real tokens alone, because padding comes after them all. What comes out at padding differs from one
+to another, is finite, and is for nobody to read.
 
 Left out on purpose: rows packed with several texts, and kernels for decoding.
 """
@@ -27,6 +27,9 @@ Attend = Callable[..., Float[Array, "B T N H"]]
 
 # Splash works on squares of the scores. A side is a multiple of what a TPU's registers hold.
 SPLASH_BLOCKS = (512, 256, 128)
+# XLA attends by blocks of so many queries, or a multiple for long rows: each is written out.
+BLOCK = 128
+MOST_BLOCKS = 16
 
 
 class Choice(NamedTuple):
@@ -124,9 +127,9 @@ def attend(
         q_BTNH: queries.
         k_BSKH: keys.
         v_BSKH: values.
-        mask_BTS: what a query sees. All that XLA's reads beside q, k and v, and nothing to the
-            others: they see the real tokens of rows padded on the right (S = T), each its own
-            and those before, within ``window``.
+        mask_BTS: what a query sees: with S = T, no real one sees a key behind its own place. All
+            that XLA's reads beside q, k and v, and nothing to the others: they see the real tokens
+            of rows padded on the right (S = T), each its own and those before, within ``window``.
         implementation: see ``choose``.
         valid_BT: the real tokens; read by splash.
         window: None, or how many tokens a query sees, its own included; read by the kernels.
@@ -136,7 +139,7 @@ def attend(
     Raises KavaError for a length that splash cannot cut into blocks.
     """
     if implementation == "xla":
-        return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask_BTS)
+        return _by_blocks(q_BTNH, k_BSKH, v_BSKH, mask_BTS)
     if implementation == "cudnn":
         # Neither lengths nor a mask: causality hides the padding already. So no row is empty, and
         # the kernel is on the path that is surest (with a mask, some backward passes gave NaN).
@@ -152,6 +155,30 @@ def attend(
     return _splash(
         q_BTNH, k_BSKH, v_BSKH, valid_BT, window, rows, implementation == "splash_interpreted"
     )
+
+
+def _by_blocks(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BSKH: Float[Array, "B S K H"],
+    v_BSKH: Float[Array, "B S K H"],
+    mask_BTS: Bool[Array, "B 1 T S"],
+) -> Float[Array, "B T N H"]:
+    """A block of queries after the other, each over the keys up to its end: half of all scores."""
+    length = q_BTNH.shape[1]
+    if k_BSKH.shape[1] != length:  # keys of earlier tokens come first
+        return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask_BTS)
+    size = BLOCK * math.ceil(length / BLOCK / MOST_BLOCKS)
+    blocks = [(start, min(start + size, length)) for start in range(0, length, size)]
+    parts = [
+        jax.nn.dot_product_attention(
+            q_BTNH[:, start:end],
+            k_BSKH[:, :end],
+            v_BSKH[:, :end],
+            mask=mask_BTS[:, :, start:end, :end],
+        )
+        for start, end in blocks
+    ]
+    return jnp.concatenate(parts, axis=1)
 
 
 def _splash(

@@ -102,6 +102,29 @@ def test_forward_and_gradients_are_the_formulas(implementation, window) -> None:
 
 
 @pytest.mark.parametrize("window", WINDOWS)
+def test_rows_padded_on_the_left_are_the_formula_in_every_block(window, monkeypatch) -> None:
+    """As prompts are: there the first blocks of short rows hold nothing but padding."""
+    monkeypatch.setitem(globals(), "VALID", VALID[:, ::-1])
+    found = computed(*arrays(), window)
+    assert_as_the_formula(found, formula(*arrays(), window), "float32")
+
+
+def test_long_rows_are_cut_into_few_blocks(monkeypatch) -> None:
+    real, keys = jax.nn.dot_product_attention, []
+
+    def counting(q, k, v, **options):
+        keys.append(k.shape[1])
+        return real(q, k, v, **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", counting)
+    for length, ends in ((100, [100]), (300, [128, 256, 300]), (2049, list(range(256, 2049, 256)))):
+        keys.clear()
+        q = jnp.zeros((1, length, 1, 2))
+        attend(q, q, q, jnp.ones((1, 1, length, length), bool))
+        assert keys == ends + [length] * (length not in ends)
+
+
+@pytest.mark.parametrize("window", WINDOWS)
 def test_what_cudnn_is_asked_for_is_the_formula(window, monkeypatch) -> None:
     real, asked = jax.nn.dot_product_attention, []
 
