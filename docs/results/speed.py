@@ -75,6 +75,7 @@ def bench_teacher(found: dict[str, Any]) -> list[str]:
         "cut": "keys and values of the mapped layers",
         "half": "the same, first half of the layers mapped",
         "whole": "whole forward pass with logits",
+        "tunix": "the same by Tunix",
     }
     lines = ["| | seconds (least to most) | of the whole |", "| --- | --- | ---: |"]
     for name, own in found["seconds"].items():

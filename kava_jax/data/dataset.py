@@ -96,6 +96,8 @@ def make_dataset(
     more: Mapping[str, Sequence[Example]] = MappingProxyType({}),
 ) -> Dataset:
     """Encode everything once. The notes say what was cut, dropped and held out."""
+    # Sequences that are generated or read when asked would be so for every use below.
+    training, held_out = list(training), list(held_out)
     stream = BatchStream(
         encoder.encode_all(training),
         batch_size=batch_size,

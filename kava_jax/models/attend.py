@@ -45,7 +45,6 @@ def choose(
     who: str,
     dtype: Any,
     head_dim: int,
-    lengths: tuple[int, ...],
 ) -> Choice:
     """The implementation for one model: the one asked for, or the device's own where it can run.
 
@@ -55,13 +54,12 @@ def choose(
         who: the model, in words.
         dtype: in which it computes.
         head_dim: width of a head.
-        lengths: every padded length is a multiple of one of them.
 
     Raises KavaError when the one asked for cannot run.
     """
     own: dict[str, Implementation] = {"gpu": "cudnn", "tpu": "splash"}
     wanted = own.get(device.platform, "xla") if asked == "auto" else asked
-    obstacle = _obstacle(wanted, device, jnp.dtype(dtype), head_dim, math.gcd(*lengths))
+    obstacle = _obstacle(wanted, device, jnp.dtype(dtype), head_dim)
     if obstacle is None:
         found = f"the device is a {device.platform.upper()}"
         return Choice(wanted, found if asked == "auto" else f"train.attention={asked}")
@@ -73,7 +71,7 @@ def choose(
 
 
 def _obstacle(
-    implementation: Implementation, device: Any, dtype: jnp.dtype, head_dim: int, unit: int
+    implementation: Implementation, device: Any, dtype: jnp.dtype, head_dim: int
 ) -> str | None:
     """Why a model cannot use it, or None."""
     if implementation == "xla":
@@ -81,8 +79,6 @@ def _obstacle(
     if device.platform != ("gpu" if implementation == "cudnn" else "tpu"):
         return f"the device is a {device.platform.upper()}"
     if implementation == "splash":
-        if unit % SPLASH_BLOCKS[-1]:
-            return f"lengths are multiples of {unit} (data.bucket, data.max_length), not of 128"
         return None
     if not _at_least_ampere(device):
         return f"cuDNN attends on NVIDIA GPUs from Ampere on, not on {device.device_kind}"
@@ -135,8 +131,6 @@ def attend(
         window: None, or how many tokens a query sees, its own included; read by the kernels.
         rows: how [B, ...] lies on a mesh of several devices; read by splash, which the partitioner
             cannot split as it does the others.
-
-    Raises KavaError for a length that splash cannot cut into blocks.
     """
     if implementation == "xla":
         return _by_blocks(q_BTNH, k_BSKH, v_BSKH, mask_BTS)
@@ -196,15 +190,21 @@ def _splash(
         from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
         length, heads, width = q_BTNH.shape[1:]
+        # Rows are cut into blocks: more padding fills the last one, and is dropped again.
+        filled = length + -length % SPLASH_BLOCKS[-1]
+        q_BTNH, k_BTKH, v_BTKH, valid_BT = (
+            jnp.pad(x, [(0, 0), (0, filled - length), *[(0, 0)] * (x.ndim - 2)])
+            for x in (q_BTNH, k_BTKH, v_BTKH, valid_BT)
+        )
         # Real tokens see real ones and padding sees padding, so that no query sees nothing.
         segments_BT = valid_BT.astype(jnp.int32)
         # It does not scale. In float32, so that bfloat16 queries are rounded once.
         q_BTNH = (q_BTNH.astype(jnp.float32) * width**-0.5).astype(q_BTNH.dtype)
-        y_BNTH = jax.vmap(_splash_kernel(length, heads, window, interpret))(
+        y_BNTH = jax.vmap(_splash_kernel(filled, heads, window, interpret))(
             *(x.swapaxes(1, 2) for x in (q_BTNH, k_BTKH, v_BTKH)),
             splash.SegmentIds(segments_BT, segments_BT),
         )
-        return y_BNTH.swapaxes(1, 2)
+        return y_BNTH.swapaxes(1, 2)[:, :length]
 
     if rows is None:
         return local(q_BTNH, k_BTKH, v_BTKH, valid_BT)
@@ -222,15 +222,10 @@ def _splash(
 
 
 def _splash_kernel(length: int, heads: int, window: int | None, interpret: bool) -> Any:
-    """(q [N, T, H], k [K, T, H], v [K, T, H], segments) -> [N, T, H], for one row."""
+    """(q [N, T, H], k [K, T, H], v [K, T, H], segments) -> [N, T, H], one row of whole blocks."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-    block = next((size for size in SPLASH_BLOCKS if length % size == 0), None)
-    if block is None:
-        raise KavaError(
-            f"train.attention=splash cuts rows into blocks of {SPLASH_BLOCKS[-1]} tokens and these "
-            f"have {length}; set data.bucket and data.max_length to multiples, or use xla"
-        )
+    block = next(size for size in SPLASH_BLOCKS if length % size == 0)
     square = (length, length)
     mask = (
         splash.CausalMask(square)

@@ -366,9 +366,7 @@ def _check_frame(config: Config, student: DecoderSpec, teachers: Mapping[str, Te
 
 def _attention(config: Config, mesh: Mesh, who: str, spec: DecoderSpec, dtype: Any) -> Choice:
     """What one model attends with when it reads a batch."""
-    asked, data = config.train.attention, config.data
-    lengths = (data.train_bucket, data.length_bucket, data.max_length)
-    return choose(asked, mesh.devices.flat[0], who, dtype, spec.head_dim, lengths)
+    return choose(config.train.attention, mesh.devices.flat[0], who, dtype, spec.head_dim)
 
 
 def _dtype(name: str) -> Any:

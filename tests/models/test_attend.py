@@ -25,6 +25,7 @@ from flax import nnx
 from kava_jax.cache import KVCache
 from kava_jax.config_file import parse_config
 from kava_jax.errors import KavaError
+from kava_jax.models import attend as attend_module
 from kava_jax.models.attend import Choice, attend, choose, in_words
 from kava_jax.models.masks import attention_mask, token_positions
 from kava_jax.parallel.mesh import make_mesh
@@ -152,10 +153,13 @@ def test_splash_on_a_mesh_is_the_formula(shape) -> None:
     assert_as_the_formula(found, formula(*arrays(), None), "float32")
 
 
-def test_splash_refuses_lengths_it_cannot_cut() -> None:
-    q, mask = jnp.zeros((1, 130, 2, 8)), jnp.ones((1, 1, 130, 130), bool)
-    with pytest.raises(KavaError, match=r"blocks of 128 tokens and these have 130; set data"):
-        attend(q, q, q, mask, implementation="splash", valid_BT=jnp.ones((1, 130), bool))
+@pytest.mark.parametrize("length", [130, 383])
+def test_splash_reads_rows_of_any_length(length, monkeypatch) -> None:
+    """Its blocks are filled with padding that is never seen and never comes back."""
+    monkeypatch.setitem(globals(), "T", length)
+    monkeypatch.setitem(globals(), "VALID", VALID[:, :length])
+    found = computed(*arrays(), None, implementation="splash_interpreted")
+    assert_as_the_formula(found, formula(*arrays(), None), "float32")
 
 
 @partial(jax.jit, static_argnames="graph")
@@ -192,12 +196,15 @@ def test_a_decoder_learns_the_same_by_the_kernel(shape) -> None:
         np.testing.assert_allclose(ours, theirs, atol=TOL["by_kernel"])
 
 
-def test_queries_and_a_past_are_read_without_the_kernel() -> None:
-    """Ten tokens are no block of the kernel's, which would raise."""
+def test_queries_and_a_past_are_read_without_the_kernel(monkeypatch) -> None:
+    def kernel_is_used(*_):
+        raise AssertionError("the kernel is used")
+
     plain, kernel = (build(attention=name) for name in ("xla", "splash_interpreted"))
     tokens, positions = jnp.arange(20).reshape(2, 10), jnp.tile(jnp.arange(10), (2, 1))
     mask = attention_mask(positions, positions, jnp.ones((2, 10), bool))
-    with pytest.raises(KavaError, match="blocks of 128"):
+    monkeypatch.setattr(attend_module, "_splash", kernel_is_used)
+    with pytest.raises(AssertionError, match="the kernel is used"):
         kernel(tokens, positions, mask)
     _, cache, _ = plain.with_queries(tokens, positions, mask, key_space="post_rope")
     jax.tree.map(
@@ -219,27 +226,25 @@ H100, T4, MI300 = (
 
 
 @pytest.mark.parametrize(
-    ("asked", "device", "dtype", "head_dim", "lengths", "expected"),
+    ("asked", "device", "dtype", "head_dim", "expected"),
     [
-        ("auto", CPU, "float32", 64, (64,), Choice("xla", "the device is a CPU")),
-        ("auto", H100, "bfloat16", 128, (8,), Choice("cudnn", "the device is a GPU")),
-        ("auto", H100, "float16", 64, (8,), Choice("cudnn", "the device is a GPU")),
-        ("auto", H100, "float32", 64, (8,), "it computes in float32"),
-        ("auto", H100, "bfloat16", 256, (8,), "head_dim=256"),
-        ("auto", H100, "bfloat16", 60, (8,), "head_dim=60"),
-        ("auto", T4, "float16", 64, (8,), "not on Tesla T4"),
-        ("auto", MI300, "bfloat16", 64, (8,), "not on MI300X"),
-        ("auto", TPU, "bfloat16", 64, (128, 512), Choice("splash", "the device is a TPU")),
-        ("auto", TPU, "float32", 128, (256, 1024), Choice("splash", "the device is a TPU")),
-        ("auto", TPU, "bfloat16", 128, (64, 512), "lengths are multiples of 64"),
-        ("auto", TPU, "bfloat16", 128, (128, 500), "lengths are multiples of 4"),
-        ("xla", H100, "bfloat16", 128, (8,), Choice("xla", "train.attention=xla")),
-        ("cudnn", H100, "bfloat16", 128, (8,), Choice("cudnn", "train.attention=cudnn")),
-        ("splash", TPU, "bfloat16", 64, (128,), Choice("splash", "train.attention=splash")),
+        ("auto", CPU, "float32", 64, Choice("xla", "the device is a CPU")),
+        ("auto", H100, "bfloat16", 128, Choice("cudnn", "the device is a GPU")),
+        ("auto", H100, "float16", 64, Choice("cudnn", "the device is a GPU")),
+        ("auto", H100, "float32", 64, "it computes in float32"),
+        ("auto", H100, "bfloat16", 256, "head_dim=256"),
+        ("auto", H100, "bfloat16", 60, "head_dim=60"),
+        ("auto", T4, "float16", 64, "not on Tesla T4"),
+        ("auto", MI300, "bfloat16", 64, "not on MI300X"),
+        ("auto", TPU, "bfloat16", 64, Choice("splash", "the device is a TPU")),
+        ("auto", TPU, "float32", 128, Choice("splash", "the device is a TPU")),
+        ("xla", H100, "bfloat16", 128, Choice("xla", "train.attention=xla")),
+        ("cudnn", H100, "bfloat16", 128, Choice("cudnn", "train.attention=cudnn")),
+        ("splash", TPU, "bfloat16", 64, Choice("splash", "train.attention=splash")),
     ],
 )
-def test_the_choice(asked, device, dtype, head_dim, lengths, expected) -> None:
-    found = choose(asked, device, "student", jnp.dtype(dtype), head_dim, lengths)
+def test_the_choice(asked, device, dtype, head_dim, expected) -> None:
+    found = choose(asked, device, "student", jnp.dtype(dtype), head_dim)
     if isinstance(expected, Choice):
         assert found == expected
     else:
@@ -253,12 +258,11 @@ def test_the_choice(asked, device, dtype, head_dim, lengths, expected) -> None:
         ("cudnn", CPU, "bfloat16", "student: the device is a CPU; use auto or xla"),
         ("splash", H100, "bfloat16", "student: the device is a GPU; use auto or xla"),
         ("cudnn", H100, "float32", "student: it computes in float32"),
-        ("splash", TPU, "bfloat16", "student: lengths are multiples of 64"),
     ],
 )
 def test_a_choice_that_cannot_work_is_refused(asked, device, dtype, message) -> None:
     with pytest.raises(KavaError, match=f"train.attention={asked} does not work for {message}"):
-        choose(asked, device, "student", jnp.dtype(dtype), 64, (64,))
+        choose(asked, device, "student", jnp.dtype(dtype), 64)
 
 
 def test_the_note_names_models_only_where_they_differ() -> None:
@@ -332,9 +336,9 @@ def for_tpus() -> None:
     jax.config.update("jax_platforms", "cpu")
     mesh = make_mesh(2, 1, 2, tpu_devices(CHIPS["v5e"], 4))
     rows = layouts(mesh).rows
-    for width, window in ((64, None), (80, None), (128, 100)):
-        q, kv = (jnp.zeros((B, 1024, heads, width), jnp.bfloat16) for heads in (N, K))
-        mask, valid = jnp.zeros((B, 1, 1024, 1024), bool), jnp.ones((B, 1024), bool)
+    for width, length, window in ((64, 1024, None), (80, 1000, None), (128, 1024, 100)):
+        q, kv = (jnp.zeros((B, length, heads, width), jnp.bfloat16) for heads in (N, K))
+        mask, valid = jnp.zeros((B, 1, length, length), bool), jnp.ones((B, length), bool)
         how = partial(attend, implementation="splash", window=window, rows=rows)
 
         def loss(q, k, v, mask, valid, how=how):
