@@ -41,6 +41,17 @@ def bench_step(found: dict[str, Any]) -> list[str]:
     ]
 
 
+def bench_step_huge_pages(found: dict[str, Any]) -> list[str]:
+    """The same with huge pages, in a sentence."""
+    sides = [
+        f"{NAMES[side]} {own['seconds']['median']:.2f} s"
+        + (f" ({found['times_faster_than'][side]:.2f} times ours)" if side != "ours" else "")
+        for side, own in found["sides"].items()
+        if "failed" not in own
+    ]
+    return [f"A step with huge pages on every side: {'; '.join(sides)}."]
+
+
 def bench_loss(found: dict[str, Any]) -> list[str]:
     """The KV loss beside PyTorch and bare memory."""
     rest = [

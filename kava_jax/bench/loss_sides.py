@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool
 
 from kava_jax.bench.peers import peer, temporary_bytes
+from kava_jax.bench.torch_loss import mercator
 from kava_jax.bench.turns import Ready
 from kava_jax.cache import KVCache
 from kava_jax.losses import MercatorKVLoss
@@ -82,8 +83,6 @@ def _read_modify(arrays: list[np.ndarray]) -> Ready:
 def _torch(arrays: list[np.ndarray], mask_BT: np.ndarray, compiled: bool) -> MetricsAndGradient:
     """The original's, mean of keys' and values'."""
     torch = peer("torch")
-    from kava_jax.bench.torch_loss import mercator
-
     # Copies of its own: torch.compile is several times slower on memory that numpy aligned.
     s_k, s_v, t_k, t_v, mask = (torch.from_numpy(x).clone() for x in (*arrays, mask_BT))
 
