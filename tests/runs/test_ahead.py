@@ -21,7 +21,9 @@ def _place(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(write_workspace(tmp_path))
     write_config(
         tmp_path / "bucketed.yaml",
-        data=CONFIG["data"] | {"batching": "bucketed", "bucket": 32, "max_length": 96},
+        data=CONFIG["data"] | {"batching": "bucketed", "bucket": 16, "max_length": 96},
+        # A measured weight is put into the state between steps.
+        loss={"kv_weight": "auto(0.2)"},
         train={"steps": STEPS, "log_every": 1, "checkpoint_every": 4, "keep_checkpoints": 3},
     )
 
