@@ -87,8 +87,9 @@ def train(config: Config, command: Sequence[str]) -> Trained:
                 monitor.note(note)
             step = run.blueprint.jitted_step()
             if config.data.batching == "bucketed":
-                shapes = config.data.batch_size, dataset.stream.lengths
-                step = compiled_ahead(step, start, teachers, *shapes, monitor.note)
+                lengths = dataset.stream.lengths(int(start.step), config.train.steps)
+                rows = config.data.batch_size
+                step = compiled_ahead(step, start, teachers, rows, lengths, monitor.note)
             state, evaluation = run_steps(
                 start,
                 step=step,

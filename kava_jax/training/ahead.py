@@ -34,8 +34,9 @@ def compiled_ahead(
         tell: hears once what is being done, in a sentence.
     """
     longest_first = sorted(lengths, reverse=True)
-    count = f"{len(lengths)} padded length{'s' if len(lengths) > 1 else ''}"
-    tell(f"compiling the step for {count}: {', '.join(map(str, longest_first))}")
+    if lengths:  # none are left when a run that has ended is called again
+        count = f"{len(lengths)} padded length{'s' if len(lengths) > 1 else ''}"
+        tell(f"compiling the step for {count}: {', '.join(map(str, longest_first))}")
     programs = {
         length: step.lower(state, teachers, abstract_batch(rows, length)).compile()
         for length in longest_first

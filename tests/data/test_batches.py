@@ -214,6 +214,15 @@ def test_bucketed_first_batches_are_one_of_each_length_longest_first():
     assert later != sizes[:8]
 
 
+def test_lengths_are_those_of_the_batches_asked_for():
+    batches = bucketed(uneven(1000), batch_size=16)
+    of_batches = [batches.batch(step).tokens.shape[1] for step in range(200)]
+    assert batches.lengths(0, 200) == tuple(sorted(set(of_batches)))
+    for first in (0, 7, 100):
+        assert batches.lengths(first, first + 3) == tuple(sorted(set(of_batches[first:][:3])))
+    assert batches.lengths(5, 5) == ()
+
+
 def test_bucketed_padding_is_what_the_batches_hold():
     rows = uneven(1000)
     by_length, at_random = bucketed(rows, batch_size=16), stream(rows, batch_size=16, max_length=96)
