@@ -150,7 +150,8 @@ class BatchStream:
         """Every T that the batches from step ``first`` to before ``last`` can have, ascending."""
         if last - first > MOST_LENGTHS:
             return tuple(int(length) for length in np.unique(self._padded))
-        return tuple(sorted({self._length(step) for step in range(first, last)}))
+        steps = range(first, last)
+        return tuple(sorted({self._length(self.row_indices(step)) for step in steps}))
 
     def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> Batch:
         """The batch of this step (from 0), or this process's contiguous share of it.
@@ -158,16 +159,17 @@ class BatchStream:
         Raises:
             KavaError: the batch size is not a multiple of ``process_count``.
         """
-        mine = self.row_indices(step)[_share(self.batch_size, process_index, process_count)]
+        chosen = self.row_indices(step)
+        mine = chosen[_share(self.batch_size, process_index, process_count)]
         rows = [self.rows[i] for i in mine]
-        return collate(rows, self._length(step), self.pad_id, self.sink_tokens)
+        return collate(rows, self._length(chosen), self.pad_id, self.sink_tokens)
 
     @functools.cached_property
     def report(self) -> DataReport:
         """Counts over all rows, and the padding of the first epoch's batches."""
         steps = -(-len(self.rows) // self.batch_size)
         chosen = [self.row_indices(step) for step in range(steps)]
-        padded_lengths = [self._length(step) for step in range(steps)]
+        padded_lengths = [self._length(rows) for rows in chosen]
         positions = self.batch_size * sum(padded_lengths)
         real = sum(int(self._lengths[rows].sum()) for rows in chosen)
         return DataReport(
@@ -181,8 +183,8 @@ class BatchStream:
             max_length=self.max_length,
         )
 
-    def _length(self, step: int) -> int:
-        return int(self._padded[self.row_indices(step)].max())
+    def _length(self, rows: Int[np.ndarray, "B"]) -> int:
+        return int(self._padded[rows].max())
 
     def row_indices(self, step: int) -> Int[np.ndarray, "B"]:
         """Which of ``rows`` the global batch of this step holds."""
