@@ -14,7 +14,7 @@ from tests.tolerances import TOL
 
 COMMANDS = sorted(
     # One without a name is called after its function, which every command here has.
-    command.name or command.callback.__name__  # pyright: ignore[reportOptionalMemberAccess]  (one of both is there)
+    command.name or command.callback.__name__  # pyright: ignore[reportOptionalMemberAccess]
     for command in app.registered_commands
 )
 
