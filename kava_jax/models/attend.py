@@ -123,7 +123,7 @@ def attend(
         q_BTNH: queries.
         k_BSKH: keys.
         v_BSKH: values.
-        mask_BTS: what a query sees: with S = T, no real one sees a key behind its own place. All
+        mask_BTS: what a query sees: with S = T, no real one sees a key after its own place. All
             that XLA's reads beside q, k and v, and nothing to the others: they see the real tokens
             of rows padded on the right (S = T), each its own and those before, within ``window``.
         implementation: see ``choose``.
