@@ -15,6 +15,11 @@ TOL = {
     "across_meshes": 2e-6,
     # first gradients on different device meshes, of the largest entry of each parameter's
     "gradients_across_meshes": 1e-5,
+    # what one process logs of a run and what several do: losses, cosines, gradient norms, of
+    # max(1, |value|)
+    "across_processes": 1e-5,
+    # the same for other diagnostics (ranks, CKA, retrieval), of their range
+    "diagnostics": 1e-3,
     # parameters after one plain gradient step, on other meshes or in other microbatches
     "after_one_step": 1e-5,
     # a bf16 forward pass against the same in float32, relative error of the hidden states

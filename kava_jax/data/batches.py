@@ -27,7 +27,7 @@ MOST_LENGTHS = 8
 
 
 class Batch(NamedTuple):
-    """One global batch, or one process's rows of it: numpy on the host, jax on devices.
+    """One batch, all rows of all processes: numpy on the host, jax on devices.
 
     Rows are padded on the right.
     """
@@ -153,15 +153,10 @@ class BatchStream:
         steps = range(first, last)
         return tuple(sorted({self._length(self.row_indices(step)) for step in steps}))
 
-    def batch(self, step: int, process_index: int = 0, process_count: int = 1) -> Batch:
-        """The batch of this step (from 0), or this process's contiguous share of it.
-
-        Raises:
-            KavaError: the batch size is not a multiple of ``process_count``.
-        """
+    def batch(self, step: int) -> Batch:
+        """The batch of this step (from 0)."""
         chosen = self.row_indices(step)
-        mine = chosen[_share(self.batch_size, process_index, process_count)]
-        rows = [self.rows[i] for i in mine]
+        rows = [self.rows[i] for i in chosen]
         return collate(rows, self._length(chosen), self.pad_id, self.sink_tokens)
 
     @functools.cached_property
@@ -220,8 +215,6 @@ def eval_batches(
     bucket: int = 64,
     pad_id: int = 0,
     sink_tokens: int = 4,
-    process_index: int = 0,
-    process_count: int = 1,
 ) -> Iterator[Batch]:
     """Held-out rows once, in order, rows without a target left out; see :class:`BatchStream`.
 
@@ -229,12 +222,11 @@ def eval_batches(
     """
     kept = _with_targets(rows, max_length)
     filler = Encoded(np.zeros(0, np.int32), 0, False)
-    share = _share(batch_size, process_index, process_count)
     for start in range(0, len(kept), batch_size):
         group = kept[start : start + batch_size]
         length = _rounded(max(len(row.ids) for row in group), bucket, max_length)
         group += [filler] * (batch_size - len(group))
-        yield collate(group[share], length, pad_id, sink_tokens)
+        yield collate(group, length, pad_id, sink_tokens)
 
 
 def collate(rows: Sequence[Encoded], length: int, pad_id: int, sink_tokens: int) -> Batch:
@@ -301,16 +293,6 @@ def _with_targets(rows: Sequence[Encoded], max_length: int) -> list[Encoded]:
             f"({len(rows)} rows, all filled by their prompts); raise it"
         )
     return kept
-
-
-def _share(batch_size: int, process_index: int, process_count: int) -> slice:
-    if batch_size % process_count:
-        raise KavaError(
-            f"data.batch_size={batch_size} is not divisible by {process_count} processes; "
-            f"use a multiple of {process_count}"
-        )
-    rows = batch_size // process_count
-    return slice(process_index * rows, (process_index + 1) * rows)
 
 
 def _rounded(length: int, bucket: int, max_length: int) -> int:

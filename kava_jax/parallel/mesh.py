@@ -1,4 +1,4 @@
-"""The device mesh of a run: all devices of all processes, in one slice or several."""
+"""The device mesh of a run: all devices of all processes, over one host or many."""
 
 import math
 from collections.abc import Sequence
@@ -21,10 +21,12 @@ def make_mesh(
 
     One axis may be -1: it takes what the others leave.
 
-    Over several slices the data axis crosses the slow network between them, because it needs the
-    least of it (one sum of gradients a step); the other axes stay inside a slice.
+    Devices are laid out host by host, the tensor axis innermost, because it needs the network most:
+    an axis crosses hosts only where it and those inside of it are larger than a host. On TPUs of
+    several slices the data axis alone crosses the slow network between slices, because it needs the
+    least of it (one sum of gradients a step).
 
-    Raises KavaError when the sizes do not multiply to the number of devices, or the slices do not
+    Raises KavaError when the sizes do not multiply to the number of devices, or TPU slices do not
     divide the data axis.
     """
     devices = jax.devices() if devices is None else devices
@@ -38,27 +40,41 @@ def make_mesh(
             f"{len(devices)} or set one axis to -1"
         )
     types = (AxisType.Auto,) * len(AXES)
-    if len(slices_of(devices)) == 1:
+    slices = len(slices_of(devices))
+    if slices > 1:
+        return Mesh(over_slices(devices, **sizes), AXES, axis_types=types)
+    if devices[0].platform == "tpu":  # JAX knows the torus
         return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=types, devices=devices)
-    return Mesh(over_slices(devices, **sizes), AXES, axis_types=types)
+    # The runtime numbers devices host by host.
+    host_by_host = sorted(devices, key=lambda device: device.id)
+    return Mesh(np.array(host_by_host).reshape(tuple(sizes.values())), AXES, axis_types=types)
 
 
 def over_slices(devices: Sequence[Any], data: int, fsdp: int, tensor: int) -> np.ndarray:
-    """Devices of several slices as an array [data, fsdp, tensor], slices along the data axis."""
+    """TPUs of several slices as an array [data, fsdp, tensor], slices along the data axis."""
     slices = len(slices_of(devices))
-    if data % slices:
-        raise KavaError(
-            f"mesh.data={data} is not divisible by the {slices} slices, which it has to cross; use "
-            f"a multiple of {slices}, for example mesh.data={slices} and mesh.fsdp=-1"
-        )
+    check_slices(data, slices)
     return mesh_utils.create_hybrid_device_mesh(
         (data // slices, fsdp, tensor), (slices, 1, 1), devices
     )
 
 
+def check_slices(data: int, slices: int) -> None:
+    """Raise KavaError where the data axis cannot cross so many TPU slices."""
+    if data % slices:
+        raise KavaError(
+            f"mesh.data={data} is not divisible by the {slices} slices, which it has to cross; use "
+            f"a multiple of {slices}, for example mesh.data={slices} and mesh.fsdp=-1"
+        )
+
+
 def slices_of(devices: Sequence[Any]) -> set[int]:
-    """The slices that devices belong to; those of other platforms than TPU know of one."""
-    return {getattr(device, "slice_index", 0) for device in devices}
+    """The TPU slices that devices belong to.
+
+    Other platforms have one: there JAX gives every host a ``slice_index`` of its own (it counts
+    boot ids), which says nothing about the network.
+    """
+    return {device.slice_index if device.platform == "tpu" else 0 for device in devices}
 
 
 def batch_shards(mesh: Mesh) -> int:

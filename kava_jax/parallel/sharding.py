@@ -14,6 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kava_jax.errors import KavaError
+from kava_jax.parallel.mesh import batch_shards
 
 Indivisible = Literal["error", "replicate"]
 
@@ -156,18 +157,23 @@ def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
 
 
 def put_batch(batch: Any, mesh: Mesh) -> Any:
-    """Host arrays holding this process's rows -> global device arrays split over the batch axis."""
+    """Host arrays with the rows of the whole batch -> device arrays split over the batch axis.
+
+    Every process gives the same arrays, and each device takes the rows that the sharding asks of
+    it. So rows keep their place whatever the mesh, and devices that hold the same rows (along the
+    tensor axis) get the same ones, also where they belong to different processes.
+    """
     sharding = batch_sharding(mesh)
-    return jax.tree.map(lambda rows: jax.make_array_from_process_local_data(sharding, rows), batch)
+    return jax.tree.map(
+        lambda rows: jax.make_array_from_callback(rows.shape, sharding, lambda index: rows[index]),
+        batch,
+    )
 
 
 def spread_rows(rows: np.ndarray, mesh: Mesh) -> jax.Array:
-    """The same host array on every process -> one device array split over the batch axis.
+    """As ``put_batch``, of any number of rows.
 
     The last row is repeated until the devices divide them; the caller drops what is added.
     """
-    whole = -len(rows) % (mesh.shape["data"] * mesh.shape["fsdp"])
-    filled = np.concatenate([rows, np.repeat(rows[-1:], whole, axis=0)])
-    return jax.make_array_from_callback(
-        filled.shape, batch_sharding(mesh), lambda index: filled[index]
-    )
+    missing = -len(rows) % batch_shards(mesh)
+    return put_batch(np.concatenate([rows, np.repeat(rows[-1:], missing, axis=0)]), mesh)

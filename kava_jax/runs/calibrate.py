@@ -273,8 +273,6 @@ def _batches(run: Run, rows: Sequence[Any], places: tuple[int, ...]) -> list[Bat
         bucket=data.length_bucket,
         pad_id=pad_id(run.tokenizer),
         sink_tokens=run.config.loss.sink_tokens,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
     )
     return list(batches)
 

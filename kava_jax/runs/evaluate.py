@@ -193,8 +193,6 @@ def _held_out_batches(
         bucket=run.config.data.length_bucket,
         pad_id=pad_id(run.tokenizer),
         sink_tokens=run.config.loss.sink_tokens,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
     )
 
     def placed(batch: Batch) -> Batch:

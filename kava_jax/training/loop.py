@@ -99,7 +99,7 @@ def run_steps(
             state, metrics = step(state, teachers, batch)
             upcoming.fetch(done)
             profile.after(done, state)
-            lines.step(done, metrics, int(rows.valid.sum()) * jax.process_count())
+            lines.step(done, metrics, int(rows.valid.sum()))
             last, logged = done == cadence.steps, done % cadence.log_every == 0
             if last or logged:
                 lines.add(done, metrics)
@@ -139,11 +139,11 @@ class _Upcoming:
     def fetch(self, number: int) -> None:
         """Begin with the batch of step ``number`` (from 0), if there is such a step."""
         if number < self._steps:
-            rows = self._stream.batch(number, jax.process_index(), jax.process_count())
+            rows = self._stream.batch(number)
             self._ahead[number] = rows, put_batch(rows, self._mesh)
 
     def take(self, number: int) -> tuple[Batch, Batch]:
-        """This process's rows on the host, and the batch on the devices."""
+        """The batch on the host and on the devices."""
         if number not in self._ahead:
             self.fetch(number)
         return self._ahead.pop(number)

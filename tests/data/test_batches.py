@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from kava_jax.config_file import parse_config
-from kava_jax.data.batches import Batch, BatchStream, best_lengths, collate, eval_batches
+from kava_jax.data.batches import BatchStream, best_lengths, collate, eval_batches
 from kava_jax.data.sources import load_examples
 from kava_jax.data.text import Encoded, Encoder
 from kava_jax.data.tokenizer import load_tokenizer
@@ -99,17 +99,6 @@ def test_shuffle_is_even():
     first = Counter(int(batches.batch(step).tokens[0, 0]) for step in range(1600))
     assert len(first) == 16
     assert all(60 <= count <= 145 for count in first.values())  # 100 +- 4.6 standard deviations
-
-
-@pytest.mark.parametrize("bucketed", [False, True])
-@pytest.mark.parametrize("count", [1, 2, 4, 8])
-def test_any_number_of_processes_sees_the_same_stream(count, bucketed):
-    rows = [row(1 + (7 * i) % 31, 0, first=i) for i in range(2, 50)]
-    batches = stream(rows, batch_size=8, bucketed=bucketed)
-    for step in (0, 3, 17):
-        parts = [batches.batch(step, i, count) for i in range(count)]
-        whole = Batch(*(np.concatenate(field) for field in zip(*parts, strict=True)))
-        assert same(whole, batches.batch(step))
 
 
 def test_shapes_are_few():
@@ -309,13 +298,6 @@ def test_held_out_rows_in_order_the_last_batch_filled_with_masked_rows():
     assert [b.tokens[:, 0].tolist() for b in batches] == [[0, 1, 2], [3, 4, 0], [1, 7, 7]]
     assert not any(mask[1:].any() for mask in batches[-1][1:])
     assert sum(int(b.loss_mask.sum()) for b in batches) == 5 * 2 + 2 * 8
-    for i in range(3):
-        parts = list(
-            eval_batches(rows, 3, max_length=32, bucket=8, process_index=i, process_count=3)
-        )
-        assert [part.valid.tolist() for part in parts] == [
-            b.valid[i : i + 1].tolist() for b in batches
-        ]
 
 
 @pytest.mark.parametrize(
@@ -328,7 +310,6 @@ def test_held_out_rows_in_order_the_last_batch_filled_with_masked_rows():
         (lambda: stream([row(40)]), "max_length=32 is shorter than a row of 40"),
         (lambda: stream([row(3)], batch_size=0), "data.batch_size=0"),
         (lambda: stream([row(3)], bucket=0), "data.bucket=0"),
-        (lambda: stream([row(3)]).batch(0, 0, 3), "data.batch_size=4 is not divisible by 3"),
         (lambda: list(eval_batches([row(3, 3)], 2, max_length=8)), "no row"),
     ],
 )

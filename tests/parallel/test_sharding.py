@@ -5,11 +5,11 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from kava_jax.errors import KavaError
 from kava_jax.models.decoder import Decoder
-from kava_jax.parallel.mesh import make_mesh
+from kava_jax.parallel.mesh import AXES, make_mesh
 from kava_jax.parallel.sharding import (
     batch_sharding,
     matching_shardings,
@@ -157,3 +157,16 @@ def test_one_step_is_the_same_on_every_mesh() -> None:
                 (tree["projector"]["pairs"]["big"]["k"]["inner"]["kernel"], inner),
             ):
                 assert {shard.data.shape for shard in leaf.addressable_shards} == {size}
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 1, 8)])
+def test_rows_keep_their_place_on_every_device_order(shape: tuple[int, int, int]) -> None:
+    rows, shards = np.arange(16 * 3).reshape(16, 3), shape[0] * shape[1]
+    devices = np.array(jax.devices())[np.random.default_rng(0).permutation(8)].reshape(shape)
+    mesh = Mesh(devices, AXES, axis_types=(AxisType.Auto,) * 3)
+    placed = put_batch({"tokens": rows}, mesh)["tokens"]
+    np.testing.assert_array_equal(placed, rows)
+    held = {shard.device: np.asarray(shard.data) for shard in placed.addressable_shards}
+    for shard, parts in enumerate(devices.reshape(shards, -1)):
+        for device in parts:  # along the tensor axis all hold the same rows
+            np.testing.assert_array_equal(held[device], np.split(rows, shards)[shard])
