@@ -26,6 +26,7 @@ from kava_jax.hf.card import model_card
 from kava_jax.hf.export import export_model
 from kava_jax.hf.names import parameter_shapes
 from kava_jax.models.spec import DecoderSpec
+from kava_jax.parallel.hosts import from_first
 from kava_jax.runs.geometry import model_specs
 from kava_jax.training.manifest import MANIFEST_NAME
 
@@ -39,10 +40,11 @@ LARGEST_DEPTH, LARGEST_HEAD_DIM, WIDTH_SHRINK = 8, 8, 64
 def smoke_config(config: Config) -> Config:
     """The same run with tiny random models, a few steps, and its own run directory.
 
-    An earlier smoke run there is removed: smoke runs start over, they do not continue.
+    An earlier smoke run there is removed: smoke runs start over, they do not continue. Of several
+    processes the first one removes and writes, and the others wait for it.
     """
     directory = config.run.directory.with_name(f"{config.run.directory.name}-smoke")
-    if (directory / MANIFEST_NAME).is_file():
+    if jax.process_index() == 0 and (directory / MANIFEST_NAME).is_file():
         shutil.rmtree(directory)
     raw = dump_config(config)
     specs = model_specs(raw)
@@ -56,6 +58,7 @@ def smoke_config(config: Config) -> Config:
         where = directory.with_name(f"{directory.name}-models") / name
         _write_random(where, tiny, tokenizer)
         _point_at(raw, name, where)
+    from_first(0)  # the models are read next, by all processes
     for teacher in raw["teachers"]:
         teacher["layer_map"] = _thinned(teacher["layer_map"], divisor)
     shards = jax.device_count() * config.train.grad_accumulation
@@ -166,4 +169,5 @@ def _point_at(raw: dict[str, Any], name: str, where: Path) -> None:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr)
+    if jax.process_index() == 0:
+        print(text, file=sys.stderr)
