@@ -16,6 +16,7 @@ from kava_jax.bench import (
     step,
     teacher,
 )
+from kava_jax.bench.gpu_config import bench_config
 from kava_jax.bench.steps import bench_arms, bench_diagnostics
 from kava_jax.config_file import load_config, shipped_config
 from kava_jax.errors import KavaError
@@ -70,6 +71,13 @@ def _teacher(asked: Asked) -> dict[str, Any]:
     return _fixed("teacher", lambda: teacher.bench_teacher(sizes, asked.peer))(asked)
 
 
+def _gpu(asked: Asked) -> dict[str, Any]:
+    """The named pairs beside their peers, or one config's own step."""
+    if asked.config is not None:
+        return bench_config(asked.config, asked.overrides)
+    return _fixed("gpu", gpu.bench_gpu)(asked)
+
+
 def _fixed(name: str, measure: Callable[[], dict[str, Any]]) -> Callable[[Asked], dict[str, Any]]:
     """A benchmark whose sizes are its own."""
 
@@ -120,6 +128,9 @@ def _waiting(found: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _measured(found: Mapping[str, Any]) -> dict[str, Any]:
+    if "jobs" not in found:
+        shown = ("rows", "failed", "tokens_per_second", "mfu", "compiled", "device_memory")
+        return {name: found[name] for name in shown if name in found}
     return {
         f"{job}: {side}": own.get("tokens_per_second", own.get("failed"))
         for job, sides in found["jobs"].items()
@@ -150,7 +161,7 @@ BENCHMARKS = {
         _own("bytes_per_second"),
     ),
     "startup": Benchmark(_fixed("startup", startup.bench_startup), _waiting),
-    "gpu": Benchmark(_fixed("gpu", gpu.bench_gpu), _measured),
+    "gpu": Benchmark(_gpu, _measured),
     "diagnostics": Benchmark(_diagnostics, _probe),
     "arms": Benchmark(_arms, _own("relative")),
 }

@@ -14,6 +14,7 @@ import numpy as np
 
 from kava_jax.bench.pairs import random_batch, random_run
 from kava_jax.bench.peers import peer
+from kava_jax.plan.chips import chip_of
 
 CHECKED = {
     "model_type": "qwen2",
@@ -61,13 +62,13 @@ def measured(side: str, job: dict[str, Any]) -> dict[str, Any]:
         step()
         seconds.append(time.perf_counter() - started)
     median = statistics.median(seconds)
-    flops = _peak_flops(device)
+    chip = chip_of(device)
     return {
         "device": device,
         "step_seconds": median,
         "tokens_per_second": job["rows"] * job["length"] / median,
         "floor_flops": floor,
-        "mfu": floor / median / flops if flops else None,
+        "mfu": floor / median / chip.flops if chip else None,
         "peak_bytes": peak(),
     }
 
@@ -139,13 +140,6 @@ def _torch(job: dict[str, Any], side: str) -> Made:
 
     floor = step_floor(run, job["rows"], job["length"], job["rows"] * half).total
     return step, floor, peak, torch.cuda.get_device_name() if on_gpu else "cpu"
-
-
-def _peak_flops(device: str) -> float | None:
-    """Dense bfloat16 peak of a device by what it calls itself."""
-    from kava_jax.plan.chips import CHIPS
-
-    return next((c.flops for name, c in CHIPS.items() if name in device.lower()), None)
 
 
 def _step_difference(dtype: str) -> float:

@@ -110,7 +110,8 @@ def bench(
     config: Annotated[
         Path | None,
         typer.Option(
-            help="YAML file for diagnostics or arms; when absent, the demo's or grids/scratch.yaml."
+            help="YAML file for diagnostics, arms or gpu; when absent, the demo's, "
+            "grids/scratch.yaml or the named pairs beside their peers."
         ),
     ] = None,
     peer: Annotated[

@@ -48,6 +48,11 @@ def find_chip(name: str) -> Chip:
     return CHIPS[name.lower()]
 
 
+def chip_of(device_kind: str) -> Chip | None:
+    """The chip that a device is by what it calls itself; None for one that is not in the table."""
+    return next((chip for name, chip in CHIPS.items() if name in device_kind.lower()), None)
+
+
 def topology_name(chip: Chip, devices: int) -> str | None:
     """The smallest torus of so many TPU chips, as the compiler calls it; None if there is none.
 

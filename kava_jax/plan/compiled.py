@@ -50,9 +50,9 @@ def compile_step(blueprint: Blueprint, rows: int, length: int) -> Compiled:
     """The step for the blueprint's mesh of (virtual) CPU devices."""
     lowered = _lowered(blueprint, rows, length)
     if blueprint.mesh.size == 1:  # nothing to partition
-        return Compiled(work_of(lowered.as_text("hlo")), _memory(lowered.compile(_QUICK)))
+        return Compiled(work_of(lowered.as_text("hlo")), memory_of(lowered.compile(_QUICK)))
     text, compiled = partitioned(lowered)
-    return Compiled(work_of(text), _memory(compiled))
+    return Compiled(work_of(text), memory_of(compiled))
 
 
 def partitioned(lowered: Any) -> tuple[str, Any]:
@@ -66,7 +66,7 @@ def partitioned(lowered: Any) -> tuple[str, Any]:
 
 def compiled_memory(blueprint: Blueprint, rows: int, length: int) -> Memory:
     """The memory of the step for the blueprint's mesh of (virtual) CPU devices."""
-    return _memory(_lowered(blueprint, rows, length).compile(_QUICK))
+    return memory_of(_lowered(blueprint, rows, length).compile(_QUICK))
 
 
 def compile_for_tpu(blueprint: Blueprint, rows: int, length: int) -> int:
@@ -76,7 +76,7 @@ def compile_for_tpu(blueprint: Blueprint, rows: int, length: int) -> int:
     """
     lowered = _lowered(blueprint, rows, length)
     try:
-        return _memory(lowered.compile()).temporaries
+        return memory_of(lowered.compile()).temporaries
     except jax.errors.JaxRuntimeError as error:
         # "HLO temporaries" it says, and counts the arguments too.
         used = re.search(r"\(([\d.]+)([KMGT])\) exceeds available", str(error))
@@ -136,7 +136,8 @@ def _lowered(blueprint: Blueprint, rows: int, length: int) -> Any:
     )
 
 
-def _memory(compiled: Any) -> Memory:
+def memory_of(compiled: Any) -> Memory:
+    """What a compiled program says of itself."""
     found = compiled.memory_analysis()
     results = found.output_size_in_bytes - found.alias_size_in_bytes
     return Memory(found.argument_size_in_bytes, results, found.temp_size_in_bytes)
