@@ -4,13 +4,20 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-optimized lint clean
 
 demo: $(VENV)/.installed
 	$(BIN)/kava demo
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest --numprocesses auto
+
+# The tests above compile without optimisation, to be quick. Here the program that users run is put to
+# the test: trained, resumed, evaluated, exported, by one process and by two, and held against
+# transformers.
+test-optimized: $(VENV)/.installed-test
+	KAVA_TEST_OPTIMIZED=1 $(BIN)/python -m pytest --numprocesses auto tests/test_cli.py tests/training/test_loop.py \
+	  tests/runs/test_two_processes.py tests/models/test_parity.py
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
