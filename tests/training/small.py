@@ -168,7 +168,6 @@ def setting(
         kl_weight=kl_weight,
         kl_temperature=2.0,
         entropy_weight=0.01,
-        key_space=key_space,
         batch_shards=batch_shards(mesh),
     )
     return Setting(
