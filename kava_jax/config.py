@@ -16,9 +16,8 @@ from kava_jax.config_alignment import (
     ProjectorConfig,
     RouterConfig,
 )
-from kava_jax.config_values import AutoShare, Positive, Ramp, Section, Share, Weight
+from kava_jax.config_values import AutoShare, Dtype, Positive, Ramp, Section, Share, Weight
 
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 LayerMapName = Literal["ratio", "uniform", "skip", "last", "interpolated", "cka", "calibrated"]
 
 
