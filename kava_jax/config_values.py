@@ -1,7 +1,7 @@
 """What the config's fields may hold beyond plain numbers and names: ramps, measured shares."""
 
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
@@ -9,6 +9,17 @@ from pydantic_core import PydanticCustomError
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+def _no_float16(value: Any) -> Any:
+    if value == "float16":
+        raise PydanticCustomError(
+            "dtype", "its gradients vanish without loss scaling, and there is none; use bfloat16"
+        )
+    return value
+
+
+Dtype = Annotated[Literal["auto", "float32", "bfloat16"], BeforeValidator(_no_float16)]
 
 
 class Section(BaseModel):

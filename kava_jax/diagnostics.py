@@ -30,7 +30,7 @@ class Alignment(NamedTuple):
 
     cos            the student's vector and its target, the headline
     cos_shuffled   the student's vector and the target at the same position of the *next* example
-    s_magnitude, t_magnitude   lengths
+    s_magnitude, t_magnitude   lengths of the student's own vectors, and of the targets
     """
 
     cos: Mean
@@ -43,30 +43,39 @@ def alignment(
     student: Float[Array, "P B T K H"],
     target: Float[Array, "P B T K H"],
     mask_BT: Shaped[Array, "B T"],
+    own: Float[Array, "P B T J D"] | None = None,
 ) -> Alignment:
     """Alignment of one batch of keys (or values), layer by layer; add sums and counts over layers.
 
     Only vectors of tokens whose mask is not zero count; what the others hold does not matter.
     ``cos_shuffled`` counts a token where both examples have one, and nothing in a batch of one.
+    ``own`` are the student's vectors before a projector, where ``student`` are those after it.
     """
     keep = (mask_BT != 0)[None, :, :, None]
-    s, t = (jnp.where(keep[..., None], x.astype(jnp.float32), 0.0) for x in (student, target))
+    s, t, o = (
+        jnp.where(keep[..., None], x.astype(jnp.float32), 0.0)
+        for x in (student, target, student if own is None else own)
+    )
     both = keep & jnp.roll(keep, -1, axis=1) & (mask_BT.shape[0] > 1)
     over = (1, 2, 3)
     return Alignment(
         cos=masked_mean(cosine(s, t), keep, over),
         cos_shuffled=masked_mean(cosine(s, jnp.roll(t, -1, axis=1)), both, over),
-        s_magnitude=masked_mean(magnitude(s), keep, over),
+        s_magnitude=masked_mean(magnitude(o), keep, over),
         t_magnitude=masked_mean(magnitude(t), keep, over),
     )
 
 
 class Sample(NamedTuple):
-    """Keys (or values) of n tokens in float32; where ``counted`` is False there is no token."""
+    """Keys (or values) of n tokens in float32; where ``counted`` is False there is no token.
+
+    ``own`` are the student's vectors before a projector; None where ``student`` are those.
+    """
 
     student: Float[Array, "P n K H"]
     target: Float[Array, "P n K H"]
     counted: Bool[Array, "n"]
+    own: Float[Array, "P n J D"] | None = None
 
 
 def sample_tokens(
@@ -74,11 +83,13 @@ def sample_tokens(
     target: Float[Array, "P B T K H"],
     mask_BT: Shaped[Array, "B T"],
     size: int,
+    own: Float[Array, "P B T J D"] | None = None,
 ) -> Sample:
     """``size`` tokens, spread evenly over those of the batch that count, in row-major order.
 
     With ``total`` such tokens, entry i is number ``floor((i + 0.5) * total / size)``. If there are
-    fewer than ``size``, each is taken once and the rest is not counted, and zero.
+    fewer than ``size``, each is taken once and the rest is not counted, and zero. ``own`` is that
+    of ``alignment``.
 
     Raises:
         KavaError: ``size`` is below 1.
@@ -94,11 +105,11 @@ def sample_tokens(
     place = jnp.minimum(jnp.searchsorted(seen, rank + 1), keep.size - 1)
     row, column = jnp.divmod(place, mask_BT.shape[1])
     counted = entry < total
-    s, t = (
-        jnp.where(counted[None, :, None, None], x[:, row, column].astype(jnp.float32), 0.0)
-        for x in (student, target)
-    )
-    return Sample(s, t, counted)
+
+    def taken(x: Array) -> Array:
+        return jnp.where(counted[None, :, None, None], x[:, row, column].astype(jnp.float32), 0.0)
+
+    return Sample(taken(student), taken(target), counted, None if own is None else taken(own))
 
 
 def _spread(entry: Int[Array, "n"], total: Int[Array, ""], size: int) -> Int[Array, "n"]:
@@ -110,10 +121,12 @@ def _spread(entry: Int[Array, "n"], total: Int[Array, ""], size: int) -> Int[Arr
 
 def join(samples: Sequence[Sample]) -> Sample:
     """Samples of several batches (at least one) as one sample."""
+    own = [sample.own for sample in samples if sample.own is not None]
     return Sample(
         jnp.concatenate([sample.student for sample in samples], axis=1),
         jnp.concatenate([sample.target for sample in samples], axis=1),
         jnp.concatenate([sample.counted for sample in samples]),
+        jnp.concatenate(own, axis=1) if own else None,
     )
 
 
@@ -132,8 +145,8 @@ class Diagnostics(NamedTuple):
                    covariance; 0 without any variation
     student_min_std, target_min_std   smallest standard deviation (1/n) of the K*H dimensions
     student_top3, target_top3         share of the squared norm in the 3 largest of them
-    mag_ratio_q10, _q50, _q90         quantiles over heads and tokens of |s| / |t|, where the target
-                   is not zero; 0 if it always is
+    mag_ratio_q10, _q50, _q90         quantiles over tokens of |own| / |t|, each a mean over the
+                   token's heads, where the target is not zero; 0 if it always is
     """
 
     cos_constant: Float[Array, "P"]
@@ -155,22 +168,26 @@ class Diagnostics(NamedTuple):
 def diagnose(sample: Sample) -> Diagnostics:
     """All figures of every layer, one layer after the other: n x n matrices exist for one only."""
 
-    def one(layer: tuple[Array, Array]) -> Diagnostics:
+    def one(layer: tuple[Array, Array, Array]) -> Diagnostics:
         return _diagnose_layer(*layer, sample.counted)
 
-    return jax.lax.map(one, (sample.student, sample.target))
+    own = sample.student if sample.own is None else sample.own
+    return jax.lax.map(one, (sample.student, sample.target, own))
 
 
 def _diagnose_layer(
-    student: Float[Array, "n K H"], target: Float[Array, "n K H"], counted: Bool[Array, "n"]
+    student: Float[Array, "n K H"],
+    target: Float[Array, "n K H"],
+    own: Float[Array, "n J D"],
+    counted: Bool[Array, "n"],
 ) -> Diagnostics:
     """The figures of one layer, scalars."""
     keep = counted[:, None, None]
-    s, t = (jnp.where(keep, x.astype(jnp.float32), 0.0) for x in (student, target))
+    s, t, own = (jnp.where(keep, x.astype(jnp.float32), 0.0) for x in (student, target, own))
     s_centred, t_centred = (_centred(x, counted) for x in (s, t))
     s_gram, t_gram = (_gram(x) for x in (s_centred, t_centred))
     constant = unit(masked_mean(unit(t), keep, 0).value)
-    low, middle, high = _magnitude_ratios(s, t)
+    low, middle, high = _magnitude_ratios(own, t)
     return Diagnostics(
         cos_constant=masked_mean(
             cosine(jnp.broadcast_to(constant[None], t.shape), t), keep[..., 0]
@@ -279,15 +296,15 @@ def _top3(x: Float[Array, "n K H"]) -> Float[Array, ""]:
 
 
 def _magnitude_ratios(
-    s: Float[Array, "n K H"], t: Float[Array, "n K H"]
+    s: Float[Array, "n J D"], t: Float[Array, "n K H"]
 ) -> tuple[Float[Array, ""], ...]:
-    """Quantiles 0.1, 0.5 and 0.9 of |s| / |t|, linear between values.
+    """Quantiles 0.1, 0.5 and 0.9 of |s| / |t|, means over a token's heads; linear between values.
 
     Zero targets have no ratio; tokens that do not count are such.
     """
-    length = magnitude(t)
-    defined = length > 0
-    ratio = jnp.where(defined, magnitude(s) / jnp.where(defined, length, 1.0), jnp.nan)
+    length_s, length_t = (magnitude(x).mean(axis=-1) for x in (s, t))
+    defined = length_t > 0
+    ratio = jnp.where(defined, length_s / jnp.where(defined, length_t, 1.0), jnp.nan)
     quantiles = jnp.nanquantile(ratio, jnp.array([0.1, 0.5, 0.9]))
     return tuple(jnp.where(jnp.any(defined), quantiles, 0.0))
 

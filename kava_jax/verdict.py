@@ -115,29 +115,35 @@ def _too_low(what: str, figure: float | int, least: float | int) -> list[str]:
     return [sentence] if figure < least else []
 
 
-def alarms(*, mag_ratio: float, mag_loss: float, dir_losses: Sequence[float] = ()) -> list[str]:
+def alarms(
+    *, mag_ratio: float, mag_loss: float | None, dir_losses: Sequence[float] = ()
+) -> list[str]:
     """One sentence, with its remedy, for each thing the original method warns of.
 
     Args:
         mag_ratio: mean|s| / mean|t|; alarming outside 0.5 to 2.0, abnormal outside 0.1 to 10.
-        mag_loss: the magnitude term before its weight beta; alarming above 1.
+        mag_loss: the magnitude term before its weight beta; alarming above 1. None where the loss
+            cannot have one, because the projector forgets lengths.
         dir_losses: the last few logged direction losses, oldest first (see ``oscillates``).
     """
     found = []
     if not 0.1 <= mag_ratio <= 10.0:
         what = "has exploded" if mag_ratio > 10.0 else "has collapsed"
-        found.append(
-            f"The student's magnitude {what} (ratio {mag_ratio:.3g}); "
-            "stop, lower the learning rates and set beta to 0.01."
+        remedy = "lower the learning rates" + (
+            " and set beta to 0.01" if mag_loss is not None else ""
         )
+        found.append(f"The student's magnitude {what} (ratio {mag_ratio:.3g}); stop, {remedy}.")
     elif not 0.5 <= mag_ratio <= 2.0:
-        found.append(
-            f"The magnitude ratio {mag_ratio:.3g} is outside 0.5 to 2.0; "
-            "set beta to 0.01, or raise it a little (0.05 at most)."
+        remedy = (
+            "set beta to 0.01, or raise it a little (0.05 at most)"
+            if mag_loss is not None
+            else "nothing in the loss holds it behind a projector that begins with a norm; if it "
+            "moves on, lower the learning rates"
         )
+        found.append(f"The magnitude ratio {mag_ratio:.3g} is outside 0.5 to 2.0; {remedy}.")
     if oscillates(dir_losses):
         found.append("The direction loss oscillates; halve the learning rates.")
-    if mag_loss > 1.0:
+    if mag_loss is not None and mag_loss > 1.0:
         found.append(f"The magnitude loss {mag_loss:.3g} is above 1; lower beta (0.01 is usual).")
     return found
 

@@ -58,6 +58,13 @@ FRESH = {
         (*TRAIN, "projector.dropout=1.5"), ("projector.dropout=1.5", "less than 1")
     ),
     "unknown choice": Case((*TRAIN, "loss.kv=cosine"), ("loss.kv='cosine'", "'mercator', 'mse'")),
+    "student in float16": Case(
+        (*TRAIN, "student.dtype=float16"),
+        ("student.dtype='float16'", "no", "loss scaling", "use bfloat16"),
+    ),
+    "teacher in float16": Case(
+        (*TRAIN, "teachers.0.dtype=float16"), ("teachers.0.dtype='float16'", "use bfloat16")
+    ),
     "not a number": Case((*TRAIN, "loss.beta=.nan"), ("loss.beta=nan", "finite number")),
     "wrong mesh": Case((*TRAIN, "mesh.data=0"), ("mesh", "data=0", "positive number or -1")),
     "override without value": Case(

@@ -119,7 +119,8 @@ def diagnostics64(s: np.ndarray, t: np.ndarray) -> dict[str, float]:
         return energy[-3:].sum() / energy.sum()
 
     k, l = (x.reshape(n, -1) @ x.reshape(n, -1).T for x in (s, t))
-    ratios = [np.linalg.norm(s[at]) / np.linalg.norm(t[at]) for at in each]
+    lengths = [[np.mean([np.linalg.norm(h) for h in x[i]]) for i in range(n)] for x in (s, t)]
+    ratios = np.divide(*lengths)
     q10, q50, q90 = np.quantile(ratios, [0.1, 0.5, 0.9])
     return {
         "cos_constant": np.mean([cos64(best[at[1]], t[at]) for at in each]),

@@ -1,10 +1,12 @@
 """Maps from one model's flattened keys (or values) of a token to another model's.
 
 All take and give vectors of KV width (heads times head dim) on the last axis. Parameters are
-float32; the maps compute in the dtype they are given, the layer norm in float32.
+float32. Factors of products are in the dtype of what is passed in; sums, biases, the layer norm and
+the result are float32: what is compared may be a small rest of a large sum.
 """
 
 import math
+from functools import partial
 from typing import Literal, NamedTuple
 
 import jax
@@ -14,6 +16,8 @@ from jaxtyping import Array, Float, Key
 
 InitMethod = Literal["xavier", "kaiming", "normal"]
 Kind = Literal["elastic", "linear", "headwise"]
+# Kinds whose result does not depend on the length of what comes in.
+NORM_FIRST: tuple[Kind, ...] = ("elastic",)
 
 
 class HeadShape(NamedTuple):
@@ -38,6 +42,28 @@ def initial_kernel(method: InitMethod, key: Key[Array, ""], shape: tuple[int, ..
     return init(key, shape, jnp.float32)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(spec: str, x: Float[Array, "..."], kernel: Float[Array, "..."]) -> Array:
+    """``einsum`` of factors in x's dtype, summed and given in float32.
+
+    Its gradient is written out because JAX would widen the factors of those two products.
+    """
+    return jnp.einsum(spec, x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+
+
+def _product_forward(spec: str, x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _product(spec, x, kernel), (x, kernel)
+
+
+def _product_backward(spec: str, saved: tuple[Array, Array], slope: Array) -> tuple[Array, ...]:
+    x, kernel = saved
+    _, pull = jax.vjp(lambda x, kernel: jnp.einsum(spec, x, kernel.astype(x.dtype)), x, kernel)
+    return pull(slope.astype(x.dtype))
+
+
+_product.defvjp(_product_forward, _product_backward)
+
+
 class Affine(nnx.Module):
     """``x @ kernel + bias``."""
 
@@ -49,9 +75,9 @@ class Affine(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((sizes[1],)), axes=(axes[1],))
 
     def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
-        """Apply in the dtype of ``x``."""
-        y = x @ self.kernel[...].astype(x.dtype)
-        return y + self.bias[...].astype(x.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+        """Apply; float32."""
+        y = _product("...i,io->...o", x, self.kernel[...])
+        return y + self.bias[...].reshape((1,) * (y.ndim - 1) + (-1,))
 
 
 class LinearAdapter(nnx.Module):
@@ -99,7 +125,7 @@ class ElasticAdapter(nnx.Module):
         normed = jax.nn.standardize(wide, axis=-1, variance=variance, epsilon=1e-5)
         lead = (1,) * (x.ndim - 1) + (-1,)
         normed = normed * self.scale[...].reshape(lead) + self.shift[...].reshape(lead)
-        hidden = jax.nn.silu(self.inner(normed.astype(x.dtype)))
+        hidden = jax.nn.silu(self.inner(normed.astype(x.dtype)).astype(x.dtype))
         if key is not None and self.dropout > 0:
             kept = jax.random.bernoulli(key, 1.0 - self.dropout, hidden.shape)
             hidden = jnp.where(kept, hidden / (1.0 - self.dropout), 0)
@@ -137,9 +163,8 @@ class HeadwiseAdapter(nnx.Module):
         heads = x.reshape(*x.shape[:-1], *self.source)
         mixed = jnp.einsum("...jh,jk->...kh", heads, self.mixer_kernel[...].astype(x.dtype))
         shape = (self.target.heads, self.source.head_dim, self.target.head_dim)
-        kernel = jnp.broadcast_to(self.kernel[...].astype(x.dtype), shape)
-        y = jnp.einsum("...kh,khd->...kd", mixed, kernel)
-        y = y + self.bias[...].astype(x.dtype).reshape((1,) * (y.ndim - 2) + tuple(self.target))
+        y = _product("...kh,khd->...kd", mixed, jnp.broadcast_to(self.kernel[...], shape))
+        y = y + self.bias[...].reshape((1,) * (y.ndim - 2) + tuple(self.target))
         return y.reshape(*x.shape[:-1], self.target.width)
 
 

@@ -17,6 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from kava_jax.alignment.adapters import (
+    NORM_FIRST,
     ElasticAdapter,
     HeadShape,
     HeadwiseAdapter,
@@ -28,6 +29,15 @@ from kava_jax.cache import KVCache
 from kava_jax.errors import KavaError
 
 Direction = Literal["teacher_to_student", "student_to_teacher"]
+
+
+def forgets_length(kind: Kind, direction: Direction) -> bool:
+    """Whether the student's vectors meet a norm before they are compared.
+
+    How long they come out is then the projector's doing alone, so a loss of lengths cannot teach
+    the student anything.
+    """
+    return kind in NORM_FIRST and direction == "student_to_teacher"
 
 
 class AdapterPair(nnx.Module):
@@ -109,6 +119,11 @@ class KVDimensionProjector(nnx.Module):
             self.teachers[name] = (teacher, layers)
         self.pairs = nnx.Dict(pairs)
         self.shape = shape
+
+    @property
+    def forgets_length(self) -> bool:
+        """``forgets_length`` of this projector."""
+        return forgets_length(self.shape.kind, self.direction)
 
     def project_teacher_kv(
         self,

@@ -138,13 +138,13 @@ def take_sample(graph: nnx.GraphDef[Decoder], params: Params, batches: Iterable[
 
 
 def _observe(graph: nnx.GraphDef[Decoder], params: Params, batch: Batch) -> _Observed:
-    reading = read(graph, params, batch, key_space="pre_rope")
-    logits = reading.model.logits(reading.hidden).astype(jnp.float32)
+    reading = read(graph, params, batch)
+    logits = reading.model.logits(reading.hidden)
     entropy, surprisal = entropy_and_surprisal(logits, batch.tokens)
-    vectors = {"k": reading.cache.k}
-    bias = reading.model.key_bias()
+    keys, bias = reading.cache.k, reading.model.key_bias()
+    vectors = {"k": keys if bias is None else keys + bias[:, None, None]}
     if bias is not None:
-        vectors["k_without_bias"] = reading.cache.k - bias[:, None, None]
+        vectors["k_without_bias"] = keys
     vectors["v"] = reading.cache.v
     return _Observed(entropy, surprisal, vectors)
 

@@ -82,8 +82,8 @@ def _obstacle(
         return None
     if not _at_least_ampere(device):
         return f"cuDNN attends on NVIDIA GPUs from Ampere on, not on {device.device_kind}"
-    if dtype not in (jnp.bfloat16, jnp.float16):
-        return f"it computes in {dtype} and cuDNN attends in bfloat16 or float16"
+    if dtype != jnp.bfloat16:
+        return f"it computes in {dtype} and cuDNN attends in bfloat16"
     if head_dim > 128 or head_dim % 8:
         return f"head_dim={head_dim} and cuDNN takes multiples of 8 up to 128"
     return None

@@ -21,6 +21,7 @@ from kava_jax.models.attend import Attend, Implementation, attend
 from kava_jax.models.layers import (
     Block,
     Dtypes,
+    KeySpace,
     KeyValue,
     Projection,
     RMSNorm,
@@ -31,7 +32,6 @@ from kava_jax.models.rope import rope_frequencies, rope_rotation
 from kava_jax.models.spec import DecoderSpec
 from kava_jax.parallel.sharding import Layouts
 
-KeySpace = Literal["pre_rope", "post_rope"]
 Remat = Literal["none", "dots", "full"]
 Params = dict[str, Any]
 
@@ -140,7 +140,12 @@ class Decoder(nnx.Module):
         return rope_rotation(positions_BT, rope_frequencies(self.spec))
 
     def key_bias(self) -> Float[Array, "L K H"] | None:
-        """The bias that every key carries, for all layers that write keys; None without one."""
+        """What ``pre_rope`` keys are more than ``pre_bias`` ones, for all layers that write keys.
+
+        None without a bias, and where a key norm comes after it.
+        """
+        if self.spec.qk_norm:
+            return None
         projections = [part.attention.k for part in (self.blocks, self.tail) if part is not None]
         biases = [projection.bias[...] for projection in projections if projection.bias is not None]
         shape = (-1, self.spec.num_kv_heads, self.spec.head_dim)
@@ -208,8 +213,12 @@ class Decoder(nnx.Module):
         return jax.lax.with_sharding_constraint(x_BTD, self.layouts.rows)
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """LM head: all V rows, in the compute dtype; the transposed embedding when tied."""
-        return hidden @ self.head_table().T.astype(self.dtype)
+        """LM head: all V rows, the transposed embedding when tied; float32.
+
+        Factors are in the compute dtype; a logit rounded to it would tie with its rivals.
+        """
+        table = self.head_table().astype(self.dtype)
+        return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
 
     def head_table(self) -> Float[Array, "V D"]:
         """The LM head's rows as they are stored: the embedding when tied."""

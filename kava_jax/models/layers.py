@@ -2,10 +2,11 @@
 
 Every parameter carries the logical names of its axes as metadata (``axes=...``); which mesh axis a
 name is split over is decided in ``parallel``, never here. Parameters are kept in ``param_dtype``
-and used in ``dtype``; norms and softmax are computed in float32.
+and used in ``dtype``; norms and softmax are computed in float32. Gradients of biases and scales are
+sums over all tokens and are taken in float32: a bfloat16 sum soon stops growing.
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from kava_jax.models.attend import Attend, attend
 from kava_jax.models.rope import rotate
 from kava_jax.models.spec import DecoderSpec
 
+KeySpace = Literal["pre_bias", "pre_rope", "post_rope"]
 Rotation = tuple[Float[Array, "B T 1 h"], Float[Array, "B T 1 h"]]
 
 
@@ -54,11 +56,19 @@ class Projection(nnx.Module):
 
     def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
         """Contract the last input axes of ``x`` with the kernel and add the bias."""
-        y = jnp.tensordot(x, self.kernel[...].astype(self.dtype), axes=self.contracted)
+        return self.biased(self.product(x))
+
+    def product(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """The contraction alone, without the bias."""
+        return jnp.tensordot(x, self.kernel[...].astype(self.dtype), axes=self.contracted)
+
+    def biased(self, y: Float[Array, "..."]) -> Float[Array, "..."]:
+        """``y``, a product, with the bias added in float32; ``y`` itself without a bias."""
         if self.bias is None:
             return y
-        bias = self.bias[...].astype(self.dtype)
-        return y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+        bias = self.bias[...].astype(jnp.float32)
+        wide = y.astype(jnp.float32) + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+        return wide.astype(self.dtype)
 
 
 class RMSNorm(nnx.Module):
@@ -73,21 +83,48 @@ class RMSNorm(nnx.Module):
         """Normalise, cast back to the input's dtype, then scale (the order of Hugging Face)."""
         wide = x.astype(jnp.float32)
         scaled = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        scale = self.scale[...].astype(x.dtype)
-        return scaled.astype(x.dtype) * scale.reshape((1,) * (x.ndim - 1) + scale.shape)
+        return _times(scaled.astype(x.dtype), self.scale[...])
+
+
+@jax.custom_vjp
+def _times(x: Float[Array, "*B D"], scale: Float[Array, "D"]) -> Float[Array, "*B D"]:
+    """``x * scale`` in x's dtype; the gradient of ``scale`` is summed over tokens in float32.
+
+    Written out because the plain product in float32 would keep a float32 copy of ``x``.
+    """
+    return x * scale.astype(x.dtype).reshape((1,) * (x.ndim - 1) + scale.shape)
+
+
+def _times_forward(x: Array, scale: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _times(x, scale), (x, scale)
+
+
+def _times_backward(saved: tuple[Array, Array], slope: Array) -> tuple[Array, Array]:
+    x, scale = saved
+    of_scale = slope.astype(jnp.float32) * x.astype(jnp.float32)
+    return _times(slope, scale), of_scale.sum(axis=tuple(range(x.ndim - 1))).astype(scale.dtype)
+
+
+_times.defvjp(_times_forward, _times_backward)
 
 
 class KeyValue(NamedTuple):
-    """One layer's keys before and after RoPE, its values, and (where asked for) its queries."""
+    """One layer's keys at three stages, its values, and (where asked for) its queries.
 
+    ``pre_bias`` keys lack the bias of their projection alone: rounded before it is added, they keep
+    their digits however large it is. Where a key norm follows the projection, or there is no bias,
+    they are the ``pre_rope`` keys.
+    """
+
+    pre_bias: Float[Array, "B T K H"]
     pre_rope: Float[Array, "B T K H"]
     post_rope: Float[Array, "B T K H"]
     v: Float[Array, "B T K H"]
     q: Float[Array, "B T N H"] | None = None
 
-    def cache(self, key_space: str) -> KVCache:
-        """The pair that is asked for: ``pre_rope`` or ``post_rope`` keys with the values."""
-        return KVCache(self.pre_rope if key_space == "pre_rope" else self.post_rope, self.v)
+    def cache(self, key_space: KeySpace) -> KVCache:
+        """The keys of one stage with the values."""
+        return KVCache(getattr(self, key_space), self.v)
 
 
 class Attention(nnx.Module):
@@ -117,11 +154,12 @@ class Attention(nnx.Module):
             self.o = project(heads, model, spec.output_bias)
 
     def keys_values(self, x_BTD: Float[Array, "B T D"], rotation: Rotation) -> KeyValue:
-        """Project ``x`` to keys (bias and key norm included) and values."""
-        k_BTKH = self.k(x_BTD)
+        """Project ``x`` to keys, at every stage, and values."""
+        bare_BTKH = self.k.product(x_BTD)
+        k_BTKH = self.k.biased(bare_BTKH)
         if self.k_norm is not None:
-            k_BTKH = self.k_norm(k_BTKH)
-        return KeyValue(k_BTKH, rotate(k_BTKH, rotation), self.v(x_BTD))
+            k_BTKH = bare_BTKH = self.k_norm(k_BTKH)
+        return KeyValue(bare_BTKH, k_BTKH, rotate(k_BTKH, rotation), self.v(x_BTD))
 
     def queries(self, x_BTD: Float[Array, "B T D"], rotation: Rotation) -> Float[Array, "B T N H"]:
         """Project ``x`` to post-RoPE queries (bias and query norm included)."""

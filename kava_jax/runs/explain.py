@@ -181,7 +181,13 @@ def _minimised(config: Config) -> str:
     raw = loss.model_dump() | {
         name: _number(getattr(loss, name)) for name in ("mercator_weight", "mse_weight")
     }
+    raw |= {"beta": 0.0} if config.magnitude_is_off else {}
     text = f"Minimised: {' + '.join([*terms, kv])}. KV is {LOSSES[loss.kv].format(**raw)}."
+    if config.magnitude_is_off:
+        text += (
+            f" loss.beta={loss.beta:g} is off: the projector begins with a norm, so what comes out "
+            "of it says nothing of the student's lengths."
+        )
     if len(config.teachers) == 1:
         return text
     weights = ", ".join(f"{teacher.name} {teacher.weight:g}" for teacher in config.teachers)

@@ -99,8 +99,7 @@ def _vectors(
     objective = run.blueprint.objective
     sides = []
     for graph, params in ((objective.student, student), (objective.teachers[name].graph, teacher)):
-        reading = read(graph, params, batch, key_space=objective.key_space)
-        sides.append(comparison.without_bias(reading))
+        sides.append(comparison.cache(read(graph, params, batch)))
     ours, theirs = (jax.tree.map(lambda x: x.reshape(*x.shape[:3], -1), side) for side in sides)
     mapped = jnp.array(student_layers)
     return {part: (getattr(ours, part)[mapped], getattr(theirs, part)) for part in PARTS}

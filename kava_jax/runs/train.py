@@ -69,7 +69,8 @@ def train(config: Config, command: Sequence[str]) -> Trained:
         )
     share = _share(config)
     with Checkpoints(run.directory, config.train.keep_checkpoints) as checkpoints:
-        notes = [*dataset.notes, run.blueprint.attending, *filter(None, [run.blueprint.repeated])]
+        notes = [*dataset.notes, run.blueprint.attending]
+        notes += filter(None, [run.blueprint.repeated, run.blueprint.magnitude])
         resumed = checkpoints.newest_intact(notes.append)
         if resumed is not None:
             notes.append(f"continuing from the checkpoint at step {resumed}")

@@ -34,7 +34,7 @@ def make_objective(
         kv_loss=kv_loss(
             loss.kv,
             alpha=loss.alpha,
-            beta=loss.beta,
+            beta=0.0 if config.magnitude_is_off else loss.beta,
             mercator_weight=_weight(loss.mercator_weight, steps),
             mse_weight=_weight(loss.mse_weight, steps),
             temperature=loss.temperature,
@@ -48,7 +48,6 @@ def make_objective(
         kl_weight=loss.kl_weight,
         kl_temperature=loss.kl_temperature,
         entropy_weight=config.router.entropy_weight,
-        key_space=loss.key_space,
         batch_shards=batch_shards,
     )
 

@@ -1,14 +1,16 @@
 """One teacher's cache and the student's, brought into one space.
 
-The layer map picks layers, the key bias is taken out where asked, and the projector maps one side's
-vectors onto the other's: what comes out has one shape, [P, B, T, K, H] on both sides. The *space*
-is the side that is not projected.
+Models are read before their keys get a bias, and what stands between that and the keys to compare
+(bias, RoPE) is done here in float32: in bfloat16 a large bias leaves little of a key. The layer map
+picks layers and the projector maps one side's vectors onto the other's: what comes out has one
+shape, [P, B, T, K, H] on both sides. The *space* is the side that is not projected.
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Key
@@ -17,8 +19,8 @@ from kava_jax.alignment.layer_map import LayerMap
 from kava_jax.alignment.projector import KVDimensionProjector
 from kava_jax.cache import KVCache
 from kava_jax.data.batches import Batch
-from kava_jax.models.decoder import Decoder, KeySpace, Params
-from kava_jax.models.layers import Rotation
+from kava_jax.models.decoder import Decoder, Params
+from kava_jax.models.layers import KeySpace, Rotation
 from kava_jax.models.masks import attention_mask, token_positions
 from kava_jax.models.rope import rotate
 
@@ -29,6 +31,7 @@ class Reading(NamedTuple):
     model: Decoder
     hidden: Float[Array, "B T D"]
     cache: KVCache
+    """Keys before their bias, unless ``read`` was asked for others."""
     queries: Float[Array, "L B T N H"] | None
     mask: Bool[Array, "B 1 T S"]
     rotation: Rotation
@@ -41,7 +44,7 @@ def read(
     params: Params,
     batch: Batch,
     *,
-    key_space: KeySpace,
+    key_space: KeySpace = "pre_bias",
     queries: bool = False,
     layers: tuple[int, ...] | None = None,
 ) -> Reading:
@@ -64,10 +67,15 @@ def read(
 
 
 class Compared(NamedTuple):
-    """Both sides in one space, [P, B, T, K, H] each."""
+    """Both sides in one space, [P, B, T, K, H] each, and the student's vectors as they are.
+
+    ``own`` is the student's side before any projector, in its own heads and width: its lengths are
+    the student's, where a projected vector's are the projector's as well.
+    """
 
     student: KVCache
     target: KVCache
+    own: KVCache
 
 
 class Attended(NamedTuple):
@@ -85,7 +93,7 @@ class Comparison:
 
     name: str
     layer_map: LayerMap
-    key_space: KeySpace = "pre_rope"
+    key_space: Literal["pre_rope", "post_rope"] = "pre_rope"
     remove_key_bias: bool = False
 
     def __call__(
@@ -96,14 +104,43 @@ class Comparison:
         dropout_key: Key[Array, ""] | None = None,
     ) -> Compared:
         """The mapped layers of both sides; dropout in the projector only when a key is given."""
-        ours = self.layer_map.student_cache(self.without_bias(student))
+        return self.projected(projector, *self.sides(student, teacher), dropout_key)
+
+    def sides(self, student: Reading, teacher: Reading) -> tuple[KVCache, KVCache]:
+        """The mapped layers of student and teacher, each with its own heads and width."""
         layer_map = (
             self.layer_map if teacher.layers is None else self.layer_map.among(teacher.layers)
         )
-        theirs = layer_map.teacher_cache(self.without_bias(teacher))
-        if projector.direction == "student_to_teacher":
-            return Compared(projector.project(self.name, ours, dropout_key=dropout_key), theirs)
-        return Compared(ours, projector.project(self.name, theirs, dropout_key=dropout_key))
+        ours = self.layer_map.student_cache(self.cache(student))
+        return ours, layer_map.teacher_cache(self.cache(teacher))
+
+    def projected(
+        self,
+        projector: KVDimensionProjector,
+        ours: KVCache,
+        theirs: KVCache,
+        dropout_key: Key[Array, ""] | None = None,
+    ) -> Compared:
+        """Both ``sides`` in one space. The projector's factors are in the values' dtype."""
+        forward = projector.direction == "teacher_to_student"
+        source = theirs if forward else ours
+        source = source._replace(k=source.k.astype(source.v.dtype))
+        mapped = projector.project(self.name, source, dropout_key=dropout_key)
+        return Compared(ours, mapped, ours) if forward else Compared(mapped, theirs, ours)
+
+    def cache(self, reading: Reading) -> KVCache:
+        """The reading's values, and its keys as they are compared.
+
+        They are float32 where a bias is added or RoPE turns them, else as they were read.
+        """
+        keys = reading.cache.k
+        bias = None if self.remove_key_bias else reading.model.key_bias()
+        if bias is not None:
+            held = bias if reading.layers is None else bias[np.array(reading.layers)]
+            keys = _with_bias(keys, held)
+        return reading.cache._replace(
+            k=keys if self.key_space == "pre_rope" else _turned(keys, reading.rotation)
+        )
 
     def can_attend(self, direction: str) -> bool:
         """Whether the space has queries of its own: not where it joins or mixes teacher layers."""
@@ -116,37 +153,28 @@ class Comparison:
         """What the queries of the space (student's or teacher's) need to read both caches."""
         forward = direction == "teacher_to_student"
         space = student if forward else teacher
-        layers = (
+        layers = np.array(
             self.layer_map.student_layers
             if forward
-            else tuple(row[0] for row in self.layer_map.teacher_layers)
+            else [row[0] for row in self.layer_map.teacher_layers]
         )
         assert space.queries is not None
-        bias = self._bias(space)
+        bias = space.model.key_bias() if self.remove_key_bias else None
 
         def read_by_queries(cache: KVCache) -> KVCache:
             if self.key_space == "post_rope":
                 return cache
-            keys = cache.k if bias is None else cache.k + _per_layer(bias[np.array(layers)], cache)
-            return KVCache(jax.vmap(lambda layer: rotate(layer, space.rotation))(keys), cache.v)
+            keys = cache.k if bias is None else _with_bias(cache.k, bias[layers])
+            return cache._replace(k=_turned(keys, space.rotation))
 
-        queries = space.queries[np.array(layers)]
         ours, theirs = read_by_queries(compared.student), read_by_queries(compared.target)
-        return Attended(queries, ours, theirs, space.mask)
-
-    def _bias(self, reading: Reading) -> Array | None:
-        return reading.model.key_bias() if self.remove_key_bias else None
-
-    def without_bias(self, reading: Reading) -> KVCache:
-        """The cache, keys less the bias of their projection if that is asked for."""
-        bias = self._bias(reading)
-        if bias is None:
-            return reading.cache
-        if reading.layers is not None:
-            bias = bias[np.array(reading.layers)]
-        return reading.cache._replace(k=reading.cache.k - _per_layer(bias, reading.cache))
+        return Attended(space.queries[layers], ours, theirs, space.mask)
 
 
-def _per_layer(bias_LKH: Array, cache: KVCache) -> Any:
-    """[L, K, H] as it is added to keys [L, B, T, K, H]."""
-    return bias_LKH[:, None, None].astype(cache.k.dtype)
+def _with_bias(keys: Float[Array, "L B T K H"], bias: Float[Array, "L K H"]) -> Array:
+    return keys.astype(jnp.float32) + bias[:, None, None].astype(jnp.float32)
+
+
+def _turned(keys: Float[Array, "L B T K H"], rotation: Rotation) -> Array:
+    """Keys of all layers after RoPE, in float32."""
+    return jax.vmap(lambda layer: rotate(layer.astype(jnp.float32), rotation))(keys)

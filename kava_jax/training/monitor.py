@@ -187,12 +187,12 @@ class Monitor:
 
     def _alarms(self, metrics: Metrics) -> list[str]:
         finite = {key: _finite(value) for key, value in metrics.items()}
-        mag_ratio, mag_loss = finite.get("mag_ratio"), finite.get("mag_loss")
+        mag_ratio = finite.get("mag_ratio")
         if (dir_loss := finite.get("dir_loss")) is not None:
             self._dir_losses.append(dir_loss)
         found = alarms(
             mag_ratio=1.0 if mag_ratio is None else mag_ratio,
-            mag_loss=0.0 if mag_loss is None else mag_loss,
+            mag_loss=finite["mag_loss"] or 0.0 if "mag_loss" in finite else None,
             dir_losses=tuple(self._dir_losses),
         )
         return [*_not_finite(metrics), *found]

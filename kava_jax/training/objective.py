@@ -25,7 +25,7 @@ from kava_jax.data.batches import Batch
 from kava_jax.diagnostics import alignment
 from kava_jax.geometry import Mean, masked_mean
 from kava_jax.losses import cross_entropy, logit_kl, mercator
-from kava_jax.models.decoder import Decoder, KeySpace, Params
+from kava_jax.models.decoder import Decoder, Params
 from kava_jax.models.spec import DecoderSpec
 from kava_jax.training.comparison import Compared, Comparison, Reading, read
 from kava_jax.training.vocabulary import Head, weighted_losses
@@ -112,7 +112,6 @@ class Objective:
     kl_weight: float = 0.0
     kl_temperature: float = 1.0
     entropy_weight: float = 0.0
-    key_space: KeySpace = "pre_rope"
     batch_shards: int = 1
 
     def __call__(
@@ -178,8 +177,7 @@ class Objective:
         layers: tuple[int, ...] | None = None,
     ) -> Reading:
         queries = self.attention_weight > 0 if queries is None else queries
-        space = self.key_space
-        return read(graph, params, batch, key_space=space, queries=queries, layers=layers)
+        return read(graph, params, batch, queries=queries, layers=layers)
 
     def _projector(self, params: Mapping[str, Params]) -> KVDimensionProjector:
         assert self.projector is not None
@@ -200,13 +198,14 @@ class Objective:
         link, projector = self.teachers[name], self._projector(params)
         needed = link.comparison.layer_map.read_layers
         teacher = self._read(link.graph, teacher_params, batch, layers=needed)
-        compared = link.comparison(projector, student, teacher, dropout_key)
+        ours, theirs = link.comparison.sides(student, teacher)
+        compared = link.comparison.projected(projector, ours, theirs, dropout_key)
         aimed, mask = compared, batch.kv_mask
         if link.control in ("shuffled", "constant"):
-            cache, mask = controlled(link.control, teacher.cache, mask)
-            aimed = link.comparison(projector, student, teacher._replace(cache=cache), dropout_key)
+            theirs, mask = controlled(link.control, theirs, mask)
+            aimed = link.comparison.projected(projector, ours, theirs, dropout_key)
         kv, metrics, moments = self._kv(aimed, mask, batch, step, running)
-        metrics |= _alignment(compared, batch.kv_mask)
+        metrics |= _alignment(compared, projector, batch.kv_mask)
         if self.attention_weight > 0:
             attended = link.comparison.attended(aimed, self.direction, student, teacher)
             attention = attention_kl(
@@ -272,7 +271,7 @@ class Objective:
         """
         tokens, metrics, moments = jnp.zeros(batch.tokens.shape), {}, {}
         for part in PARTS:
-            sides: list[Array] = [getattr(side, part) for side in aimed]
+            sides: list[Array] = [getattr(side, part) for side in (aimed.student, aimed.target)]
             known = running[part] if running else (None, None)
             framed_s, framed_t = (
                 self.frame(side, mask_BT, memory) for side, memory in zip(sides, known, strict=True)
@@ -318,13 +317,16 @@ def _cross_entropy(student: Array, labels: Array) -> Array:
     return jax.vmap(jax.vmap(of_token))(student, labels)
 
 
-def _alignment(compared: Compared, mask_BT: Bool[Array, "B T"]) -> Metrics:
+def _alignment(
+    compared: Compared, projector: KVDimensionProjector, mask_BT: Bool[Array, "B T"]
+) -> Metrics:
     """Cosines and magnitudes of keys and values, all layers together; no gradient."""
     metrics = {}
     for part in PARTS:
-        s, t = (jax.lax.stop_gradient(getattr(side, part)) for side in compared)
-        metrics[f"mag_loss_{part}"] = mercator(s, t, mask_BT, alpha=0.0, beta=1.0)
-        measured = alignment(s, t, mask_BT)
+        s, t, own = (jax.lax.stop_gradient(getattr(side, part)) for side in compared)
+        if not projector.forgets_length:
+            metrics[f"mag_loss_{part}"] = mercator(s, t, mask_BT, alpha=0.0, beta=1.0)
+        measured = alignment(s, t, mask_BT, own)
         metrics |= {f"{field}_{part}": _whole(mean) for field, mean in measured._asdict().items()}
     return metrics
 

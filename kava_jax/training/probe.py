@@ -62,9 +62,9 @@ def examine(
     samples, aligned, attention = {}, {}, {}
     for name, (compared, student, teacher) in objective.compared(params, teachers, batch).items():
         for part in PARTS:
-            ours, theirs = getattr(compared.student, part), getattr(compared.target, part)
-            samples[f"{name}/{part}"] = sample_tokens(ours, theirs, batch.kv_mask, tokens)
-            aligned[f"{name}/{part}"] = alignment(ours, theirs, batch.kv_mask)
+            ours, theirs, own = (getattr(side, part) for side in compared)
+            samples[f"{name}/{part}"] = sample_tokens(ours, theirs, batch.kv_mask, tokens, own)
+            aligned[f"{name}/{part}"] = alignment(ours, theirs, batch.kv_mask, own)
         comparison, direction = objective.teachers[name].comparison, objective.direction
         if comparison.can_attend(direction):
             read = comparison.attended(compared, direction, student, teacher)

@@ -230,11 +230,10 @@ H100, T4, MI300 = (
     [
         ("auto", CPU, "float32", 64, Choice("xla", "the device is a CPU")),
         ("auto", H100, "bfloat16", 128, Choice("cudnn", "the device is a GPU")),
-        ("auto", H100, "float16", 64, Choice("cudnn", "the device is a GPU")),
         ("auto", H100, "float32", 64, "it computes in float32"),
         ("auto", H100, "bfloat16", 256, "head_dim=256"),
         ("auto", H100, "bfloat16", 60, "head_dim=60"),
-        ("auto", T4, "float16", 64, "not on Tesla T4"),
+        ("auto", T4, "bfloat16", 64, "not on Tesla T4"),
         ("auto", MI300, "bfloat16", 64, "not on MI300X"),
         ("auto", TPU, "bfloat16", 64, Choice("splash", "the device is a TPU")),
         ("auto", TPU, "float32", 128, Choice("splash", "the device is a TPU")),

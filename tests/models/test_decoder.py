@@ -90,7 +90,7 @@ def test_scanned_layers_equal_a_loop_over_them() -> None:
     for i in range(SPEC.num_layers):
         block = nnx.merge(graph, jax.tree.map(lambda w, i=i: w[i], layers))
         x, new = block(x, rotation, mask, None)
-        assert_close((*new[:3],), (cache.k[i], post.k[i], cache.v[i]))
+        assert_close((new.pre_rope, new.post_rope, new.v), (cache.k[i], post.k[i], cache.v[i]))
     assert_close(hidden, model.final_norm(x))
     assert hidden.shape == (2, 10, 16)
     assert cache.k.shape == cache.v.shape == (3, 2, 10, 2, 6)
@@ -164,10 +164,18 @@ def test_key_bias_is_what_keys_of_zero_input_are() -> None:
     assert bias is not None
     for norm in (model.blocks.attention_norm, model.tail.attention_norm):
         norm.scale[...] = jnp.zeros_like(norm.scale[...])
-    keys = run(model)[1].k
+    keys, bare = run(model)[1].k, run(model, key_space="pre_bias")[1].k
     assert_close(keys, jnp.broadcast_to(bias[:, None, None], keys.shape))
-    plain = DecoderSpec(**{**vars(SPEC), "qkv_bias": False})
-    assert build(spec=plain).key_bias() is None
+    np.testing.assert_array_equal(bare, 0)
+
+
+@pytest.mark.parametrize(("norm", "bias"), [(True, True), (False, False)])
+def test_keys_without_a_bias_of_their_own_are_those_before_rope(norm: bool, bias: bool) -> None:
+    # A key norm comes after the bias, which is then no part of the key that could be taken out.
+    model = build(spec=DecoderSpec(**{**vars(SPEC), "qk_norm": norm, "qkv_bias": bias}))
+    assert model.key_bias() is None
+    bare, keys = run(model, key_space="pre_bias")[1].k, run(model)[1].k
+    np.testing.assert_array_equal(bare, keys)
 
 
 @pytest.mark.parametrize("window", [None, 4])
@@ -278,8 +286,9 @@ def test_bf16_computes_in_bf16_over_float32_parameters() -> None:
         model = nnx.merge(graph, params)
         hidden, cache = run(model)
         logits = model.logits(hidden)
-        assert {x.dtype for x in (hidden, cache.k, cache.v, logits)} == {jnp.dtype("bfloat16")}
-        return jnp.mean(logits.astype(jnp.float32) ** 2), hidden
+        assert {x.dtype for x in (hidden, cache.k, cache.v)} == {jnp.dtype("bfloat16")}
+        assert logits.dtype == jnp.float32
+        return jnp.mean(logits**2), hidden
 
     grads, hidden = jax.grad(total, has_aux=True)(params)
     assert {leaf.dtype for leaf in jax.tree.leaves(grads)} == {jnp.dtype("float32")}

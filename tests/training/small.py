@@ -142,8 +142,8 @@ def setting(
     teacher_part = Part.of(teacher, mesh)
     shardings = {name: module.shardings for name, module in modules.items()}
     teacher_shardings = dict.fromkeys(names, teacher_part.shardings)
-    values = {name: _values(build, 1 + i) for i, (name, build) in enumerate(builds.items())}
-    teachers = {name: _values(teacher, 3 + i) for i, name in enumerate(names)}
+    values = {name: random_values(build, 1 + i) for i, (name, build) in enumerate(builds.items())}
+    teachers = {name: random_values(teacher, 3 + i) for i, name in enumerate(names)}
     if router != "learned":
         shardings["router"], values["router"] = {}, {}
     objective = Objective(
@@ -168,7 +168,6 @@ def setting(
         kl_weight=kl_weight,
         kl_temperature=2.0,
         entropy_weight=0.01,
-        key_space=key_space,
         batch_shards=batch_shards(mesh),
     )
     return Setting(
@@ -192,14 +191,14 @@ def total_loss(made: Setting) -> Callable:
     return loss
 
 
-def _values(build: Any, seed: int) -> Any:
+def random_values(build: Any, seed: int) -> Any:
     """Random parameters, norms near 1; nothing is built, so nothing is compiled."""
     abstract = nnx.to_pure_dict(nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))[1])
     rng = np.random.default_rng(seed)
 
     def draw(path: Any, leaf: Any) -> np.ndarray:
         mean = float(path[-1].key == "scale")
-        return (mean + 0.2 * rng.normal(size=leaf.shape)).astype(np.float32)
+        return (mean + 0.2 * rng.normal(size=leaf.shape)).astype(leaf.dtype)
 
     return jax.tree_util.tree_map_with_path(draw, abstract)
 
