@@ -12,6 +12,7 @@ Left out on purpose: a part of the head dim without rotation, other settings in 
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -87,6 +88,8 @@ def read_rope(
             f"max_position_embeddings={positions}, and {_ORIGINAL} is another length; make "
             "max_position_embeddings the length before scaling and remove the other"
         )
+    if scaling is LongRopeScaling:
+        _set_attention_factor(seen, positions, where)
     found = _scaling(kind, seen, positions, where)
     _check(found, kind, theta, head_dim, where)
     return theta, found
@@ -163,6 +166,20 @@ def _scaling(kind: str, seen: Mapping[str, Any], positions: int, where: str) -> 
     return ROPE_TYPES[kind](**{key: _value(seen, key, where) for key in seen})
 
 
+def _set_attention_factor(seen: dict[str, Any], positions: int, where: str) -> None:
+    """``sqrt(1 + ln(factor) / ln(original))``, where longrope does not give it.
+
+    Without a ``factor`` it is the ratio of the lengths. Up to 4.x that ratio went before it; the
+    result, which is what we write, is read alike by all.
+    """
+    original = positive_int(seen, _ORIGINAL, where, default=positions)
+    if original == 1:
+        raise KavaError(f"{where}: {_ORIGINAL}=1 with rope_type='longrope'; correct config.json")
+    factor = positive_float(seen.pop("factor", positions / original), "factor", where)
+    grown = math.log(max(factor, 1.0)) / math.log(original)
+    seen.setdefault("attention_factor", math.sqrt(1.0 + grown))
+
+
 def _value(seen: Mapping[str, Any], key: str, where: str) -> Any:
     value = seen[key]
     if key == _ORIGINAL:
@@ -195,8 +212,6 @@ def _check(scaling: RopeScaling, kind: str, theta: float, head_dim: int, where: 
                 f"has high_freq_factor={scaling.high_freq_factor} not above "
                 f"low_freq_factor={scaling.low_freq_factor}; swap them"
             )
-        case LongRopeScaling() if scaling.original_max_position_embeddings == 1:
-            fault = f"needs an {_ORIGINAL} above 1"
         case LongRopeScaling():
             sizes = {len(scaling.short_factor), len(scaling.long_factor)}
             if sizes != {head_dim // 2}:

@@ -107,10 +107,7 @@ def attention_factor(spec: DecoderSpec) -> float:
         return 1.0
     if scaling.attention_factor is not None:
         return scaling.attention_factor
-    original = scaling.original_max_position_embeddings
-    if isinstance(scaling, LongRopeScaling):
-        factor = scaling.factor or spec.max_position_embeddings / original
-        return math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+    assert isinstance(scaling, YarnRopeScaling)
 
     def scale(by: float) -> float:
         return 0.1 * by * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0

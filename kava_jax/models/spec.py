@@ -42,8 +42,7 @@ class LongRopeScaling:
     short_factor: tuple[float, ...]
     long_factor: tuple[float, ...]
     original_max_position_embeddings: int
-    factor: float | None = None
-    attention_factor: float | None = None
+    attention_factor: float
 
 
 @dataclass(frozen=True)
