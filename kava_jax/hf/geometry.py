@@ -172,9 +172,12 @@ def _family(config: Mapping[str, Any], where: str) -> tuple[str, Family]:
     architectures = config.get("architectures") or []
     model_type = config.get("model_type")
     by_architecture = {family.architecture: name for name, family in FAMILIES.items()}
+    # As transformers writes it for a model that was saved without its head.
+    bases = {a.replace("ForCausalLM", "Model"): name for a, name in by_architecture.items()}
     # model_type alone would let Qwen2ForSequenceClassification through, architectures alone would
     # refuse a config written by hand; both must agree where both are given.
-    names = {by_architecture.get(a) for a in architectures} | ({model_type} - {None})
+    known = by_architecture | bases
+    names = {known.get(a) for a in architectures} | ({model_type} - {None})
     if len(names) != 1 or (name := names.pop()) not in FAMILIES:
         raise KavaError(
             f"{where}: architectures={architectures} with model_type={model_type!r} is not "
