@@ -19,7 +19,7 @@ from kava_jax.geometry import geodesic_rotate, magnitude, unit
 from kava_jax.hf.geometry import spec_from_config
 from kava_jax.hf.known import KNOWN_CONFIGS
 from kava_jax.losses import mercator, mercator_values, mse_values
-from kava_jax.models.rope import rope_frequencies, rope_rotation, rotate
+from kava_jax.models.rope import rope_rotation, rotate
 
 TARGET = np.array([1.2, 0.9], np.float32)
 
@@ -183,12 +183,11 @@ def joint_training(
 def turned_keys(model: str, distances: np.ndarray, keys: int = 64) -> np.ndarray:
     """Mean cosine of a random key with itself so many positions later, both after RoPE."""
     spec = spec_from_config(KNOWN_CONFIGS[model], where=model)
-    frequencies = rope_frequencies(spec)
     content = jax.random.normal(jax.random.key(0), (1, 1, keys, spec.head_dim))
 
     def at(positions: jax.Array) -> jax.Array:
         spread = jnp.broadcast_to(content, (1, positions.shape[1], keys, spec.head_dim))
-        return rotate(spread, rope_rotation(positions, frequencies))
+        return rotate(spread, rope_rotation(spec, positions))
 
     here, later = (at(jnp.asarray(p)[None]) for p in (np.zeros_like(distances), distances))
     return np.asarray((unit(here) * unit(later)).sum(axis=-1).mean(axis=(0, 2)))

@@ -23,8 +23,8 @@ from safetensors.numpy import save_file
 
 from kava_jax.errors import KavaError
 from kava_jax.hf.geometry import FloatName, config_from_spec
-from kava_jax.hf.load import cast, read_json
-from kava_jax.hf.locate import TOKENIZER_FILES
+from kava_jax.hf.load import cast
+from kava_jax.hf.locate import TOKENIZER_FILES, read_json
 from kava_jax.hf.names import Row, parameter_shapes, rows_of
 from kava_jax.models.spec import DecoderSpec
 from kava_jax.parallel.hosts import on_host

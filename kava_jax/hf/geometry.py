@@ -5,8 +5,8 @@ transformers would give them (transformers 5.x configuration classes, read one b
 generations of spellings are understood and written: up to 4.x ``rope_theta``, ``rope_scaling``
 and ``torch_dtype`` at the top level; from 5.0 ``rope_parameters`` and ``dtype``.
 
-Left out on purpose: rope types other than ``default`` and ``llama3``, layers of different kinds in
-one model, quantized checkpoints, mixture of experts. They are refused by name, never guessed.
+RoPE has a file of its own (``hf.rope``). Left out on purpose: layers of different kinds in one
+model, quantized checkpoints, mixture of experts. They are refused by name, never guessed.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from kava_jax.errors import KavaError
-from kava_jax.models.spec import DecoderSpec, Llama3RopeScaling
+from kava_jax.hf.numbers import positive_float, positive_int
+from kava_jax.hf.rope import read_rope, rope_config
+from kava_jax.models.spec import DecoderSpec
 
 FloatName = Literal["float32", "bfloat16", "float16"]
 
@@ -69,38 +71,40 @@ def spec_from_config(config: Mapping[str, Any], *, where: str) -> DecoderSpec:
     if missing:
         raise KavaError(f"{where}: config.json lacks {', '.join(missing)}; add what the model has")
 
-    heads = _positive_int(config, "num_attention_heads", where)
-    hidden = _positive_int(config, "hidden_size", where)
+    heads = positive_int(config, "num_attention_heads", where)
+    hidden = positive_int(config, "hidden_size", where)
     kv_default = heads if family.num_kv_heads is None else family.num_kv_heads
     if "num_key_value_heads" in config and config["num_key_value_heads"] is None:
         kv_default = heads
-    kv_heads = _positive_int(config, "num_key_value_heads", where, default=kv_default)
+    kv_heads = positive_int(config, "num_key_value_heads", where, default=kv_default)
     if heads % kv_heads:
         raise KavaError(
             f"{where}: num_key_value_heads={kv_heads} does not divide num_attention_heads={heads}; "
             "correct config.json"
         )
-    head_dim = _positive_int(
+    head_dim = positive_int(
         config, "head_dim", where, default=family.head_dim or max(hidden // heads, 1)
     )
     if head_dim % 2:
         raise KavaError(f"{where}: head_dim={head_dim} is odd; RoPE needs an even head_dim")
-    positions = _positive_int(
+    positions = positive_int(
         config, "max_position_embeddings", where, default=family.max_position_embeddings
     )
     attention_bias = bool(config.get("attention_bias", False))
-    rope_theta, rope_scaling = _rope(config, positions, where)
+    rope_theta, rope_scaling = read_rope(
+        config, positions=positions, head_dim=head_dim, where=where
+    )
     return DecoderSpec(
         family=name,
-        vocab_size=_positive_int(config, "vocab_size", where),
+        vocab_size=positive_int(config, "vocab_size", where),
         hidden_size=hidden,
-        intermediate_size=_positive_int(config, "intermediate_size", where),
-        num_layers=_positive_int(config, "num_hidden_layers", where),
+        intermediate_size=positive_int(config, "intermediate_size", where),
+        num_layers=positive_int(config, "num_hidden_layers", where),
         num_heads=heads,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
         rope_theta=rope_theta,
-        norm_eps=_positive_float(config.get("rms_norm_eps", 1e-6), "rms_norm_eps", where),
+        norm_eps=positive_float(config.get("rms_norm_eps", 1e-6), "rms_norm_eps", where),
         tie_embeddings=bool(config.get("tie_word_embeddings", False)),
         qkv_bias=attention_bias if family.qkv_bias is None else family.qkv_bias,
         output_bias=attention_bias if family.output_bias is None else family.output_bias,
@@ -108,7 +112,7 @@ def spec_from_config(config: Mapping[str, Any], *, where: str) -> DecoderSpec:
         qk_norm=family.qk_norm,
         rope_scaling=rope_scaling,
         sliding_window=_sliding_window(config, name, family, where),
-        initializer_range=_positive_float(
+        initializer_range=positive_float(
             config.get("initializer_range", 0.02), "initializer_range", where
         ),
         max_position_embeddings=positions,
@@ -129,17 +133,6 @@ def config_from_spec(
         KavaError: when the family's Hugging Face class has no way to express the spec.
     """
     family = _expressible(spec)
-    rope: dict[str, Any] = {"rope_theta": spec.rope_theta, "rope_type": "default"}
-    old_scaling: dict[str, Any] | None = None
-    if spec.rope_scaling is not None:
-        old_scaling = {
-            "rope_type": "llama3",
-            "factor": spec.rope_scaling.factor,
-            "low_freq_factor": spec.rope_scaling.low_freq_factor,
-            "high_freq_factor": spec.rope_scaling.high_freq_factor,
-            "original_max_position_embeddings": spec.rope_scaling.original_max_position_embeddings,
-        }
-        rope |= old_scaling
     config: dict[str, Any] = {
         "architectures": [family.architecture],
         "model_type": spec.family,
@@ -155,9 +148,7 @@ def config_from_spec(
         "initializer_range": spec.initializer_range,
         "rms_norm_eps": spec.norm_eps,
         "tie_word_embeddings": spec.tie_embeddings,
-        "rope_theta": spec.rope_theta,
-        "rope_scaling": old_scaling,
-        "rope_parameters": rope,
+        **rope_config(spec),
         "attention_dropout": 0.0,
         "use_cache": True,
         "torch_dtype": dtype,
@@ -181,9 +172,12 @@ def _family(config: Mapping[str, Any], where: str) -> tuple[str, Family]:
     architectures = config.get("architectures") or []
     model_type = config.get("model_type")
     by_architecture = {family.architecture: name for name, family in FAMILIES.items()}
+    # As transformers writes it for a model that was saved without its head.
+    bases = {a.replace("ForCausalLM", "Model"): name for a, name in by_architecture.items()}
     # model_type alone would let Qwen2ForSequenceClassification through, architectures alone would
     # refuse a config written by hand; both must agree where both are given.
-    names = {by_architecture.get(a) for a in architectures} | ({model_type} - {None})
+    known = by_architecture | bases
+    names = {known.get(a) for a in architectures} | ({model_type} - {None})
     if len(names) != 1 or (name := names.pop()) not in FAMILIES:
         raise KavaError(
             f"{where}: architectures={architectures} with model_type={model_type!r} is not "
@@ -217,45 +211,7 @@ def _refuse_unsupported(config: Mapping[str, Any], name: str, where: str) -> Non
 def _sliding_window(config: Mapping[str, Any], name: str, family: Family, where: str) -> int | None:
     if name != "mistral" or ("sliding_window" in config and config["sliding_window"] is None):
         return None
-    return _positive_int(config, "sliding_window", where, default=family.sliding_window)
-
-
-def _rope(
-    config: Mapping[str, Any], positions: int, where: str
-) -> tuple[float, Llama3RopeScaling | None]:
-    """Base and scaling from either spelling; where both are given they must agree."""
-    spellings = [config.get("rope_scaling") or {}, config.get("rope_parameters") or {}]
-    if not all(isinstance(spelling, Mapping) for spelling in spellings):
-        raise KavaError(f"{where}: rope_scaling={spellings[0]!r} is not an object; correct it")
-    seen: dict[str, Any] = {}
-    top_level = {key: config.get(key) for key in ("rope_theta", "partial_rotary_factor")}
-    for spelling in [*spellings, top_level]:
-        for key, value in spelling.items():
-            key = "rope_type" if key == "type" else key
-            if value is None:
-                continue
-            if seen.setdefault(key, value) != value:
-                raise KavaError(
-                    f"{where}: config.json gives {key} twice, {seen[key]!r} and {value!r} "
-                    "(rope_theta/rope_scaling and rope_parameters); make them agree"
-                )
-    theta = _positive_float(seen.pop("rope_theta", 10_000.0), "rope_theta", where)
-    kind = seen.pop("rope_type", "default")
-    if (partial := seen.pop("partial_rotary_factor", 1.0)) != 1.0:
-        raise KavaError(f"{where}: partial_rotary_factor={partial} is not supported; only 1.0 is")
-    if kind == "default":
-        return theta, None
-    if kind != "llama3":
-        raise KavaError(
-            f"{where}: rope_type={kind!r} is not supported; use a model with rope_type default or "
-            "llama3 (removing the scaling also works up to the unscaled context length)"
-        )
-    keys = ("factor", "low_freq_factor", "high_freq_factor")
-    if missing := [key for key in keys if key not in seen]:
-        raise KavaError(f"{where}: rope_type=llama3 lacks {', '.join(missing)}; add the values")
-    factor, low, high = (_positive_float(seen[key], key, where) for key in keys)
-    original = _positive_int(seen, "original_max_position_embeddings", where, default=positions)
-    return theta, Llama3RopeScaling(factor, low, high, original)
+    return positive_int(config, "sliding_window", where, default=family.sliding_window)
 
 
 def _expressible(spec: DecoderSpec) -> Family:
@@ -276,19 +232,3 @@ def _expressible(spec: DecoderSpec) -> Family:
     if faults:
         raise KavaError(f"family={spec.family} cannot express {', '.join(faults)}; change the spec")
     return family
-
-
-def _positive_int(
-    config: Mapping[str, Any], key: str, where: str, *, default: int | None = None
-) -> int:
-    value = config.get(key)
-    value = default if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise KavaError(f"{where}: {key}={value!r} is not a positive integer; correct config.json")
-    return value
-
-
-def _positive_float(value: Any, key: str, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
-        raise KavaError(f"{where}: {key}={value!r} is not a positive number; correct config.json")
-    return float(value)

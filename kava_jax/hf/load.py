@@ -7,21 +7,20 @@ only the part it is asked for, so a sharded load never holds more than one devic
 Left out on purpose: pickled weights, quantized tensors, and renaming guesses for unknown tensors.
 """
 
-import json
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
 from kava_jax.errors import KavaError
 from kava_jax.hf.geometry import spec_from_config
+from kava_jax.hf.locate import read_json
 from kava_jax.hf.names import Index, Row, Shape, compact, expected_tensors, rows_of, tail_path
+from kava_jax.hf.tensor_files import HEAD, TensorFiles
 from kava_jax.models.spec import DecoderSpec
 
 Read = Callable[[Index], np.ndarray]
@@ -30,19 +29,10 @@ Put = Callable[[str, Shape, np.dtype, Read], jax.Array]
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # Old Llama exports carry the rotary frequencies, which follow from the config.
 _IGNORED = re.compile(r"rotary_emb\.inv_freq$")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Parse a JSON object; a ``KavaError`` names the file when it is missing or broken."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise KavaError(
-            f"{path.parent.name}/{path.name} is unreadable JSON ({error}); restore the file"
-        ) from error
-    if not isinstance(value, dict):
-        raise KavaError(f"{path.parent.name}/{path.name} is not a JSON object; restore the file")
-    return value
+_HEADLESS = (
+    ". A model without lm_head.weight can only be a teacher whose logits are not used; if its head "
+    "is the embedding, set tie_word_embeddings to true in config.json, else use its full checkpoint"
+)
 
 
 def read_spec(directory: Path) -> DecoderSpec:
@@ -84,7 +74,9 @@ def load_decoder_params(
     dtype, put = jnp.dtype(param_dtype), put or _put_whole
     tree: dict[str, Any] = {}
     files = TensorFiles(directory)
-    check_tensors(files, spec)
+    if spec.tie_embeddings:
+        files.settle_tied_head()
+    check_tensors(files, spec, head=head)
     for row in rows_of(spec):
         if not row.stacked and not head and not row.ours.startswith("embed/"):
             continue
@@ -96,58 +88,19 @@ def load_decoder_params(
     return tree
 
 
-class Tensor(NamedTuple):
-    """What a file's header says of one tensor."""
+def check_tensors(files: TensorFiles, spec: DecoderSpec, *, head: bool = True) -> None:
+    """Raise one ``KavaError`` that lists every missing, unexpected or unfit tensor.
 
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str
-
-
-class TensorFiles:
-    """The safetensors files of a directory, read by slice.
-
-    A file is open only while a slice of it is read: what is mapped counts as this process's memory,
-    and a teacher's files together are as large as the teacher.
+    Without ``head`` a base model will do, which has none.
     """
-
-    def __init__(self, directory: Path):
-        """Read every file's header, and no tensor data."""
-        self.tensors: dict[str, Tensor] = {}
-        self.directory = directory
-        for name in _weight_files(directory):
-            with self._opened(directory / name) as file:
-                for key in file.keys():  # noqa: SIM118  (no mapping)
-                    found = file.get_slice(key)
-                    shape = tuple(found.get_shape())
-                    self.tensors[key] = Tensor(directory / name, shape, found.get_dtype())
-
-    def read(self, name: str, index: Index) -> np.ndarray:
-        """One part of one tensor."""
-        with self._opened(self.tensors[name].file) as file:
-            return file.get_slice(name)[index]
-
-    @contextmanager
-    def _opened(self, path: Path) -> Iterator[Any]:
-        try:
-            with safe_open(path, framework="np") as file:
-                yield file
-        except (SafetensorError, OSError) as error:
-            raise KavaError(
-                f"{self.directory.name}/{path.name} is truncated or damaged ({error}); "
-                "download or copy it again"
-            ) from error
-
-
-def check_tensors(files: TensorFiles, spec: DecoderSpec) -> None:
-    """Raise one ``KavaError`` that lists every missing, unexpected or unfit tensor."""
     expected = expected_tensors(spec)
     present = {name for name in files.tensors if not _IGNORED.search(name)}
     shapes = {name: files.tensors[name].shape for name in present}
     faults = []
-    if spec.tie_embeddings and "lm_head.weight" in present:
-        # Some exports store the tied head a second time; it is checked and not read.
-        expected |= {"lm_head.weight": (spec.vocab_size, spec.hidden_size)}
+    if not head and HEAD not in present:
+        expected.pop(HEAD, None)
+    if spec.tie_embeddings and HEAD in present:
+        expected |= {HEAD: (spec.vocab_size, spec.hidden_size)}
     for word, names in (
         ("missing", [name for name in expected if name not in present]),
         ("unexpected", sorted(present - set(expected))),
@@ -170,6 +123,7 @@ def check_tensors(files: TensorFiles, spec: DecoderSpec) -> None:
             f"{files.directory.name}: tensors do not fit config.json ({spec.family}): "
             + "; ".join(faults)
             + "; use matching weights and config.json"
+            + (_HEADLESS if HEAD in expected and HEAD not in present else "")
         )
 
 
@@ -184,23 +138,6 @@ def cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
     if narrow and not np.array_equal(np.isfinite(result), np.isfinite(array)):
         raise KavaError(f"dtype={dtype} cannot hold the values of {name}; use bfloat16 or float32")
     return result
-
-
-def _weight_files(directory: Path) -> list[str]:
-    if (directory / "model.safetensors").is_file():
-        return ["model.safetensors"]
-    index = read_json(directory / "model.safetensors.index.json").get("weight_map")
-    if not isinstance(index, dict) or not index:
-        raise KavaError(
-            f"{directory.name}/model.safetensors.index.json has no weight_map; restore the file"
-        )
-    names = sorted({Path(str(name)).name for name in index.values()})
-    if missing := [name for name in names if not (directory / name).is_file()]:
-        raise KavaError(
-            f"{directory.name} lacks {', '.join(missing)}, which its index names; "
-            "download or copy them again"
-        )
-    return names
 
 
 def _layer_reader(

@@ -6,12 +6,15 @@ downloaded; pickled weights are refused and no remote code is fetched.
 """
 
 import hashlib
+import json
 import re
 from importlib import resources
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 from kava_jax.errors import KavaError
 
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 BUILTIN_PREFIX = "builtin:"
 BUILTIN_MODELS = ("demo_teacher",)
 TOKENIZER_FILES = (
@@ -29,7 +32,7 @@ _DOWNLOADED = (
     "config.json",
     "generation_config.json",
     "model*.safetensors",
-    "model.safetensors.index.json",
+    INDEX,
     *TOKENIZER_FILES,
 )
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -65,17 +68,20 @@ def resolve_model(path_or_id: str | Path, revision: str | None = None) -> Path:
 def model_fingerprint(directory: Path) -> str:
     """SHA-256 that changes when the weights or the geometry of a model directory change.
 
-    Over ``config.json`` and every ``*.safetensors`` in name order, each as name, size and content.
+    Over ``config.json``, every ``*.safetensors`` in name order, and the shards that the index
+    places in subfolders, each as name, size and content.
     Files up to 256 MiB count wholly. Of larger ones count the header, the first and the last MiB
     and one MiB of every 64: seconds instead of minutes for a large teacher, and still certain to
     notice other weights, though not a single flipped bit.
     """
     digest = hashlib.sha256()
-    files = [directory / "config.json", *sorted(directory.glob("*.safetensors"))]
-    for file in files:
+    names = ["config.json", *sorted(file.name for file in directory.glob("*.safetensors"))]
+    names += [name for name in _shards(directory) if "/" in name]
+    for name in names:
+        file = directory / name
         try:
             size = file.stat().st_size
-            digest.update(f"{file.name}\0{size}\0".encode())
+            digest.update(f"{name}\0{size}\0".encode())
             with file.open("rb") as stream:
                 for start, length in _sampled_ranges(file, size):
                     stream.seek(start)
@@ -84,10 +90,73 @@ def model_fingerprint(directory: Path) -> str:
                         length -= len(block)
         except OSError as error:
             raise KavaError(
-                f"{directory.name}/{file.name} cannot be read ({error.strerror}); "
+                f"{directory.name}/{name} cannot be read ({error.strerror}); "
                 "give a complete model directory"
             ) from error
     return digest.hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Parse a JSON object; a ``KavaError`` names the file when it is missing or broken."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise KavaError(
+            f"{path.parent.name}/{path.name} is unreadable JSON ({error}); restore the file"
+        ) from error
+    if not isinstance(value, dict):
+        raise KavaError(f"{path.parent.name}/{path.name} is not a JSON object; restore the file")
+    return value
+
+
+def weight_index(directory: Path) -> dict[str, str]:
+    """The file of every tensor by ``model.safetensors.index.json``; nothing for a single file.
+
+    Raises:
+        KavaError: the index is not one, points out of the directory, or stands beside a
+            ``model.safetensors`` that it does not know.
+    """
+    single = (directory / WEIGHTS).is_file()
+    if single and not (directory / INDEX).is_file():
+        return {}
+    index = read_json(directory / INDEX).get("weight_map")
+    if not isinstance(index, dict) or not index:
+        raise KavaError(f"{directory.name}/{INDEX} has no weight_map; restore the file")
+    for tensor, file in index.items():
+        path = PurePosixPath(file) if isinstance(file, str) else None
+        if path is None or path.is_absolute() or ".." in path.parts:
+            raise KavaError(
+                f"{directory.name}/{INDEX} places {tensor} in {file!r}; name a file inside the "
+                "directory"
+            )
+    if single and WEIGHTS not in index.values():
+        raise KavaError(
+            f"{directory.name} holds {WEIGHTS} and an {INDEX} of other files "
+            f"({min(index.values())}, ...); move away whichever is out of date"
+        )
+    return index
+
+
+def weight_files(directory: Path) -> list[str]:
+    """The safetensors files that hold the model, relative to its directory.
+
+    Raises:
+        KavaError: as :func:`weight_index`, or files are not there.
+    """
+    names = sorted(set(weight_index(directory).values())) or [WEIGHTS]
+    if missing := [name for name in names if not (directory / name).is_file()]:
+        raise KavaError(
+            f"{directory.name} lacks {', '.join(missing)}, which its index names; "
+            "download or copy them again"
+        )
+    return names
+
+
+def _shards(directory: Path) -> list[str]:
+    """Files that the index names, if there is one."""
+    if not (directory / INDEX).is_file():
+        return []
+    return sorted(set(weight_index(directory).values()))
 
 
 def _sampled_ranges(file: Path, size: int) -> list[tuple[int, int]]:
@@ -115,12 +184,16 @@ def _download(name: str, revision: str | None) -> Path:
     from huggingface_hub import errors
 
     at = f"model {name!r}" + (f" (revision {revision!r})" if revision else "")
-    try:
+
+    def fetched(patterns: list[str]) -> Path:
         return Path(
-            huggingface_hub.snapshot_download(
-                name, revision=revision, allow_patterns=list(_DOWNLOADED)
-            )
+            huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns)
         )
+
+    try:
+        directory = fetched(list(_DOWNLOADED))
+        absent = [name for name in _shards(directory) if not (directory / name).is_file()]
+        return fetched([*_DOWNLOADED, *absent]) if absent else directory
     except errors.GatedRepoError as error:
         raise KavaError(
             f"{at} is gated; accept its licence on https://huggingface.co/{name} and log in with "
@@ -149,9 +222,13 @@ def _require_safetensors(directory: Path, name: str) -> None:
         raise KavaError(
             f"model path={name!r} has no config.json; give a Hugging Face model directory"
         )
-    weights = ("model.safetensors", "model.safetensors.index.json")
-    if any((directory / file).is_file() for file in weights):
+    if any((directory / file).is_file() for file in (WEIGHTS, INDEX)):
         return
+    if (directory / "adapter_model.safetensors").is_file():
+        raise KavaError(
+            f"model path={name!r} holds an adapter and not the model it adapts; merge the two "
+            "(PEFT: model.merge_and_unload().save_pretrained(DIR)) and give that directory"
+        )
     if pickles := sorted({f.name for p in _PICKLES for f in directory.glob(p)}):
         raise KavaError(
             f"model path={name!r} holds only pickled weights ({', '.join(pickles)}), which are "

@@ -28,7 +28,7 @@ from kava_jax.models.layers import (
     Rotation,
     Tail,
 )
-from kava_jax.models.rope import rope_frequencies, rope_rotation
+from kava_jax.models.rope import rope_rotation
 from kava_jax.models.spec import DecoderSpec
 from kava_jax.parallel.sharding import Layouts
 
@@ -103,12 +103,14 @@ class Decoder(nnx.Module):
         past: KVCache | None = None,
         key_space: KeySpace = "pre_rope",
         layers: tuple[int, ...] | None = None,
+        lengths_B: Int[Array, "B"] | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache]:
         """Run the layers over ``tokens``.
 
         ``past`` holds post-RoPE keys and values [L, B, S - T, K, H] of earlier tokens, read only;
         the returned cache holds the *new* tokens' [L, B, T, K, H] alone, keys in ``key_space``.
         With ``layers``, ascending, it holds those layers alone: the others' are never kept.
+        ``lengths_B`` is how long the rows will be (``rope.rope_rotation``); give it with a past.
         Positions and mask come from ``models.masks``.
         """
 
@@ -116,7 +118,8 @@ class Decoder(nnx.Module):
             return new.cache(key_space)
 
         how = self._by_kernel(positions_BT) if past is None else attend
-        return self._run(tokens_BT, positions_BT, mask_BTS, past, cache, how, layers)
+        rotation = self.rotation(positions_BT, lengths_B)
+        return self._run(tokens_BT, rotation, mask_BTS, past, cache, how, layers)
 
     def with_queries(
         self,
@@ -131,13 +134,15 @@ class Decoder(nnx.Module):
         def both(new: KeyValue) -> tuple[KVCache, Array | None]:
             return new.cache(key_space), new.q
 
-        inputs = (tokens_BT, positions_BT, mask_BTS)
+        inputs = (tokens_BT, self.rotation(positions_BT), mask_BTS)
         hidden, (cache, queries) = self._run(*inputs, None, both, attend, None)
         return hidden, cache, queries
 
-    def rotation(self, positions_BT: Int[Array, "B T"]) -> Rotation:
+    def rotation(
+        self, positions_BT: Int[Array, "B T"], lengths_B: Int[Array, "B"] | None = None
+    ) -> Rotation:
         """What turns pre-RoPE keys at these positions into post-RoPE ones (``rope.rotate``)."""
-        return rope_rotation(positions_BT, rope_frequencies(self.spec))
+        return rope_rotation(self.spec, positions_BT, lengths_B)
 
     def key_bias(self) -> Float[Array, "L K H"] | None:
         """What ``pre_rope`` keys are more than ``pre_bias`` ones, for all layers that write keys.
@@ -154,7 +159,7 @@ class Decoder(nnx.Module):
     def _run(
         self,
         tokens_BT: Int[Array, "B T"],
-        positions_BT: Int[Array, "B T"],
+        rotation: Rotation,
         mask_BTS: Bool[Array, "B 1 T S"],
         past: KVCache | None,
         keep: Callable[[KeyValue], Any],
@@ -163,7 +168,6 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Any]:
         """Hidden states, and what ``keep`` takes of every (wanted) layer, stacked over layers."""
         x_BTD = self._by_rows(self._embedded(tokens_BT))
-        rotation = self.rotation(positions_BT)
         kept, depth = [], 0
         if self.blocks is not None:
             graph, layers = nnx.split(self.blocks)

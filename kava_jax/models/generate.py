@@ -48,10 +48,12 @@ def generate(
     batch, length = prompt_BT.shape
     positions_BT = token_positions(valid_BT)
     mask = attention_mask(positions_BT, positions_BT, valid_BT, window)
-    hidden_BTD, cache = model(prompt_BT, positions_BT, mask, key_space="post_rope")
+    lengths_B = valid_BT.sum(axis=1)
+    # Cached keys stay as they are, so every row's RoPE is that of its full length from the start.
+    read = partial(model, key_space="post_rope", lengths_B=lengths_B + max_new_tokens)
+    hidden_BTD, cache = read(prompt_BT, positions_BT, mask)
     room = [(0, 0), (0, 0), (0, max_new_tokens), (0, 0), (0, 0)]
     cache = jax.tree.map(lambda array: jnp.pad(array, room), cache)
-    lengths_B = valid_BT.sum(axis=1)
     new_M = jnp.arange(max_new_tokens)
     # Slot S of the cache is a prompt token, or new token S - T at the position after the prompt's.
     slot_positions_BS = jnp.concatenate([positions_BT, lengths_B[:, None] + new_M[None, :]], axis=1)
@@ -75,9 +77,7 @@ def generate(
             jnp.concatenate([valid_BT, written_BM, own_B1], axis=1),
             window,
         )
-        hidden, new = model(
-            state.token_B[:, None], position_B1, mask, past=state.cache, key_space="post_rope"
-        )
+        hidden, new = read(state.token_B[:, None], position_B1, mask, past=state.cache)
         slot = length + state.step - 1
         cache = jax.tree.map(
             lambda old, add: jax.lax.dynamic_update_slice_in_dim(old, add, slot, axis=2),

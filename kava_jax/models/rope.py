@@ -1,4 +1,13 @@
-"""Rotary position embedding in the half-split layout that Hugging Face checkpoints use."""
+"""Rotary position embedding in the half-split layout that Hugging Face checkpoints use.
+
+Every scaling is computed as transformers 5.x computes it for one row read at once. ``dynamic`` and
+``longrope`` choose their frequencies by the length of the row. Here that is each row's own length,
+so that a row's result never depends on its neighbours; transformers takes the longest row of the
+batch. When answering, it is prompt plus ``max_new_tokens`` from the first token on. transformers
+starts with the prompt's length instead, goes over to other frequencies when the text outgrows the
+original length, and leaves the keys that it has cached as they are: beyond the original length its
+cached decoding is not what its own uncached reading of the same text gives.
+"""
 
 import math
 
@@ -6,20 +15,45 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from kava_jax.models.spec import DecoderSpec, Llama3RopeScaling
+from kava_jax.models.spec import (
+    DecoderSpec,
+    DynamicRopeScaling,
+    LinearRopeScaling,
+    Llama3RopeScaling,
+    LongRopeScaling,
+    YarnRopeScaling,
+)
 
 
-def rope_frequencies(spec: DecoderSpec) -> np.ndarray:
-    """Angular frequency of each rotated pair, in radians per position: float32 [H / 2].
+def rope_frequencies(spec: DecoderSpec, lengths_B: Int[Array, "B"]) -> Float[Array, "#B h"]:
+    """Angular frequency of each rotated pair, in radians per position: float32 [B or 1, H / 2].
 
-    ``theta ** (-2 i / H)``, then rescaled when the model asks for llama3 scaling.
-    Source: RoFormer (arXiv 2104.09864) section 3.2.2; Llama 3.1's scaling as in transformers.
+    ``theta ** (-2 i / H)``, then scaled as the model asks. Where the scaling goes by length there
+    is a row of frequencies for each of ``lengths_B``, else one for all.
+    Source: RoFormer (arXiv 2104.09864) section 3.2.2; the scalings as in transformers'
+    ``modeling_rope_utils``.
     """
     exponent = np.arange(0, spec.head_dim, 2, dtype=np.float64) / spec.head_dim
-    frequencies = spec.rope_theta**-exponent
-    if spec.rope_scaling is not None:
-        frequencies = _llama3(frequencies, spec.rope_scaling)
-    return frequencies.astype(np.float32)
+    plain = spec.rope_theta**-exponent
+    match spec.rope_scaling:
+        case None:
+            scaled = plain
+        case LinearRopeScaling(factor):
+            scaled = plain / factor
+        case Llama3RopeScaling() as scaling:
+            scaled = _llama3(plain, scaling)
+        case YarnRopeScaling() as scaling:
+            scaled = _yarn(plain, scaling, spec)
+        case DynamicRopeScaling(factor):
+            return _dynamic(plain, exponent, factor, spec, lengths_B)
+        case LongRopeScaling() as scaling:
+            short, long = (
+                jnp.asarray(plain / np.array(divisors), jnp.float32)
+                for divisors in (scaling.short_factor, scaling.long_factor)
+            )
+            beyond_B1 = (lengths_B > scaling.original_max_position_embeddings)[:, None]
+            return jnp.where(beyond_B1, long[None], short[None])
+    return jnp.asarray(scaled, jnp.float32)[None]
 
 
 def _llama3(frequencies: np.ndarray, scaling: Llama3RopeScaling) -> np.ndarray:
@@ -31,12 +65,72 @@ def _llama3(frequencies: np.ndarray, scaling: Llama3RopeScaling) -> np.ndarray:
     return frequencies * (keep + (1.0 - keep) / scaling.factor)
 
 
+def _yarn(frequencies: np.ndarray, scaling: YarnRopeScaling, spec: DecoderSpec) -> np.ndarray:
+    """As llama3, but the blend is linear in the number of the pair (arXiv 2309.00071, 3.2)."""
+    dim, context = spec.head_dim, scaling.original_max_position_embeddings
+
+    def pair_of(turns: float) -> float:
+        """The pair (no whole number) that turns so often within the original length."""
+        return dim * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(spec.rope_theta))
+
+    low, high = pair_of(scaling.beta_fast), pair_of(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    # Not H / 2 - 1, which would be the last pair: transformers bounds the pairs by the head dim.
+    low, high = max(low, 0), min(high, dim - 1)
+    if low == high:
+        high += 0.001
+    divided = np.clip((np.arange(dim // 2) - low) / (high - low), 0.0, 1.0)
+    return frequencies * (1.0 - divided + divided / scaling.factor)
+
+
+def _dynamic(
+    frequencies: np.ndarray,
+    exponent: np.ndarray,
+    factor: float,
+    spec: DecoderSpec,
+    lengths_B: Int[Array, "B"],
+) -> Float[Array, "B h"]:
+    """``theta * (factor * length / max - (factor - 1)) ** (H / (H - 2))`` as base, from max on."""
+    longest = spec.max_position_embeddings
+    times_B = jnp.maximum(lengths_B, longest).astype(jnp.float32) / longest
+    stretch_B = factor * times_B - (factor - 1)
+    power = -exponent * spec.head_dim / (spec.head_dim - 2)
+    plain, power = jnp.asarray(frequencies, jnp.float32), jnp.asarray(power, jnp.float32)
+    return plain[None] * stretch_B[:, None] ** power[None]
+
+
+def attention_factor(spec: DecoderSpec) -> float:
+    """What yarn and longrope multiply rotated keys and queries by; 1 for everything else."""
+    scaling = spec.rope_scaling
+    if not isinstance(scaling, YarnRopeScaling | LongRopeScaling):
+        return 1.0
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+    assert isinstance(scaling, YarnRopeScaling)
+
+    def scale(by: float) -> float:
+        return 0.1 * by * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0
+
+    if scaling.mscale and scaling.mscale_all_dim:
+        return scale(scaling.mscale) / scale(scaling.mscale_all_dim)
+    return scale(1.0)
+
+
 def rope_rotation(
-    positions: Int[Array, "B T"], frequencies: np.ndarray
+    spec: DecoderSpec, positions_BT: Int[Array, "B T"], lengths_B: Int[Array, "B"] | None = None
 ) -> tuple[Float[Array, "B T 1 h"], Float[Array, "B T 1 h"]]:
-    """Cosine and sine of every position's angles, in float32, ready to broadcast over heads."""
-    angles = positions[:, :, None, None].astype(jnp.float32) * frequencies[None, None, None, :]
-    return jnp.cos(angles), jnp.sin(angles)
+    """Cosine and sine of every position's angles, in float32, ready to broadcast over heads.
+
+    ``lengths_B`` is how long each row will be when it is whole; None: as long as it is, which is
+    its last position and one.
+    """
+    if lengths_B is None:
+        lengths_B = positions_BT.max(axis=1) + 1
+    frequencies_Bh = rope_frequencies(spec, lengths_B)
+    angles = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies_Bh[:, None, None, :]
+    factor = attention_factor(spec)
+    return factor * jnp.cos(angles), factor * jnp.sin(angles)
 
 
 def rotate(

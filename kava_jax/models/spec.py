@@ -8,6 +8,44 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class LinearRopeScaling:
+    """Every frequency divided by ``factor`` (``rope_type: linear``)."""
+
+    factor: float
+
+
+@dataclass(frozen=True)
+class DynamicRopeScaling:
+    """A base that grows with rows longer than ``max_position_embeddings`` (``dynamic``, NTK)."""
+
+    factor: float
+
+
+@dataclass(frozen=True)
+class YarnRopeScaling:
+    """Low frequencies divided by ``factor``, high ones kept, longer keys (``yarn``)."""
+
+    factor: float
+    original_max_position_embeddings: int
+    attention_factor: float | None = None
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool = True
+
+
+@dataclass(frozen=True)
+class LongRopeScaling:
+    """One divisor for each frequency, others for rows beyond the original length (``longrope``)."""
+
+    short_factor: tuple[float, ...]
+    long_factor: tuple[float, ...]
+    original_max_position_embeddings: int
+    attention_factor: float
+
+
+@dataclass(frozen=True)
 class Llama3RopeScaling:
     """Frequency scaling of Llama 3.1 and later (``rope_type: llama3``)."""
 
@@ -15,6 +53,11 @@ class Llama3RopeScaling:
     low_freq_factor: float
     high_freq_factor: float
     original_max_position_embeddings: int
+
+
+RopeScaling = (
+    LinearRopeScaling | DynamicRopeScaling | YarnRopeScaling | LongRopeScaling | Llama3RopeScaling
+)
 
 
 @dataclass(frozen=True)
@@ -39,7 +82,7 @@ class DecoderSpec:
     output_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False
-    rope_scaling: Llama3RopeScaling | None = None
+    rope_scaling: RopeScaling | None = None
     sliding_window: int | None = None
     initializer_range: float = 0.02
     max_position_embeddings: int = 2048

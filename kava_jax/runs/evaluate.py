@@ -14,7 +14,7 @@ from kava_jax.data.tokenizer import pad_id
 from kava_jax.errors import KavaError
 from kava_jax.evaluation.exact_match import ExactMatch, Generate, Sample, exact_match
 from kava_jax.evaluation.heldout import held_out, make_examine, make_measure
-from kava_jax.hf.load import read_json
+from kava_jax.hf.locate import read_json
 from kava_jax.models.decoder import Params
 from kava_jax.models.generate import generate
 from kava_jax.parallel.hosts import on_host

@@ -5,7 +5,7 @@ from typing import Literal
 
 from kava_jax.hf.card import model_card
 from kava_jax.hf.export import export_model
-from kava_jax.hf.load import read_json
+from kava_jax.hf.locate import read_json
 from kava_jax.runs.prepare import Run
 from kava_jax.training.manifest import read_manifest
 from kava_jax.training.metrics_file import METRICS_NAME, read_metrics

@@ -25,7 +25,7 @@ from kava_jax.errors import KavaError
 from kava_jax.hf.card import model_card
 from kava_jax.hf.export import export_model
 from kava_jax.hf.names import parameter_shapes
-from kava_jax.models.spec import DecoderSpec
+from kava_jax.models.spec import DecoderSpec, LongRopeScaling
 from kava_jax.parallel.hosts import from_first
 from kava_jax.runs.geometry import model_specs
 from kava_jax.training.manifest import MANIFEST_NAME
@@ -111,10 +111,20 @@ def _depth_divisor(specs: Any) -> int:
 
 def _shrunk(spec: DecoderSpec, depth: int, largest_head_dim: int, vocabulary: int) -> DecoderSpec:
     head_dim = max(2, 2 * (spec.head_dim * LARGEST_HEAD_DIM // largest_head_dim // 2))
+    head_dim = min(spec.head_dim, head_dim)
+    rope = spec.rope_scaling
+    if isinstance(rope, LongRopeScaling):  # one factor for each pair of the head dim
+        places = [pair * spec.head_dim // head_dim for pair in range(head_dim // 2)]
+        fewer = {
+            name: tuple(getattr(rope, name)[place] for place in places)
+            for name in ("short_factor", "long_factor")
+        }
+        rope = dataclasses.replace(rope, **fewer)
     return dataclasses.replace(
         spec,
         num_layers=max(1, spec.num_layers // depth),
-        head_dim=min(spec.head_dim, head_dim),
+        head_dim=head_dim,
+        rope_scaling=rope,
         hidden_size=max(8, spec.hidden_size // WIDTH_SHRINK),
         intermediate_size=max(16, spec.intermediate_size // WIDTH_SHRINK),
         vocab_size=max(spec.vocab_size, vocabulary),

@@ -8,6 +8,7 @@ from transformers import AutoConfig
 
 from kava_jax.errors import KavaError
 from kava_jax.hf.geometry import FAMILIES, config_from_spec, spec_from_config
+from kava_jax.hf.rope import ROPE_TYPES
 from kava_jax.models.spec import DecoderSpec, Llama3RopeScaling
 from tests.tiny_models import CONFIGS
 
@@ -17,6 +18,26 @@ LLAMA3 = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
+}
+
+
+ORIGINAL_KEY = "original_max_position_embeddings"
+ORIGINAL = {ORIGINAL_KEY: 64}
+DYNAMIC = {"rope_type": "dynamic", "factor": 2.0}
+YARN = {"rope_type": "yarn", "factor": 4.0} | ORIGINAL
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0] * 10,
+    "long_factor": [1.0 + i for i in range(10)],
+} | ORIGINAL
+SCALED = {
+    rope["rope_type"]: CONFIGS["llama3"] | {"rope_scaling": rope}
+    for rope in (
+        {"rope_type": "linear", "factor": 2.0},
+        DYNAMIC,
+        YARN | {"beta_fast": 16.0, "mscale": 0.7, "mscale_all_dim": 1.0, "truncate": False},
+        LONGROPE | {"attention_factor": 1.25},
+    )
 }
 
 
@@ -51,10 +72,13 @@ def agrees(spec: DecoderSpec, config) -> None:
         "max_position_embeddings": config.max_position_embeddings,
     }
     assert {key: getattr(spec, key) for key in expected} == expected
-    assert rope["rope_type"] == ("default" if spec.rope_scaling is None else "llama3")
-    if spec.rope_scaling is not None:
-        scaling = vars(spec.rope_scaling)
-        assert {key: rope[key] for key in scaling} == scaling
+    if spec.rope_scaling is None:
+        assert rope["rope_type"] == "default"
+        return
+    assert ROPE_TYPES[rope["rope_type"]] is type(spec.rope_scaling)
+    given = json.loads(json.dumps(vars(spec.rope_scaling)))  # tuples to lists
+    absent = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
+    assert {key: rope.get(key, absent.get(key)) for key in given} == given
 
 
 def hf_config(config: dict):
@@ -85,9 +109,9 @@ def test_absent_keys_get_the_defaults_of_transformers(name):
     agrees(read(null), hf_config(null))
 
 
-@pytest.mark.parametrize("name", sorted(CONFIGS))
+@pytest.mark.parametrize("name", [*sorted(CONFIGS), *SCALED])
 def test_what_we_write_loads_in_transformers_and_reads_back_the_same(name, tmp_path):
-    spec = read(CONFIGS[name])
+    spec = read((CONFIGS | SCALED)[name])
     config = config_from_spec(spec, dtype="bfloat16", bos_token_id=1, eos_token_id=[2, 3])
     (tmp_path / "config.json").write_text(json.dumps(config))
     loaded = AutoConfig.from_pretrained(tmp_path)
@@ -112,6 +136,38 @@ def test_llama3_scaling_in_both_spellings(key):
     assert spec.rope_theta == 500000.0
     legacy = {"type" if k == "rope_type" else k: v for k, v in LLAMA3.items()}
     assert read(base | {key: legacy}) == spec
+    assert read(base | {key: legacy | LLAMA3}) == spec  # as transformers 4.4x wrote it
+
+
+def test_rope_parameters_by_type_of_layer_are_read():
+    base = CONFIGS["qwen2"] | {"rope_theta": None, "rope_scaling": None}
+    flat = read(base | {"rope_parameters": {"rope_theta": 1e6} | YARN})
+    assert flat.rope_theta == 1e6
+    keyed = {"full_attention": {"rope_theta": 1e6} | YARN}
+    assert read(base | {"rope_parameters": keyed}) == flat
+    both = keyed | {"sliding_attention": {"rope_theta": 1e4}}
+    with pytest.raises(KavaError, match="rope_theta twice"):
+        read(base | {"rope_parameters": both})
+
+
+def test_the_original_length_may_stand_beside_the_scaling():
+    """As Phi-3 has it, where transformers gives it precedence."""
+    within = CONFIGS["llama3"] | {"rope_scaling": LONGROPE}
+    bare = {key: value for key, value in LONGROPE.items() if key != ORIGINAL_KEY}
+    beside = CONFIGS["llama3"] | {"rope_scaling": bare} | ORIGINAL
+    assert read(beside) == read(within)
+    theirs = hf_config({k: v for k, v in beside.items() if k != "architectures"})
+    theirs.standardize_rope_params()  # as its rotary module does first of all
+    assert theirs.rope_parameters[ORIGINAL_KEY] == 64
+    # Scalings without an original length do not read it; in transformers neither.
+    assert read(CONFIGS["qwen2"] | ORIGINAL) == read(CONFIGS["qwen2"])
+
+
+def test_a_note_of_the_authors_of_yarn_is_no_setting():
+    noted = YARN | {"finetuned": True}
+    assert read(CONFIGS["llama3"] | {"rope_scaling": noted}) == read(
+        CONFIGS["llama3"] | {"rope_scaling": YARN}
+    )
 
 
 @pytest.mark.parametrize(
@@ -164,10 +220,26 @@ def test_qwen25_kv_width_is_not_the_hidden_size(size, numbers, rows, tied, kv_wi
         ("mistral", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
         ("llama3", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ("llama3", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
-        ("llama3", {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "'yarn'"),
-        ("llama3", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear'"),
-        ("llama3", {"rope_parameters": {"rope_type": "dynamic"}, "rope_scaling": None}, "dynamic"),
-        ("llama3", {"rope_scaling": {"rope_type": "longrope"}}, "'longrope'"),
+        ("llama3", {"rope_scaling": {"type": "su", "factor": 2.0}}, "called longrope now"),
+        ("llama3", {"rope_scaling": {"type": "mrope", "mrope_section": [2]}}, "'mrope'"),
+        ("llama3", {"rope_scaling": {"type": "linear"}}, "linear lacks factor"),
+        ("llama3", {"rope_scaling": {"rope_type": "longrope"}}, "short_factor, long_factor"),
+        ("llama3", {"rope_scaling": {"factor": 2.0}}, "rope_type=None does not take factor=2.0"),
+        ("llama3", {"rope_scaling": {"type": "default", "factor": 2.0}}, "does not take factor"),
+        ("llama3", {"rope_scaling": YARN | {"attn_factor": 1.0}}, "does not take attn_factor=1.0"),
+        ("llama3", {"rope_scaling": YARN | {"beta_fast": 0.5}}, "below beta_slow"),
+        ("llama3", {"rope_scaling": YARN | {"truncate": 1}}, "truncate=1"),
+        ("llama3", {"rope_scaling": YARN, "rope_theta": 1.0}, "above 1"),
+        ("llama3", {"rope_scaling": YARN | {"factor": float("inf")}}, "factor=inf"),
+        ("llama3", {"rope_scaling": DYNAMIC | ORIGINAL}, "max_position_embeddings=256"),
+        ("llama3", {"rope_scaling": DYNAMIC, "head_dim": 2}, "head_dim=2"),
+        ("llama3", {"rope_scaling": LONGROPE | {"short_factor": [1.0]}}, "needs 10 of each"),
+        ("llama3", {"rope_scaling": LONGROPE | {"long_factor": 2.0}}, "not a list"),
+        ("llama3", {"rope_scaling": LONGROPE, ORIGINAL_KEY: 65}, "twice, 64 and 65"),
+        ("llama3", {"rope_scaling": LLAMA3 | {"high_freq_factor": 1.0}}, "not above"),
+        ("llama3", {"rope_parameters": {"full_attention": None}}, "full_attention=None"),
+        ("qwen2", {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "rope_theta twice"),
+        ("qwen2", {"rope_parameters": {"chunked_attention": {}}}, "chunked_attention"),
         ("llama3", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
         ("llama3", {"rope_parameters": {"rope_theta": 1e4}}, "rope_theta twice"),
         ("llama3", {"rope_scaling": "llama3"}, "not an object"),

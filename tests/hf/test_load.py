@@ -10,11 +10,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from kava_jax.errors import KavaError
+from kava_jax.hf import tensor_files
 from kava_jax.hf.load import TensorFiles, load_decoder_params, read_spec
-from tests.tiny_models import CONFIGS, flat, random_tensors, write_directory
+from tests.tiny_models import CONFIGS, flat, random_tensors, torch_model, write_directory
 
 
 @pytest.fixture
@@ -42,6 +43,14 @@ def shard(directory, name: str, count: int = 3) -> None:
 
 def load(directory, **options):
     return load_decoder_params(directory, read_spec(directory), **options)
+
+
+def same(params, want) -> None:
+    """Every parameter, bit for bit."""
+    found = flat(params)
+    assert found.keys() == want.keys()
+    for path, leaf in want.items():
+        np.testing.assert_array_equal(found[path], leaf)
 
 
 def refusal(directory, **options) -> str:
@@ -185,23 +194,89 @@ def test_quantized_or_integer_tensors_are_listed(directory):
     assert "F32" in message
 
 
-def test_rotary_tables_and_a_repeated_tied_head_are_ignored(directory):
+def test_rotary_tables_and_a_repeated_tied_head_are_ignored(directory, monkeypatch):
+    monkeypatch.setattr(tensor_files, "_PIECE", 10 * 48)  # ten rows: the copy is read in pieces
     tensors = random_tensors("qwen2")
     tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones((4,), np.float32)
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()
     rewrite(directory, tensors)
     assert "head" not in load(directory)
+    tensors["lm_head.weight"][96, 47] += 1  # the last number of the last piece
+    rewrite(directory, tensors)
+    assert "hold different values; set tie_word_embeddings to false" in refusal(directory)
     tensors["lm_head.weight"] = np.zeros((3, 3), np.float32)
     rewrite(directory, tensors)
     assert "lm_head.weight is [3, 3], expected [97, 48]" in refusal(directory)
 
 
-def test_an_untied_model_without_its_head_is_refused(tmp_path):
+def test_a_tied_head_in_place_of_the_embedding_is_the_embedding(directory):
+    want = flat(load(directory))
+    tensors = random_tensors("qwen2")
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    rewrite(directory, tensors)
+    same(load(directory), want)
+
+
+def test_an_untied_model_without_its_head_can_only_be_a_teacher(tmp_path):
     directory = write_directory(tmp_path, "qwen3")
+    want = flat(load(directory, layers=2, tail=True, head=False))
     tensors = random_tensors("qwen3")
     del tensors["lm_head.weight"]
     rewrite(directory, tensors)
-    assert "missing: lm_head.weight" in refusal(directory)
+    message = refusal(directory)
+    assert "missing: lm_head.weight" in message
+    assert "set tie_word_embeddings to true" in message
+    same(load(directory, layers=2, tail=True, head=False), want)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "llama_biased", "mistral"])
+def test_what_transformers_saves_of_a_base_model_is_read(tmp_path, name):
+    """Without the prefix of a causal model, and with the base class as architecture."""
+    pytest.importorskip("torch", reason="torch, the oracle, is not installed")
+    torch_model(name).model.save_pretrained(tmp_path / "base")
+    (key,) = load_file(tmp_path / "base" / "model.safetensors").keys() & {"embed_tokens.weight"}
+    assert key
+    how = {"layers": 2, "tail": True, "head": False}
+    whole = write_directory(tmp_path / "whole", name)
+    same(load(tmp_path / "base", **how), flat(load(whole, **how)))
+
+
+def test_the_index_says_which_of_two_copies_counts(directory):
+    want = flat(load(directory))
+    shard(directory, "qwen2")
+    index = json.loads((directory / "model.safetensors.index.json").read_text())
+    first, last = (directory / f"model-0000{n}-of-00003.safetensors" for n in (1, 3))
+    name = next(name for name, file in index["weight_map"].items() if file == first.name)
+    stale = load_file(last) | {name: np.zeros_like(load_file(first)[name])}
+    save_file(stale, last)
+    same(load(directory), want)
+    del index["weight_map"][name]
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    message = refusal(directory)
+    assert f"{name} is stored twice" in message
+    assert f"in {first.name} and as {name} in {last.name}" in message
+
+
+def test_a_shard_in_a_subfolder_is_read(directory):
+    want = flat(load(directory))
+    shard(directory, "qwen2")
+    path = directory / "model.safetensors.index.json"
+    index = json.loads(path.read_text())["weight_map"]
+    (directory / "weights").mkdir()
+    for file in set(index.values()):
+        (directory / file).rename(directory / "weights" / file)
+    moved = {name: f"weights/{file}" for name, file in index.items()}
+    path.write_text(json.dumps({"weight_map": moved}))
+    same(load(directory), want)
+    path.write_text(json.dumps({"weight_map": moved | {"model.norm.weight": "../other"}}))
+    assert "places model.norm.weight in '../other'" in refusal(directory)
+
+
+def test_a_single_file_beside_an_index_of_others_is_refused(directory):
+    whole = (directory / "model.safetensors").read_bytes()
+    shard(directory, "qwen2")
+    (directory / "model.safetensors").write_bytes(whole)
+    assert "out of date" in refusal(directory)
 
 
 @pytest.mark.parametrize("keep", [4, 60, -1000])

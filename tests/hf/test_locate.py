@@ -66,6 +66,32 @@ def test_a_hub_id_downloads_safetensors_json_and_tokenizer_only(tmp_path, monkey
     assert list(left) == []
 
 
+def test_shards_in_subfolders_are_downloaded_and_fingerprinted(tmp_path, monkeypatch):
+    directory = write_directory(tmp_path / "snapshot", "qwen2")
+    (directory / "model.safetensors").rename(directory / "kept")
+    index = {"weight_map": {"model.norm.weight": "weights/part.safetensors"}}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    def download(repo_id, *, revision, allow_patterns):
+        if "weights/part.safetensors" in allow_patterns:
+            (directory / "weights").mkdir()
+            (directory / "kept").rename(directory / "weights" / "part.safetensors")
+        return str(directory)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert resolve_model("Qwen/Qwen2.5-0.5B") == directory
+    part = directory / "weights" / "part.safetensors"
+    before = model_fingerprint(directory)
+    part.write_bytes(part.read_bytes()[:-1] + b"x")
+    assert model_fingerprint(directory) != before
+
+
+def test_an_adapter_is_not_a_model(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    assert "merge_and_unload" in one_line(lambda: resolve_model(tmp_path))
+
+
 def http_error(kind: type[Exception]) -> Exception:
     """Made without its constructor, which wants the response object of one HTTP library."""
     return kind.__new__(kind)

@@ -1,0 +1,25 @@
+"""Numbers out of a parsed ``config.json``: of the right kind and size, or named and refused."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from kava_jax.errors import KavaError
+
+
+def positive_int(
+    config: Mapping[str, Any], key: str, where: str, *, default: int | None = None
+) -> int:
+    """``config[key]``, or the default where it is absent or null."""
+    value = config.get(key)
+    value = default if value is None else value
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise KavaError(f"{where}: {key}={value!r} is not a positive integer; correct config.json")
+    return value
+
+
+def positive_float(value: Any, key: str, where: str) -> float:
+    """The value as a float; infinity and nan, which JSON readers let through, are refused too."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not 0 < value < float("inf"):
+        raise KavaError(f"{where}: {key}={value!r} is not a positive number; correct config.json")
+    return float(value)

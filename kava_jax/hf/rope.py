@@ -1,0 +1,225 @@
+"""RoPE settings out of ``config.json`` and back.
+
+Hugging Face has spelt them in four ways: ``rope_theta`` and ``rope_scaling`` (with ``type``, later
+``rope_type``), from transformers 5.0 ``rope_parameters``, and that keyed by the type of layer.
+Where several are given they must agree. A key that the rope type does not know is refused: it is a
+misspelt one, or a scaling that this decoder does not have.
+
+The fields of the scalings in ``models.spec`` are Hugging Face's own keys, so each class says what
+its type takes and demands.
+
+Left out on purpose: a part of the head dim without rotation, other settings in other layers.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from kava_jax.errors import KavaError
+from kava_jax.hf.numbers import positive_float, positive_int
+from kava_jax.models.spec import (
+    DecoderSpec,
+    DynamicRopeScaling,
+    LinearRopeScaling,
+    Llama3RopeScaling,
+    LongRopeScaling,
+    RopeScaling,
+    YarnRopeScaling,
+)
+
+ROPE_TYPES: dict[str, type[RopeScaling]] = {
+    "linear": LinearRopeScaling,
+    "dynamic": DynamicRopeScaling,
+    "yarn": YarnRopeScaling,
+    "longrope": LongRopeScaling,
+    "llama3": Llama3RopeScaling,
+}
+_LAYER_TYPES = ("full_attention", "sliding_attention")
+# A note in the files of YaRN's authors (arXiv 2309.00071), of which the frequencies know nothing.
+_NOTES = ("finetuned",)
+_ORIGINAL = "original_max_position_embeddings"
+
+
+def read_rope(
+    config: Mapping[str, Any], *, positions: int, head_dim: int, where: str
+) -> tuple[float, RopeScaling | None]:
+    """Base and scaling.
+
+    Args:
+        config: the parsed ``config.json``.
+        positions: its ``max_position_embeddings``.
+        head_dim: how many numbers are rotated.
+        where: what to call the model in messages.
+
+    Raises:
+        KavaError: two spellings disagree, the type is unknown, or a value is missing, unknown or
+            impossible.
+    """
+    seen = _merged(config, where)
+    theta = positive_float(seen.pop("rope_theta", 10_000.0), "rope_theta", where)
+    kind = seen.pop("rope_type", None)
+    if (partial := seen.pop("partial_rotary_factor", 1.0)) != 1.0:
+        raise KavaError(
+            f"{where}: partial_rotary_factor={partial} is not supported; use a model that rotates "
+            "the whole head (1.0)"
+        )
+    original = config.get(_ORIGINAL)
+    if kind in (None, "default"):
+        if seen:
+            raise KavaError(
+                f"{where}: config.json: rope_type={kind!r} does not take {_given(seen)}; set "
+                f"rope_type to what the model was trained with ({', '.join(ROPE_TYPES)}), or "
+                "remove them"
+            )
+        return theta, None
+    if kind not in ROPE_TYPES:
+        renamed = "; it is called longrope now" if kind == "su" else ""
+        raise KavaError(
+            f"{where}: rope_type={kind!r} is not supported; use a model with one of default, "
+            f"{', '.join(ROPE_TYPES)}{renamed}"
+        )
+    scaling = ROPE_TYPES[kind]
+    if original is not None and scaling not in (LinearRopeScaling, DynamicRopeScaling):
+        _add(seen, _ORIGINAL, original, where)
+    if scaling is DynamicRopeScaling and seen.pop(_ORIGINAL, positions) != positions:
+        raise KavaError(
+            f"{where}: config.json: rope_type='dynamic' counts from "
+            f"max_position_embeddings={positions}, and {_ORIGINAL} is another length; make "
+            "max_position_embeddings the length before scaling and remove the other"
+        )
+    if scaling is LongRopeScaling:
+        _set_attention_factor(seen, positions, where)
+    found = _scaling(kind, seen, positions, where)
+    _check(found, kind, theta, head_dim, where)
+    return theta, found
+
+
+def rope_config(spec: DecoderSpec) -> dict[str, Any]:
+    """The same for ``config.json``, in the spellings of transformers 4.x and 5.x."""
+    config: dict[str, Any] = {"rope_theta": spec.rope_theta, "rope_scaling": None}
+    scaling = spec.rope_scaling
+    kind: dict[str, Any] = {"rope_type": "default"}
+    if scaling is not None:
+        kind["rope_type"] = next(n for n, known in ROPE_TYPES.items() if type(scaling) is known)
+        for field in dataclasses.fields(scaling):
+            if (value := getattr(scaling, field.name)) != field.default:
+                kind[field.name] = list(value) if isinstance(value, tuple) else value
+        config["rope_scaling"] = kind
+    if isinstance(scaling, LongRopeScaling):
+        # Before 5.0 this type looked for the original length here alone.
+        config[_ORIGINAL] = scaling.original_max_position_embeddings
+    return config | {"rope_parameters": {"rope_theta": spec.rope_theta} | kind}
+
+
+def _merged(config: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Every key that any spelling gives, once."""
+    seen: dict[str, Any] = {}
+    for name in ("rope_scaling", "rope_parameters"):
+        if not isinstance(spelling := config.get(name) or {}, Mapping):
+            raise KavaError(f"{where}: {name}={spelling!r} is not an object; correct it")
+        for key, value in _entries(spelling, name, where):
+            _add(seen, "rope_type" if key == "type" else key, value, where)
+    for key in ("rope_theta", "partial_rotary_factor"):
+        _add(seen, key, config.get(key), where)
+    return {key: value for key, value in seen.items() if key not in _NOTES}
+
+
+def _entries(spelling: Mapping[str, Any], name: str, where: str) -> Iterator[tuple[str, Any]]:
+    """Keys and values; those of a type of layer are taken out of its object."""
+    for key, value in spelling.items():
+        if key not in _LAYER_TYPES:
+            yield key, value
+        elif isinstance(value, Mapping):
+            yield from value.items()
+        else:
+            raise KavaError(
+                f"{where}: {name}.{key}={value!r} is no RoPE; only models that rotate the keys of "
+                "every layer are supported"
+            )
+
+
+def _add(seen: dict[str, Any], key: str, value: Any, where: str) -> None:
+    if value is not None and seen.setdefault(key, value) != value:
+        raise KavaError(
+            f"{where}: config.json gives {key} twice, {seen[key]!r} and {value!r} (rope_theta, "
+            "rope_scaling, rope_parameters, layer types); make them agree"
+        )
+
+
+def _given(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}={value!r}" for key, value in values.items())
+
+
+def _scaling(kind: str, seen: Mapping[str, Any], positions: int, where: str) -> RopeScaling:
+    """The scaling's own class, filled by its fields' names."""
+    fields = {field.name: field for field in dataclasses.fields(ROPE_TYPES[kind])}
+    seen = {_ORIGINAL: positions, **seen} if _ORIGINAL in fields else seen
+    if unknown := {key: value for key, value in seen.items() if key not in fields}:
+        raise KavaError(
+            f"{where}: config.json: rope_type={kind!r} does not take {_given(unknown)}; it takes "
+            f"{', '.join(fields)}: correct what is misspelt and remove the rest"
+        )
+    required = [name for name, field in fields.items() if field.default is dataclasses.MISSING]
+    if missing := [name for name in required if name not in seen]:
+        raise KavaError(f"{where}: rope_type={kind} lacks {', '.join(missing)}; add the values")
+    return ROPE_TYPES[kind](**{key: _value(seen, key, where) for key in seen})
+
+
+def _set_attention_factor(seen: dict[str, Any], positions: int, where: str) -> None:
+    """``sqrt(1 + ln(factor) / ln(original))``, where longrope does not give it.
+
+    Without a ``factor`` it is the ratio of the lengths. Up to 4.x that ratio went before it; the
+    result, which is what we write, is read alike by all.
+    """
+    original = positive_int(seen, _ORIGINAL, where, default=positions)
+    if original == 1:
+        raise KavaError(f"{where}: {_ORIGINAL}=1 with rope_type='longrope'; correct config.json")
+    factor = positive_float(seen.pop("factor", positions / original), "factor", where)
+    grown = math.log(max(factor, 1.0)) / math.log(original)
+    seen.setdefault("attention_factor", math.sqrt(1.0 + grown))
+
+
+def _value(seen: Mapping[str, Any], key: str, where: str) -> Any:
+    value = seen[key]
+    if key == _ORIGINAL:
+        return positive_int(seen, key, where)
+    if key == "truncate":
+        if not isinstance(value, bool):
+            raise KavaError(f"{where}: {key}={value!r} is neither true nor false; correct it")
+        return value
+    if key in ("short_factor", "long_factor"):
+        if not isinstance(value, list):
+            raise KavaError(f"{where}: {key}={value!r} is not a list of numbers; correct it")
+        return tuple(positive_float(item, key, where) for item in value)
+    if key in ("mscale", "mscale_all_dim") and value == 0:  # as good as absent in transformers
+        return None
+    return positive_float(value, key, where)
+
+
+def _check(scaling: RopeScaling, kind: str, theta: float, head_dim: int, where: str) -> None:
+    """Values that the formulas of transformers would divide by zero or misread."""
+    fault = None
+    match scaling:
+        case DynamicRopeScaling() if head_dim == 2:
+            fault = "cannot scale head_dim=2; use a larger one"
+        case YarnRopeScaling() if theta <= 1:
+            fault = f"needs a rope_theta above 1, not {theta}"
+        case YarnRopeScaling() if scaling.beta_fast < scaling.beta_slow:
+            fault = f"has beta_fast={scaling.beta_fast} below beta_slow={scaling.beta_slow}; swap"
+        case Llama3RopeScaling() if scaling.high_freq_factor <= scaling.low_freq_factor:
+            fault = (
+                f"has high_freq_factor={scaling.high_freq_factor} not above "
+                f"low_freq_factor={scaling.low_freq_factor}; swap them"
+            )
+        case LongRopeScaling():
+            sizes = {len(scaling.short_factor), len(scaling.long_factor)}
+            if sizes != {head_dim // 2}:
+                fault = (
+                    f"has {len(scaling.short_factor)} short_factor and {len(scaling.long_factor)} "
+                    f"long_factor values, and head_dim={head_dim} needs {head_dim // 2} of each"
+                )
+        case _:
+            pass
+    if fault:
+        raise KavaError(f"{where}: config.json: rope_type={kind!r} {fault}; correct config.json")
