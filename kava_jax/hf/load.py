@@ -23,6 +23,7 @@ from kava_jax.errors import KavaError
 from kava_jax.hf.geometry import spec_from_config
 from kava_jax.hf.names import Index, Row, Shape, compact, expected_tensors, rows_of, tail_path
 from kava_jax.models.spec import DecoderSpec
+from kava_jax.storage import Place
 
 Read = Callable[[Index], np.ndarray]
 Put = Callable[[str, Shape, np.dtype, Read], jax.Array]
@@ -32,7 +33,7 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 _IGNORED = re.compile(r"rotary_emb\.inv_freq$")
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Place) -> dict[str, Any]:
     """Parse a JSON object; a ``KavaError`` names the file when it is missing or broken."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
