@@ -4,10 +4,9 @@ The config stops at the edge: below the command line, functions take plain value
 is not configured here but read from each model's own ``config.json``.
 """
 
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from kava_jax.alignment.projector import forgets_length
 from kava_jax.config_alignment import (
@@ -17,6 +16,7 @@ from kava_jax.config_alignment import (
     RouterConfig,
 )
 from kava_jax.config_values import AutoShare, Dtype, Positive, Ramp, Section, Share, Weight
+from kava_jax.storage import Place, place
 
 LayerMapName = Literal["ratio", "uniform", "skip", "last", "interpolated", "cka", "calibrated"]
 
@@ -30,13 +30,22 @@ class RunConfig(Section):
         pattern=r"^[A-Za-z0-9._-]+$",
         description="what the run is called; letters, digits and . _ -",
     )
-    dir: str | None = Field(default=None, description="run directory; runs/<name> when null")
+    dir: str | None = Field(
+        default=None, description="run directory or gs://bucket/folder; runs/<name> when null"
+    )
     seed: int = Field(default=0, ge=0, description="of fresh weights, order of rows, dropout")
 
+    @field_validator("dir")
+    @classmethod
+    def _known_place(cls, written: str | None) -> str | None:
+        if written:
+            place(written, "run.dir")
+        return written
+
     @property
-    def directory(self) -> Path:
+    def directory(self) -> Place:
         """The run directory: ``dir``, or ``runs/<name>``."""
-        return Path(self.dir) if self.dir else Path("runs") / self.name
+        return place(self.dir or f"runs/{self.name}", "run.dir")
 
 
 class TeacherConfig(Section):

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Train on GKE (with JobSet installed): fill in gke_jobset.yaml and apply it. Pods that are taken
-# away come back by themselves, and the run goes on from its newest checkpoint on CLAIM's disk.
+# away come back by themselves, and the run goes on from its newest checkpoint in gs://BUCKET/NAME.
 #   NAME=kava IMAGE=REGISTRY/kava:tpu HOSTS=16 CHIPS=4 ACCELERATOR=tpu-v5-lite-podslice \
-#     TOPOLOGY=8x8 CLAIM=runs launch/gke.sh CONFIG [section.field=value ...]
+#     TOPOLOGY=8x8 BUCKET=my-bucket launch/gke.sh CONFIG [section.field=value ...]
 #   ... launch/gke.sh --dry-run CONFIG ...    print the manifest and the command, and stop
 # HOSTS and CHIPS (of a host) must fit the topology; IMAGE is built from launch/Dockerfile.tpu.
 set -euo pipefail
@@ -12,7 +12,7 @@ if [ "${1:-}" = "--dry-run" ]; then
     dry_run=true
     shift
 fi
-names=(NAME IMAGE HOSTS CHIPS ACCELERATOR TOPOLOGY CLAIM)
+names=(NAME IMAGE HOSTS CHIPS ACCELERATOR TOPOLOGY BUCKET)
 missing=()
 for name in "${names[@]}"; do
     [ -n "${!name:-}" ] || missing+=("$name")
@@ -25,7 +25,7 @@ fi
 
 # Each argument as a JSON string, so that braces and commas stay what they are.
 quoted=()
-for argument in "$@"; do
+for argument in "$1" "run.dir=gs://$BUCKET/$NAME" "${@:2}"; do
     argument=${argument//\\/\\\\}
     quoted+=("\"${argument//\"/\\\"}\"")
 done

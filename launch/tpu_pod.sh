@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Train on a Cloud TPU slice from this checkout: ask for it, install, run on all its hosts, and when
-# it is taken away ask for another one; the run goes on from its newest checkpoint in BUCKET.
+# it is taken away ask for another one. The run lies in gs://BUCKET/NAME; it goes on from its newest
+# checkpoint there.
 #   NAME=kava ZONE=us-east5-a TYPE=v5litepod-64 BUCKET=my-bucket launch/tpu_pod.sh CONFIG [field=value ...]
 #   ... launch/tpu_pod.sh --dry-run CONFIG ...    print the commands and stop
 # VERSION names the runtime (v2-alpha-tpuv5-lite), SPOT=1 takes a cheaper slice that can be taken
@@ -13,11 +14,13 @@ if [ "${1:-}" = "--dry-run" ]; then
     shift
 fi
 if [ $# -eq 0 ] || [ -z "${NAME:-}" ] || [ -z "${ZONE:-}" ] || [ -z "${TYPE:-}" ] || [ -z "${BUCKET:-}" ]; then
-    sed -n '2,7s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,8s/^# \{0,1\}//p' "$0" >&2
     exit 2
 fi
 tpu=(gcloud compute tpus)
 checkout=$(cd "$(dirname "$0")/.." && pwd)
+config=$1
+shift
 
 run() {
     if $dry_run; then printf '%q ' "$@"; echo; else "$@"; fi
@@ -32,11 +35,11 @@ for ((try = 1; try <= ${TRIES:-20}; try++)); do
         ${SPOT:+--spot} || exit 1
     until $dry_run || [ "$(state)" = ACTIVE ]; do sleep 30; done
     run "${tpu[@]}" tpu-vm scp --recurse "$checkout" "$NAME:kava" --zone "$ZONE" --worker=all
-    # The slice's own Python may be old, so uv brings one; gcsfuse shows the bucket as runs/.
+    # The slice's own Python may be old, so uv brings one.
     on_all_hosts "pip install --quiet uv && uv venv --quiet --python 3.12 venv && \
-uv pip install --quiet --python venv/bin/python './kava[tpu]' && mkdir -p kava/runs && \
-gcsfuse --implicit-dirs $BUCKET kava/runs"
-    on_all_hosts "cd kava && ../venv/bin/kava --cluster train $(printf '%q ' "$@")"
+uv pip install --quiet --python venv/bin/python './kava[tpu,gcs]'"
+    on_all_hosts "cd kava && ../venv/bin/kava --cluster train \
+$(printf '%q ' "$config" "run.dir=gs://$BUCKET/$NAME" "$@")"
     code=$?
     give_back
     $dry_run && exit 0

@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "kava_jax"
 # it only passes public names on.
 ROOMS = (
     "errors",
+    "storage",
     "geometry",
     "cache",
     "losses",

@@ -23,10 +23,10 @@ NEEDS = {
         "CHIPS": "4",
         "ACCELERATOR": "tpu-v5-lite-podslice",
         "TOPOLOGY": "8x8",
-        "CLAIM": "runs",
+        "BUCKET": "b",
     },
 }
-ARGUMENTS = ["configs/demo.yaml", "run.dir=a b", "loss.kv_weight={start: 1, end: 0}"]
+ARGUMENTS = ["configs/demo.yaml", "run.name=a b", "loss.kv_weight={start: 1, end: 0}"]
 
 
 def run(name: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -97,6 +97,16 @@ def test_slurm_queues_again_only_what_was_saved(tmp_path: Path, code: int, queue
     assert (tmp_path / "queued").exists() == queued
 
 
+def in_bucket(name: str) -> list[str]:
+    """The arguments with a run directory in the bucket, which a later one would overrule."""
+    return [ARGUMENTS[0], f"run.dir=gs://b/{name}", *ARGUMENTS[1:]]
+
+
+@pytest.mark.parametrize("file", sorted(LAUNCH.iterdir()), ids=lambda path: path.name)
+def test_nothing_is_written_through_fuse(file: Path) -> None:
+    assert not re.search(r"\bfuse|s3?fuse|fuse\.csi", file.read_text(), re.I)
+
+
 def test_a_tpu_pod_is_asked_for_installed_used_and_given_back() -> None:
     commands = [shlex.split(line) for line in dry("tpu_pod.sh", SPOT="1").splitlines()]
     verbs = [" ".join(words[3:5]) for words in commands]
@@ -112,7 +122,7 @@ def test_a_tpu_pod_is_asked_for_installed_used_and_given_back() -> None:
     assert "--worker=all" in commands[3]
     assert shlex.split(trained.partition("&& ")[2]) == [
         *["../venv/bin/kava", "--cluster", "train"],
-        *ARGUMENTS,
+        *in_bucket("pod"),
     ]
 
 
@@ -124,15 +134,16 @@ def test_the_jobset_is_whole_and_every_pod_knows_its_number() -> None:
     (rule,) = job["podFailurePolicy"]["rules"]
     assert rule["onExitCodes"]["values"] == [2]
     (container,) = job["template"]["spec"]["containers"]
-    assert container["command"] == ["kava", "train", *ARGUMENTS]
+    assert container["command"] == ["kava", "train", *in_bucket("job")]
+    assert "volumes" not in job["template"]["spec"]
     variables = {entry["name"]: entry for entry in container["env"]}
     assert variables["KAVA_COORDINATOR"]["value"] == "job-hosts-0-0.job:8476"
     assert variables["KAVA_PROCESSES"]["value"] == "16"
     path = variables["KAVA_PROCESS"]["valueFrom"]["fieldRef"]["fieldPath"]
     assert path == "metadata.annotations['batch.kubernetes.io/job-completion-index']"
-    done = run("gke.sh", "run.yaml", **(NEEDS["gke.sh"] | {"IMAGE": "", "CLAIM": ""}))
+    done = run("gke.sh", "run.yaml", **(NEEDS["gke.sh"] | {"IMAGE": "", "BUCKET": ""}))
     assert done.returncode == 2
-    assert done.stderr.endswith("missing: IMAGE CLAIM\n")
+    assert done.stderr.endswith("missing: IMAGE BUCKET\n")
 
 
 @pytest.mark.parametrize("kind", ["cuda", "tpu"])
@@ -142,7 +153,8 @@ def test_images_install_the_package_with_its_extra(kind: str) -> None:
         if line.startswith("COPY"):
             *sources, _ = line.split()[1:]
             assert all((LAUNCH.parent / source).exists() for source in sources)
-    assert f"RUN pip install --no-cache-dir '.[{kind}]'" in lines
+    extras = "tpu,gcs" if kind == "tpu" else kind
+    assert f"RUN pip install --no-cache-dir '.[{extras}]'" in lines
 
 
 def fake_kava(place: Path, body: str) -> str:

@@ -143,8 +143,10 @@ def evaluate(
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="Run directory.")],
-    out: Annotated[Path, typer.Option(help="Hugging Face directory to write.")],
+    run: Annotated[str, typer.Argument(help="Run directory, or gs://bucket/folder.")],
+    out: Annotated[
+        str, typer.Option(help="Hugging Face directory to write, or gs://bucket/folder.")
+    ],
     checkpoint: Annotated[str, typer.Option(help="last, best or a step.")] = "last",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
 ) -> None:
@@ -154,10 +156,13 @@ def export(
     """
     from kava_jax.runs.export import export as export_run
     from kava_jax.runs.prepare import reopen, restore
+    from kava_jax.storage import check_access, place
 
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise KavaError(f"--dtype={dtype!r} is unknown; use auto, float32, bfloat16 or float16")
-    opened = reopen(run)
-    export_run(opened, restore(opened, checkpoint), out, dtype)  # pyright: ignore[reportArgumentType]  (checked above)
+    target = place(out, "out")
+    check_access(target, "out")
+    opened = reopen(place(run, "run"))
+    export_run(opened, restore(opened, checkpoint), target, dtype)  # pyright: ignore[reportArgumentType]  (checked above)
     if first_process():
         say(f"exported to {out}")

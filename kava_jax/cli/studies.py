@@ -14,8 +14,8 @@ from kava_jax.errors import KavaError
 def ablate(
     grid: Annotated[Path, typer.Argument(help="YAML file of a grid; see configs/grids/.")],
     out: Annotated[
-        Path | None,
-        typer.Option(help="Directory of its runs; runs/<name> when absent."),
+        str | None,
+        typer.Option(help="Directory of its runs, on a disk; runs/<name> when absent."),
     ] = None,
     jobs: Annotated[
         int, typer.Option(help="Runs at the same time, each with its share of the CPU cores.")
@@ -28,14 +28,16 @@ def ablate(
     """
     from kava_jax.experiments.ablation import Ablation, Progress
     from kava_jax.experiments.grid import load_grid
+    from kava_jax.storage import local_path
 
+    where = None if out is None else local_path(out, "out")
     loaded, base = load_grid(grid, overrides or [])
 
     def tell(progress: Progress) -> None:
         job = progress.job
         say(f"{progress.done}/{progress.of}  {job.arm} seed {job.seed}: {progress.word}")
 
-    where = out or Path("runs") / loaded.name
+    where = where or Path("runs") / loaded.name
     failed = Ablation(loaded, base, where).run(jobs, tell)
     say(f"results: {where}/*.json; now: kava report {where}")
     if failed:
@@ -47,10 +49,10 @@ def ablate(
 @app.command()
 def report(
     directory: Annotated[
-        Path, typer.Argument(help="Directory of a run, or of a grid; it may still be running.")
+        str, typer.Argument(help="Directory of a run, or of a grid; it may still be running.")
     ],
     out: Annotated[
-        Path | None, typer.Option(help="HTML file; report.html in the directory when absent.")
+        str | None, typer.Option(help="HTML file; report.html in the directory when absent.")
     ] = None,
     samples: Annotated[
         int | None,
@@ -65,17 +67,22 @@ def report(
     from kava_jax.experiments.grid_report import write_grid_report
     from kava_jax.experiments.report import write_report
     from kava_jax.runs.samples import answer_all
+    from kava_jax.storage import check_access, place
 
-    if (directory / GRID_NAME).is_file():
+    run, target = place(directory, "run"), None if out is None else place(out, "out")
+    for where, field in ((run, "run"), (target, "out")):
+        if where is not None:
+            check_access(where, field)
+    if isinstance(run, Path) and (run / GRID_NAME).is_file():
         if samples is not None:
             raise KavaError(
                 f"samples={samples}: {directory} is a grid, whose records hold answers already; "
                 f"leave --samples out"
             )
-        written = write_grid_report(directory, out)
+        written = write_grid_report(run, target)
     else:
-        answered = [] if samples is None else answer_all(directory, samples)
-        written = write_report(directory, out, answered)
+        answered = [] if samples is None else answer_all(run, samples)
+        written = write_report(run, target, answered)
     say(f"report: {written}")
 
 
@@ -141,9 +148,9 @@ def bench(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Directory for the runs, pictures and export.")] = Path(
-        "runs/demo"
-    ),
+    out: Annotated[
+        str, typer.Option(help="Directory for the runs, pictures and export, on a disk.")
+    ] = "runs/demo",
     as_json: Json = False,
 ) -> None:
     """Distil the built-in teacher into a small student and compare; no download, under 5 minutes.
@@ -151,8 +158,9 @@ def demo(
     Example: kava demo --out runs/demo
     """
     from kava_jax.demo import render, run_demo
+    from kava_jax.storage import local_path
 
-    result = run_demo(out, command())
+    result = run_demo(local_path(out, "out"), command())
     if as_json:
         print(json.dumps(result.as_dict(), indent=2))
     else:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kava_jax.errors import KavaError
+from kava_jax.storage import Place
 from kava_jax.training.metrics_file import read_metrics
 from kava_jax.verdict import ACCEPTABLE, EXCELLENT, GOOD
 
@@ -34,7 +35,7 @@ class Curve(NamedTuple):
     values: list[float]
 
 
-def learning_curve(runs: Mapping[str, Path], out_png: Path) -> None:
+def learning_curve(runs: Mapping[str, Place], out_png: Path) -> None:
     """Draw training cross-entropy (thin) and held-out loss (marked) of several runs.
 
     Args:
@@ -69,7 +70,7 @@ def learning_curve(runs: Mapping[str, Path], out_png: Path) -> None:
     _save(figure, out_png)
 
 
-def alignment_curve(metrics_jsonl: Path, out_png: Path) -> None:
+def alignment_curve(metrics_jsonl: Place, out_png: Path) -> None:
     """Draw cosine, shuffled cosine (dashed) and their gap over the verdict bands of one run.
 
     Lines are what training logged (the running mean where there is one), dots are evaluations on
@@ -107,7 +108,7 @@ def alignment_curve(metrics_jsonl: Path, out_png: Path) -> None:
     _save(figure, out_png)
 
 
-def _curve(path: Path, kind: Any, *keys: str) -> Curve:
+def _curve(path: Place, kind: Any, *keys: str) -> Curve:
     """The first of ``keys`` that has numbers."""
     records = read_metrics(path, kind)
     for key in keys:

@@ -48,11 +48,12 @@ from kava_jax.experiments.results import Arm, Results, read_results
 from kava_jax.experiments.run_layers import layer_map_of
 from kava_jax.experiments.samples import Sample, samples_of_arms
 from kava_jax.experiments.statistics import in_words
+from kava_jax.storage import Place
 
 TEMPLATE, REPORT_NAME = "grid.html.j2", "report.html"
 
 
-def write_grid_report(directory: Path, out: Path | None = None) -> Path:
+def write_grid_report(directory: Path, out: Place | None = None) -> Place:
     """Write the report of a grid and return its path, by default ``report.html`` in it.
 
     Raises:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kava_jax.errors import KavaError
+from kava_jax.storage import Place
 
 # Dots of a picture per CSS pixel, for sharp screens.
 DENSITY = 1.5
@@ -75,7 +76,7 @@ def render(template: str, **parts: Any) -> str:
     return environment.get_template(template).render(parts)
 
 
-def write_page(html: str, target: Path) -> Path:
+def write_page(html: str, target: Place) -> Place:
     """Write the page, making its directory if need be, and return its path.
 
     Raises:

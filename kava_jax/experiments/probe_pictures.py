@@ -13,6 +13,7 @@ import numpy as np
 from kava_jax.errors import KavaError
 from kava_jax.experiments.curves import COLOURS, DPI, FAINT, INK, MARKERS
 from kava_jax.experiments.heatmap import Layers
+from kava_jax.storage import Place
 from kava_jax.training.metrics_file import read_metrics
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ LEAST_SHARE = 0.01
 QUANTILES = ("q10", "q50", "q90")
 
 
-def gradient_curve(metrics_jsonl: Path, out: Path) -> None:
+def gradient_curve(metrics_jsonl: Place, out: Path) -> None:
     """Draw how strongly the KV gradient pulls beside that of cross-entropy, and whether together.
 
     Above: ``kv_gradient_share``, logarithmic from 0.01, with 1 marked. Below:

@@ -9,7 +9,6 @@ Left out on purpose: comparing runs (``grid_report``), and any look at weights o
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
@@ -28,6 +27,7 @@ from kava_jax.experiments.run_layers import depths_at_hand, layer_map_of, read_c
 from kava_jax.experiments.samples import samples_of_everyone, samples_of_run
 from kava_jax.runs.explain import MAPS
 from kava_jax.runs.samples import Answered
+from kava_jax.storage import Place, check_access
 from kava_jax.training.manifest import read_manifest
 from kava_jax.training.metrics_file import METRICS_NAME, Kind, read_metrics
 
@@ -45,7 +45,7 @@ HELD_OUT = {
 class Run(NamedTuple):
     """What a run left behind; records by step, a step logged twice as it was last."""
 
-    directory: Path
+    directory: Place
     manifest: dict[str, Any]
     config: Config
     train: list[dict[str, Any]]
@@ -53,7 +53,9 @@ class Run(NamedTuple):
     probes: list[dict[str, Any]]
 
 
-def write_report(run_dir: Path, out: Path | None = None, answered: Sequence[Answered] = ()) -> Path:
+def write_report(
+    run_dir: Place, out: Place | None = None, answered: Sequence[Answered] = ()
+) -> Place:
     """Write the report of a run and return its path, by default ``report.html`` in the run.
 
     ``answered`` are the same questions answered by several models (``runs.samples``).
@@ -62,6 +64,7 @@ def write_report(run_dir: Path, out: Path | None = None, answered: Sequence[Answ
         KavaError: ``run_dir`` is not a run, one of its files is broken, or ``out`` cannot be
             written.
     """
+    check_access(run_dir, "run")
     run = _read(run_dir)
     page = render(
         TEMPLATE,
@@ -82,7 +85,7 @@ def write_report(run_dir: Path, out: Path | None = None, answered: Sequence[Answ
     return write_page(page, run_dir / REPORT_NAME if out is None else out)
 
 
-def _read(run_dir: Path) -> Run:
+def _read(run_dir: Place) -> Run:
     if not run_dir.is_dir():
         raise KavaError(f"run={str(run_dir)!r} is no directory; name one made by `kava train`")
     manifest = read_manifest(run_dir)

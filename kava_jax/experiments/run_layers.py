@@ -6,7 +6,6 @@ at hand. Left out on purpose: any download, any weight.
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from kava_jax.alignment.layer_map import CALIBRATED_MAPS, LayerMap, make_layer_map
@@ -15,6 +14,7 @@ from kava_jax.config_file import dump_config
 from kava_jax.errors import KavaError
 from kava_jax.runs.geometry import specs_at_hand
 from kava_jax.runs.prepare import calibration_path
+from kava_jax.storage import Place
 
 
 def depths_at_hand(config: Config) -> dict[str, int]:
@@ -26,7 +26,7 @@ def depths_at_hand(config: Config) -> dict[str, int]:
     return {name: spec.num_layers for name, spec in specs.items()}
 
 
-def read_calibration(run_dir: Path, config: Config) -> dict[str, Any]:
+def read_calibration(run_dir: Place, config: Config) -> dict[str, Any]:
     """What a calibration found, by teacher: ``layer_map`` and scores; empty where there is none.
 
     Raises KavaError when its file is not whole.

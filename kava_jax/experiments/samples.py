@@ -4,13 +4,13 @@ Left out on purpose: scoring (``evaluation``), which was done when the answers w
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from kava_jax.evaluation import exact_match
 from kava_jax.experiments.outcome import Outcome, unpack
 from kava_jax.runs.evaluate import MAIN_SET, read_answers
 from kava_jax.runs.samples import Answered
+from kava_jax.storage import Place
 
 # So many right ones of a set, and so many wrong ones.
 SHOWN = 2
@@ -39,7 +39,7 @@ class Samples(NamedTuple):
     samples: list[Sample]
 
 
-def samples_of_run(run_dir: Path) -> list[Samples]:
+def samples_of_run(run_dir: Place) -> list[Samples]:
     """The first right and the first wrong answers of every set; none without ``answers.jsonl``.
 
     Raises:

@@ -1,7 +1,8 @@
 """Our parameter tree out as a plain Hugging Face directory that transformers 4.x and 5.x load.
 
 Written beside its destination and renamed into place, so a directory is either a whole export or
-not there. A directory that is not a previous export is never touched. Weights go through host
+not there; on a bucket it has a ``config.json`` once it is whole. A directory that is not a previous
+export is never touched. Weights go through host
 memory one shard at a time, wherever the parameters are sharded.
 
 With several processes all must call; the first one writes.
@@ -12,7 +13,9 @@ Left out on purpose: pushing to the hub.
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ from kava_jax.hf.locate import TOKENIZER_FILES, read_json
 from kava_jax.hf.names import Row, parameter_shapes, rows_of
 from kava_jax.models.spec import DecoderSpec
 from kava_jax.parallel.hosts import on_host
+from kava_jax.storage import Place, check_access, upload
 
 _MARKER = "kava_export.json"
 # Keys of a source config that name its machine, point to code that is not copied, or follow from
@@ -38,7 +42,7 @@ _PROBE = "Question: Tom's 12,345 apples cost $6.70 each.\n\nAnswer:  he pays (a 
 
 
 def export_model(
-    directory: Path,
+    directory: Place,
     params: Mapping[str, Any],
     spec: DecoderSpec,
     *,
@@ -73,11 +77,7 @@ def export_model(
         for row, layer in _tensors(spec):
             _fetch(flat[row.ours], row, layer, spec, jnp.dtype(dtype))
         return
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    partial = directory.with_name(f".{directory.name}.partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    try:
+    with _written_whole(directory) as partial:
         _write_tokenizer(partial, source_dir if tokenizer is None else tokenizer)
         _write_configs(partial, spec, dtype, tokenizer, source_dir)
         if tokenizer is not None:
@@ -88,12 +88,30 @@ def export_model(
             shutil.copymode(partial / "README.md", weights)
         names = sorted([_MARKER, *(path.name for path in partial.iterdir())])
         _write_json(partial / _MARKER, {"written_by": "kava-jax", "files": names})
+
+
+@contextmanager
+def _written_whole(directory: Place) -> Iterator[Path]:
+    """An empty local directory that takes the place of ``directory`` when nothing is raised."""
+    if not isinstance(directory, Path):
+        with tempfile.TemporaryDirectory(prefix="kava-") as folder:
+            yield Path(folder)
+            # Without config.json no program takes it for a model.
+            upload(Path(folder), directory, first=_MARKER, last="config.json")
+        return
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    partial = directory.with_name(f".{directory.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        yield partial
         _move_into_place(partial, directory)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _check_destination(directory: Path) -> None:
+def _check_destination(directory: Place) -> None:
+    check_access(directory, "out")
     if directory.exists() and not directory.is_dir():
         raise KavaError(f"out={directory.name} is a file; give a new directory")
     present = {path.name for path in directory.iterdir()} if directory.exists() else set()

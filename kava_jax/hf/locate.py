@@ -13,6 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from kava_jax.errors import KavaError
+from kava_jax.storage import Place
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 BUILTIN_PREFIX = "builtin:"
@@ -96,7 +97,7 @@ def model_fingerprint(directory: Path) -> str:
     return digest.hexdigest()
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Place) -> dict[str, Any]:
     """Parse a JSON object; a ``KavaError`` names the file when it is missing or broken."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))

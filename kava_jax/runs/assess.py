@@ -1,7 +1,6 @@
 """``kava eval``: any student on any data, a run's with its alignment, a directory's without."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from kava_jax.config_file import parse_config
@@ -9,6 +8,7 @@ from kava_jax.data.dataset import HeldOut
 from kava_jax.errors import KavaError
 from kava_jax.runs.evaluate import evaluate
 from kava_jax.runs.prepare import Run, data_loader, prepare, reopen, restore
+from kava_jax.storage import check_access, place
 from kava_jax.training.manifest import MANIFEST_NAME
 
 
@@ -23,7 +23,8 @@ def assess(
     for override in overrides:
         if not override.startswith(("data.", "eval.")):
             raise KavaError(f"override={override!r}: kava eval takes data.* and eval.* fields only")
-    directory = Path(model)
+    directory = place(model, "model")
+    check_access(directory, "model")
     if (directory / MANIFEST_NAME).is_file():
         run = reopen(directory, overrides)
         held = _held_out(run, data, rows)

@@ -10,7 +10,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -46,6 +45,7 @@ from kava_jax.runs.prepare import (
     prepare,
     read_measured_maps,
 )
+from kava_jax.storage import Place, check_access, local_file
 from kava_jax.training.manifest import Fingerprints, check_manifest, config_hash
 from kava_jax.training.objective import PARTS
 
@@ -97,6 +97,7 @@ def calibrate(config: Config) -> Calibration:
             "the config measures nothing: set recipe=calibrated, projector.init=calibrated or a "
             "teacher's layer_map to cka or calibrated"
         )
+    check_access(config.run.directory, "run.dir")
     run = prepare(unmeasured(config))
     dataset = load_dataset(run)
     fingerprints = fingerprints_of(run, dataset)
@@ -285,7 +286,7 @@ def _identity(config: Config, fingerprints: Fingerprints) -> str:
     return config_hash(fields)
 
 
-def _projector_file(config: Config) -> Path:
+def _projector_file(config: Config) -> Place:
     return calibration_path(config.run.directory).with_name("projector.safetensors")
 
 
@@ -296,12 +297,13 @@ def _write(config: Config, found: Calibration) -> None:
         part = prepare(config, found.maps).blueprint.projector
         assert part is not None
         module: KVDimensionProjector = nnx.merge(part.graph, found.projector)
-        module.save(_projector_file(config))
+        with local_file(_projector_file(config)) as file:
+            module.save(file)
     # Last, so that a file that names maps never stands beside another one's projector.
-    path.write_text(json.dumps(found.report, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(found.report, indent=2) + "\n")
 
 
-def _written_identity(path: Path) -> str | None:
+def _written_identity(path: Place) -> str | None:
     try:
         return json.loads(path.read_text(encoding="utf-8")).get("identity")
     except (OSError, ValueError, AttributeError):
@@ -313,7 +315,8 @@ def _read(config: Config) -> Calibration:
     path = calibration_path(config.run.directory)
     projector = None
     if config.projector.init == "calibrated":
-        module = KVDimensionProjector.load(_projector_file(config))
+        with local_file(_projector_file(config)) as file:
+            module = KVDimensionProjector.load(file)
         projector = nnx.to_pure_dict(nnx.state(module, nnx.Param))
     report = json.loads(path.read_text(encoding="utf-8"))
     return Calibration(read_measured_maps(config), projector, report)

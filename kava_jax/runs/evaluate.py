@@ -3,7 +3,6 @@
 import json
 from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -20,6 +19,7 @@ from kava_jax.models.generate import generate
 from kava_jax.parallel.hosts import on_host
 from kava_jax.parallel.sharding import put_batch, spread_rows
 from kava_jax.runs.prepare import Run
+from kava_jax.storage import Place
 from kava_jax.training.manifest import write_atomically
 from kava_jax.training.objective import Statistics
 from kava_jax.training.step import TrainState
@@ -116,7 +116,7 @@ def evaluator(
     return evaluate_at
 
 
-def write_answers(directory: Path, answers: Mapping[str, ExactMatch]) -> None:
+def write_answers(directory: Place, answers: Mapping[str, ExactMatch]) -> None:
     """Every question with its answer, one JSON object a line, by set."""
     lines = [
         json.dumps({"set": name, **sample._asdict()})
@@ -126,7 +126,7 @@ def write_answers(directory: Path, answers: Mapping[str, ExactMatch]) -> None:
     write_atomically(directory / ANSWERS_NAME, "\n".join(lines) + "\n")
 
 
-def read_answers(directory: Path) -> dict[str, list[Sample]]:
+def read_answers(directory: Place) -> dict[str, list[Sample]]:
     """What :func:`write_answers` wrote, by set; none where there is no such file.
 
     Raises KavaError when the file is not whole.

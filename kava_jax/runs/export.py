@@ -7,6 +7,7 @@ from kava_jax.hf.card import model_card
 from kava_jax.hf.export import export_model
 from kava_jax.hf.locate import read_json
 from kava_jax.runs.prepare import Run
+from kava_jax.storage import Place
 from kava_jax.training.manifest import read_manifest
 from kava_jax.training.metrics_file import METRICS_NAME, read_metrics
 from kava_jax.training.step import TrainState
@@ -14,7 +15,7 @@ from kava_jax.training.step import TrainState
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 
-def export(run: Run, state: TrainState, out: Path, dtype: DtypeName = "auto") -> None:
+def export(run: Run, state: TrainState, out: Place, dtype: DtypeName = "auto") -> None:
     """The student as a Hugging Face directory. ``auto`` is the dtype it came in, or float32."""
     source = run.blueprint.student_dir
     tokenizer = Path(run.tokenizer_source)
@@ -60,7 +61,7 @@ def _card(run: Run, step: int) -> str:
     )
 
 
-def _last_evaluation(run_dir: Path, step: int) -> dict[str, float]:
+def _last_evaluation(run_dir: Place, step: int) -> dict[str, float]:
     """The held-out figures logged at ``step``; none if the run was not evaluated there."""
     records = [r for r in read_metrics(run_dir / METRICS_NAME, "eval") if r["step"] == step]
     return {

@@ -3,7 +3,6 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jax.sharding import Mesh
@@ -17,6 +16,7 @@ from kava_jax.data.tokenizer import BUILTIN_TOKENIZER, check_same_ids, load_toke
 from kava_jax.errors import KavaError
 from kava_jax.hf.locate import model_fingerprint, resolve_model
 from kava_jax.parallel.mesh import make_mesh
+from kava_jax.storage import Place, check_access
 from kava_jax.training.blueprint import Blueprint, find_models, make_blueprint
 from kava_jax.training.checkpoint import Checkpoints, abstract_state
 from kava_jax.training.manifest import CALIBRATION_NAME, Fingerprints, read_manifest
@@ -38,7 +38,7 @@ class Run:
     blueprint: Blueprint
 
     @property
-    def directory(self) -> Path:
+    def directory(self) -> Place:
         """The run directory."""
         return self.config.run.directory
 
@@ -118,11 +118,12 @@ def data_loader(run: Run) -> Load:
     )
 
 
-def reopen(run_dir: Path, overrides: Sequence[str] = ()) -> Run:
+def reopen(run_dir: Place, overrides: Sequence[str] = ()) -> Run:
     """A run directory that ``train`` made, prepared again from the config it was started with.
 
     The attention kernel is chosen anew: this may be another kind of machine.
     """
+    check_access(run_dir, "run")
     chosen = ["train.attention=auto", *overrides]
     config = parse_config(read_manifest(run_dir)["config"], chosen)
     located = config.run.model_copy(update={"dir": str(run_dir)})
@@ -130,7 +131,7 @@ def reopen(run_dir: Path, overrides: Sequence[str] = ()) -> Run:
     return prepare(located_config, read_measured_maps(located_config))
 
 
-def calibration_path(run_dir: Path) -> Path:
+def calibration_path(run_dir: Place) -> Place:
     """Where a run keeps what its calibration found."""
     return run_dir / CALIBRATION_NAME / "calibration.json"
 

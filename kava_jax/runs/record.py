@@ -9,7 +9,6 @@ figures on the way (``metrics.jsonl``).
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -20,6 +19,7 @@ from kava_jax.data.dataset import Dataset
 from kava_jax.errors import KavaError
 from kava_jax.models.spec import DecoderSpec
 from kava_jax.runs.prepare import Run
+from kava_jax.storage import Place
 from kava_jax.training.manifest import read_manifest, write_atomically
 from kava_jax.training.parts import TeacherPart
 from kava_jax.verdict import verdict
@@ -36,7 +36,7 @@ FIGURES = {
 }
 
 
-def write_record(run: Run, dataset: Dataset, evaluation: Mapping[str, float]) -> Path:
+def write_record(run: Run, dataset: Dataset, evaluation: Mapping[str, float]) -> Place:
     """Write the record of a finished run into its directory and return its path.
 
     Versions, hardware, revision and command are those of the last start, the date is that of the
@@ -156,7 +156,7 @@ def six_digits(value: float | int | None) -> float | None:
     return None if value is None or not math.isfinite(value) else float(f"{value:.6g}")
 
 
-def _conclusion(path: Path) -> str:
+def _conclusion(path: Place) -> str:
     """What a person has written into an earlier record."""
     if not path.exists():
         return ""

@@ -5,7 +5,6 @@ none of this.
 """
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 from kava_jax.config_file import dump_config, parse_config
@@ -14,6 +13,7 @@ from kava_jax.errors import KavaError
 from kava_jax.evaluation.exact_match import ExactMatch
 from kava_jax.runs.evaluate import answer
 from kava_jax.runs.prepare import Run, load_dataset, prepare, reopen, restore
+from kava_jax.storage import Place
 
 
 class Answered(NamedTuple):
@@ -23,7 +23,7 @@ class Answered(NamedTuple):
     answers: ExactMatch
 
 
-def answer_all(run_dir: Path, count: int) -> list[Answered]:
+def answer_all(run_dir: Place, count: int) -> list[Answered]:
     """The first ``count`` held-out questions of a finished run, answered by everyone.
 
     Raises:

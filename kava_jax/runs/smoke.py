@@ -8,7 +8,6 @@ A tokenizer or data set that cannot be had is replaced by the built-in one, and 
 
 import dataclasses
 import math
-import shutil
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,6 +27,7 @@ from kava_jax.hf.names import parameter_shapes
 from kava_jax.models.spec import DecoderSpec, LongRopeScaling
 from kava_jax.parallel.hosts import from_first
 from kava_jax.runs.geometry import model_specs
+from kava_jax.storage import check_access, remove
 from kava_jax.training.manifest import MANIFEST_NAME
 
 # Two rows are the fewest with a shuffled cosine. Every other length of a batch is compiled anew,
@@ -43,9 +43,10 @@ def smoke_config(config: Config) -> Config:
     An earlier smoke run there is removed: smoke runs start over, they do not continue. Of several
     processes the first one removes and writes, and the others wait for it.
     """
+    check_access(config.run.directory, "run.dir")
     directory = config.run.directory.with_name(f"{config.run.directory.name}-smoke")
     if jax.process_index() == 0 and (directory / MANIFEST_NAME).is_file():
-        shutil.rmtree(directory)
+        remove(directory)
     raw = dump_config(config)
     specs = model_specs(raw)
     tokenizer, source = _tokenizer(raw)
@@ -55,7 +56,9 @@ def smoke_config(config: Config) -> Config:
     head_dims = max(spec.head_dim for spec in specs.values())
     for name, spec in specs.items():
         tiny = _shrunk(spec, divisor, head_dims, len(tokenizer))
-        where = directory.with_name(f"{directory.name}-models") / name
+        # Models are read from disks alone.
+        beside = directory.parent if isinstance(directory, Path) else Path("runs")
+        where = beside / f"{directory.name}-models" / name
         _write_random(where, tiny, tokenizer)
         _point_at(raw, name, where)
     from_first(0)  # the models are read next, by all processes

@@ -17,6 +17,7 @@ from kava_jax.runs.calibrate import calibrated, place, unmeasured
 from kava_jax.runs.evaluate import evaluator
 from kava_jax.runs.prepare import Run, fingerprints_of, load_dataset, prepare, restore_target
 from kava_jax.runs.record import write_record
+from kava_jax.storage import check_access, local_file
 from kava_jax.training.ahead import compiled_ahead
 from kava_jax.training.checkpoint import Checkpoints
 from kava_jax.training.loop import Cadence, projector_path, run_steps
@@ -49,6 +50,7 @@ def train(config: Config, command: Sequence[str]) -> Trained:
 
     Everything that can be wrong with the input is found before anything is written.
     """
+    check_access(config.run.directory, "run.dir")
     run = prepare(unmeasured(config))
     dataset = load_dataset(run)
     plain, fingerprints = dump_config(config), fingerprints_of(run, dataset)
@@ -170,4 +172,5 @@ def _save_projector(run: Run, state: TrainState) -> None:
     params = jax.tree.map(on_host, state.params["projector"])
     if jax.process_index() == 0:
         module: KVDimensionProjector = nnx.merge(projector.graph, params)
-        module.save(projector_path(run.directory))
+        with local_file(projector_path(run.directory)) as path:
+            module.save(path)

@@ -8,7 +8,6 @@ teachers are not in it; their fingerprints are in the manifest.
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -16,6 +15,7 @@ import jax
 
 from kava_jax.errors import KavaError, StoppedError, is_full_disk
 from kava_jax.parallel.hosts import from_first
+from kava_jax.storage import Place, absolute, move
 from kava_jax.training.digests import damage
 from kava_jax.training.step import TrainState
 
@@ -27,7 +27,7 @@ DAMAGED_NAME = "checkpoints_damaged"
 class Checkpoints:
     """The ``checkpoints/`` directory of one run; a context manager that waits for writes to end."""
 
-    def __init__(self, run_dir: Path, keep: int, *, read_only: bool = False):
+    def __init__(self, run_dir: Place, keep: int, *, read_only: bool = False):
         """Keep the newest ``keep`` checkpoints and the one with the lowest held-out loss.
 
         ``read_only`` creates and deletes nothing.
@@ -44,7 +44,7 @@ class Checkpoints:
         )
         policy = keeping.AnyPreservationPolicy([keeping.LatestN(n=keep), best])
         self._items = orbax_items
-        self._directory = (run_dir / "checkpoints").resolve()
+        self._directory = absolute(run_dir) / "checkpoints"
         self._checked: set[int] = set()
         self._manager = ocp.CheckpointManager(
             self._directory,
@@ -190,9 +190,8 @@ class Checkpoints:
 
     def _put_aside(self, step: int) -> None:
         place = self._directory.parent / DAMAGED_NAME
-        place.mkdir(exist_ok=True)
         number = sum(1 for path in place.glob(f"{step}*"))
-        (self._directory / str(step)).rename(place / (f"{step}.{number}" if number else str(step)))
+        move(self._directory / str(step), place / (f"{step}.{number}" if number else str(step)))
 
     @contextmanager
     def _full_disk_told(self) -> Iterator[None]:

@@ -5,18 +5,19 @@ Orbax restores flipped bits without a word, so the digests are what a checkpoint
 
 import hashlib
 import json
-from pathlib import Path
+
+from kava_jax.storage import Place, files_below
 
 DIGESTS_NAME = "sha256.json"
 
 
-def write_digests(directory: Path) -> None:
+def write_digests(directory: Place) -> None:
     """Write ``sha256.json``: the digest of every file below the directory, by relative path."""
     digests = {name: _digest(directory / name) for name in _files(directory)}
-    (directory / DIGESTS_NAME).write_text(json.dumps(digests, indent=1) + "\n", encoding="utf-8")
+    (directory / DIGESTS_NAME).write_text(json.dumps(digests, indent=1) + "\n")
 
 
-def damage(directory: Path) -> str | None:
+def damage(directory: Place) -> str | None:
     """What is wrong with the directory's files, in a few words; None when they are intact."""
     try:
         expected = json.loads((directory / DIGESTS_NAME).read_text(encoding="utf-8"))
@@ -35,11 +36,10 @@ def damage(directory: Path) -> str | None:
     return None
 
 
-def _files(directory: Path) -> list[str]:
-    found = [path for path in directory.rglob("*") if path.is_file() and path.name != DIGESTS_NAME]
-    return sorted(path.relative_to(directory).as_posix() for path in found)
+def _files(directory: Place) -> list[str]:
+    return [name for name in files_below(directory) if name != DIGESTS_NAME]
 
 
-def _digest(path: Path) -> str:
+def _digest(path: Place) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()  # pyright: ignore[reportArgumentType]  (epath's files have readinto)

@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -14,6 +13,7 @@ from kava_jax.errors import PreemptedError
 from kava_jax.models.decoder import Params
 from kava_jax.parallel.hosts import from_first
 from kava_jax.parallel.sharding import put_batch
+from kava_jax.storage import Place
 from kava_jax.training.checkpoint import Checkpoints
 from kava_jax.training.lines import Clock, Lines
 from kava_jax.training.monitor import Monitor
@@ -113,13 +113,13 @@ def run_steps(
             late = logged and _overdue(saved, cadence.checkpoint_minutes)
             due = late or done % cadence.checkpoint_every == 0
             if last or (due and not asked):
-                _settled(lines, skips, done)
+                _settled(lines, skips, monitor, done)
                 checkpoints.save(state, measured)
                 saved = time.monotonic()
             if asked and not last:
                 raise AskedToEndError
     except AskedToEndError:
-        _settled(lines, skips, done)
+        _settled(lines, skips, monitor, done)
         if done > start:
             checkpoints.save(state, measured)
             checkpoints.wait()
@@ -155,10 +155,11 @@ def _evaluated(evaluate: Evaluate, state: TrainState, step: int, monitor: Monito
     return evaluation
 
 
-def _settled(lines: Lines, skips: SkipLog, done: int) -> None:
+def _settled(lines: Lines, skips: SkipLog, monitor: Monitor, done: int) -> None:
     """Nothing up to step ``done`` is left unwritten, so that a checkpoint may follow."""
     lines.settle()
     skips.settle(done)
+    monitor.publish()
 
 
 def _overdue(saved: float, minutes: float | None) -> bool:
@@ -190,6 +191,6 @@ def _probed(
     return found.kv_scale
 
 
-def projector_path(run_dir: Path) -> Path:
+def projector_path(run_dir: Place) -> Place:
     """Where a finished run leaves its projector."""
     return run_dir / "projector.safetensors"

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from kava_jax.errors import KavaError
+from kava_jax.storage import Place
 
 CONFIG_NAME = "config.yaml"
 MANIFEST_NAME = "manifest.json"
@@ -67,7 +68,7 @@ class Change(NamedTuple):
         return f"{self.field} {self.old} -> {self.new}"
 
 
-def write_config(run_dir: Path, config: Mapping[str, Any]) -> None:
+def write_config(run_dir: Place, config: Mapping[str, Any]) -> None:
     """Write the resolved config as ``config.yaml``, atomically, making the directory if need be."""
     text = yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True)
     write_atomically(run_dir / CONFIG_NAME, text)
@@ -99,7 +100,7 @@ def config_diff(
 
 
 def write_manifest(
-    run_dir: Path,
+    run_dir: Place,
     *,
     command: Sequence[str],
     config: Mapping[str, Any],
@@ -130,7 +131,7 @@ def write_manifest(
     write_atomically(run_dir / MANIFEST_NAME, json.dumps(manifest, indent=2) + "\n")
 
 
-def read_manifest(run_dir: Path) -> dict[str, Any]:
+def read_manifest(run_dir: Place) -> dict[str, Any]:
     """Read ``manifest.json`` of a run directory; a missing or broken file is a ``KavaError``."""
     path = run_dir / MANIFEST_NAME
     try:
@@ -147,7 +148,7 @@ def read_manifest(run_dir: Path) -> dict[str, Any]:
 
 
 def check_manifest(
-    run_dir: Path,
+    run_dir: Place,
     *,
     config: Mapping[str, Any],
     fingerprints: Fingerprints,
@@ -177,7 +178,7 @@ def check_manifest(
     return True
 
 
-def _check_fresh(run_dir: Path) -> None:
+def _check_fresh(run_dir: Place) -> None:
     """Refuse a directory that is not ours. A lone config.yaml is a start that died early."""
     if run_dir.exists() and not run_dir.is_dir():
         raise KavaError(f"run.dir={run_dir} is a file; name a directory")
@@ -257,8 +258,11 @@ def _git(*arguments: str) -> str:
     return done.stdout.strip()
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Place, text: str) -> None:
     """Readers see the old file or the new one, also after a power cut, never half of one."""
+    if not isinstance(path, Path):  # an object appears whole
+        path.write_text(text)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
     try:

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kava_jax.errors import KavaError
+from kava_jax.storage import Place
 
 METRICS_NAME = "metrics.jsonl"
 Kind = Literal["train", "eval", "diagnostics", "skipped"]
 
 
-def read_metrics(path: Path, kind: Kind) -> list[dict[str, Any]]:
+def read_metrics(path: Place, kind: Kind) -> list[dict[str, Any]]:
     """All lines of one kind in ``metrics.jsonl``, by step; ``null`` is None.
 
     A half-written last line, as a running or killed run leaves it, is skipped; a step logged twice,

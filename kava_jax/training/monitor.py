@@ -17,7 +17,6 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -27,6 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
 
+from kava_jax.storage import Place, growing
 from kava_jax.training.metrics_file import METRICS_NAME, Kind, cut, read_metrics
 from kava_jax.verdict import alarms, collapse_signs, collapsed_layers, verdict
 
@@ -65,7 +65,7 @@ class Monitor:
 
     def __init__(
         self,
-        run_dir: Path,
+        run_dir: Place,
         *,
         total_steps: int,
         start_step: int = 0,
@@ -85,15 +85,15 @@ class Monitor:
             return self
         from tensorboardX import SummaryWriter
 
-        self._run_dir.mkdir(parents=True, exist_ok=True)
-        path = self._run_dir / METRICS_NAME
-        cut(path, self._start_step)
         with ExitStack() as stack:
+            self._files = stack.enter_context(growing(self._run_dir, METRICS_NAME))
+            path = self._files.directory / METRICS_NAME
+            cut(path, self._start_step)
             self._file = stack.enter_context(path.open("a", encoding="utf-8"))
             self._tensorboard = stack.enter_context(
                 # purge_step: TensorBoard itself hides what an earlier attempt wrote from there on.
                 SummaryWriter(
-                    str(self._run_dir / TENSORBOARD_NAME),
+                    str(self._files.directory / TENSORBOARD_NAME),
                     purge_step=self._start_step + 1 if self._start_step else 0,
                     flush_secs=10,
                 )
@@ -148,8 +148,14 @@ class Monitor:
         """Whether the evaluation at ``step`` was recorded before; only the first process knows."""
         if not self._write:
             return False
-        recorded = read_metrics(self._run_dir / METRICS_NAME, "eval")
+        recorded = read_metrics(self._files.directory / METRICS_NAME, "eval")
         return any(line["step"] == step for line in recorded)
+
+    def publish(self) -> None:
+        """Make what was recorded so far outlast this machine, where the run is on a bucket."""
+        if self._write:
+            self._tensorboard.flush()
+            self._files.publish()
 
     def skipped(self, step: int, rows: Sequence[int]) -> None:
         """Record and say that a step was skipped, with the training rows of its batch."""

@@ -5,11 +5,11 @@ written, and then renames it. Apart from ``checkpoint`` because it imports Orbax
 """
 
 import dataclasses
-from pathlib import Path
 
 import orbax.checkpoint as ocp
 from etils import epath
 
+from kava_jax.storage import place
 from kava_jax.training.digests import write_digests
 
 
@@ -19,7 +19,7 @@ class DigestedHandler(ocp.StandardCheckpointHandler):
     def finalize(self, directory: epath.Path) -> None:
         """Called when every process has written its part."""
         super().finalize(directory)
-        write_digests(Path(directory))
+        write_digests(place(str(directory), "checkpoint"))
 
 
 @ocp.args.register_with_handler(DigestedHandler, for_save=True)

@@ -1,9 +1,11 @@
 """A trace of a few steps for TensorBoard's profiler or Perfetto."""
 
-from pathlib import Path
+from contextlib import ExitStack
 from typing import Any
 
 import jax
+
+from kava_jax.storage import Place, growing
 
 PROFILE_NAME = "profile"
 
@@ -15,14 +17,16 @@ class Profile:
     that starts later than ``first``, or ends before ``last``, traces what there is.
     """
 
-    def __init__(self, run_dir: Path, steps: tuple[int, int] | None):
-        self._directory, self._steps, self._on = run_dir / PROFILE_NAME, steps, False
+    def __init__(self, run_dir: Place, steps: tuple[int, int] | None):
+        self._run_dir, self._steps, self._on = run_dir, steps, False
+        self._exit = ExitStack()
 
     def before(self, number: int, state: Any) -> None:
         """Before the step that makes ``number`` steps."""
         if self._steps and not self._on and self._steps[0] <= number <= self._steps[1]:
             jax.block_until_ready(state)
-            jax.profiler.start_trace(self._directory)
+            files = self._exit.enter_context(growing(self._run_dir))
+            jax.profiler.start_trace(files.directory / PROFILE_NAME)
             self._on = True
 
     def after(self, number: int, state: Any) -> None:
@@ -35,4 +39,5 @@ class Profile:
         """Write what there is, if a trace is on."""
         if self._on:
             jax.profiler.stop_trace()
+            self._exit.close()
             self._on = False

@@ -1,0 +1,222 @@
+"""A run on a bucket: the same command gives the same run, and a kill leaves no trace there either."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.tiny import write_config, write_workspace
+
+# All of them are in the test extra; an environment that is kept for long may lack the newest.
+fsspec = pytest.importorskip("fsspec")
+pytest.importorskip("gcsfs")
+pytest.importorskip("gcp_storage_emulator")
+
+ROOT = Path(__file__).parents[2]
+STEPS = 6
+TIMED = ("step_seconds", "tokens_per_second", "probe_seconds", "probe_share_of_time")
+KAVA = [sys.executable, "-m", "kava_jax"]
+
+
+class Bucket:
+    """A workspace on disk, and a bucket that the processes started here see."""
+
+    def __init__(self, workspace: Path, port: int):
+        from tests.bucket import environment
+
+        self.workspace = workspace
+        self.environment = environment(port) | {
+            "PYTHONPATH": str(ROOT),
+            "JAX_COMPILATION_CACHE_DIR": str(workspace / "compiled"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+        address = self.environment["STORAGE_EMULATOR_HOST"]
+        self.files = fsspec.filesystem(
+            "gs", endpoint_url=address, token="anon", use_listings_cache=False
+        )
+
+    def start(self, *arguments: str, **environment: str) -> subprocess.Popen:
+        return subprocess.Popen(
+            [*KAVA, *arguments],
+            cwd=self.workspace,
+            env=os.environ | self.environment | environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def finish(self, *arguments: str) -> str:
+        process = self.start(*arguments)
+        out, words = process.communicate()
+        assert process.returncode == 0, words
+        return out + words
+
+    def lines(self, run: str) -> list[dict]:
+        """All of ``metrics.jsonl`` but the timings."""
+        return untimed(self.files.cat_file(f"{run}/metrics.jsonl").decode())
+
+    def kill_when(self, run: str, seen: Callable[[], bool]) -> None:
+        """Train until ``seen``, and kill at once."""
+        process = self.start("train", "run.yaml", f"run.dir={run}")
+        while process.poll() is None and not seen():
+            time.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        words = process.communicate()[1]
+        assert process.returncode == -signal.SIGKILL, words
+
+
+def untimed(text: str) -> list[dict]:
+    found = [json.loads(line) for line in text.splitlines()]
+    return [{key: x for key, x in line.items() if key not in TIMED} for line in found]
+
+
+@pytest.fixture(scope="module")
+def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bucket]:
+    """The bucket, and beside it on disk ``whole``, the run that nobody disturbed."""
+    place = write_workspace(tmp_path_factory.mktemp("bucket"))
+    train = {"steps": STEPS, "log_every": 1, "eval_every": 4, "checkpoint_every": 2}
+    write_config(place / "run.yaml", train=train | {"diagnose_every": 3})
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "tests.bucket", str(port)], cwd=ROOT, stderr=subprocess.DEVNULL
+    )
+    found = Bucket(place, port)
+    try:
+        while server.poll() is None and socket.socket().connect_ex(("127.0.0.1", port)):
+            time.sleep(0.05)
+        found.finish("train", "run.yaml", "run.dir=whole")
+        yield found
+    finally:
+        server.kill()
+        server.wait()
+
+
+@pytest.fixture(scope="module")
+def whole(bucket: Bucket) -> list[dict]:
+    return untimed((bucket.workspace / "whole" / "metrics.jsonl").read_text())
+
+
+@pytest.fixture(scope="module")
+def killed(bucket: Bucket, whole: list[dict]) -> str:
+    """A run that was killed between two checkpoints, then while saving, and then finished."""
+    run = "gs://bucket/runs/killed"
+    saved = f"{run}/checkpoints/2/commit_success.txt"
+    bucket.kill_when(run, lambda: bucket.files.exists(saved))
+    # What stood there at the checkpoint is there, whatever came after it.
+    until = [line for line in whole if line["step"] <= 2]
+    assert bucket.lines(run)[: len(until)] == until
+    following = f"{run}/checkpoints/4"
+
+    def saving() -> bool:
+        begun = bucket.files.find(following)
+        return bool(begun) and not bucket.files.exists(f"{following}/commit_success.txt")
+
+    bucket.kill_when(run, saving)
+    assert not bucket.files.exists(f"{following}/commit_success.txt")
+    words = bucket.finish("train", "run.yaml", f"run.dir={run}")
+    assert "continuing from the checkpoint at step 2" in words
+    return run
+
+
+def test_a_killed_run_ends_up_as_if_nothing_had_happened(
+    bucket: Bucket, whole: list[dict], killed: str
+) -> None:
+    assert bucket.lines(killed) == whole
+    names = {"answers.jsonl", "config.yaml", "manifest.json", "projector.safetensors"}
+    listed = {path.rpartition("/")[2] for path in bucket.files.ls(killed, detail=False)}
+    assert listed == names | {"checkpoints", "metrics.jsonl", "record.yaml", "tensorboard"}
+    ours = bucket.files.cat_file(f"{killed}/answers.jsonl").decode()
+    assert ours == (bucket.workspace / "whole" / "answers.jsonl").read_text()
+    # No directory of that name was made where the command ran.
+    assert not list(bucket.workspace.glob("gs*"))
+
+
+def test_its_export_evaluation_and_report_are_those_of_a_run_on_disk(
+    bucket: Bucket, killed: str
+) -> None:
+    for _ in range(2):  # the second takes the place of the first
+        bucket.finish("export", killed, "--out", "gs://bucket/exported")
+    bucket.finish("export", "whole", "--out", "exported")
+    for path in (bucket.workspace / "exported").iterdir():
+        if path.name != "README.md":  # the card names the command
+            assert bucket.files.cat_file(f"gs://bucket/exported/{path.name}") == path.read_bytes()
+    arguments = ["--data", "data.jsonl", "--rows", "8", "--json"]
+    evaluated = [bucket.start("eval", run, *arguments) for run in (killed, "whole")]
+    ours, theirs = (process.communicate()[0] for process in evaluated)
+    assert ours == theirs
+    bucket.finish("report", killed)
+    assert b"Step 6 of 6." in bucket.files.cat_file(f"{killed}/report.html")
+
+
+def test_a_damaged_checkpoint_is_put_aside(bucket: Bucket, whole: list[dict], killed: str) -> None:
+    data = f"{killed}/checkpoints/6/default"
+    name = next(path for path in bucket.files.find(data) if "/d/" in path)
+    content = bytearray(bucket.files.cat_file(name))
+    content[len(content) // 2] ^= 1
+    bucket.files.pipe_file(name, bytes(content))
+    words = bucket.finish("train", "run.yaml", f"run.dir={killed}")
+    assert "checkpoint 6 is damaged" in words
+    assert "continuing from the checkpoint at step 4" in words
+    assert bucket.files.exists(f"{killed}/checkpoints_damaged/6/default/sha256.json")
+    assert bucket.lines(killed) == whole
+
+
+def test_two_processes_share_a_run_there(bucket: Bucket, whole: list[dict]) -> None:
+    run = "gs://bucket/runs/two"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+
+    def both(*changed: str) -> list[subprocess.Popen]:
+        flags = ["--coordinator", address, "--processes", "2", "--process"]
+        arguments = ["train", "run.yaml", f"run.dir={run}", *changed]
+        return [
+            bucket.start(*flags, str(number), *arguments, JAX_NUM_CPU_DEVICES="1")
+            for number in range(2)
+        ]
+
+    first, second = both("mesh.data=1", "mesh.fsdp=2", "mesh.indivisible=replicate")
+    while first.poll() is None and not bucket.files.exists(
+        f"{run}/checkpoints/2/commit_success.txt"
+    ):
+        time.sleep(0.001)
+    for process in (first, second):
+        process.send_signal(signal.SIGKILL)
+    for process in (first, second):
+        process.communicate()
+    ended = [process.communicate()[1] for process in both("mesh.data=2")]
+    assert "continuing from the checkpoint at step" in ended[0], ended
+    found = bucket.lines(run)
+    assert [(x["step"], x["kind"]) for x in found] == [(x["step"], x["kind"]) for x in whole]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["train", "run.yaml", "run.dir=gs://nobodys/run"], "run.dir=gs://nobodys/run: the bucket"),
+        (["calibrate", "run.yaml", "recipe=calibrated", "run.dir=gs://nobodys/run"], "run.dir="),
+        (["export", "gs://nobodys/run", "--out", "out"], "run=gs://nobodys/run: the bucket"),
+        (["export", "whole", "--out", "gs://nobodys/run"], "out=gs://nobodys/run: the bucket"),
+        (["report", "gs://nobodys/run"], "run=gs://nobodys/run: the bucket"),
+        (["eval", "gs://nobodys/run", "--data", "data.jsonl"], "model=gs://nobodys/run: the"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_bucket_that_cannot_be_reached_is_said_in_one_line(
+    bucket: Bucket, arguments: list[str], told: str
+) -> None:
+    process = bucket.start(*arguments)
+    out, words = process.communicate()
+    assert process.returncode == 2, words
+    *_, last = words.strip().splitlines()
+    assert last.startswith(f"error: {told}")
+    assert "Traceback" not in words + out
