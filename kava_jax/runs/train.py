@@ -8,17 +8,25 @@ import jax
 from flax import nnx
 
 from kava_jax.alignment.projector import KVDimensionProjector
-from kava_jax.config import FREE_FIELDS, AutoShare, Config
+from kava_jax.config import FREE_FIELDS, PATH_FIELDS, AutoShare, Config
 from kava_jax.config_file import dump_config
 from kava_jax.data.dataset import Dataset
 from kava_jax.parallel.hosts import from_first, on_host
 from kava_jax.parallel.sharding import batch_sharding, replicated
 from kava_jax.runs.calibrate import calibrated, place, unmeasured
 from kava_jax.runs.evaluate import evaluator
-from kava_jax.runs.prepare import Run, fingerprints_of, load_dataset, prepare, restore_target
+from kava_jax.runs.prepare import (
+    Run,
+    fingerprints_of,
+    load_dataset,
+    prepare,
+    read_measured_maps,
+    restore_target,
+)
 from kava_jax.runs.record import write_record
+from kava_jax.runs.resume import changes_in_words, check_steps
 from kava_jax.training.ahead import compiled_ahead
-from kava_jax.training.checkpoint import Checkpoints
+from kava_jax.training.checkpoint import Checkpoints, newest_step
 from kava_jax.training.loop import Cadence, projector_path, run_steps
 from kava_jax.training.manifest import (
     Fingerprints,
@@ -52,8 +60,19 @@ def train(config: Config, command: Sequence[str]) -> Trained:
     run = prepare(unmeasured(config))
     dataset = load_dataset(run)
     plain, fingerprints = dump_config(config), fingerprints_of(run, dataset)
-    check_manifest(run.directory, config=plain, fingerprints=fingerprints, free=FREE_FIELDS)
-    run, start = begun(config, run, dataset, fingerprints)
+    earlier = check_manifest(
+        run.directory,
+        config=plain,
+        fingerprints=fingerprints,
+        free=FREE_FIELDS,
+        paths=PATH_FIELDS,
+    )
+    newest = from_first(newest_step(run.directory))
+    if newest < 0:
+        run, start = begun(config, run, dataset, fingerprints)
+    else:  # a fresh state beside the one that is read would take its room twice
+        check_steps(config, newest)
+        run, start = prepare(config, read_measured_maps(config)), None
     teachers = run.blueprint.load_teachers()
     write = jax.process_index() == 0
     if write:
@@ -74,6 +93,8 @@ def train(config: Config, command: Sequence[str]) -> Trained:
         if resumed is not None:
             notes.append(f"continuing from the checkpoint at step {resumed}")
             start = checkpoints.restore(resumed, restore_target(run))
+            notes += changes_in_words(earlier, config, start)
+        assert start is not None  # what was there a moment ago is intact, or has been refused
         with (
             listening() as preemption,
             Monitor(

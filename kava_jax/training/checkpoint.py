@@ -211,6 +211,14 @@ class Checkpoints:
         return f"{self._directory.parent.name}/{self._directory.name}"
 
 
+def newest_step(run_dir: Path) -> int:
+    """The step of a run's newest complete checkpoint, -1 without one; changes nothing."""
+    if not (run_dir / "checkpoints").is_dir():
+        return -1
+    with Checkpoints(run_dir, keep=1, read_only=True) as checkpoints:
+        return max(checkpoints.steps(), default=-1)
+
+
 def abstract_state(state: Any, shardings: Any) -> Any:
     """Shapes and dtypes of a state with our own shardings, as a restore target."""
     return jax.tree.map(
