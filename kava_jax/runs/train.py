@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -67,7 +68,7 @@ def train(config: Config, command: Sequence[str]) -> Trained:
         free=FREE_FIELDS,
         paths=PATH_FIELDS,
     )
-    newest = from_first(newest_step(run.directory))
+    newest = from_first(newest_step(run.directory), "start of training")
     if newest < 0:
         run, start = begun(config, run, dataset, fingerprints)
     else:  # a fresh state beside the one that is read would take its room twice
@@ -135,7 +136,7 @@ def train(config: Config, command: Sequence[str]) -> Trained:
                 preemption=preemption,
                 profile=Profile(run.directory, config.profile.first_and_last),
                 evaluated=not _evaluation_is_due(config, int(start.step))
-                or bool(from_first(monitor.has_evaluation(int(start.step)))),
+                or bool(from_first(monitor.has_evaluation(int(start.step)), "last evaluation")),
             )
     if run.blueprint.projector:
         _save_projector(run, state)
@@ -187,7 +188,7 @@ def _share(config: Config) -> AutoShare | None:
 def _save_projector(run: Run, state: TrainState) -> None:
     projector = run.blueprint.projector
     assert projector is not None
-    params = jax.tree.map(on_host, state.params["projector"])
+    params = jax.tree.map(partial(on_host, place="projector"), state.params["projector"])
     if jax.process_index() == 0:
         module: KVDimensionProjector = nnx.merge(projector.graph, params)
         module.save(projector_path(run.directory))
