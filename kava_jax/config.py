@@ -337,9 +337,11 @@ class Config(Section):
         return bool(self.teachers) and (measured or self.projector.init == "calibrated")
 
 
-# Fields that may change between a run and its continuation without changing what is learnt.
+# Fields that may change between a run and its continuation without changing what was learnt.
+# More steps are new ones; rates and weights that follow the length of a run are computed anew.
 FREE_FIELDS = (
     "run.dir",
+    "train.steps",
     "train.attention",
     "train.log_every",
     "train.eval_every",
@@ -351,4 +353,20 @@ FREE_FIELDS = (
     "eval",
     "mesh",
     "profile",
+)
+
+# Where a run's models, tokenizer and rows lie. They may move, since the manifest's fingerprints
+# tell whether they are the same.
+PATH_FIELDS = (
+    "teachers.*.path",
+    "teachers.*.revision",
+    "student.path",
+    "student.revision",
+    "student.tokenizer",
+    "data.path",
+    "data.subset",
+    "data.revision",
+    "data.split",
+    "data.eval_path",
+    "data.eval_split",
 )

@@ -11,15 +11,16 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # others, a piece of work that one of them still needs may find none left, and all wait for ever.
 os.environ.setdefault("NPROC", "32")
 # Eight virtual devices wait for each other on two busy cores; XLA's default is to abort after 40 s.
-flags = ["--xla_cpu_collective_call_terminate_timeout_seconds=600"]
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_cpu_collective_call_terminate_timeout_seconds=600"
+)
+# Tests compile far more than they compute: no optimisation by LLVM, and no kernels by MLIR while
+# jaxlib still leaves the choice (an unknown flag ends the process). `make test-optimized` leaves
+# both on, as users have them.
 if "KAVA_TEST_OPTIMIZED" not in os.environ:
-    # Tests compile far more than they compute: no optimisation by LLVM, and no kernels by MLIR
-    # while jaxlib still leaves the choice (an unknown flag ends the process). `make test-optimized`
-    # leaves both on, as users have them.
-    flags.append("--xla_backend_optimization_level=0")
-    if version("jaxlib") < "0.11":
-        flags.append("--xla_cpu_use_fusion_emitters=false")
-os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags])
+    os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0" + (
+        " --xla_cpu_use_fusion_emitters=false" if version("jaxlib") < "0.11" else ""
+    )
 
 import jax
 import pytest

@@ -268,8 +268,8 @@ FRESH = {
 }
 OLD = {
     "run of another config": Case(
-        (*TRAIN, "train.steps=5", "loss.beta=0.5"),
-        ("run.dir=run", "train.steps 2 -> 5", "loss.beta 0.01 -> 0.5", "name another run.dir"),
+        (*TRAIN, "run.seed=5", "loss.beta=0.5"),
+        ("run.dir=run", "run.seed 0 -> 5", "loss.beta 0.01 -> 0.5", "name another run.dir"),
     ),
     "changed teacher weights": Case(
         TRAIN, ("run.dir=run", "weights of teacher big", "restore the files"), other_weights

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from kava_jax.config import FREE_FIELDS, AutoShare, Config, Ramp
+from kava_jax.config import FREE_FIELDS, PATH_FIELDS, AutoShare, Config, Ramp
 from kava_jax.config_file import dump_config, load_config, parse_config, shipped_config
 from kava_jax.errors import KavaError
 from tests.tiny import write_config
@@ -66,6 +66,7 @@ def test_the_config_stays_small():
 def test_free_fields_exist():
     names = leaves(Config)
     assert all(any(f"{n}.".startswith(f"{free}.") for n in names) for free in FREE_FIELDS)
+    assert {path.replace(".*", "") for path in PATH_FIELDS} <= set(names)
 
 
 def test_defaults_are_those_of_the_design():

@@ -1,15 +1,20 @@
 """A run's data: training batches by step, and held-out rows that are never trained on."""
 
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from kava_jax.data.batches import BatchStream
 from kava_jax.data.example import Example
 from kava_jax.data.sources import fingerprint, load_examples
 from kava_jax.data.text import Encoded, Encoder
 from kava_jax.errors import KavaError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # Of a source without a held-out split, at most this share of the rows is held out.
 LARGEST_HELD_OUT_SHARE = 0.1
@@ -43,6 +48,9 @@ class Dataset(NamedTuple):
     stream: BatchStream
     held_out: HeldOut
     fingerprint: str
+    """Of the text of all rows."""
+    tokens: str
+    """Fingerprint of what the tokenizer made of them, and of the tokenizer's vocabulary."""
     notes: tuple[str, ...]
     more: Mapping[str, HeldOut]
 
@@ -98,8 +106,9 @@ def make_dataset(
     """Encode everything once. The notes say what was cut, dropped and held out."""
     # Sequences that are generated or read when asked would be so for every use below.
     training, held_out = list(training), list(held_out)
+    encoded, held = encoder.encode_all(training), HeldOut.of(held_out, encoder)
     stream = BatchStream(
-        encoder.encode_all(training),
+        encoded,
         batch_size=batch_size,
         max_length=encoder.max_length,
         seed=seed,
@@ -111,7 +120,26 @@ def make_dataset(
     notes = (f"data: {stream.report.sentence}", f"held out: {len(held_out)} rows")
     identity = fingerprint([*training, *held_out])
     others = {name: HeldOut.of(examples, encoder) for name, examples in more.items()}
-    return Dataset(stream, HeldOut.of(held_out, encoder), identity, notes, others)
+    tokens = token_fingerprint(encoder.tokenizer, [encoded, held.rows])
+    return Dataset(stream, held, identity, tokens, notes, others)
+
+
+def token_fingerprint(
+    tokenizer: "PreTrainedTokenizerBase", parts: Iterable[Sequence[Encoded]]
+) -> str:
+    """SHA-256 (hex) of encoded rows, part by part, and of all that the tokenizer gives an id to.
+
+    Taken from what the tokenizer does and not from its files, which other versions write otherwise.
+    """
+    special = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id)
+    known = (sorted(tokenizer.get_vocab().items()), special, tokenizer.chat_template)
+    digest = hashlib.sha256(json.dumps(known).encode())
+    for rows in parts:
+        digest.update(f"{len(rows)} rows\n".encode())
+        for row in rows:
+            digest.update(f"{row.prompt_length} of {len(row.ids)}\n".encode())
+            digest.update(row.ids.astype("<i4").tobytes())
+    return digest.hexdigest()
 
 
 def loader(

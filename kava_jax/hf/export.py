@@ -193,7 +193,7 @@ def _write_weights(
 
 def _fetch(array: Any, row: Row, layer: int, spec: DecoderSpec, dtype: np.dtype) -> np.ndarray:
     """One tensor in Hugging Face's layout on the host; of a stacked parameter only its layer."""
-    ours = on_host(array[layer] if row.stacked else array)
+    ours = on_host(array[layer] if row.stacked else array, "export")
     theirs = row.to_theirs(ours, spec)
     return np.ascontiguousarray(cast(theirs, dtype, row.name(layer)))
 

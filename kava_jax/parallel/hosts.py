@@ -1,19 +1,26 @@
-"""Several processes that act as one: start-up, values in common, whole arrays on every host."""
+"""Several processes that act as one: start-up, values in common, whole arrays on every host.
+
+Processes meet at places with names, which are the same on all of them. Whoever waits at one for too
+long ends with the place and the numbers of the processes that did not come. A process that is gone
+altogether is noticed by JAX's own heartbeat, and then all end.
+"""
 
 import os
+import re
 import sys
 from typing import Any
 
 import jax
 import numpy as np
 
-from kava_jax.errors import KavaError
+from kava_jax.errors import KavaError, StoppedError
 from kava_jax.parallel.cluster import Cluster
 
-# Large pods take long to come up; JAX's own default of 300 s is too short for them.
-STARTUP_SECONDS = 1800
-# After so long without a sign of life a process counts as dead, and the others end.
-HEARTBEAT_SECONDS = 30
+# Large pods take long to come up, and hosts read models and data at different speeds; JAX's own
+# default of 300 s is too short for them.
+PATIENCE_SECONDS = 1800
+# Of a text that is gathered.
+_LONGEST = 500
 
 
 def start(cluster: Cluster) -> None:
@@ -27,8 +34,7 @@ def start(cluster: Cluster) -> None:
             cluster.coordinator,
             cluster.processes,
             cluster.process,
-            initialization_timeout=STARTUP_SECONDS,
-            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            initialization_timeout=PATIENCE_SECONDS,
         )
     except ValueError as error:
         raise KavaError(
@@ -44,16 +50,64 @@ def _keep_stdout_clean() -> None:
     sys.stdout = os.fdopen(own, "w", encoding="utf-8")
 
 
-def from_first(number: int) -> int:
-    """The first process's number, on all processes; every process must ask."""
+def meet(place: str) -> None:
+    """Wait until every process is here.
+
+    Raises StoppedError with the processes that did not come in time.
+    """
+    if jax.process_count() == 1:
+        return
+    # The client behind ``jax.distributed``, as Orbax uses it: JAX's public barrier has no timeout.
+    from jax._src.distributed import global_state
+
+    assert global_state.client is not None  # else there would be one process
+    try:
+        global_state.client.wait_at_barrier(f"kava_jax: {place}", 1000 * PATIENCE_SECONDS)
+    except jax.errors.JaxRuntimeError as error:
+        if missing := absent(error):
+            raise StoppedError(
+                f"{missing} did not come to the place {place!r} within {PATIENCE_SECONDS} s; look "
+                f"at what it says last, end all processes and call again"
+            ) from error
+        raise
+
+
+def absent(error: BaseException | None) -> str | None:
+    """The processes that a barrier's timeout names, in words; None for any other error."""
+    while error is not None:
+        if "Barrier timed out" in str(error):
+            _, _, listed = str(error).partition("task names:")
+            # Each on a line of its own: a number, or a path that ends in one.
+            numbers = re.findall(r"(\d+)\s*$", listed.partition("RPC:")[0], re.MULTILINE)
+            several = "processes" if len(numbers) > 1 else "process"
+            return f"{several} {', '.join(numbers)}" if numbers else "a process"
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def from_first(number: int, place: str) -> int:
+    """The first process's number, on all processes; every process must ask at the same place."""
     if jax.process_count() == 1:
         return number
     from jax.experimental.multihost_utils import broadcast_one_to_all
 
+    meet(place)
     return int(broadcast_one_to_all(np.asarray(number, np.int32)))
 
 
-def on_host(array: Any) -> np.ndarray:
+def from_all(text: str, place: str) -> list[str]:
+    """Every process's text, cut to 500 bytes, by process; every process must ask."""
+    if jax.process_count() == 1:
+        return [text]
+    from jax.experimental.multihost_utils import process_allgather
+
+    meet(place)
+    own = np.frombuffer(text.encode()[:_LONGEST].ljust(_LONGEST, b"\0"), np.uint8)
+    rows = np.asarray(process_allgather(own))
+    return [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in rows]
+
+
+def on_host(array: Any, place: str) -> np.ndarray:
     """The whole array in this host's memory; all processes must ask, for the same arrays.
 
     What lies on this host already, as numpy arrays do, is taken as it is.
@@ -62,4 +116,5 @@ def on_host(array: Any) -> np.ndarray:
         return np.asarray(jax.device_get(array))
     from jax.experimental.multihost_utils import process_allgather
 
+    meet(place)
     return np.asarray(process_allgather(array, tiled=True))

@@ -27,7 +27,7 @@ from kava_jax.alignment.calibrate import (
 from kava_jax.alignment.grams import Grams
 from kava_jax.alignment.layer_map import LayerMap, window
 from kava_jax.alignment.projector import KVDimensionProjector
-from kava_jax.config import FREE_FIELDS, Config
+from kava_jax.config import FREE_FIELDS, PATH_FIELDS, Config
 from kava_jax.config_file import dump_config, parse_config
 from kava_jax.data.batches import Batch, eval_batches
 from kava_jax.data.dataset import Dataset
@@ -46,14 +46,15 @@ from kava_jax.runs.prepare import (
     read_measured_maps,
 )
 from kava_jax.storage import Place, check_access, local_file
-from kava_jax.training.manifest import Fingerprints, check_manifest, config_hash
+from kava_jax.training.manifest import Fingerprints, check_manifest, config_hash, fields_of
 from kava_jax.training.objective import PARTS
 
 # Of every eight rows: six to fit on, one to choose layers by, one to score.
 SPLITS = {"fit": (0, 1, 2, 3, 4, 5), "dev": (6,), "score": (7,)}
 LEAST_ROWS = 8
 MEASURED = ("cka", "calibrated")
-# What a calibration depends on: a change anywhere else leaves it as it is.
+# What a calibration depends on, beside the content of the files: a change anywhere else leaves it
+# as it is.
 IDENTITY = ("teachers", "student", "projector", "calibration", "data")
 FRAME_FIELDS = ("key_space", "remove_key_bias", "sink_tokens")
 
@@ -102,7 +103,11 @@ def calibrate(config: Config) -> Calibration:
     dataset = load_dataset(run)
     fingerprints = fingerprints_of(run, dataset)
     check_manifest(
-        run.directory, config=dump_config(config), fingerprints=fingerprints, free=FREE_FIELDS
+        run.directory,
+        config=dump_config(config),
+        fingerprints=fingerprints,
+        free=FREE_FIELDS,
+        paths=PATH_FIELDS,
     )
     found = calibrated(config, run, dataset, fingerprints)
     assert found is not None
@@ -280,7 +285,7 @@ def _batches(run: Run, rows: Sequence[Any], places: tuple[int, ...]) -> list[Bat
 
 def _identity(config: Config, fingerprints: Fingerprints) -> str:
     raw = dump_config(config)
-    fields: dict[str, Any] = {section: raw[section] for section in IDENTITY}
+    fields: dict[str, Any] = dict(fields_of({name: raw[name] for name in IDENTITY}, PATH_FIELDS))
     fields |= {name: raw["loss"][name] for name in FRAME_FIELDS}
     fields |= {"seed": raw["run"]["seed"], "files": fingerprints._asdict()}
     return config_hash(fields)

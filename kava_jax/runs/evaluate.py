@@ -177,7 +177,7 @@ def _generate(run: Run, student: Params, check: Callable[[], None]) -> Generate:
             eos_ids=tuple(sorted(ends)),
             pad_id=pad_id(run.tokenizer),
         )
-        return on_host(new_BM)[: len(prompt_BT)]
+        return on_host(new_BM, "answers")[: len(prompt_BT)]
 
     return continued
 

@@ -101,6 +101,7 @@ def fingerprints_of(run: Run, dataset: Dataset) -> Fingerprints:
         },
         student=model_fingerprint(student) if student else None,
         data=dataset.fingerprint,
+        tokens=dataset.tokens,
     )
 
 

@@ -25,7 +25,7 @@ from kava_jax.hf.card import model_card
 from kava_jax.hf.export import export_model
 from kava_jax.hf.names import parameter_shapes
 from kava_jax.models.spec import DecoderSpec, LongRopeScaling
-from kava_jax.parallel.hosts import from_first
+from kava_jax.parallel.hosts import meet
 from kava_jax.runs.geometry import model_specs
 from kava_jax.storage import check_access, remove
 from kava_jax.training.manifest import MANIFEST_NAME
@@ -61,7 +61,7 @@ def smoke_config(config: Config) -> Config:
         where = beside / f"{directory.name}-models" / name
         _write_random(where, tiny, tokenizer)
         _point_at(raw, name, where)
-    from_first(0)  # the models are read next, by all processes
+    meet("smoke models")  # which are read next, by all processes
     for teacher in raw["teachers"]:
         teacher["layer_map"] = _thinned(teacher["layer_map"], divisor)
     shards = jax.device_count() * config.train.grad_accumulation

@@ -2,24 +2,33 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 from flax import nnx
 
 from kava_jax.alignment.projector import KVDimensionProjector
-from kava_jax.config import FREE_FIELDS, AutoShare, Config
+from kava_jax.config import FREE_FIELDS, PATH_FIELDS, AutoShare, Config
 from kava_jax.config_file import dump_config
 from kava_jax.data.dataset import Dataset
 from kava_jax.parallel.hosts import from_first, on_host
 from kava_jax.parallel.sharding import batch_sharding, replicated
 from kava_jax.runs.calibrate import calibrated, place, unmeasured
 from kava_jax.runs.evaluate import evaluator
-from kava_jax.runs.prepare import Run, fingerprints_of, load_dataset, prepare, restore_target
+from kava_jax.runs.prepare import (
+    Run,
+    fingerprints_of,
+    load_dataset,
+    prepare,
+    read_measured_maps,
+    restore_target,
+)
 from kava_jax.runs.record import write_record
+from kava_jax.runs.resume import changes_in_words, check_steps
 from kava_jax.storage import check_access, local_file
 from kava_jax.training.ahead import compiled_ahead
-from kava_jax.training.checkpoint import Checkpoints
+from kava_jax.training.checkpoint import Checkpoints, newest_step
 from kava_jax.training.loop import Cadence, projector_path, run_steps
 from kava_jax.training.manifest import (
     Fingerprints,
@@ -54,8 +63,19 @@ def train(config: Config, command: Sequence[str]) -> Trained:
     run = prepare(unmeasured(config))
     dataset = load_dataset(run)
     plain, fingerprints = dump_config(config), fingerprints_of(run, dataset)
-    check_manifest(run.directory, config=plain, fingerprints=fingerprints, free=FREE_FIELDS)
-    run, start = begun(config, run, dataset, fingerprints)
+    earlier = check_manifest(
+        run.directory,
+        config=plain,
+        fingerprints=fingerprints,
+        free=FREE_FIELDS,
+        paths=PATH_FIELDS,
+    )
+    newest = from_first(newest_step(run.directory), "start of training")
+    if newest < 0:
+        run, start = begun(config, run, dataset, fingerprints)
+    else:  # a fresh state beside the one that is read would take its room twice
+        check_steps(config, newest)
+        run, start = prepare(config, read_measured_maps(config)), None
     teachers = run.blueprint.load_teachers()
     write = jax.process_index() == 0
     if write:
@@ -77,6 +97,8 @@ def train(config: Config, command: Sequence[str]) -> Trained:
         if resumed is not None:
             notes.append(f"continuing from the checkpoint at step {resumed}")
             start = checkpoints.restore(resumed, restore_target(run))
+            notes += changes_in_words(earlier, config, start)
+        assert start is not None  # what was there a moment ago is intact, or has been refused
         with (
             listening() as preemption,
             Monitor(
@@ -117,7 +139,7 @@ def train(config: Config, command: Sequence[str]) -> Trained:
                 preemption=preemption,
                 profile=Profile(run.directory, config.profile.first_and_last),
                 evaluated=not _evaluation_is_due(config, int(start.step))
-                or bool(from_first(monitor.has_evaluation(int(start.step)))),
+                or bool(from_first(monitor.has_evaluation(int(start.step)), "last evaluation")),
             )
     if run.blueprint.projector:
         _save_projector(run, state)
@@ -169,7 +191,7 @@ def _share(config: Config) -> AutoShare | None:
 def _save_projector(run: Run, state: TrainState) -> None:
     projector = run.blueprint.projector
     assert projector is not None
-    params = jax.tree.map(on_host, state.params["projector"])
+    params = jax.tree.map(partial(on_host, place="projector"), state.params["projector"])
     if jax.process_index() == 0:
         module: KVDimensionProjector = nnx.merge(projector.graph, params)
         with local_file(projector_path(run.directory)) as path:

@@ -76,6 +76,17 @@ def kv_weight(config: Config) -> optax.Schedule:
     return _weight(weight, config.train.steps)
 
 
+def schedules(config: Config) -> dict[str, optax.Schedule]:
+    """Every rate and weight that may follow the step, by the name that it is logged or set by."""
+    loss, steps = config.loss, config.train.steps
+    rates = {f"lr_{name}": rate for name, rate in learning_rates(config).items()}
+    weights = {
+        name: _weight(getattr(loss, name), steps)
+        for name in ("ce_weight", "mercator_weight", "mse_weight")
+    }
+    return rates | {"kv_weight": kv_weight(config)} | weights
+
+
 def learning_rates(config: Config) -> dict[str, optax.Schedule]:
     """Rates of the student and of the projector (and router).
 

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from kava_jax.errors import KavaError, StoppedError, is_full_disk
-from kava_jax.parallel.hosts import from_first
+from kava_jax.parallel.hosts import absent, from_all, meet
 from kava_jax.storage import Place, absolute, move
 from kava_jax.training.digests import damage
 from kava_jax.training.step import TrainState
@@ -45,7 +45,7 @@ class Checkpoints:
         policy = keeping.AnyPreservationPolicy([keeping.LatestN(n=keep), best])
         self._items = orbax_items
         self._directory = absolute(run_dir) / "checkpoints"
-        self._checked: set[int] = set()
+        self._intact: set[int] = set()
         self._manager = ocp.CheckpointManager(
             self._directory,
             item_handlers=orbax_items.DigestedHandler(),
@@ -70,14 +70,14 @@ class Checkpoints:
         traceback: TracebackType | None,
     ) -> None:
         """Wait for the last asynchronous write."""
-        with self._full_disk_told():
+        with self._stops_told():
             self._manager.close()
 
     def save(self, state: TrainState, metrics: Mapping[str, float] | None) -> None:
         """Start writing; ``metrics`` are those of an evaluation at this very step, if any.
 
         Saving a step that is already there does nothing. Raises StoppedError when this or the
-        write before it finds the disk full.
+        write before it finds the disk full, or another process does not take part.
         """
         step = int(state.step)
         if step in self._manager.all_steps():
@@ -85,12 +85,12 @@ class Checkpoints:
         # A loss that is NaN would be neither better nor worse than any other: it does not count.
         known = metrics is not None and math.isfinite(metrics.get(BEST_METRIC, math.nan))
         scored = metrics if known else None
-        with self._full_disk_told():
+        with self._stops_told():
             self._manager.save(step, args=self._items.DigestedSave(state), metrics=scored)
 
     def wait(self) -> None:
         """Until everything is written; raises as ``save``."""
-        with self._full_disk_told():
+        with self._stops_told():
             self._manager.wait_until_finished()
 
     def steps(self) -> list[int]:
@@ -101,32 +101,34 @@ class Checkpoints:
         """The newest step whose files are as they were written; None when there is no checkpoint.
 
         Damaged ones that are newer are said and moved to ``checkpoints_damaged/``, where a later
-        save of the same step cannot meet them. On several processes the first one looks.
+        save of the same step cannot meet them. Every process looks at its share of the files.
 
         Raises KavaError when there are checkpoints and none is intact; nothing is moved then.
         """
         steps = self.steps()
         if not steps:
             return None
-        problems: dict[int, str | None] = {}
-        if jax.process_index() == 0:
-            for step in reversed(steps):
-                problems[step] = self._damage(step)
-                if problems[step] is None:
-                    break
-        intact = from_first(next((step for step, bad in problems.items() if bad is None), -1))
-        if intact < 0:
+        problems: dict[int, str] = {}
+        intact = None
+        for step in reversed(steps):
+            if not (problem := self._problem(step)):
+                intact = step
+                break
+            problems[step] = problem
+        if intact is None:
             raise KavaError(
                 f"{self._name()}: none of the checkpoints {', '.join(map(str, steps))} is intact"
                 f"{_because(problems)}; restore one or name another run.dir"
             )
-        for step in problems.keys() - {intact}:
-            self._put_aside(step)
+        for step, problem in problems.items():
+            if jax.process_index() == 0:
+                self._put_aside(step)
             say(
-                f"checkpoint {step} is damaged ({problems[step]}); it is in {DAMAGED_NAME}/ now, "
+                f"checkpoint {step} is damaged ({problem}); it is in {DAMAGED_NAME}/ now, "
                 f"and the run goes on from step {intact}"
             )
-        from_first(intact)  # until the first process has moved them, no other may look again
+        # Until the first process has moved them, no other may look again.
+        meet("damaged checkpoints moved")
         self._manager.reload()
         return intact
 
@@ -174,18 +176,18 @@ class Checkpoints:
             ) from error
         return found
 
-    def _problem(self, step: int) -> str | None:
-        """What is wrong with a step's files, on all processes; the first one reads them."""
-        looks = jax.process_index() == 0 and step not in self._checked
-        problem = self._damage(step) if looks else None
-        damaged = from_first(problem is not None)
-        return (problem or "the first process says why") if damaged else None
+    def _problem(self, step: int) -> str:
+        """What is wrong with a step's files, the same on all processes; "" when they are intact.
 
-    def _damage(self, step: int) -> str | None:
-        """What is wrong with a step's files; None when they are as they were written."""
-        problem = damage(self._directory / str(step) / "default")
-        if problem is None:
-            self._checked.add(step)
+        Every process reads its share of them, once.
+        """
+        if step in self._intact:
+            return ""
+        place = self._directory / str(step) / "default"
+        found = damage(place, jax.process_index(), jax.process_count())
+        problem = next(filter(None, from_all(found or "", f"checkpoint {step} checked")), "")
+        if not problem:
+            self._intact.add(step)
         return problem
 
     def _put_aside(self, step: int) -> None:
@@ -194,11 +196,17 @@ class Checkpoints:
         move(self._directory / str(step), place / (f"{step}.{number}" if number else str(step)))
 
     @contextmanager
-    def _full_disk_told(self) -> Iterator[None]:
-        """StoppedError in the place of whatever a full disk was raised as."""
+    def _stops_told(self) -> Iterator[None]:
+        """StoppedError in the place of what a full disk or a missing process was raised as."""
         try:
             yield
-        except Exception as error:  # Orbax and TensorStore raise a full disk as many types
+        except Exception as error:  # Orbax and TensorStore raise them as many types
+            if missing := absent(error):
+                raise StoppedError(
+                    f"{self._name()}: {missing} did not take part in writing a checkpoint; earlier "
+                    f"ones are as they were: look at what it says last, end all processes and "
+                    f"call again"
+                ) from error
             if not is_full_disk(error):
                 raise
             raise StoppedError(
@@ -210,6 +218,14 @@ class Checkpoints:
         return f"{self._directory.parent.name}/{self._directory.name}"
 
 
+def newest_step(run_dir: Place) -> int:
+    """The step of a run's newest complete checkpoint, -1 without one; changes nothing."""
+    if not (run_dir / "checkpoints").is_dir():
+        return -1
+    with Checkpoints(run_dir, keep=1, read_only=True) as checkpoints:
+        return max(checkpoints.steps(), default=-1)
+
+
 def abstract_state(state: Any, shardings: Any) -> Any:
     """Shapes and dtypes of a state with our own shardings, as a restore target."""
     return jax.tree.map(
@@ -219,6 +235,6 @@ def abstract_state(state: Any, shardings: Any) -> Any:
     )
 
 
-def _because(problems: Mapping[int, str | None]) -> str:
+def _because(problems: Mapping[int, str]) -> str:
     found = [f"{step}: {problem}" for step, problem in problems.items()]
     return f" ({'; '.join(found)})" if found else ""

@@ -164,7 +164,9 @@ def _settled(lines: Lines, skips: SkipLog, monitor: Monitor, done: int) -> None:
 
 def _overdue(saved: float, minutes: float | None) -> bool:
     """Whether the last checkpoint is too old; the first process's clock counts for all."""
-    return minutes is not None and bool(from_first(time.monotonic() - saved >= 60 * minutes))
+    return minutes is not None and bool(
+        from_first(time.monotonic() - saved >= 60 * minutes, "time of a checkpoint")
+    )
 
 
 def _due(number: int, every: int | None) -> bool:

@@ -47,6 +47,7 @@ class Fingerprints(NamedTuple):
     teachers: Mapping[str, str]
     student: str | None = None
     data: str | None = None
+    tokens: str | None = None
 
 
 class Hardware(NamedTuple):
@@ -90,13 +91,15 @@ def config_diff(
         free: fields that may change. A field frees everything below it, and ``*`` stands for any
             characters: ``run``, ``checkpoint.every``, ``teachers.*.path``.
     """
-    old_fields, new_fields = dict(_leaves(old)), dict(_leaves(new))
-    changes = []
-    for field in [*new_fields, *(field for field in old_fields if field not in new_fields)]:
-        before, after = old_fields.get(field, "absent"), new_fields.get(field, "absent")
-        if before != after and not _matches(field, free):
-            changes.append(Change(field, before, after))
-    return changes
+    old_fields, new_fields = fields_of(old, free), fields_of(new, free)
+    fields = dict.fromkeys([*new_fields, *old_fields])
+    changes = [Change(f, old_fields.get(f, "absent"), new_fields.get(f, "absent")) for f in fields]
+    return [change for change in changes if change.old != change.new]
+
+
+def fields_of(config: Mapping[str, Any], without: Sequence[str] = ()) -> dict[str, str]:
+    """Dotted fields of a nested config and their values as JSON text, except some (``free``)."""
+    return {field: value for field, value in _leaves(config) if not _matches(field, without)}
 
 
 def write_manifest(
@@ -153,18 +156,29 @@ def check_manifest(
     config: Mapping[str, Any],
     fingerprints: Fingerprints,
     free: Sequence[str] = (),
-) -> bool:
-    """Whether ``run_dir`` already holds this very run (False: it is fresh); writes nothing.
+    paths: Sequence[str] = (),
+) -> dict[str, Any] | None:
+    """The config that ``run_dir`` holds this very run with (None: it is fresh); writes nothing.
+
+    Args:
+        run_dir: the run directory.
+        config: the config of this start.
+        fingerprints: of what this start reads.
+        free: fields that may differ, see ``config_diff``.
+        paths: fields that say where files lie; they may differ too where both starts have
+            fingerprints of all that is read there.
 
     Raises:
         KavaError: the directory holds something that is not a run, a run of another config (the
-            changed fields are named, except those in ``free``, see ``config_diff``), or this run
-            with other teacher weights, student weights or data than it was started with.
+            changed fields are named), or this run with other teacher weights, student weights,
+            data or tokenizer than it was started with.
     """
     if not (run_dir / MANIFEST_NAME).exists():
         _check_fresh(run_dir)
-        return False
+        return None
     manifest = read_manifest(run_dir)
+    if _comparable(manifest["fingerprints"], fingerprints):
+        free = [*free, *paths]
     if changes := config_diff(manifest["config"], config, free):
         raise KavaError(
             f"run.dir={run_dir} belongs to another config: {', '.join(map(str, changes))};"
@@ -175,7 +189,7 @@ def check_manifest(
             f"run.dir={run_dir} was started from other files: {', '.join(map(str, changes))};"
             " restore the files or name another run.dir"
         )
-    return True
+    return manifest["config"]
 
 
 def _check_fresh(run_dir: Place) -> None:
@@ -192,9 +206,23 @@ def _check_fresh(run_dir: Place) -> None:
         )
 
 
+def _comparable(old: Mapping[str, Any], new: Fingerprints) -> bool:
+    """Whether all that the run reads has fingerprints on both sides.
+
+    Earlier versions took none of the tokens. A student that is not read has none on either side.
+    """
+    found = new._asdict()
+    return (
+        all(old.get(name) and found[name] for name in ("data", "tokens"))
+        and bool(old.get("student")) == bool(new.student)
+        and old["teachers"].keys() == new.teachers.keys()
+    )
+
+
 def _fingerprint_changes(old: Mapping[str, Any], new: Fingerprints) -> list[Change]:
     pairs = [("student weights", old.get("student"), new.student)]
     pairs += [("data", old.get("data"), new.data)]
+    pairs += [("tokens of the data, or the tokenizer", old.get("tokens"), new.tokens)]
     pairs += [
         (f"weights of teacher {name}", old["teachers"].get(name), value)
         for name, value in new.teachers.items()

@@ -1,25 +1,54 @@
 """Orbax's standard item with digests beside its files, written before the checkpoint is committed.
 
-Orbax writes a step under a temporary name, calls ``finalize`` on the first process when all have
-written, and then renames it. Apart from ``checkpoint`` because it imports Orbax, which is slow.
+Orbax writes a step under a temporary name, in the background on every process; when all have
+written, it calls ``finalize`` on the first one and then renames the directory. Apart from
+``checkpoint`` because it imports Orbax, which is slow.
 """
 
 import dataclasses
+import time
+from collections.abc import Sequence
+from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
 from kava_jax.storage import place
-from kava_jax.training.digests import write_digests
+from kava_jax.training.digests import write_digests, write_own_digests
 
 
 class DigestedHandler(ocp.StandardCheckpointHandler):
-    """Writes ``sha256.json`` as its last act."""
+    """Writes ``sha256.<process>.json`` when a process has written, and ``sha256.json`` last."""
+
+    async def async_save(self, directory: Any, *args: Any, **kwargs: Any) -> list[Any]:
+        """What Orbax waits for in its own thread; the digests are the last of it."""
+        writes = await super().async_save(directory, *args, **kwargs) or []
+        return [*writes, _OwnDigests(writes, directory)]
 
     def finalize(self, directory: epath.Path) -> None:
         """Called when every process has written its part."""
         super().finalize(directory)
         write_digests(place(str(directory), "checkpoint"))
+
+
+class _OwnDigests:
+    """As Orbax's futures: ``result`` is called in the thread that waits for the writes."""
+
+    def __init__(self, writes: Sequence[Any], directory: Any):
+        self._writes, self._directory = writes, directory
+
+    def result(self, timeout: float | None = None) -> None:
+        """Raises TimeoutError as the writes do; they have ``timeout`` seconds together."""
+        end = None if timeout is None else time.monotonic() + timeout
+        for write in self._writes:
+            write.result(timeout=None if end is None else max(0.0, end - time.monotonic()))
+        # A path, or something that was one before it existed.
+        path = getattr(self._directory, "path", self._directory)
+        write_own_digests(place(str(path), "checkpoint"), jax.process_index())
+
+    def cancel(self) -> None:
+        """Nothing is under way that could be cancelled."""
 
 
 @ocp.args.register_with_handler(DigestedHandler, for_save=True)

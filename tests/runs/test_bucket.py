@@ -1,4 +1,4 @@
-"""A run on a bucket: the same command gives the same run, and a kill leaves no trace there either."""
+"""A run on a bucket: the same command gives the same run, and a kill leaves no trace there."""
 
 import json
 import os

@@ -1,0 +1,65 @@
+"""What changes when a run goes on under another config: refused, or said in words."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from kava_jax.config import PATH_FIELDS, Config
+from kava_jax.config_file import dump_config, parse_config
+from kava_jax.errors import KavaError
+from kava_jax.training.assembly import schedules
+from kava_jax.training.manifest import config_diff, fields_of
+from kava_jax.training.step import TrainState
+
+
+def check_steps(config: Config, done: int) -> None:
+    """Raises KavaError when ``train.steps`` is less than the run has already done."""
+    steps = config.train.steps
+    if steps < done:
+        raise KavaError(
+            f"train.steps={steps} is less than the {done} steps that run.dir="
+            f"{config.run.directory} has done; give {done} or more, or name another run.dir"
+        )
+
+
+def changes_in_words(
+    earlier: Mapping[str, Any] | None, config: Config, state: TrainState
+) -> list[str]:
+    """One line for each path that moved, and one for a changed ``train.steps``.
+
+    Args:
+        earlier: the config that the run directory was last started with; None says nothing.
+        config: the config of this start.
+        state: what it goes on from.
+    """
+    if earlier is None:
+        return []
+    now = dump_config(config)
+    paths = fields_of(now).keys() - fields_of(now, PATH_FIELDS).keys()
+    moved = [
+        f"{change}: another place, the same content"
+        for change in config_diff(earlier, now)
+        if change.field in paths
+    ]
+    before, after = earlier["train"]["steps"], config.train.steps
+    return (
+        moved if before == after else [*moved, _rescheduled(parse_config(earlier), config, state)]
+    )
+
+
+def _rescheduled(before: Config, now: Config, state: TrainState) -> str:
+    """What ``train.steps`` does to the rates and weights of the next step."""
+    step = int(state.step)
+    # The optimizer counts the steps that it took; the weights go by all of them.
+    taken = step - int(state.skips.total)
+    old, new = schedules(before), schedules(now)
+    changed = []
+    for name, schedule in new.items():
+        at = taken if name.startswith("lr_") else step
+        left, right = f"{float(old[name](at)):.4g}", f"{float(schedule(at)):.4g}"
+        if left != right:
+            changed.append(f"{name} {left} -> {right}")
+    found = ", ".join(changed) or "all are as before"
+    return (
+        f"train.steps {before.train.steps} -> {now.train.steps}: rates and weights follow the "
+        f"schedule of a run of {now.train.steps} steps from here; after step {step}: {found}"
+    )
