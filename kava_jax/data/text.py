@@ -77,7 +77,7 @@ class Encoder:
         template: for ``template`` only; text with ``{prompt}`` (or ``{question}``) before one
             ``{answer}``. Spaces right before ``{answer}`` are read with the answer, as BPE does.
         max_length: longest row in ids.
-        train_on: of a conversation, the last reply or every one.
+        train_on: of a conversation (format ``chat``), the last reply or every one.
         today: the date for chat templates that write one; today's when absent.
 
     Raises:
@@ -113,16 +113,10 @@ class Encoder:
             )
         if format not in ("qa", "template", "chat"):
             raise KavaError(f"data.format={format!r} is unknown; use qa, template or chat")
-        if train_on == "assistant" and format != "chat":
-            raise KavaError(
-                f"data.train_on='assistant' with data.format={format!r}, whose rows have one "
-                "answer; use data.format=chat or leave data.train_on out"
-            )
         self.tokenizer = tokenizer
         self.format = format
-        self.chat = None
-        if format == "chat":
-            self.chat = ChatTemplate(tokenizer, train_on, today or date.today())
+        self.today = today or date.today()
+        self.chat = ChatTemplate(tokenizer, train_on, self.today) if format == "chat" else None
         self.max_length = max_length
         self._special = frozenset(tokenizer.all_special_ids)
         self._before, self._after = _split_template(template or QA_TEMPLATE)
