@@ -104,6 +104,7 @@ WHEN: dict[str, dict[str, str]] = {
         "messages_field": "rows are conversations; goes with `format=chat`",
         "separator": "a text file uses another one",
         "format": "`chat` for an instruct model, `template` for your own prompt",
+        "train_on": "conversations have several replies and all of them are worth learning",
         "template": "`format=template`",
         "max_length": "rows are truncated (the first lines of a run say how many)",
         "batching": "much is padding (the first lines of a run say how much): `bucketed`",

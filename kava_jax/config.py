@@ -18,6 +18,9 @@ from kava_jax.config_alignment import (
 from kava_jax.config_values import AutoShare, Dtype, Positive, Ramp, Section, Share, Weight
 from kava_jax.storage import Place, place
 
+# What our own held-out rows are called beside those of `eval.sets`.
+MAIN_SET = "held_out"
+SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
 LayerMapName = Literal["ratio", "uniform", "skip", "last", "interpolated", "cka", "calibrated"]
 
 
@@ -100,7 +103,10 @@ class StudentConfig(Section):
 class DataConfig(Section):
     """Rows of text, how they become tokens, and which are held out."""
 
-    path: str = Field(description="JSONL, parquet or text file, hub id, or builtin:word_problems")
+    path: str = Field(
+        description="JSON, JSONL, parquet or text file (.gz too), - for standard input, hub id, or "
+        "builtin:word_problems"
+    )
     subset: str | None = Field(default=None, description="name of a hub dataset's configuration")
     revision: str | None = Field(default=None, description="branch, tag or commit on the hub")
     split: str = Field(default="train", description="of the generator, a directory or a hub id")
@@ -118,6 +124,9 @@ class DataConfig(Section):
     separator: str = Field(default="<|endoftext|>", description="between documents of a text file")
     format: Literal["qa", "template", "chat"] = Field(
         default="qa", description="how a row is written"
+    )
+    train_on: Literal["last", "assistant"] = Field(
+        default="last", description="of a conversation: the last reply, or every one"
     )
     template: str | None = Field(default=None, description="with {prompt} and {answer}")
     max_length: int = Field(default=512, ge=8, description="longest row in tokens; the rest is cut")
@@ -145,6 +154,11 @@ class DataConfig(Section):
     def _template_given(self) -> "DataConfig":
         if (self.format == "template") != (self.template is not None):
             raise ValueError("format=template and template=... go together; give both or neither")
+        if self.train_on == "assistant" and self.format != "chat":
+            raise ValueError(
+                f"train_on=assistant, but format={self.format} has one answer a row; use "
+                f"format=chat or leave train_on out"
+            )
         return self
 
 
@@ -209,9 +223,18 @@ class EvalConfig(Section):
     )
     max_new_tokens: Positive = Field(default=256, description="longest answer")
     batch_size: Positive = Field(default=64, description="questions answered at once")
-    sets: dict[str, EvalSet] = Field(
-        default={}, description="by name: an old task, a shifted one, ..."
+    sets: dict[SetName, EvalSet] = Field(
+        default={}, description="by name: the test split, an old task, a shifted one, ..."
     )
+
+    @model_validator(mode="after")
+    def _names(self) -> "EvalConfig":
+        if MAIN_SET in self.sets:
+            raise ValueError(
+                f"sets.{MAIN_SET}: that is what the rows of data.eval_path are called; give the "
+                f"set another name"
+            )
+        return self
 
 
 class MeshConfig(Section):
@@ -285,10 +308,20 @@ class Config(Section):
         names = [teacher.name for teacher in self.teachers]
         if len(set(names)) < len(names):
             raise ValueError(f"teachers need different names, these repeat: {names}")
+        if "student" in names:
+            raise ValueError("a teacher cannot be called student; give it another name")
         if self.data.batch_size % self.train.grad_accumulation:
             raise ValueError(
                 f"data.batch_size={self.data.batch_size} is not divisible by "
                 f"train.grad_accumulation={self.train.grad_accumulation}; use a multiple"
+            )
+        rows = self.data.batch_size // self.train.grad_accumulation
+        shuffled = [one.name for one in self.teachers if one.control == "shuffled"]
+        if shuffled and rows < 2:
+            raise ValueError(
+                f"control=shuffled of teacher {shuffled[0]} gives a row the target of the next, "
+                f"but data.batch_size={self.data.batch_size} with train.grad_accumulation="
+                f"{self.train.grad_accumulation} leaves one row at a time; use two or more"
             )
         if not self.teachers and self.student.geometry is None and self.loss.ce_weight == 0:
             raise ValueError("no teachers and loss.ce_weight=0 leaves nothing to learn from")

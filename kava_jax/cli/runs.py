@@ -122,7 +122,9 @@ def calibrate(
 @app.command("eval")
 def evaluate(
     model: Annotated[str, typer.Argument(help="Run directory, Hugging Face directory or hub id.")],
-    data: Annotated[str, typer.Option(help="JSONL, parquet or text file, hub id or builtin:...")],
+    data: Annotated[
+        str, typer.Option(help="JSON(L), parquet or text file, -, hub id or builtin:...")
+    ],
     checkpoint: Annotated[str, typer.Option(help="Of a run: last, best or a step.")] = "last",
     rows: Annotated[int | None, typer.Option(min=1, help="Only the first so many rows.")] = None,
     overrides: Annotated[
@@ -136,7 +138,13 @@ def evaluate(
     """
     from kava_jax.runs.assess import assess
 
-    values = assess(model, data, checkpoint=checkpoint, rows=rows, overrides=overrides or [])
+    def note(text: str) -> None:
+        if first_process():
+            say(text)
+
+    values = assess(
+        model, data, checkpoint=checkpoint, rows=rows, overrides=overrides or [], say=note
+    )
     if first_process():
         print_values(values, as_json)
 
@@ -154,6 +162,7 @@ def export(
 
     Example: kava export runs/demo --out exported/demo --checkpoint best --dtype bfloat16
     """
+    from kava_jax.runs.evaluate import choice_note
     from kava_jax.runs.export import export as export_run
     from kava_jax.runs.prepare import reopen, restore
     from kava_jax.storage import check_access, place
@@ -165,4 +174,7 @@ def export(
     opened = reopen(place(run, "run"))
     export_run(opened, restore(opened, checkpoint), target, dtype)  # pyright: ignore[reportArgumentType]  (checked above)
     if first_process():
+        chosen = choice_note(opened.config)
+        if checkpoint == "best" and chosen:
+            say(chosen)
         say(f"exported to {out}")

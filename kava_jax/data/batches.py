@@ -37,8 +37,8 @@ class Batch(NamedTuple):
     valid: Bool[Array, "B T"]
     """Real tokens."""
     loss_mask: Bool[Array, "B T"]
-    """Targets of cross-entropy: the answer and its end, never a row's first token. The prediction
-    for position t is made at t - 1."""
+    """Targets of cross-entropy: the answer (or every reply) and its end, never a row's first token.
+    The prediction for position t is made at t - 1."""
     kv_mask: Bool[Array, "B T"]
     """Tokens whose keys and values are compared: valid and not among the first ``sink_tokens``."""
 
@@ -172,7 +172,7 @@ class BatchStream:
             truncated=sum(row.truncated for row in self.rows),
             dropped=self._dropped,
             tokens=int(self._lengths.sum()),
-            targets=sum(len(row.ids) - max(row.prompt_length, 1) for row in self.rows),
+            targets=sum(int(row.targets.sum()) for row in self.rows),
             padding=1 - real / positions,
             lengths=len(set(padded_lengths)),
             max_length=self.max_length,
@@ -232,13 +232,13 @@ def eval_batches(
 def collate(rows: Sequence[Encoded], length: int, pad_id: int, sink_tokens: int) -> Batch:
     """Rows padded on the right to ``length`` positions, with their masks."""
     tokens_BT = np.full((len(rows), length), pad_id, np.int32)
+    loss_mask_BT = np.zeros((len(rows), length), bool)
     for b, row in enumerate(rows):
         tokens_BT[b, : len(row.ids)] = row.ids
+        loss_mask_BT[b, : len(row.ids)] = row.targets
     position_1T = np.arange(length)[None]
     lengths_B1 = np.array([len(row.ids) for row in rows], np.int32)[:, None]
-    targets_from_B1 = np.array([max(row.prompt_length, 1) for row in rows], np.int32)[:, None]
     valid_BT = position_1T < lengths_B1
-    loss_mask_BT = valid_BT & (position_1T >= targets_from_B1)
     kv_mask_BT = valid_BT & (position_1T >= sink_tokens)
     arrays: tuple[Any, ...] = (tokens_BT, valid_BT, loss_mask_BT, kv_mask_BT)
     return Batch(*arrays)

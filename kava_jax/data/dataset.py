@@ -34,9 +34,24 @@ class HeldOut(NamedTuple):
         return cls(encoder.encode_all(examples), examples)
 
     @property
-    def has_answers(self) -> bool:
-        """Whether these are questions with a final answer (``#### 14``) to compare."""
-        return all("#### " in row.answer and row.prompt for row in self.examples)
+    def answered(self) -> list[Example]:
+        """The questions with a final answer (``#### 14``) to compare."""
+        return [row for row in self.examples if "#### " in row.reply and row.question]
+
+    @property
+    def measured(self) -> list[Encoded]:
+        """The rows that loss and alignment are means over: those with something to predict."""
+        return [row for row in self.rows if row.has_loss]
+
+    @property
+    def sentence(self) -> str:
+        """One line for people, with what is not measured or not wholly."""
+        dropped = len(self.rows) - len(self.measured)
+        cut = sum(row.truncated for row in self.measured)
+        words = [f"{len(self.measured)} rows"]
+        words += [f"{cut} of them truncated"] if cut else []
+        words += [f"{dropped} more dropped (prompt fills the row)"] if dropped else []
+        return ", ".join(words)
 
 
 class Dataset(NamedTuple):
@@ -67,16 +82,16 @@ def split_examples(
 ) -> tuple[Sequence[Example], Sequence[Example]]:
     """Training and held-out examples, disjoint.
 
-    Held-out rows come from ``eval_path`` or ``eval_split`` when given, from the generator's test
-    split when ``path`` is the generator, and else from the end of the training rows (always so for
-    a single file without ``eval_path``).
+    Held-out rows come from ``eval_path`` or ``eval_split`` when given, from the generator's dev
+    split (the half of test that is for choices) when ``path`` is the generator, and else from the
+    end of the training rows (always so for a single file without ``eval_path``).
 
     Raises KavaError when a single row would have to be both.
     """
     if eval_path is None and Path(path).is_file():
         eval_split = None  # a single file has no splits: asking for one would give its first rows
     if eval_path is None and eval_split is None and path.startswith("builtin:"):
-        eval_split = "test"
+        eval_split = "dev"
     if eval_path is not None or eval_split is not None:
         where, what = eval_path or path, eval_split or split
         return load(path, split=split, rows=rows), load(where, split=what, rows=eval_rows)
@@ -103,7 +118,7 @@ def make_dataset(
     sink_tokens: int,
     more: Mapping[str, Sequence[Example]] = MappingProxyType({}),
 ) -> Dataset:
-    """Encode everything once. The notes say what was cut, dropped and held out."""
+    """Encode everything once. The notes say what was cut, dropped, held out, and stands twice."""
     # Sequences that are generated or read when asked would be so for every use below.
     training, held_out = list(training), list(held_out)
     encoded, held = encoder.encode_all(training), HeldOut.of(held_out, encoder)
@@ -117,11 +132,13 @@ def make_dataset(
         pad_id=pad_id,
         sink_tokens=sink_tokens,
     )
-    notes = (f"data: {stream.report.sentence}", f"held out: {len(held_out)} rows")
+    others = {name: HeldOut.of(list(examples), encoder) for name, examples in more.items()}
+    notes = [f"data: {stream.report.sentence}", f"held out: {held.sentence}"]
+    notes += [f"set {name}: {other.sentence}" for name, other in others.items()]
+    notes += _overlaps(training, {"held-out": held_out, **more})
     identity = fingerprint([*training, *held_out])
-    others = {name: HeldOut.of(examples, encoder) for name, examples in more.items()}
     tokens = token_fingerprint(encoder.tokenizer, [encoded, held.rows])
-    return Dataset(stream, held, identity, tokens, notes, others)
+    return Dataset(stream, held, identity, tokens, tuple(notes), others)
 
 
 def token_fingerprint(
@@ -139,7 +156,39 @@ def token_fingerprint(
         for row in rows:
             digest.update(f"{row.prompt_length} of {len(row.ids)}\n".encode())
             digest.update(row.ids.astype("<i4").tobytes())
+            digest.update(b"" if row.trained is None else row.trained.tobytes())
     return digest.hexdigest()
+
+
+def _overlaps(training: Sequence[Example], sets: Mapping[str, Sequence[Example]]) -> list[str]:
+    """What to say of rows that stand in the training data twice, or in a held-out set as well."""
+    notes = []
+    repeats = len(training) - len({_text_of(row) for row in training})
+    if repeats:
+        notes.append(f"data: {repeats} training rows are the same as an earlier one")
+    shown = {_asked(row) for row in training}
+    for name, examples in sets.items():
+        known = sum(_asked(row) in shown for row in examples)
+        if known:
+            notes.append(
+                f"{name}: {known} of {len(examples)} rows ask what a training row asks, so figures "
+                f"on them flatter; take them out of one of the two"
+            )
+        repeats = len(examples) - len({_text_of(row) for row in examples})
+        if repeats:
+            notes.append(f"{name}: {repeats} rows are the same as an earlier one")
+    return notes
+
+
+def _text_of(row: Example) -> str:
+    return json.dumps(row, default=str)
+
+
+def _asked(row: Example) -> str:
+    """The row without its answer; a document whole."""
+    if row.messages is not None:
+        return _text_of(Example("", "", row.messages[:-1], row.tools))
+    return row.prompt or row.answer
 
 
 def loader(

@@ -1,15 +1,33 @@
 """One row of training or evaluation text, whatever it was read from."""
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+Message = Mapping[str, Any]
 
 
 class Example(NamedTuple):
     """A prompt and its answer, a whole conversation, or (with an empty prompt) a plain document.
 
-    ``messages`` holds ``(role, content)`` pairs and is set for conversations only; ``prompt`` and
-    ``answer`` are then empty. A plain document is an ``answer`` without a ``prompt``.
+    ``messages`` is set for conversations only; ``prompt`` and ``answer`` are then empty. A message
+    is what a chat template reads: ``role``, ``content`` and whatever else its author gave
+    (``tool_calls``, ``reasoning_content``, ...). ``tools`` are the functions that the conversation
+    may call, as JSON schemas. A plain document is an ``answer`` without a ``prompt``.
     """
 
     prompt: str
     answer: str
-    messages: tuple[tuple[str, str], ...] | None = None
+    messages: tuple[Message, ...] | None = None
+    tools: tuple[Mapping[str, Any], ...] | None = None
+
+    @property
+    def question(self) -> str:
+        """What is answered: the prompt, or the message before the last reply."""
+        if self.messages is None:
+            return self.prompt
+        return self.messages[-2].get("content", "") if len(self.messages) > 1 else ""
+
+    @property
+    def reply(self) -> str:
+        """The answer, or the last reply of a conversation; empty where it is a tool call alone."""
+        return self.answer if self.messages is None else self.messages[-1].get("content", "")

@@ -4,21 +4,25 @@ A row is ``prompt + answer + end``; cross-entropy sees the answer and its end to
 
     qa        ``Question: {prompt}\\nAnswer: {answer}`` and the eos token
     template  the user's own text around ``{prompt}`` and ``{answer}``, and the eos token
-    chat      the tokenizer's chat template; trained on is the last reply with its end token
+    chat      the tokenizer's chat template; trained on is the last reply with its end token, or
+              (``train_on="assistant"``) every reply
 
 A document (an example without prompt) is trained on whole, with eos after it, whatever the format.
 The prompt's ids never depend on the answer: generation starts from exactly the ids that were
 trained on. Left out on purpose: few-shot prompts, packing, and batches (see ``batches``).
 """
 
+import itertools
 import math
 import string
 from collections.abc import Sequence
+from datetime import date
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Bool, Int32
 
+from kava_jax.data.chat import ChatTemplate, TrainOn
 from kava_jax.data.example import Example
 from kava_jax.errors import KavaError
 
@@ -32,23 +36,35 @@ _PROMPT_NAMES = ("prompt", "question")
 
 
 class Encoded(NamedTuple):
-    """One row of ids. The first ``prompt_length`` ids are read but not trained on."""
+    """One row of ids. The first ``prompt_length`` ids are read but not trained on.
+
+    Of the ids behind them those that are trained on are True in ``trained``; None is all of them.
+    """
 
     ids: Int32[np.ndarray, "T"]
     prompt_length: int
     truncated: bool
+    trained: Bool[np.ndarray, "T"] | None = None
+
+    @property
+    def targets(self) -> Bool[np.ndarray, "T"]:
+        """The ids that are targets; a row's first id never is, as nothing comes before it."""
+        behind = np.arange(len(self.ids)) >= max(self.prompt_length, 1)
+        return behind if self.trained is None else behind & self.trained
 
     @property
     def has_loss(self) -> bool:
-        """Whether any id is a target; a row's first id never is, as nothing comes before it."""
-        return len(self.ids) > max(self.prompt_length, 1)
+        """Whether any id is a target."""
+        return bool(self.targets.any())
 
 
 class _Parts(NamedTuple):
-    """A row as text, with the end token in ``completion`` only if ``ended``."""
+    """A row as text: pieces that are read and trained on by turns, the last one trained on.
 
-    prompt: str
-    completion: str
+    The last piece holds the end token only if ``ended``.
+    """
+
+    pieces: list[str]
     ended: bool
 
 
@@ -61,6 +77,8 @@ class Encoder:
         template: for ``template`` only; text with ``{prompt}`` (or ``{question}``) before one
             ``{answer}``. Spaces right before ``{answer}`` are read with the answer, as BPE does.
         max_length: longest row in ids.
+        train_on: of a conversation (format ``chat``), the last reply or every one.
+        today: the date for chat templates that write one; today's when absent.
 
     Raises:
         KavaError: the template is malformed, the tokenizer has no eos token or no chat template,
@@ -74,6 +92,8 @@ class Encoder:
         format: Format = "qa",
         template: str | None = None,
         max_length: int = 512,
+        train_on: TrainOn = "last",
+        today: date | None = None,
     ):
         if max_length < 2:
             raise KavaError(
@@ -95,6 +115,8 @@ class Encoder:
             raise KavaError(f"data.format={format!r} is unknown; use qa, template or chat")
         self.tokenizer = tokenizer
         self.format = format
+        self.today = today or date.today()
+        self.chat = ChatTemplate(tokenizer, train_on, self.today) if format == "chat" else None
         self.max_length = max_length
         self._special = frozenset(tokenizer.all_special_ids)
         self._before, self._after = _split_template(template or QA_TEMPLATE)
@@ -116,7 +138,8 @@ class Encoder:
             raise KavaError(
                 "a plain document has no prompt to answer; use a question/answer source"
             )
-        return np.array(self._prompt_ids([self._parts(example)])[0], np.int32)
+        part = self._parts(example)
+        return np.array(self._start(part) + self._ids(["".join(part.pieces[:-1])])[0], np.int32)
 
     def encode_all(self, examples: Sequence[Example]) -> list[Encoded]:
         """All rows. A document longer than ``max_length`` becomes several rows of even length.
@@ -130,22 +153,37 @@ class Encoder:
     def _rows(self, examples: Sequence[Example], cut_documents: bool = True) -> list[Encoded]:
         examples = list(examples)  # a generated sequence would be generated once per pass
         parts = [self._parts(example) for example in examples]
-        prompts = self._prompt_ids(parts)
-        wholes = self._ids([part.prompt + part.completion for part in parts])
-        rows = []
-        for example, part, prompt, whole in zip(examples, parts, prompts, wholes, strict=True):
-            whole = self._start(part) + whole
-            if whole[: len(prompt)] != prompt:
-                # The boundary falls inside a merge, so the answer is tokenized on its own.
-                whole = prompt + self._ids([part.completion])[0]
-            if not (part.ended and whole[-1] in self._special):
-                whole = [*whole, self.tokenizer.eos_token_id]
-            document = _is_document(example)
-            limit = None if document and not cut_documents else self.max_length
-            ids = np.array(whole[:limit], np.int32)
-            length = 0 if document else min(len(prompt), len(ids))
-            rows.append(Encoded(ids, length, len(ids) < len(whole)))
-        return rows
+        # The text up to the end of every piece, of all rows at once.
+        upto = [text for part in parts for text in itertools.accumulate(part.pieces)]
+        ids = iter(self._ids(upto))
+        return [
+            self._row(example, part, [next(ids) for _ in part.pieces], cut_documents)
+            for example, part in zip(examples, parts, strict=True)
+        ]
+
+    def _row(
+        self, example: Example, part: _Parts, upto: list[list[int]], cut_documents: bool
+    ) -> Encoded:
+        """One row, given the ids of its text up to the end of every piece."""
+        start = self._start(part)
+        whole, ends = [], []
+        for piece, longer in zip(part.pieces, upto, strict=True):
+            # Where the boundary falls inside a merge, the piece is tokenized on its own.
+            fits = longer[: len(whole)] == whole
+            whole = longer if fits else whole + self._ids([piece])[0]
+            ends.append(len(start) + len(whole))
+        whole = start + whole
+        if not (part.ended and whole[-1] in self._special):
+            whole = [*whole, self.tokenizer.eos_token_id]
+        document = _is_document(example)
+        ids = np.array(whole[: None if document and not cut_documents else self.max_length])
+        prompt_length = 0 if document else min(ends[0], len(ids))
+        trained = None
+        if len(ends) > 2:
+            # Which piece an id is in; those with odd numbers are trained on.
+            piece_T = np.searchsorted(ends[:-1], np.arange(len(ids)), side="right")
+            trained = piece_T % 2 == 1
+        return Encoded(ids.astype(np.int32), prompt_length, len(ids) < len(whole), trained)
 
     def _windows(self, row: Encoded) -> list[Encoded]:
         if len(row.ids) <= self.max_length:
@@ -156,10 +194,6 @@ class Encoder:
     def _start(self, part: _Parts) -> list[int]:
         return [] if part.ended else self._bos  # a chat template writes its own BOS
 
-    def _prompt_ids(self, parts: list[_Parts]) -> list[list[int]]:
-        ids = self._ids([part.prompt for part in parts])
-        return [self._start(part) + row for part, row in zip(parts, ids, strict=True)]
-
     def _ids(self, texts: list[str]) -> list[list[int]]:
         if not texts:
             return []
@@ -167,42 +201,17 @@ class Encoder:
 
     def _parts(self, example: Example) -> _Parts:
         if _is_document(example):
-            return _Parts("", example.answer, False)
-        if self.format == "chat":
-            return self._chat(example)
+            return _Parts(["", example.answer], False)
+        if self.chat is not None:
+            return _Parts(self.chat.pieces(example), True)
         if example.messages is not None:
             raise KavaError(
                 f"data.format={self.format!r} cannot hold a conversation (data.messages_field); "
                 "use data.format=chat"
             )
-        return _Parts(
-            "".join(example.prompt if piece is None else piece for piece in self._before),
-            "".join(example.answer if piece is None else piece for piece in self._after),
-            False,
-        )
-
-    def _chat(self, example: Example) -> _Parts:
-        pairs = example.messages or (("user", example.prompt), ("assistant", example.answer))
-        if pairs[-1][0] != "assistant":
-            raise KavaError("a conversation does not end with the assistant's reply; drop the rest")
-        messages = [{"role": role, "content": content} for role, content in pairs]
-        render = self.tokenizer.apply_chat_template
-        try:
-            prompt = str(render(messages[:-1], tokenize=False, add_generation_prompt=True))
-            whole = str(render(messages, tokenize=False))
-        except Exception as error:  # templates raise what they like (jinja2, their own refusals)
-            raise KavaError(
-                f"the tokenizer's chat template refuses a conversation with roles "
-                f"{', '.join(role for role, _ in pairs)} ({' '.join(str(error).split())}); "
-                "reorder or rename the roles"
-            ) from error
-        if not whole.startswith(prompt):
-            raise KavaError(
-                "the tokenizer's chat template writes a conversation that does not begin with its "
-                "own generation prompt, so the reply cannot be told apart; use data.format=template"
-            )
-        # What follows the end token (a newline, usually) is never generated, so not trained on.
-        return _Parts(prompt, whole[len(prompt) :].rstrip(), True)
+        prompt = "".join(example.prompt if piece is None else piece for piece in self._before)
+        answer = "".join(example.answer if piece is None else piece for piece in self._after)
+        return _Parts([prompt, answer], False)
 
 
 def _is_document(example: Example) -> bool:

@@ -32,6 +32,14 @@ def gold_answer(answer: str) -> str:
     return _compared(answer)
 
 
+def can_be_met(answer: str) -> bool:
+    """Whether a copy of the answer, word for word, counts as right by the strict rule.
+
+    Not so for ``#### 18%``, ``#### 12 apples``, ``#### 1/2``, or two ``#### `` in one answer.
+    """
+    return same(strict_answer(answer), answer)
+
+
 def same(prediction: str, gold: str) -> bool:
     """Equal as text, ignoring ``,`` and ``$``, all up to ``#### ``, a final ``.``, and case."""
     return _compared(prediction) == _compared(gold)

@@ -112,11 +112,9 @@ def _answer_text(new_M: np.ndarray, encoder: Encoder) -> str:
 def _scored(examples: Sequence[Example], texts: Sequence[str]) -> ExactMatch:
     samples = []
     for example, text in zip(examples, texts, strict=True):
-        question, answer = example.prompt, example.answer
-        if example.messages is not None:
-            question, answer = example.messages[-2][1], example.messages[-1][1]
+        answer = example.reply
         right = same(strict_answer(text), answer), same(flexible_answer(text), answer)
-        samples.append(Sample(question, text, gold_answer(answer), *right))
+        samples.append(Sample(example.question, text, gold_answer(answer), *right))
     strict, flexible = ([getattr(s, rule) for s in samples] for rule in ("strict", "flexible"))
     return ExactMatch(len(samples), *_share(strict), *_share(flexible), samples=tuple(samples))
 

@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -139,7 +140,12 @@ class Ablation:
                 [sys.executable, "-m", "kava_jax", *arguments],
                 stdout=words,
                 stderr=words,
-                env={**KEEP_MEMORY, **KEEP_COMPILED, **os.environ},
+                env={
+                    **KEEP_MEMORY,
+                    **KEEP_COMPILED,
+                    "SOURCE_DATE_EPOCH": str(self._started()),
+                    **os.environ,
+                },
             )
             if cores is not None:
                 os.sched_setaffinity(process.pid, cores)
@@ -177,7 +183,20 @@ class Ablation:
 
     def _write_grid(self) -> None:
         content = {"grid": self.grid.model_dump(mode="json"), "base": self.base}
-        _write_json(self.out / GRID_NAME, content | {"versions": versions()})
+        content |= {"started": self._started(), "versions": versions()}
+        _write_json(self.out / GRID_NAME, content)
+
+    def _started(self) -> int:
+        """When the grid was first called, in seconds since 1970.
+
+        All its runs take this for the current time, so that a chat template that writes the date
+        writes the same rows for every arm and seed, however many days they take.
+        """
+        path = self.out / GRID_NAME
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))["started"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return int(time.time())
 
 
 def read_arm(out: Path, arm: str) -> dict[int, dict[str, Any]]:

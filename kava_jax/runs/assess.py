@@ -1,23 +1,30 @@
 """``kava eval``: any student on any data, a run's with its alignment, a directory's without."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from kava_jax.config_file import parse_config
 from kava_jax.data.dataset import HeldOut
 from kava_jax.errors import KavaError
-from kava_jax.runs.evaluate import evaluate
+from kava_jax.runs.evaluate import answer_notes, choice_note, evaluate
 from kava_jax.runs.prepare import Run, data_loader, prepare, reopen, restore
 from kava_jax.storage import check_access, place
 from kava_jax.training.manifest import MANIFEST_NAME
 
 
 def assess(
-    model: str, data: str, *, checkpoint: str, rows: int | None, overrides: Sequence[str] = ()
+    model: str,
+    data: str,
+    *,
+    checkpoint: str,
+    rows: int | None,
+    overrides: Sequence[str] = (),
+    say: Callable[[str], None] = lambda note: None,
 ) -> dict[str, Any]:
     """Held-out figures of a run directory, a Hugging Face directory or a hub id on ``data``.
 
     ``overrides`` change fields of ``data`` and ``eval`` (format, field names, split, new tokens).
+    ``say`` is told what is not measured or not scored. ``eval_rows`` are those measured.
     The built-in generator is asked for its test split unless ``data.eval_split`` says otherwise.
     """
     for override in overrides:
@@ -27,20 +34,33 @@ def assess(
     check_access(directory, "model")
     if (directory / MANIFEST_NAME).is_file():
         run = reopen(directory, overrides)
-        held = _held_out(run, data, rows)
+        held = _held_out(run, data, rows, say)
         state = restore(run, checkpoint)
-        return evaluate(run, held, state.params, run.blueprint.load_teachers(), state.statistics)
+        chosen = choice_note(run.config)
+        if checkpoint == "best" and chosen:
+            say(chosen)
+        teachers = run.blueprint.load_teachers()
+        found = evaluate(run, held, state.params, teachers, state.statistics)
+        return {"eval_rows": len(held.measured)} | found
     if checkpoint != "last":
         raise KavaError(
             f"checkpoint={checkpoint!r}: {model!r} is not a run directory; leave it out"
         )
-    fields = {"student": {"path": model}, "data": {"path": data, "batch_size": 32}}
+    fields = {
+        "run": {"dir": model},
+        "student": {"path": model},
+        "data": {"path": data, "batch_size": 32},
+    }
     run = prepare(parse_config(fields, overrides))
-    held = _held_out(run, data, rows)
-    return evaluate(run, held, {"student": run.blueprint.load_student(), "projector": {}}, {})
+    held = _held_out(run, data, rows, say)
+    params = {"student": run.blueprint.load_student(), "projector": {}}
+    return {"eval_rows": len(held.measured)} | evaluate(run, held, params, {})
 
 
-def _held_out(run: Run, data: str, rows: int | None) -> HeldOut:
+def _held_out(run: Run, data: str, rows: int | None, say: Callable[[str], None]) -> HeldOut:
     settings = run.config.data
     split = settings.eval_split or ("test" if data.startswith("builtin:") else settings.split)
-    return HeldOut.of(data_loader(run)(data, split=split, rows=rows), run.encoder)
+    held = HeldOut.of(list(data_loader(run)(data, split=split, rows=rows)), run.encoder)
+    for note in (f"{data}: {held.sentence}", *answer_notes(run.config, data, held)):
+        say(note)
+    return held

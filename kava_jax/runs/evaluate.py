@@ -1,16 +1,19 @@
 """What a student can do on held-out rows: loss, alignment, and answers."""
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
 
 import jax
 import numpy as np
 
+from kava_jax.config import MAIN_SET, Config
 from kava_jax.data.batches import Batch, eval_batches
 from kava_jax.data.dataset import Dataset, HeldOut
 from kava_jax.data.tokenizer import pad_id
 from kava_jax.errors import KavaError
+from kava_jax.evaluation.answers import can_be_met, gold_answer
 from kava_jax.evaluation.exact_match import ExactMatch, Generate, Sample, exact_match
 from kava_jax.evaluation.heldout import held_out, make_examine, make_measure
 from kava_jax.hf.locate import read_json
@@ -26,7 +29,6 @@ from kava_jax.training.step import TrainState
 from kava_jax.training.summary import Figures
 
 ANSWERS_NAME = "answers.jsonl"
-MAIN_SET = "held_out"
 
 
 def _go_on() -> None:
@@ -44,7 +46,7 @@ def answer(
     return exact_match(
         _generate(run, student, check),
         run.encoder,
-        held.examples,
+        held.answered,
         batch_size=settings.batch_size,
         max_new_tokens=settings.max_new_tokens,
     )
@@ -71,7 +73,7 @@ def evaluate(
         run.blueprint.empty_statistics() if statistics is None else statistics,
         batches,
     )
-    if not held.has_answers:
+    if not (run.config.eval.exact_match and held.answered):
         return found.values
     return found.values | scores(answer(run, held, params["student"]))
 
@@ -92,7 +94,7 @@ def evaluator(
     main = _held_out_batches(run, dataset.held_out, check)
     more = {name: _held_out_batches(run, held, check) for name, held in dataset.more.items()}
     sets = {MAIN_SET: dataset.held_out, **dataset.more}
-    answered = [name for name, held in sets.items() if settings.exact_match and held.has_answers]
+    answered = [name for name, held in sets.items() if settings.exact_match and held.answered]
 
     def evaluate_at(state: TrainState, step: int) -> Figures:
         last = step == run.config.train.steps
@@ -114,6 +116,54 @@ def evaluator(
         return found._replace(values=values)
 
     return evaluate_at
+
+
+def evaluation_notes(run: Run, dataset: Dataset) -> list[str]:
+    """What to say of a run's evaluations before it starts."""
+    sets = {MAIN_SET: dataset.held_out, **dataset.more}
+    notes = [note for name, held in sets.items() for note in answer_notes(run.config, name, held)]
+    chosen = choice_note(run.config)
+    return [*notes, chosen] if chosen and run.config.train.eval_every else notes
+
+
+def choice_note(config: Config) -> str | None:
+    """What to say when checkpoints are compared on rows that are called a test set."""
+    data = config.data
+    if data.eval_path is not None:
+        place, name = f"data.eval_path={data.eval_path}", data.eval_path.rpartition("/")[2]
+    elif data.eval_split is not None:
+        place, name = f"data.eval_split={data.eval_split}", data.eval_split
+    else:
+        return None
+    if "test" not in re.split(r"[^a-z]+", name.lower()):
+        return None
+    return (
+        f"warning: `best` is the checkpoint with the lowest loss on {place}; figures of it on test "
+        f"are no longer those of unseen rows. Hold out rows of the training data, and read the "
+        f"test set once, at the end, under eval.sets"
+    )
+
+
+def answer_notes(config: Config, name: str, held: HeldOut) -> list[str]:
+    """What to say before exact match on a set: rows that cannot be scored, or never be right."""
+    asked = [row for row in held.examples if row.question]
+    if not (config.eval.exact_match and asked):
+        return []
+    notes, missing = [], len(asked) - len(held.answered)
+    if missing:
+        notes.append(
+            f"exact match on {name}: {missing} of {len(asked)} answers have no `#### ` before "
+            f"their number and are not scored"
+        )
+    never = [row.reply for row in held.answered if not can_be_met(row.reply)]
+    if never:
+        gold = gold_answer(never[0])
+        notes.append(
+            f"exact match on {name}: {len(never)} of {len(held.answered)} answers can never be met "
+            f"by the strict rule, not even word for word (the first is {gold[:40]!r}); write one "
+            f"bare number behind one `#### `"
+        )
+    return notes
 
 
 def write_answers(directory: Place, answers: Mapping[str, ExactMatch]) -> None:

@@ -1,8 +1,11 @@
 """A run before its weights: mesh, tokenizer, geometry; and a run directory opened again."""
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, date, datetime
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from jax.sharding import Mesh
@@ -15,11 +18,17 @@ from kava_jax.data.text import Encoder
 from kava_jax.data.tokenizer import BUILTIN_TOKENIZER, check_same_ids, load_tokenizer, pad_id
 from kava_jax.errors import KavaError
 from kava_jax.hf.locate import model_fingerprint, resolve_model
+from kava_jax.parallel.hosts import from_first
 from kava_jax.parallel.mesh import make_mesh
 from kava_jax.storage import Place, check_access
 from kava_jax.training.blueprint import Blueprint, find_models, make_blueprint
 from kava_jax.training.checkpoint import Checkpoints, abstract_state
-from kava_jax.training.manifest import CALIBRATION_NAME, Fingerprints, read_manifest
+from kava_jax.training.manifest import (
+    CALIBRATION_NAME,
+    MANIFEST_NAME,
+    Fingerprints,
+    read_manifest,
+)
 from kava_jax.training.step import TrainState
 
 if TYPE_CHECKING:
@@ -57,7 +66,12 @@ def prepare(config: Config, measured_maps: Mapping[str, LayerMap] | None = None)
         check_same_ids(tokenizer, teacher.directory, name)
     data = config.data
     encoder = Encoder(
-        tokenizer, format=data.format, template=data.template, max_length=data.max_length
+        tokenizer,
+        format=data.format,
+        template=data.template,
+        max_length=data.max_length,
+        train_on=data.train_on,
+        today=today_of(config.run.directory),
     )
     return Run(config, mesh, tokenizer, source, encoder, blueprint)
 
@@ -89,6 +103,34 @@ def load_dataset(run: Run) -> Dataset:
             for name, more in run.config.eval.sets.items()
         },
     )
+
+
+def today_of(run_dir: Place) -> date:
+    """The date that chat templates write: that of the run's first start, whenever it goes on.
+
+    Before that, the day of SOURCE_DATE_EPOCH (seconds since 1970), else the day on which this
+    process started. All processes of a run must ask.
+
+    Raises KavaError when SOURCE_DATE_EPOCH is no number of seconds.
+    """
+    day = _day_of_start()
+    if (run_dir / MANIFEST_NAME).is_file():
+        manifest = read_manifest(run_dir)
+        day = date.fromisoformat(manifest.get("date") or manifest["starts"][0]["time"][:10])
+    return date.fromordinal(from_first(day.toordinal(), "date of the run"))
+
+
+@cache
+def _day_of_start() -> date:
+    """Asked once a process, so that a run that starts at midnight has one day."""
+    seconds = os.environ.get("SOURCE_DATE_EPOCH")
+    try:
+        now = datetime.now(UTC) if seconds is None else datetime.fromtimestamp(int(seconds), UTC)
+    except (ValueError, OverflowError, OSError):
+        raise KavaError(
+            f"SOURCE_DATE_EPOCH={seconds!r} is no number of seconds since 1970; correct or unset it"
+        ) from None
+    return now.date()
 
 
 def fingerprints_of(run: Run, dataset: Dataset) -> Fingerprints:

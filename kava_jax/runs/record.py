@@ -62,7 +62,7 @@ def write_record(run: Run, dataset: Dataset, evaluation: Mapping[str, float]) ->
             "path": run.config.data.path,
             "fingerprint": manifest["fingerprints"]["data"],
             "rows": len(dataset.stream.rows),
-            "held_out_rows": len(dataset.held_out.rows),
+            "held_out_rows": len(dataset.held_out.measured),
         },
         **_training(run.config),
         "hardware": last["hardware"],

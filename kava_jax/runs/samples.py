@@ -34,12 +34,12 @@ def answer_all(run_dir: Place, count: int) -> list[Answered]:
         raise KavaError(f"samples={count} is not positive; use 1 or more")
     run = reopen(run_dir, [f"eval.batch_size={count}"])
     held = load_dataset(run).held_out
-    if not held.has_answers:
+    if not held.answered:
         raise KavaError(
             f"samples={count}: the rows of data.path={run.config.data.path} are no questions with "
             f"answers; leave --samples out"
         )
-    few = HeldOut(held.rows[:count], held.examples[:count])
+    few = HeldOut([], held.answered[:count])
     return list(_everyone(run, few))
 
 

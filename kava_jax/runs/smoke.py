@@ -51,7 +51,9 @@ def smoke_config(config: Config) -> Config:
     specs = model_specs(raw)
     tokenizer, source = _tokenizer(raw)
     raw["student"]["tokenizer"] = source
-    raw["data"] |= _data(raw["data"])
+    found = _data(raw["data"])
+    raw["eval"]["sets"] = _sets(raw, instead="path" in found)
+    raw["data"] |= found
     divisor = _depth_divisor(specs.values())
     head_dims = max(spec.head_dim for spec in specs.values())
     for name, spec in specs.items():
@@ -64,8 +66,9 @@ def smoke_config(config: Config) -> Config:
     meet("smoke models")  # which are read next, by all processes
     for teacher in raw["teachers"]:
         teacher["layer_map"] = _thinned(teacher["layer_map"], divisor)
-    shards = jax.device_count() * config.train.grad_accumulation
-    raw["data"]["batch_size"] = BATCH_ROWS * shards // math.gcd(BATCH_ROWS, shards)
+    # In every part of a batch, or a control that pairs rows would have nothing to pair.
+    rows = math.lcm(BATCH_ROWS, jax.device_count())
+    raw["data"]["batch_size"] = rows * config.train.grad_accumulation
     raw["train"] |= {"steps": STEPS, "log_every": 1, "eval_every": None, "checkpoint_every": STEPS}
     raw["calibration"]["rows"] = CALIBRATION_ROWS
     raw["eval"] |= {"max_new_tokens": NEW_TOKENS, "batch_size": HELD_OUT_ROWS}
@@ -96,14 +99,39 @@ def _data(data: Mapping[str, Any]) -> dict[str, Any]:
     small = {"rows": min(ROWS, data["rows"] or ROWS), "eval_rows": HELD_OUT_ROWS}
     if data["path"] == BUILTIN_PROBLEMS or Path(data["path"]).exists():
         return small | {"rows": data["rows"]}
-    try:
-        load_examples(data["path"], split=data["split"], subset=data["subset"], rows=1)
-    except KavaError:
-        if Path(data["path"]).suffix:  # a file that was named is meant
-            raise
-        _say(f"smoke: data {data['path']} is not at hand, using {BUILTIN_PROBLEMS}")
+    if not _at_hand(data["path"], data["split"], data["subset"]):
         return small | {"path": BUILTIN_PROBLEMS, "split": "train", "eval_split": None}
     return small
+
+
+def _sets(raw: Mapping[str, Any], instead: bool) -> dict[str, Any]:
+    """A few rows of each further set, or generated ones in its place.
+
+    ``instead``: the data of ``data.path`` are not at hand, and need not be asked for again.
+    """
+    data = raw["data"]
+    sets = {name: one | {"rows": HELD_OUT_ROWS} for name, one in raw["eval"]["sets"].items()}
+    for one in sets.values():
+        gone = {"path": BUILTIN_PROBLEMS, "split": "test"}
+        if instead and one["path"] == data["path"]:
+            one |= gone
+        elif not (one["path"].startswith("builtin:") or Path(one["path"]).exists()):
+            split = one["split"] or data["eval_split"] or data["split"]
+            if not _at_hand(one["path"], split, data["subset"]):
+                one |= gone
+    return sets
+
+
+def _at_hand(path: str, split: str, subset: str | None) -> bool:
+    """Whether there are data; if not, that is said. A file that was named is meant."""
+    try:
+        load_examples(path, split=split, subset=subset, rows=1)
+    except KavaError:
+        if Path(path).suffix:
+            raise
+        _say(f"smoke: data {path} is not at hand, using {BUILTIN_PROBLEMS}")
+        return False
+    return True
 
 
 def _depth_divisor(specs: Any) -> int:

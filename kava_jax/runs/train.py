@@ -15,7 +15,7 @@ from kava_jax.data.dataset import Dataset
 from kava_jax.parallel.hosts import from_first, on_host
 from kava_jax.parallel.sharding import batch_sharding, replicated
 from kava_jax.runs.calibrate import calibrated, place, unmeasured
-from kava_jax.runs.evaluate import evaluator
+from kava_jax.runs.evaluate import evaluation_notes, evaluator
 from kava_jax.runs.prepare import (
     Run,
     fingerprints_of,
@@ -85,13 +85,14 @@ def train(config: Config, command: Sequence[str]) -> Trained:
             command=command,
             config=plain,
             fingerprints=fingerprints,
+            today=run.encoder.today,
             hardware=Hardware(
                 jax.process_count(), jax.device_count(), jax.devices()[0].device_kind
             ),
         )
     share = _share(config)
     with Checkpoints(run.directory, config.train.keep_checkpoints) as checkpoints:
-        notes = [*dataset.notes, run.blueprint.attending]
+        notes = [*dataset.notes, *evaluation_notes(run, dataset), run.blueprint.attending]
         notes += filter(None, [run.blueprint.repeated, run.blueprint.magnitude])
         resumed = checkpoints.newest_intact(notes.append)
         if resumed is not None:

@@ -80,8 +80,10 @@ class Lines:
             values = summarize(line.metrics)
             lap = self.clock.lap(line.done, line.tokens)
             self._skips.settle(line.done)
-            # A skipped step is none to the optimizer, whose count the rates go by.
-            taken = line.done - 1 - int(values["skipped"])
+            # A skipped step is none to the optimizer, whose count the rates go by; this step's rate
+            # is the one that it would have taken.
+            before = int(values["skipped"]) - int(self._skips.last_was_skipped)
+            taken = line.done - 1 - before
             rates = {f"lr_{name}": float(table[taken]) for name, table in self._rates.items()}
             self._monitor.log(line.done, values | rates | lap)
 

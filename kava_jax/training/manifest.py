@@ -15,7 +15,7 @@ import platform
 import shlex
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from fnmatch import fnmatchcase
 from importlib import metadata
 from pathlib import Path
@@ -108,12 +108,14 @@ def write_manifest(
     command: Sequence[str],
     config: Mapping[str, Any],
     fingerprints: Fingerprints,
+    today: date,
     hardware: Hardware,
 ) -> None:
     """Write ``manifest.json``; on an existing one add this start to its list of starts.
 
-    Only one process of a run may call this. Identity (config and its hash, fingerprints) stands at
-    the top, in one file so that a kill cannot leave two halves that disagree; what may differ from
+    Only one process of a run may call this. Identity (config and its hash, fingerprints, the date
+    that chat templates write, which is that of the first start) stands at the top, in one file so
+    that a kill cannot leave two halves that disagree; what may differ from
     start to start (command, versions, git revision, hardware, time) in ``starts``, oldest first.
     ``config.yaml`` is the copy for people; write it first.
     """
@@ -129,6 +131,7 @@ def write_manifest(
         "config": _plain(config),
         "config_hash": config_hash(config),
         "fingerprints": fingerprints._asdict() | {"teachers": dict(fingerprints.teachers)},
+        "date": str(today),
         "starts": [*earlier.get("starts", []), start],
     }
     write_atomically(run_dir / MANIFEST_NAME, json.dumps(manifest, indent=2) + "\n")

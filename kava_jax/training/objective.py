@@ -85,6 +85,8 @@ class _OfTeacher(NamedTuple):
 
     reading: Reading
     kv: Float[Array, "B T"]
+    mask: Bool[Array, "B T"]
+    """The tokens that have a target: fewer than count under the shuffled control."""
     metrics: Metrics
     moments: dict[str, SideMoments]
 
@@ -143,7 +145,11 @@ class Objective:
             metrics |= {f"{name}/{term}": mean for term, mean in found[name].metrics.items()}
         kv_BTM = jnp.stack([one.kv for one in found.values()], axis=-1)
         shares_BTM = self.router.shares(student.hidden, params.get("router"), statistics.prototypes)
-        kv = masked_mean((shares_BTM * kv_BTM).sum(axis=-1), batch.kv_mask)
+        # Each teacher's mean is over its own targets.
+        kv = sum(
+            masked_mean(shares_BTM[..., index] * one.kv, one.mask).value
+            for index, one in enumerate(found.values())
+        )
         readings = {name: one.reading for name, one in found.items()} if self.kl_weight > 0 else {}
         language, of_language = self._language(batch, student, readings, step, share, shares_BTM)
         metrics |= of_language
@@ -152,7 +158,7 @@ class Objective:
             {name: one.moments for name, one in found.items() if one.moments},
             served(student.hidden, kv_BTM, batch.kv_mask) if statistics.prototypes else None,
         )
-        losses = Losses(language, share.kv * (kv.value - bonus))
+        losses = Losses(language, share.kv * (kv - bonus))
         return losses, (metrics | routing, jax.lax.stop_gradient(new))
 
     def compared(
@@ -213,11 +219,11 @@ class Objective:
                 attended.student.k,
                 attended.target.k,
                 attended.mask,
-                batch.kv_mask,
+                mask,
             )
             kv = kv + self.attention_weight * attention
-            metrics["attention_kl"] = masked_mean(attention, batch.kv_mask)
-        return _OfTeacher(teacher, kv, metrics, moments)
+            metrics["attention_kl"] = masked_mean(attention, mask)
+        return _OfTeacher(teacher, kv, mask, metrics, moments)
 
     def _language(
         self,
@@ -279,7 +285,7 @@ class Objective:
             losses = self.kv_loss(framed_s, framed_t, mask_BT, step)
             losses = jnp.where(mask_BT, losses, 0.0)
             tokens = tokens + PART_WEIGHTS[self.parts][part] * losses
-            metrics[f"kv_{part}"] = masked_mean(losses, batch.kv_mask)
+            metrics[f"kv_{part}"] = masked_mean(losses, mask_BT)
             if running:
                 s, t = jax.lax.stop_gradient(sides)
                 moments[part] = SideMoments(measure(s, mask_BT), measure(t, mask_BT))

@@ -11,7 +11,7 @@ import optax
 class Rate(NamedTuple):
     """A learning rate over the run: linear warm-up to ``peak``, then constant or cosine.
 
-    ``final_share`` of the peak is what the cosine reaches at step ``steps``.
+    ``final_share`` of the peak is what the cosine reaches at the last of ``steps`` steps.
     """
 
     peak: float
@@ -21,8 +21,8 @@ class Rate(NamedTuple):
     final_share: float = 0.0
 
     def build(self) -> optax.Schedule:
-        """The schedule: step -> rate."""
-        after = max(1, self.steps - self.warmup_steps)
+        """The schedule: step (from 0) -> rate."""
+        after = max(1, self.steps - 1 - self.warmup_steps)
         main = (
             optax.constant_schedule(self.peak)
             if self.schedule == "constant"

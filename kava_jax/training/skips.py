@@ -28,6 +28,11 @@ class SkipLog:
         self._most, self._stream, self._monitor = most, stream, monitor
         self._pending: list[tuple[int, Mean]] = []
 
+    @property
+    def last_was_skipped(self) -> bool:
+        """Whether the last step that was looked at was skipped."""
+        return self._in_a_row > 0
+
     def add(self, done: int, total: Mean) -> None:
         """Step number ``done`` (from 1) ended with so many skipped in all; not looked at yet."""
         self._pending.append((done, total))

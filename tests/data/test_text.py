@@ -25,6 +25,12 @@ def qwen(shared):
     return load_tokenizer(shared / "tokenizers/qwen2")
 
 
+def talk(*contents):
+    """User and assistant by turns."""
+    roles = ("user", "assistant")
+    return tuple({"role": roles[i % 2], "content": text} for i, text in enumerate(contents))
+
+
 def split(encoder, row):
     decode = encoder.tokenizer.decode
     return decode(row.ids[: row.prompt_length]), decode(row.ids[row.prompt_length :])
@@ -119,7 +125,7 @@ def test_bad_templates(builtin, template, what):
 
 def test_chat_trains_on_the_last_reply_and_its_end_only(qwen):
     encoder = Encoder(qwen, format="chat")
-    turns = (("user", "2+2?"), ("assistant", "4"), ("user", "And 3+3?"), ("assistant", "6"))
+    turns = talk("2+2?", "4", "And 3+3?", "6")
     prompt, answer = split(encoder, encoder.encode(Example("", "", turns)))
     assert prompt == (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
@@ -198,14 +204,14 @@ def test_encode_all_equals_one_by_one(qwen, shared):
 
 
 def test_bad_input(builtin):
-    talk = Example("", "", (("user", "a"), ("assistant", "b")))
+    conversation = Example("", "", talk("a", "b"))
     no_eos = load_tokenizer("builtin:tokenizer")
     no_eos.eos_token = None
     for call, what in [
         (lambda: Encoder(builtin, max_length=1), "data.max_length=1"),
         (lambda: Encoder(no_eos), "eos"),
         (lambda: Encoder(builtin, template="{prompt}{answer}"), "data.template"),
-        (lambda: Encoder(builtin).encode(talk), "data.format=chat"),
+        (lambda: Encoder(builtin).encode(conversation), "data.format=chat"),
         (lambda: Encoder(builtin).encode_prompt(Example("", "text")), "no prompt"),
     ]:
         with pytest.raises(KavaError, match=what):

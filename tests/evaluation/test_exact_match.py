@@ -111,7 +111,8 @@ def test_conversations():
         "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
     )
     encoder = Encoder(tokenizer, format="chat")
-    talk = (("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "#### 4"))
+    turns = (("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "#### 4"))
+    talk = tuple({"role": role, "content": content} for role, content in turns)
     parrot = ended(encoder, {"user:a\nassistant:b\nuser:c\nassistant:": "#### 4"})
     result = exact_match(parrot, encoder, [Example("", "", talk)], batch_size=1, max_new_tokens=200)
     assert result.strict == 1.0

@@ -4,6 +4,7 @@ import base64
 import json
 import re
 import struct
+from datetime import date
 
 import numpy as np
 import pytest
@@ -38,6 +39,7 @@ def make_run(directory, records, *, teachers=("big",), metrics=True, **sections)
         command=["kava", "train", "tiny.yaml"],
         config=dump_config(parse_config(config | sections)),
         fingerprints=Fingerprints(dict.fromkeys(names, "5e" * 32), data="da" * 32),
+        today=date(2026, 1, 2),
         hardware=Hardware(2, 16, "TPU v5e"),
     )
     if metrics:

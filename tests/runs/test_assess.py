@@ -43,13 +43,14 @@ def test_the_generator_gives_rows_that_are_never_trained_on(model, on_builtin, t
 
 def test_figures_of_a_plain_model(on_builtin):
     assert set(on_builtin) == {
+        "eval_rows",
         "eval_loss",
         "exact_match_strict",
         "exact_match_flexible",
         "exact_match_stderr",
         "exact_match_rows",
     }
-    assert on_builtin["exact_match_rows"] == ROWS
+    assert on_builtin["exact_match_rows"] == on_builtin["eval_rows"] == ROWS
     json.dumps(on_builtin, allow_nan=False)
 
 
@@ -75,7 +76,7 @@ def test_held_out_loss_is_that_of_transformers(model, on_builtin):
 def test_documents_have_a_loss_and_no_answers(model, tmp_path):
     path = tmp_path / "stories.txt"
     path.write_text("Tom has a ball.<|endoftext|>Mia has a kite.<|endoftext|>")
-    assert set(figures(model, path, rows=None)) == {"eval_loss"}
+    assert set(figures(model, path, rows=None)) == {"eval_rows", "eval_loss"}
 
 
 def test_only_fields_of_data_and_eval_can_be_set(model, tmp_path):

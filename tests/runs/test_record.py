@@ -1,6 +1,7 @@
 """The experiment record: filled in from the run itself, and a person's words are kept."""
 
 import math
+from datetime import date
 
 import pytest
 import yaml
@@ -44,6 +45,7 @@ def started(tiny, tmp_path, monkeypatch):
             command=["kava", "train", "tiny.yaml"],
             config=dump_config(config),
             fingerprints=fingerprints_of(run, dataset),
+            today=date(2026, 1, 2),
             hardware=Hardware(1, 8, "cpu"),
         )
         return run, dataset

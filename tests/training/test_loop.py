@@ -233,8 +233,10 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_named(tmp_path, made, 
     ]
     assert "warning at step 2: loss or gradient is not finite" in capsys.readouterr().err
     # A skipped step is none to the optimizer: the sixth step is its fourth.
-    last = [line for line in lines(tmp_path) if line["kind"] == "train"][-1]
-    assert last["lr_student"] == pytest.approx(float(RATES["student"](3)))
+    logged = [line for line in lines(tmp_path) if line["kind"] == "train"]
+    assert logged[-1]["lr_student"] == pytest.approx(float(RATES["student"](3)))
+    assert logged[0]["step"] == 2  # itself skipped: it would have been the second
+    assert logged[0]["lr_student"] == pytest.approx(float(RATES["student"](1)))
 
 
 def test_too_many_in_a_row_stop_the_run_with_its_checkpoint_whole(tmp_path, made, step):
@@ -314,6 +316,20 @@ def test_the_host_does_not_wait_for_a_line(monkeypatch, tmp_path, ready: bool, w
         assert seen == written
         late.settle()
     assert [line["step"] for line in lines(tmp_path)] == [2, 4]
+
+
+def test_a_first_step_that_is_skipped_has_the_first_rate(tmp_path):
+    stream = BatchStream(rows(11), batch_size=4, max_length=12, bucket=12, sink_tokens=2)
+    zero, one = jnp.zeros((), jnp.int32), jnp.ones(())
+    with Monitor(tmp_path, total_steps=STEPS) as monitor:
+        skips = SkipLog(Skips(zero, zero), most=2, stream=stream, monitor=monitor)
+        late = Lines(0, monitor, skips, RATES, STEPS)
+        metrics = {"loss": Mean(jnp.nan * one, one), "skipped": Mean(one, one)}
+        late.step(1, metrics, tokens=10)
+        late.add(1, metrics)
+        late.settle()
+    (line,) = [line for line in lines(tmp_path) if line["kind"] == "train"]
+    assert line["lr_student"] == pytest.approx(float(RATES["student"](0)))
 
 
 def test_a_first_signal_asks_and_a_second_one_ends():

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from datetime import date
 
 import pytest
 import yaml
@@ -37,6 +38,7 @@ def start(run_dir, config=CONFIG, prints=PRINTS):
         command=["kava", "train", "my config.yaml"],
         config=config,
         fingerprints=prints,
+        today=date(2026, 1, 2),
         hardware=HARDWARE,
     )
 

@@ -15,14 +15,15 @@ from tests.tolerances import TOL
 def test_rates_by_hand() -> None:
     rate = Rate(1e-3, steps=20, warmup_steps=4, schedule="cosine", final_share=0.1).build()
     warm = [0.2e-3, 0.4e-3, 0.6e-3, 0.8e-3]
+    # The last of 20 steps is number 19: there the final share is reached.
     cosine = [
-        1e-3 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (step - 4) / 16)))
-        for step in range(4, 21)
+        1e-3 * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * (step - 4) / 15)))
+        for step in range(4, 20)
     ]
-    found = [float(rate(step)) for step in range(21)]
+    found = [float(rate(step)) for step in range(20)]
     np.testing.assert_allclose(found, warm + cosine, rtol=TOL["float32"])
     assert found[4] == pytest.approx(1e-3, rel=TOL["float32"])
-    assert found[20] == pytest.approx(1e-4, rel=TOL["float32"])
+    assert found[19] == pytest.approx(1e-4, rel=TOL["float32"])
     assert float(rate(30)) == pytest.approx(1e-4, rel=TOL["float32"])
 
 
@@ -32,8 +33,12 @@ def test_constant_and_unwarmed_rates() -> None:
     np.testing.assert_allclose(found, [1e-3, 2e-3, 2e-3, 2e-3, 2e-3], rtol=TOL["float32"])
     plain = Rate(2e-3, steps=10).build()
     np.testing.assert_allclose(
-        [float(plain(step)) for step in (0, 5, 10)], [2e-3, 1e-3, 0], rtol=TOL["float32"], atol=1e-9
+        [float(plain(step)) for step in (0, 3, 9, 10)],
+        [2e-3, 1.5e-3, 0, 0],  # a third of the way: (1 + cos 60 degrees) / 2
+        rtol=TOL["float32"],
+        atol=1e-9,
     )
+    assert float(Rate(2e-3, steps=1).build()(0)) == pytest.approx(2e-3, rel=TOL["float32"])
     all_warmup = Rate(3e-3, steps=2, warmup_steps=2).build()
     found = [float(all_warmup(step)) for step in range(2)]
     np.testing.assert_allclose(found, [1e-3, 2e-3], rtol=TOL["float32"])

@@ -1,0 +1,217 @@
+"""Files, pipes and standard input to raw rows: what a field holds is for ``rows`` to judge.
+
+Files are read here and not by ``datasets``: a broken one is to be reported in a single line with
+its line numbers, and no copy of it stays behind in a cache. Gzip is told by its first two bytes,
+whatever the file is called.
+"""
+
+import functools
+import gzip
+import io
+import itertools
+import json
+import math
+import re
+import sys
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from kava_jax.errors import KavaError
+
+FILES = (".jsonl", ".ndjson", ".json", ".parquet", ".txt")
+STANDARD_INPUT = ("-", "/dev/stdin")
+
+Numbered = Iterator[tuple[int, Any]]
+
+
+class BadRowError(Exception):
+    """What is wrong with one row, without its place."""
+
+
+class Number(str):
+    """A number as its author wrote it: 18.50 stays so, and no integer is too long."""
+
+    __slots__ = ()
+
+
+def is_pipe(name: str) -> bool:
+    """Whether this is standard input or another stream that can be read only once."""
+    return name in STANDARD_INPUT or Path(name).is_fifo()
+
+
+def ending(file: Path) -> str:
+    """The file's ending without a ``.gz`` behind it."""
+    return Path(file.name.lower().removesuffix(".gz")).suffix
+
+
+def read_text(name: str) -> str:
+    """The whole file as text.
+
+    Raises KavaError when it cannot be read or is not UTF-8.
+    """
+    try:
+        with _opened(name) as stream:
+            return stream.read().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise KavaError(f"data.path={name!r} cannot be read as UTF-8 text ({error})") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise _unreadable(name, error) from error
+
+
+def json_rows(name: str) -> tuple[str, Numbered]:
+    """What the rows are counted in, and (number, value or what is wrong with it) of every row.
+
+    JSON objects one a line (blank lines are skipped), one array of them, or objects that are
+    written over several lines each.
+    """
+    lines = _lines(name)
+    skipped = b""
+    for number, line in lines:
+        start = line.strip()
+        if start.startswith(b"[") or start == b"{":
+            return "row", _document(skipped + line + b"".join(rest for _, rest in lines))
+        if start:
+            return "line", _each(itertools.chain([(number, line)], lines))
+        skipped += line
+    return "line", iter(())
+
+
+def parsed(text: str) -> Any:
+    """JSON with every number as a ``Number``; NaN and Infinity are floats.
+
+    Raises BadRowError for what is not JSON, or an object that gives one field twice.
+    """
+    try:
+        return _DECODER.decode(text)
+    except json.JSONDecodeError as error:
+        raise BadRowError(f"not JSON ({error.msg} at column {error.colno})") from None
+    except RecursionError:
+        raise BadRowError("nested too deeply") from None
+
+
+def plain(value: Any) -> Any:
+    """The value with Python's own numbers in the place of ``Number``."""
+    if isinstance(value, Number):
+        try:
+            return json.loads(value)
+        except ValueError:
+            raise BadRowError(f"the number {value[:20]}... has too many digits") from None
+    if isinstance(value, Mapping):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list) else value
+
+
+def parquet_rows(name: str) -> Iterator[Mapping[str, Any]]:
+    """The rows of a parquet file."""
+    from pyarrow import ArrowException, parquet
+
+    try:
+        with _opened(name) as stream:
+            table = parquet.read_table(io.BytesIO(stream.read()))
+    except (OSError, EOFError, zlib.error, ArrowException) as error:
+        reason = " ".join(str(error).split())
+        raise KavaError(
+            f"data.path={name!r} cannot be read as parquet ({reason}); fetch or write it again"
+        ) from error
+    types = {field.name: str(field.type) for field in table.schema}
+    chunks = (row for chunk in table.to_batches() for row in chunk.to_pylist())
+    yield from short_numbers(chunks, types)
+
+
+def short_numbers(
+    rows: Iterable[Mapping[str, Any]], types: Mapping[str, str]
+) -> Iterator[Mapping[str, Any]]:
+    """Columns of half or single precision as they were written: 0.1, not 0.10000000149011612."""
+    narrow = {"halffloat": np.float16, "float16": np.float16}
+    narrow |= {"float": np.float32, "float32": np.float32}
+    columns = {name: narrow[kind] for name, kind in types.items() if kind in narrow}
+    for row in rows:
+        short = {
+            name: Number(kind(row[name]))
+            for name, kind in columns.items()
+            if row[name] is not None and math.isfinite(row[name])
+        }
+        yield {**row, **short}
+
+
+@contextmanager
+def _opened(name: str) -> Iterator[IO[bytes]]:
+    file = Path(name).expanduser()
+    with io.BytesIO(_piped(name)) if is_pipe(name) else file.open("rb") as stream:
+        zipped = stream.read(2) == b"\x1f\x8b"
+        stream.seek(0)
+        yield gzip.GzipFile(fileobj=stream) if zipped else stream  # pyright: ignore[reportReturnType]  (reads as any file)
+
+
+@functools.cache
+def _piped(name: str) -> bytes:
+    """All of a stream, kept: it cannot be read a second time."""
+    return sys.stdin.buffer.read() if name in STANDARD_INPUT else Path(name).read_bytes()
+
+
+def _lines(name: str) -> Iterator[tuple[int, bytes]]:
+    try:
+        # Bytes: only \n ends a line, U+2028 inside a text does not.
+        with _opened(name) as lines:
+            for number, line in enumerate(lines, 1):
+                yield number, line.removeprefix(b"\xef\xbb\xbf")
+    except (OSError, EOFError, zlib.error) as error:
+        raise _unreadable(name, error) from error
+
+
+def _unreadable(name: str, error: Exception) -> KavaError:
+    reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+    return KavaError(f"data.path={name!r} cannot be read ({reason}); fetch or write it again")
+
+
+def _each(lines: Numbered) -> Numbered:
+    for number, line in lines:
+        if line.strip():
+            try:
+                yield number, parsed(line.decode("utf-8"))
+            except UnicodeDecodeError:
+                yield number, BadRowError("not UTF-8 text")
+            except BadRowError as error:
+                yield number, error
+
+
+def _document(content: bytes) -> Numbered:
+    """The items of one array, or of values that follow one another."""
+    try:
+        text, values = content.decode("utf-8"), []
+        place = _SPACE.match(text, 0).end()
+        while place < len(text):
+            value, place = _DECODER.raw_decode(text, place)
+            values.append(value)
+            place = _SPACE.match(text, place).end()
+    except UnicodeDecodeError:
+        values = [BadRowError("not UTF-8 text")]
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno} of the file"
+        values = [BadRowError(f"not JSON ({error.msg} at {where})")]
+    except RecursionError:
+        values = [BadRowError("nested too deeply")]
+    except BadRowError as error:
+        values = [error]
+    rows = values[0] if len(values) == 1 and isinstance(values[0], list) else values
+    return iter(enumerate(rows, 1))
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise BadRowError(f"field {twice!r} is given twice")
+    return found
+
+
+_SPACE: Any = re.compile(r"\s*")
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_object, parse_int=Number, parse_float=Number, parse_constant=float
+)
