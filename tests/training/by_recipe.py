@@ -3,9 +3,6 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
-from flax.traverse_util import flatten_dict
-
 from kava_jax.alignment.layer_map import LayerMap
 from kava_jax.config_file import parse_config
 from kava_jax.models.spec import DecoderSpec
