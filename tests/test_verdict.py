@@ -125,6 +125,11 @@ def test_magnitude_alarms(mag_ratio: float, words: str | None) -> None:
     found = alarms(mag_ratio=mag_ratio, mag_loss=0.1)
     assert len(found) == (words is not None)
     assert words is None or words in found[0]
+    assert words is None or "beta" in found[0]
+    # Where the loss cannot have a magnitude term, no remedy speaks of its weight.
+    without = alarms(mag_ratio=mag_ratio, mag_loss=None)
+    assert len(without) == len(found)
+    assert not any("beta" in alarm for alarm in without)
 
 
 def test_loss_alarms() -> None:

@@ -32,4 +32,11 @@ TOL = {
     # a step in bf16 beside the same in float32: the loss, relative, and 1 - cosine of gradients
     "bf16_loss": 1e-2,
     "bf16_gradient": 1e-2,
+    # keys without a bias 200 times as long, and gradients through them: 1 - cosine with float32's
+    "bf16_keys": 1e-4,
+    "bf16_kv_gradient": 1e-3,
+    # keys with that bias: what bf16 adds to them, beside the length of the rest
+    "bf16_content": 1e-2,
+    # gradients that are sums over 16384 tokens, relative
+    "bf16_sums": 2e-3,
 }

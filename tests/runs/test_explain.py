@@ -58,6 +58,11 @@ def test_the_named_job_in_words() -> None:
             ["recipe=original", "loss.beta=0.05"],
             ["Set otherwise here: loss.beta 0.01 -> 0.05."],
         ),
+        (
+            ["loss.beta=0.05"],
+            ["(1 - cosine) + 0 x (difference", "loss.beta=0.05 is off: the projector begins with"],
+        ),
+        (["loss.beta=0.05", "projector.kind=linear"], ["(1 - cosine) + 0.05 x (difference"]),
         (["teachers.0.control=shuffled"], ["Control: its targets are those of another row"]),
         (["loss.parts=values"], ["Compared: values, head by head"]),
         (["loss.parts=keys"], ["Compared: keys before RoPE, head by head"]),

@@ -3,6 +3,7 @@
 A config builds every case twice, and both get the same weights and rows.
 """
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import jax
@@ -87,3 +88,145 @@ def test_a_step_is_that_of_float32(case: Case) -> None:
     else:
         found = cosine(gradients["projector"], wide_gradients["projector"])
         assert 1 - found < TOL["bf16_gradient"]
+
+
+# The key bias, many times as long as the rest of a key; one layer each, so that inputs are equal.
+
+TIMES = 200.0
+DIRECTIONS = ("teacher_to_student", "student_to_teacher")
+
+
+class OneLayer(NamedTuple):
+    """What one layer of both models gives under a key bias ``TIMES`` as long as its keys."""
+
+    student: KVCache
+    teacher: KVCache
+    gradients: dict[str, dict[str, Any]]
+    """By KV loss, of the student's keys and of the projector."""
+    spaces: dict[str, jax.Array]
+    """Keys with their bias: as they are compared, and as the space's queries read them."""
+
+
+def enlarged(part: dict[str, Any], embed: dict[str, Any]) -> float:
+    """Make a layer's key bias long, and it and the inputs the same in bfloat16; its length."""
+    embed["embedding"] = embed["embedding"].astype(jnp.bfloat16).astype(np.float32)
+    projection = part["attention"]["k"]
+    width, head_dim = projection["kernel"].shape[-3], projection["kernel"].shape[-1]
+    length = 1.5 * TIMES * 0.2 * (width * head_dim) ** 0.5  # kernels have a spread of 0.2
+    bias = projection["bias"].astype(jnp.bfloat16).astype(np.float32)
+    bias *= length / np.linalg.norm(bias, axis=-1, keepdims=True)
+    projection["bias"] = bias.astype(jnp.bfloat16).astype(projection["kernel"].dtype)
+    return length
+
+
+@cache
+def with_large_bias(direction: str, dtype: str) -> OneLayer:
+    """Layer 0 of the student's blocks meets layer 0 of the teacher, which is its cut tail."""
+    fields = {"teachers.0.layer_map": ((0, 0),), "loss.remove_key_bias": True}
+    fields |= {"projector.direction": direction}
+    blueprint, params, teachers = made("original", dtype, 1, **fields)
+    objective = blueprint.objective
+    link, rows = objective.teachers["big"], BATCH
+    assert blueprint.teachers["big"].blocks == 0
+    lengths = [
+        enlarged(params["student"]["blocks"], params["student"]["embed"]),
+        enlarged(teachers["big"]["tail"], teachers["big"]["embed"]),
+    ]
+
+    def look(params: Any, teachers: Any) -> OneLayer:
+        student = read(objective.student, params["student"], rows, queries=True)
+        teacher = read(link.graph, teachers["big"], rows, queries=True)
+        ours, theirs = link.comparison.sides(student, teacher)
+
+        def compared(keys: jax.Array, projector: Any) -> Any:
+            module = nnx.merge(objective.projector, projector)
+            return link.comparison.projected(module, ours._replace(k=keys), theirs)
+
+        def losses(keys: jax.Array, projector: Any) -> jax.Array:
+            s, t, _ = compared(keys, projector)
+            step, mask = jnp.int32(0), rows.kv_mask
+            found = [kv_loss(kind)(s.k, t.k, mask, step) for kind in KINDS]
+            return masked_mean(jnp.stack(found), mask[None], (1, 2)).value
+
+        by_kind = jax.jacrev(losses, argnums=(0, 1))(ours.k, params["projector"])
+        gradients = {
+            kind: dict(
+                zip(
+                    ("keys", "projector"),
+                    jax.tree.map(lambda x, i=i: x[i], by_kind),
+                    strict=True,
+                )
+            )
+            for i, kind in enumerate(KINDS)
+        }
+        spaces = {
+            space: Comparison("big", link.comparison.layer_map, space).cache(student).k
+            for space in ("pre_rope", "post_rope")
+        }
+        both = compared(ours.k, params["projector"])
+        attended = link.comparison.attended(both, direction, student, teacher)
+        forward = direction == "teacher_to_student"
+        spaces["attended"] = attended.student.k if forward else attended.target.k
+        return OneLayer(ours, theirs, gradients, spaces)
+
+    found = jax.jit(look)(params, teachers)
+    for length, cache_ in zip(lengths, (found.student, found.teacher), strict=True):
+        assert length > TIMES * lengths_of(cache_.k).mean()
+    return found
+
+
+def lengths_of(keys: Any) -> np.ndarray:
+    """Of every key of a token that counts."""
+    return np.linalg.norm(np.asarray(keys, np.float64)[:, np.asarray(BATCH.kv_mask)], axis=-1)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_a_large_key_bias_takes_nothing_from_keys_without_it(direction: str) -> None:
+    wide, narrow = (with_large_bias(direction, dtype) for dtype in ("float32", "bfloat16"))
+    for side in ("student", "teacher"):
+        left, right = getattr(narrow, side).k, getattr(wide, side).k
+        assert (left.dtype, right.dtype) == (jnp.bfloat16, jnp.float32)
+        assert 1 - cosine(left, right) < TOL["bf16_keys"]
+    for kind in KINDS:
+        for what, gradient in wide.gradients[kind].items():
+            found = cosine(narrow.gradients[kind][what], gradient)
+            assert 1 - found < TOL["bf16_kv_gradient"], (kind, what)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_a_large_key_bias_takes_nothing_from_keys_with_it(direction: str) -> None:
+    """What a mean taken off them, or a query that reads them, finds is their content."""
+    wide, narrow = (with_large_bias(direction, dtype) for dtype in ("float32", "bfloat16"))
+    for space, keys in wide.spaces.items():
+        side = wide.teacher if (space, direction) == ("attended", DIRECTIONS[1]) else wide.student
+        missed = lengths_of(np.asarray(narrow.spaces[space]) - np.asarray(keys))
+        content, whole = lengths_of(side.k).mean(), lengths_of(keys).mean()
+        assert whole > 0.9 * TIMES * content
+        assert missed.mean() < TOL["bf16_content"] * content, space
+
+
+def test_gradients_of_biases_and_scales_are_summed_in_float32() -> None:
+    tokens, width = 1 << 14, 8
+    x = np.random.default_rng(0).normal(1.0, 1.0, (1, tokens, width)).astype(jnp.bfloat16)
+
+    def gradients(dtype: Any) -> Any:
+        dtypes = Dtypes(jnp.dtype(jnp.float32), jnp.dtype(dtype))
+        build = {"inputs": {"embed": width}, "outputs": {"ffw": width}, "bias": True, "std": 0.2}
+        model = {
+            "norm": RMSNorm(width, "embed", eps=1e-6, dtypes=dtypes),
+            "map": Projection(**build, dtypes=dtypes, rngs=nnx.Rngs(0)),
+        }
+        graph, params = nnx.split(nnx.Dict(model))
+
+        def loss(params: Any) -> jax.Array:
+            parts = nnx.merge(graph, params)
+            y = parts["map"](parts["norm"](jnp.asarray(x, dtype))).astype(jnp.float32)
+            return jnp.sum((y + 1.0) ** 2)
+
+        found = nnx.to_pure_dict(jax.jit(jax.grad(loss))(params))
+        return found["map"]["bias"], found["norm"]["scale"]
+
+    for narrow, wide in zip(gradients(jnp.bfloat16), gradients(jnp.float32), strict=True):
+        assert narrow.dtype == jnp.float32
+        error = np.abs(narrow - wide).max() / np.abs(wide).max()
+        assert 0 < error < TOL["bf16_sums"]
