@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -167,6 +168,24 @@ def assert_close(ours: Any, theirs: Any) -> None:
         assert ours == pytest.approx(theirs, rel=TOL["parity"], abs=TOL["parity"])
     else:
         assert ours == theirs
+
+
+def test_a_damaged_file_of_the_second_process_is_told_by_both(workspace: Path) -> None:
+    shutil.copytree(workspace / "double", workspace / "damaged")
+    written = workspace / "damaged" / "checkpoints" / str(STEPS) / "default"
+    for number in range(2):  # each took the digests of what it wrote, and of nothing else
+        listed = json.loads((written / f"sha256.{number}.json").read_text())
+        assert listed
+        assert all(f"process_{number}" in name for name in listed)
+    path = max((written / "ocdbt.process_1").rglob("*"), key=lambda path: path.stat().st_size)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+    for process in pair(workspace, "eval", "damaged", "--data", "data.jsonl"):
+        _, words = process.communicate()
+        assert process.returncode == 2, words
+        name = path.relative_to(written)
+        assert f"is damaged ({name} has changed since it was written)" in words
 
 
 def test_when_one_is_killed_the_other_ends_and_the_pair_resumes(workspace: Path) -> None:
