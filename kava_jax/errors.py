@@ -17,7 +17,7 @@ class KavaError(Exception):
 
 
 class StoppedError(Exception):
-    """A run that cannot go on by itself: a full disk, numbers that are not finite.
+    """A run that cannot go on by itself: a full disk, numbers not finite, a process that is stuck.
 
     What its last checkpoint holds is safe.
     """
@@ -26,7 +26,7 @@ class StoppedError(Exception):
 
 
 class PreemptedError(Exception):
-    """A run that was asked to end (SIGTERM, a preemption notice) and has saved its state.
+    """A run that was asked to end (SIGTERM, a preemption notice); what it had done is saved.
 
     The same command goes on from there. 75 is ``EX_TEMPFAIL`` of sysexits.h: try again.
     """

@@ -267,6 +267,10 @@ FRESH = {
     ),
 }
 OLD = {
+    "a run in the place of a model": Case(
+        (*TRAIN, "run.dir=new", "student.path=run"),
+        ("model path='run' is a run directory", "kava export run --out DIR"),
+    ),
     "run of another config": Case(
         (*TRAIN, "run.seed=5", "loss.beta=0.5"),
         ("run.dir=run", "run.seed 0 -> 5", "loss.beta 0.01 -> 0.5", "name another run.dir"),

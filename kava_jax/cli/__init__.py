@@ -3,7 +3,6 @@
 Heavy modules are imported inside the commands, so that ``kava --help`` answers at once.
 """
 
-import logging
 import os
 import sys
 from pathlib import Path
@@ -22,9 +21,6 @@ def main() -> None:
     # Compiled programs are kept from run to run; JAX reads this when it is imported.
     caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(caches / "kava_jax" / "compiled"))
-    # Orbax warns through absl of what is meant so (a directory opened for reading is read only),
-    # and logs errors with a traceback that it raises as well.
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
     try:
         app()
     except (KavaError, StoppedError, PreemptedError) as error:

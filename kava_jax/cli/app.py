@@ -38,9 +38,16 @@ def join(
         bool,
         typer.Option("--cluster", help="Ask a TPU pod's metadata who the other processes are."),
     ] = False,
+    verbose: Annotated[
+        bool,
+        typer.Option("--verbose", help="Show what JAX, Orbax and others log; else warnings only."),
+    ] = False,
 ) -> None:
     """Join the processes of a run; under srun and mpirun, and on GKE, they find each other."""
+    from kava_jax.cli.logs import show_logs
     from kava_jax.parallel.cluster import find_cluster
+
+    show_logs(verbose)
 
     found = find_cluster(
         os.environ,

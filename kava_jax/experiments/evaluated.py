@@ -83,6 +83,8 @@ def _verdict(of: str, own: Mapping[str, Any], figures: Mapping[str, Any]) -> Ver
         sentence += (
             f"; unrelated examples reach {shuffled:.3f} (shuffled), so the gap is {gap:.3f}."
         )
+    if step == 0:
+        return Verdict(of, "", f"{sentence} Nothing has been learnt yet: no verdict.", [])
     tokens = figures.get("sampled_tokens")
     signs = collapse_signs(
         cos_shuffled=shuffled,

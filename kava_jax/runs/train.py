@@ -75,7 +75,9 @@ def train(config: Config, command: Sequence[str]) -> Trained:
         run, start = begun(config, run, dataset, fingerprints)
     else:  # a fresh state beside the one that is read would take its room twice
         check_steps(config, newest)
-        run, start = prepare(config, read_measured_maps(config)), None
+        if config.needs_calibration:
+            run = prepare(config, read_measured_maps(config))
+        start = None
     teachers = run.blueprint.load_teachers()
     write = jax.process_index() == 0
     if write:

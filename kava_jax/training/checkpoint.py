@@ -219,11 +219,15 @@ class Checkpoints:
 
 
 def newest_step(run_dir: Place) -> int:
-    """The step of a run's newest complete checkpoint, -1 without one; changes nothing."""
-    if not (run_dir / "checkpoints").is_dir():
-        return -1
-    with Checkpoints(run_dir, keep=1, read_only=True) as checkpoints:
-        return max(checkpoints.steps(), default=-1)
+    """The step of a run's newest complete checkpoint, -1 without one.
+
+    Changes nothing and, unlike ``Checkpoints``, waits for no other process: what each of them sees
+    of a shared disk may differ for a moment.
+    """
+    from orbax.checkpoint.path import step as names
+
+    place = run_dir / "checkpoints"
+    return max(names.checkpoint_steps(place), default=-1) if place.is_dir() else -1
 
 
 def abstract_state(state: Any, shardings: Any) -> Any:

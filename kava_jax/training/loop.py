@@ -71,7 +71,7 @@ def run_steps(
 
     Raises:
         StoppedError: ``most_skipped`` steps in a row were not finite.
-        PreemptedError: the run was asked to end before its last step; the state is saved.
+        PreemptedError: the run was asked to end before its last step; what was done is saved.
     """
     start = int(state.step)
     skips = SkipLog(state.skips, most=cadence.most_skipped, stream=stream, monitor=monitor)
@@ -123,7 +123,7 @@ def run_steps(
         if done > start:
             checkpoints.save(state, measured)
             checkpoints.wait()
-        raise PreemptedError(f"saved at step {done}; the same command goes on from there") from None
+        raise PreemptedError(_kept(start, done)) from None
     finally:
         profile.stop()
     return state, evaluation.values
@@ -153,6 +153,15 @@ def _evaluated(evaluate: Evaluate, state: TrainState, step: int, monitor: Monito
     evaluation = evaluate(state, step)
     monitor.evaluation(step, evaluation.values, evaluation.layers)
     return evaluation
+
+
+def _kept(start: int, done: int) -> str:
+    """What is left of a run that ends after step ``done`` and began after ``start``."""
+    if done > start:
+        return f"saved at step {done}; the same command goes on from there"
+    if start > 0:
+        return f"nothing done since the checkpoint at step {start}; the same command goes on there"
+    return "asked to end before the first step, nothing to save; the same command begins anew"
 
 
 def _settled(lines: Lines, skips: SkipLog, monitor: Monitor, done: int) -> None:

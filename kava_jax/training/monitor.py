@@ -129,16 +129,19 @@ class Monitor:
             self._record(step, "diagnostics", values, layers)
 
     def evaluation(self, step: int, metrics: Metrics, layers: Layers) -> None:
-        """Record and show one evaluation on held-out data (``eval_`` is not shown twice)."""
+        """Record and show one evaluation on held-out data (``eval_`` is not shown twice).
+
+        At step 0 nothing has been learnt, so nothing can have collapsed: there is no verdict yet.
+        """
         if not self._write:
             return
         self._record(step, "eval", metrics, layers)
         names = {key.removeprefix("eval_"): value for key, value in metrics.items()}
-        fields = shown(names, EVALUATED)
+        fields = shown(names, EVALUATED, judged=step > 0)
         self._display.say(f"evaluation at step {step}  {_join(fields)}")
-        if signs := _signs(names):
+        if step > 0 and (signs := _signs(names)):
             self._display.say(f"warning at step {step}: collapsed: {'; '.join(signs)}")
-        elif collapsed := collapsed_layers(layers):
+        elif step > 0 and (collapsed := collapsed_layers(layers)):
             parts = [f"{what} of mapped layers {_listed(rows)}" for what, rows in collapsed.items()]
             self._display.say(f"warning at step {step}: collapsed by layer: {'; '.join(parts)}")
         if bad := _not_finite(metrics):
@@ -215,12 +218,13 @@ class Monitor:
 
 
 def shown(
-    metrics: Metrics, more: Mapping[str, tuple[str, str]] | None = None
+    metrics: Metrics, more: Mapping[str, tuple[str, str]] | None = None, *, judged: bool = True
 ) -> list[tuple[str, str]]:
     """Names and values as people read them, most important first; what is absent is left out.
 
     The verdict word stands beside the cosine and is taken over the same steps: the running mean
-    with its running gap where there is one, else this step's cosine and shuffled cosine.
+    with its running gap where there is one, else this step's cosine and shuffled cosine;
+    ``judged`` False leaves it out.
     ``more`` adds further metrics: their key, the name to show, and the number's format.
     """
     cosine, gap, shuffled = "cos_running", "gap_running", None
@@ -242,7 +246,7 @@ def shown(
         if (value := metrics.get(key)) is None:
             continue
         text = form.format(value)
-        if key == cosine and math.isfinite(value):
+        if judged and key == cosine and math.isfinite(value):
             text += f" ({verdict(value, shuffled)})"
         fields.append((name, text))
     return fields

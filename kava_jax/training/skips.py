@@ -56,5 +56,5 @@ class SkipLog:
                     f"loss or gradient was not finite for {self._most} steps in a row, up to step "
                     f"{done} (train.most_skipped), and the weights were left as they were; look at "
                     f"the rows that metrics.jsonl names, lower the learning rates, and call again "
-                    f"to go on from the last checkpoint"
+                    f"to go on from the last checkpoint, if there is one"
                 )

@@ -184,6 +184,13 @@ def test_how_it_was_made(page):
     assert fingerprints["student"] == "not taken"
 
 
+def test_before_anything_was_learnt_there_is_no_verdict(tmp_path):
+    first = evaluation(0, eval_cos_sim=0.97, eval_cos_shuffled=0.96, eval_cos_centered=0.02)
+    page = report(make_run(tmp_path, [first]))
+    assert "so the gap is 0.010. Nothing has been learnt yet: no verdict." in page.words
+    assert "collapsed" not in page.words
+
+
 def test_a_collapsed_run_is_called_so_with_its_signs(tmp_path):
     last = evaluation(
         20,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,11 +21,26 @@ from tests.tolerances import TOL
 STEPS = 6
 TIMED = ("step_seconds", "tokens_per_second", "probe_seconds", "probe_share_of_time")
 ROOT = Path(__file__).parents[2]
-# The others end so many seconds after a process has died; the heartbeat's limit is 30.
+# The others end so many seconds after a process has died.
 LIMIT = 60
+# The command with a heartbeat that is missed after 10 s; JAX's default, which it has, is 100 s.
+IMPATIENT = """
+import functools, jax
+jax.distributed.initialize = functools.partial(
+    jax.distributed.initialize, heartbeat_timeout_seconds=10
+)
+from kava_jax.cli import main
+main()
+"""
 
 
-def start(workspace: Path, arguments: list[str], devices: int, flags: list[str]):
+def start(
+    workspace: Path,
+    arguments: list[str],
+    devices: int,
+    flags: list[str],
+    program: tuple[str, ...] = ("-m", "kava_jax"),
+):
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
         "JAX_NUM_CPU_DEVICES": str(devices),
@@ -32,7 +48,7 @@ def start(workspace: Path, arguments: list[str], devices: int, flags: list[str])
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
     return subprocess.Popen(
-        [sys.executable, "-m", "kava_jax", *flags, *arguments],
+        [sys.executable, *program, *flags, *arguments],
         cwd=workspace,
         env=environment,
         stdout=subprocess.PIPE,
@@ -49,7 +65,9 @@ def one(workspace: Path, *arguments: str) -> str:
     return out
 
 
-def pair(workspace: Path, *arguments: str) -> list[subprocess.Popen]:
+def pair(
+    workspace: Path, *arguments: str, program: tuple[str, ...] = ("-m", "kava_jax")
+) -> list[subprocess.Popen]:
     """Two processes with a device each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -60,6 +78,7 @@ def pair(workspace: Path, *arguments: str) -> list[subprocess.Popen]:
             list(arguments),
             1,
             ["--coordinator", address, "--processes", "2", "--process", str(number)],
+            program,
         )
         for number in range(2)
     ]
@@ -151,8 +170,27 @@ def assert_close(ours: Any, theirs: Any) -> None:
         assert ours == theirs
 
 
+def test_a_damaged_file_of_the_second_process_is_told_by_both(workspace: Path) -> None:
+    shutil.copytree(workspace / "double", workspace / "damaged")
+    written = workspace / "damaged" / "checkpoints" / str(STEPS) / "default"
+    for number in range(2):  # each took the digests of what it wrote, and of nothing else
+        listed = json.loads((written / f"sha256.{number}.json").read_text())
+        assert listed
+        assert all(f"process_{number}" in name for name in listed)
+    path = max((written / "ocdbt.process_1").rglob("*"), key=lambda path: path.stat().st_size)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+    for process in pair(workspace, "eval", "damaged", "--data", "data.jsonl"):
+        _, words = process.communicate()
+        assert process.returncode == 2, words
+        name = path.relative_to(written)
+        assert f"is damaged ({name} has changed since it was written)" in words
+
+
 def test_when_one_is_killed_the_other_ends_and_the_pair_resumes(workspace: Path) -> None:
-    first, second = pair(workspace, "train", "run.yaml", "run.dir=killed")
+    arguments = ["train", "run.yaml", "run.dir=killed"]
+    first, second = pair(workspace, *arguments, program=("-c", IMPATIENT))
     metrics = workspace / "killed" / "metrics.jsonl"
     while first.poll() is None and not (metrics.exists() and '"step": 3' in metrics.read_text()):
         time.sleep(0.02)

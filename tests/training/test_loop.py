@@ -285,12 +285,29 @@ def test_an_evaluation_can_be_cut_short_and_is_made_up_for(tmp_path, made, step,
     assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
 
 
+def test_asked_again_before_another_step_the_checkpoint_is_named(tmp_path, made, step):
+    class AtOnce(Preemption):
+        def asked(self) -> bool:
+            return True
+
+    def evaluate(self, state, number: int) -> Figures:
+        raise AskedToEndError
+
+    with pytest.raises(PreemptedError, match="saved at step 1; "):
+        train(tmp_path, made, step, until=STEPS, preemption=AtOnce())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Record, "evaluate", evaluate)
+        words = "nothing done since the checkpoint at step 1; the same command goes on there"
+        with pytest.raises(PreemptedError, match=words):
+            train(tmp_path, made, step, until=STEPS, evaluated=False)
+
+
 def test_asked_before_the_first_step_nothing_is_saved(tmp_path, made, step, monkeypatch):
     def cut_short(self, state, number: int) -> Figures:
         raise AskedToEndError
 
     monkeypatch.setattr(Record, "evaluate", cut_short)
-    with pytest.raises(PreemptedError, match="saved at step 0"):
+    with pytest.raises(PreemptedError, match="before the first step, nothing to save"):
         train(tmp_path, made, step, until=STEPS)
     with Checkpoints(tmp_path, keep=2) as checkpoints:
         assert checkpoints.steps() == []

@@ -211,6 +211,24 @@ def test_a_collapsed_evaluation_says_by_which_signs(tmp_path, capsys):
     assert "retrieved" not in warning
 
 
+def test_nothing_has_collapsed_before_anything_was_learnt(tmp_path, capsys):
+    """At step 0; the same figures are a collapse one step later."""
+    layers = {"big/cos_sim_k": [0.9], "big/cos_shuffled_k": [0.9]}
+    means = ({"eval_cos_sim": 0.9, "eval_cos_shuffled": 0.9, "eval_alignment_gap": 0.0}, {})
+    said = []
+    for figures in (means, ({"eval_cos_sim": 0.9}, layers)):
+        for step in (0, 1):
+            with Monitor(tmp_path, total_steps=20) as monitor:
+                monitor.evaluation(step, *figures)
+            said.append(capsys.readouterr().err)
+    at_0, at_1, layers_at_0, layers_at_1 = said
+    assert at_0 == "evaluation at step 0  cos 0.900  gap 0.000\n"
+    assert "cos 0.900 (collapsed)" in at_1
+    assert "warning at step 1: collapsed: " in at_1
+    assert layers_at_0 == "evaluation at step 0  cos 0.900\n"
+    assert "warning at step 1: collapsed by layer: big keys of mapped layers 0" in layers_at_1
+
+
 def test_layers_that_collapsed_are_told_where_the_mean_looks_well(tmp_path, capsys):
     figures = {"eval_cos_sim": 0.9, "eval_cos_shuffled": 0.5, "eval_alignment_gap": 0.4}
     layers = {
