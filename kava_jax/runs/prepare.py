@@ -15,6 +15,7 @@ from kava_jax.data.dataset import Dataset, Load, loader, make_dataset, split_exa
 from kava_jax.data.text import Encoder
 from kava_jax.data.tokenizer import BUILTIN_TOKENIZER, check_same_ids, load_tokenizer, pad_id
 from kava_jax.errors import KavaError
+from kava_jax.hf.generation import end_ids
 from kava_jax.hf.locate import model_fingerprint, resolve_model
 from kava_jax.parallel.mesh import make_mesh
 from kava_jax.training.blueprint import Blueprint, find_models, make_blueprint
@@ -36,6 +37,8 @@ class Run:
     tokenizer_source: str
     encoder: Encoder
     blueprint: Blueprint
+    end_ids: tuple[int, ...]
+    """What ends an answer: the tokenizer's eos, and those of the student's own config."""
 
     @property
     def directory(self) -> Path:
@@ -59,7 +62,10 @@ def prepare(config: Config, measured_maps: Mapping[str, LayerMap] | None = None)
     encoder = Encoder(
         tokenizer, format=data.format, template=data.template, max_length=data.max_length
     )
-    return Run(config, mesh, tokenizer, source, encoder, blueprint)
+    ends = {int(tokenizer.eos_token_id)}  # pyright: ignore[reportArgumentType]  (Encoder demands an eos)
+    if blueprint.student_dir is not None:
+        ends |= end_ids(blueprint.student_dir)
+    return Run(config, mesh, tokenizer, source, encoder, blueprint, tuple(sorted(ends)))
 
 
 def load_dataset(run: Run) -> Dataset:
