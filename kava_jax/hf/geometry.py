@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from kava_jax.errors import KavaError
-from kava_jax.hf.numbers import positive_float, positive_int
+from kava_jax.hf.config_keys import refused
 from kava_jax.hf.rope import read_rope, rope_config
+from kava_jax.hf.values import positive_float, positive_int, true_or_false
 from kava_jax.models.spec import DecoderSpec
 
 FloatName = Literal["float32", "bfloat16", "float16"]
@@ -90,7 +91,7 @@ def spec_from_config(config: Mapping[str, Any], *, where: str) -> DecoderSpec:
     positions = positive_int(
         config, "max_position_embeddings", where, default=family.max_position_embeddings
     )
-    attention_bias = bool(config.get("attention_bias", False))
+    attention_bias = true_or_false(config, "attention_bias", where)
     rope_theta, rope_scaling = read_rope(
         config, positions=positions, head_dim=head_dim, where=where
     )
@@ -105,10 +106,12 @@ def spec_from_config(config: Mapping[str, Any], *, where: str) -> DecoderSpec:
         head_dim=head_dim,
         rope_theta=rope_theta,
         norm_eps=positive_float(config.get("rms_norm_eps", 1e-6), "rms_norm_eps", where),
-        tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+        tie_embeddings=true_or_false(config, "tie_word_embeddings", where),
         qkv_bias=attention_bias if family.qkv_bias is None else family.qkv_bias,
         output_bias=attention_bias if family.output_bias is None else family.output_bias,
-        mlp_bias=bool(config.get("mlp_bias")) if family.mlp_bias is None else family.mlp_bias,
+        mlp_bias=(
+            true_or_false(config, "mlp_bias", where) if family.mlp_bias is None else family.mlp_bias
+        ),
         qk_norm=family.qk_norm,
         rope_scaling=rope_scaling,
         sliding_window=_sliding_window(config, name, family, where),
@@ -192,11 +195,18 @@ def _refuse_unsupported(config: Mapping[str, Any], name: str, where: str) -> Non
         faults.append("quantization_config is set; use the unquantized checkpoint of this model")
     if (act := config.get("hidden_act", "silu")) not in ("silu", "swish"):
         faults.append(f"hidden_act={act!r} is not supported; only silu is")
-    if name in ("qwen2", "qwen3") and config.get("use_sliding_window"):
+    if name in ("qwen2", "qwen3") and true_or_false(config, "use_sliding_window", where):
         faults.append(
             "use_sliding_window=true is not supported for Qwen; set it to false to use full "
             "attention in every layer"
         )
+    if name == "llama" and (window := config.get("sliding_window")) is not None:
+        longest = config.get("max_position_embeddings") or FAMILIES[name].max_position_embeddings
+        if not isinstance(window, int) or window < longest:
+            faults.append(
+                f"sliding_window={window!r} has no effect on Llama in transformers; set it to "
+                "null, or use MistralForCausalLM, which has one"
+            )
     kinds = set(config.get("layer_types") or [])
     allowed = {"sliding_attention", "full_attention"} if name == "mistral" else {"full_attention"}
     if len(kinds) > 1 or not kinds <= allowed:
@@ -204,6 +214,7 @@ def _refuse_unsupported(config: Mapping[str, Any], name: str, where: str) -> Non
             f"layer_types has {sorted(map(str, kinds))}; only models whose layers are all "
             "full_attention are supported"
         )
+    faults += refused(config)
     if faults:
         raise KavaError(f"{where}: config.json: " + "; ".join(faults))
 

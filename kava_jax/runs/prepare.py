@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +14,19 @@ from kava_jax.config import Config
 from kava_jax.config_file import parse_config
 from kava_jax.data.dataset import Dataset, Load, loader, make_dataset, split_examples
 from kava_jax.data.text import Encoder
-from kava_jax.data.tokenizer import BUILTIN_TOKENIZER, check_same_ids, load_tokenizer, pad_id
+from kava_jax.data.tokenizer import (
+    BUILTIN_TOKENIZER,
+    Renamed,
+    check_same_ids,
+    check_unused,
+    load_tokenizer,
+    pad_id,
+    vocabulary_size,
+)
 from kava_jax.errors import KavaError
+from kava_jax.hf.config_keys import note_unknown
 from kava_jax.hf.generation import end_ids
-from kava_jax.hf.locate import model_fingerprint, resolve_model
+from kava_jax.hf.locate import model_fingerprint, read_json, resolve_model
 from kava_jax.parallel.mesh import make_mesh
 from kava_jax.training.blueprint import Blueprint, find_models, make_blueprint
 from kava_jax.training.checkpoint import Checkpoints, abstract_state
@@ -39,6 +49,9 @@ class Run:
     blueprint: Blueprint
     end_ids: tuple[int, ...]
     """What ends an answer: the tokenizer's eos, and those of the student's own config."""
+    renamed: Mapping[str, list[Renamed]]
+    """Special tokens that have other names in a model, by what the model is called."""
+    notes: tuple[str, ...]
 
     @property
     def directory(self) -> Path:
@@ -54,10 +67,9 @@ def prepare(config: Config, measured_maps: Mapping[str, LayerMap] | None = None)
     """
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     tokenizer, source = find_tokenizer(config)
-    models = find_models(config, len(tokenizer))
+    models = find_models(config, vocabulary_size(tokenizer))
     blueprint = make_blueprint(config, mesh, models, measured_maps or {})
-    for name, teacher in blueprint.teachers.items():
-        check_same_ids(tokenizer, teacher.directory, name)
+    renamed, notes = _compare_models(tokenizer, config, blueprint)
     data = config.data
     encoder = Encoder(
         tokenizer, format=data.format, template=data.template, max_length=data.max_length
@@ -65,7 +77,36 @@ def prepare(config: Config, measured_maps: Mapping[str, LayerMap] | None = None)
     ends = {int(tokenizer.eos_token_id)}  # pyright: ignore[reportArgumentType]  (Encoder demands an eos)
     if blueprint.student_dir is not None:
         ends |= end_ids(blueprint.student_dir)
-    return Run(config, mesh, tokenizer, source, encoder, blueprint, tuple(sorted(ends)))
+    return Run(
+        config,
+        mesh,
+        tokenizer,
+        source,
+        encoder,
+        blueprint,
+        tuple(sorted(ends)),
+        renamed,
+        notes,
+    )
+
+
+def _compare_models(
+    tokenizer: "PreTrainedTokenizerBase", config: Config, blueprint: Blueprint
+) -> tuple[dict[str, list[Renamed]], tuple[str, ...]]:
+    """Every model's own tokenizer beside the run's: renamed special tokens; and what to say.
+
+    Keys of the models' config.json that are not known are among it.
+    """
+    models = {f"teachers.{n}": teacher.directory for n, teacher in blueprint.teachers.items()}
+    if config.student.tokenizer is not None and blueprint.student_dir is not None:
+        models["student.path"] = blueprint.student_dir
+    found = {who: check_same_ids(tokenizer, directory, who) for who, directory in models.items()}
+    if blueprint.student_dir is not None:
+        models["student.path"] = blueprint.student_dir
+    told = [note for _, note in found.values()]
+    told += [note_unknown(read_json(where / "config.json"), who) for who, where in models.items()]
+    notes = tuple(note for note in told if note is not None)
+    return {who: renamed for who, (renamed, _) in found.items()}, notes
 
 
 def load_dataset(run: Run) -> Dataset:
@@ -80,7 +121,7 @@ def load_dataset(run: Run) -> Dataset:
         eval_split=data.eval_split,
         eval_rows=data.eval_rows,
     )
-    return make_dataset(
+    dataset = make_dataset(
         training,
         held,
         run.encoder,
@@ -95,6 +136,9 @@ def load_dataset(run: Run) -> Dataset:
             for name, more in run.config.eval.sets.items()
         },
     )
+    sets = (dataset.stream.rows, dataset.held_out.rows, *(m.rows for m in dataset.more.values()))
+    told = [check_unused(renamed, chain(*sets), who) for who, renamed in run.renamed.items()]
+    return dataset._replace(notes=(*run.notes, *filter(None, told), *dataset.notes))
 
 
 def fingerprints_of(run: Run, dataset: Dataset) -> Fingerprints:

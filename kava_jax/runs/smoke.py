@@ -20,7 +20,7 @@ import numpy as np
 from kava_jax.config import Config
 from kava_jax.config_file import dump_config, parse_config
 from kava_jax.data.sources import BUILTIN_PROBLEMS, load_examples
-from kava_jax.data.tokenizer import BUILTIN_TOKENIZER, load_tokenizer
+from kava_jax.data.tokenizer import BUILTIN_TOKENIZER, load_tokenizer, vocabulary_size
 from kava_jax.errors import KavaError
 from kava_jax.hf.card import model_card
 from kava_jax.hf.export import export_model
@@ -52,7 +52,7 @@ def smoke_config(config: Config) -> Config:
     divisor = _depth_divisor(specs.values())
     head_dims = max(spec.head_dim for spec in specs.values())
     for name, spec in specs.items():
-        tiny = _shrunk(spec, divisor, head_dims, len(tokenizer))
+        tiny = _shrunk(spec, divisor, head_dims, vocabulary_size(tokenizer))
         where = directory.with_name(f"{directory.name}-models") / name
         _write_random(where, tiny, tokenizer)
         _point_at(raw, name, where)
