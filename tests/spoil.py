@@ -125,6 +125,11 @@ def fresh_student(workspace: Path) -> None:
     write_config(workspace / "tiny.yaml", teachers=[], student={"geometry": GEOMETRY})
 
 
+def misspelt_geometry(workspace: Path) -> None:
+    student = {"geometry": GEOMETRY | {"rope_thetta": 1e6}, "tokenizer": "builtin:tokenizer"}
+    write_config(workspace / "tiny.yaml", student=student)
+
+
 def two_teachers(workspace: Path) -> None:
     both = [{"name": "big", "path": "teacher"}, {"name": "big", "path": "student"}]
     write_config(workspace / "tiny.yaml", teachers=both)

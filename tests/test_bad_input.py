@@ -25,6 +25,7 @@ from tests.spoil import (
     generation,
     geometry,
     larger_tokenizer,
+    misspelt_geometry,
     no_checkpoints,
     only_pickle,
     other_vocabulary,
@@ -164,7 +165,7 @@ FRESH = {
         other_vocabulary_in_two_files,
     ),
     "student tokenizer of another model": Case(
-        (*TRAIN, "student.tokenizer=other"),
+        (*TRAIN, "student.tokenizer=other", "teachers=[]"),
         ("student.path", "disagree", "use models with one tokenizer"),
         student_tokenizer_of_another,
     ),
@@ -179,17 +180,19 @@ FRESH = {
     "RoPE scaling without a type": Case(
         TRAIN,
         ("teacher", "rope_type=None does not take factor=2.0", "llama3"),
-        geometry(rope_scaling={"factor": 2.0}),
+        geometry(rope_parameters=None, rope_scaling={"factor": 2.0}),
     ),
     "unknown key in a RoPE scaling": Case(
         TRAIN,
         ("rope_type='linear' does not take factro=2.0", "correct what is misspelt"),
-        geometry(rope_scaling={"type": "linear", "factor": 2.0, "factro": 2.0}),
+        geometry(
+            rope_parameters=None, rope_scaling={"type": "linear", "factor": 2.0, "factro": 2.0}
+        ),
     ),
     "unknown RoPE type": Case(
         TRAIN,
         ("rope_type='xpos' is not supported", "yarn"),
-        geometry(rope_scaling={"type": "xpos"}),
+        geometry(rope_parameters=None, rope_scaling={"type": "xpos"}),
     ),
     "RoPE of a part of the head": Case(
         TRAIN,
@@ -203,6 +206,16 @@ FRESH = {
         (*TRAIN, "loss.kl_weight=1"),
         ("teacher", "missing: lm_head.weight", "set tie_word_embeddings to true"),
         geometry(tie_word_embeddings=False),
+    ),
+    "misspelt key of a geometry": Case(
+        TRAIN,
+        ("student.geometry", "rope_thetta=1000000.0", "did you mean rope_theta?"),
+        misspelt_geometry,
+    ),
+    "quantized teacher": Case(
+        TRAIN,
+        ("teacher", "quant_method='fp8'", "FineGrainedFP8Config", "save_original_format=False"),
+        geometry(quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]}),
     ),
     "no tokenizer": Case(
         (*TRAIN, "student.tokenizer=data"), ("tokenizer='data'", "give a local directory")

@@ -6,7 +6,8 @@ generations of spellings are understood and written: up to 4.x ``rope_theta``, `
 and ``torch_dtype`` at the top level; from 5.0 ``rope_parameters`` and ``dtype``.
 
 RoPE has a file of its own (``hf.rope``). Left out on purpose: layers of different kinds in one
-model, quantized checkpoints, mixture of experts. They are refused by name, never guessed.
+model, quantized checkpoints (of fp8 the command that converts them is said), mixture of experts.
+They are refused by name, never guessed.
 """
 
 from collections.abc import Mapping
@@ -191,8 +192,8 @@ def _family(config: Mapping[str, Any], where: str) -> tuple[str, Family]:
 
 def _refuse_unsupported(config: Mapping[str, Any], name: str, where: str) -> None:
     faults = []
-    if config.get("quantization_config") is not None:
-        faults.append("quantization_config is set; use the unquantized checkpoint of this model")
+    if (quantized := config.get("quantization_config")) is not None:
+        faults.append(_quantized(quantized))
     if (act := config.get("hidden_act", "silu")) not in ("silu", "swish"):
         faults.append(f"hidden_act={act!r} is not supported; only silu is")
     if name in ("qwen2", "qwen3") and true_or_false(config, "use_sliding_window", where):
@@ -217,6 +218,21 @@ def _refuse_unsupported(config: Mapping[str, Any], name: str, where: str) -> Non
     faults += refused(config)
     if faults:
         raise KavaError(f"{where}: config.json: " + "; ".join(faults))
+
+
+def _quantized(quantization: Any) -> str:
+    method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
+    said = f"quantization_config with quant_method={method!r} is not read"
+    if method != "fp8":
+        return f"{said}; use the checkpoint that this one was quantized from"
+    # Without save_original_format transformers writes the fp8 tensors again, and says nothing.
+    return (
+        f"{said}; use the checkpoint that this one was quantized from, or convert it (DIR: this "
+        'model, NEW: a new directory): python -c "from transformers import AutoModelForCausalLM as '
+        "M, AutoTokenizer as T, FineGrainedFP8Config as Q; T.from_pretrained('DIR').save_pretrained"
+        "('NEW'); M.from_pretrained('DIR', dtype='bfloat16', quantization_config=Q(dequantize=True)"
+        ").save_pretrained('NEW', save_original_format=False)\""
+    )
 
 
 def _sliding_window(config: Mapping[str, Any], name: str, family: Family, where: str) -> int | None:
