@@ -4,7 +4,8 @@ A row is ``prompt + answer + end``; cross-entropy sees the answer and its end to
 
     qa        ``Question: {prompt}\\nAnswer: {answer}`` and the eos token
     template  the user's own text around ``{prompt}`` and ``{answer}``, and the eos token
-    chat      the tokenizer's chat template; trained on is the last reply with its end token
+    chat      the tokenizer's chat template; trained on is the last reply with its end token, and
+              its thoughts where the template opens a thinking block for it
 
 A document (an example without prompt) is trained on whole, with eos after it, whatever the format.
 The prompt's ids never depend on the answer: generation starts from exactly the ids that were
@@ -12,6 +13,7 @@ trained on. Left out on purpose: few-shot prompts, packing, and batches (see ``b
 """
 
 import math
+import re
 import string
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
@@ -196,6 +198,8 @@ class Encoder:
                 f"{', '.join(role for role, _ in pairs)} ({' '.join(str(error).split())}); "
                 "reorder or rename the roles"
             ) from error
+        if (thought := _after_opened_thoughts(prompt, whole, pairs[-1][1])) is not None:
+            return _Parts(prompt, thought, True)
         if not whole.startswith(prompt):
             raise KavaError(
                 "the tokenizer's chat template writes a conversation that does not begin with its "
@@ -203,6 +207,25 @@ class Encoder:
             )
         # What follows the end token (a newline, usually) is never generated, so not trained on.
         return _Parts(prompt, whole[len(prompt) :].rstrip(), True)
+
+
+def _after_opened_thoughts(prompt: str, whole: str, reply: str) -> str | None:
+    """The reply after a generation prompt that ends in an opened thinking block.
+
+    The templates of thinking models open ``<think>`` for generation and write a finished reply
+    without its thoughts. Here the reply's own thoughts stand in the block; a reply without any
+    closes it at once, which is how these models write thoughts that they skip. None where the
+    template has no such block, or writes it both times.
+    """
+    opened = re.search(r"<think>\s*\Z", prompt)
+    if opened is None or whole.startswith(prompt) or not whole.startswith(prompt[: opened.start()]):
+        return None
+    shown = whole[opened.start() :].strip()
+    if shown.startswith("<think>"):
+        return shown.removeprefix("<think>").lstrip()
+    thoughts, _, _ = reply.rpartition("</think>")
+    thoughts = thoughts.rpartition("<think>")[2].strip()
+    return f"{thoughts}\n</think>\n\n{shown}"
 
 
 def _is_document(example: Example) -> bool:
