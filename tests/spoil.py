@@ -71,6 +71,35 @@ def other_vocabulary(workspace: Path) -> None:
     write_tokenizer(workspace / "teacher")
 
 
+def other_vocabulary_in_two_files(workspace: Path) -> None:
+    """As GPT-2 and the first Qwen kept it; two tokens exchanged."""
+    teacher = workspace / "teacher"
+    model = json.loads((teacher / "tokenizer.json").read_text())["model"]
+    vocabulary = model["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (teacher / file).unlink()
+    (teacher / "vocab.json").write_text(json.dumps(vocabulary))
+    (teacher / "merges.txt").write_text("\n".join(merges))
+
+
+def student_tokenizer_of_another(workspace: Path) -> None:
+    write_tokenizer(workspace / "other")
+
+
+def generation(**keys: object) -> Arrange:
+    """Write the student's generation_config.json."""
+    return lambda w: (w / "student" / "generation_config.json").write_text(json.dumps(keys))
+
+
+def differing_head(workspace: Path) -> None:
+    path = workspace / "teacher" / "model.safetensors"
+    tensors = load_file(path)
+    head = tensors["model.embed_tokens.weight"] + 1
+    save_file(tensors | {"lm_head.weight": head}, path)
+
+
 def other_weights(workspace: Path) -> None:
     path = workspace / "teacher" / "model.safetensors"
     tensors = load_file(path)
@@ -94,6 +123,11 @@ def foreign_folder(workspace: Path) -> None:
 
 def fresh_student(workspace: Path) -> None:
     write_config(workspace / "tiny.yaml", teachers=[], student={"geometry": GEOMETRY})
+
+
+def misspelt_geometry(workspace: Path) -> None:
+    student = {"geometry": GEOMETRY | {"rope_thetta": 1e6}, "tokenizer": "builtin:tokenizer"}
+    write_config(workspace / "tiny.yaml", student=student)
 
 
 def two_teachers(workspace: Path) -> None:

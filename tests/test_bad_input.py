@@ -19,14 +19,19 @@ from tests.spoil import (
     break_tensors,
     change_row,
     config,
+    differing_head,
     foreign_folder,
     fresh_student,
+    generation,
     geometry,
     larger_tokenizer,
+    misspelt_geometry,
     no_checkpoints,
     only_pickle,
     other_vocabulary,
+    other_vocabulary_in_two_files,
     other_weights,
+    student_tokenizer_of_another,
     truncate_weights,
     two_teachers,
 )
@@ -160,6 +165,64 @@ FRESH = {
     ),
     "different vocabularies": Case(
         TRAIN, ("teachers.big", "disagree", "use models with one tokenizer"), other_vocabulary
+    ),
+    "different vocabularies in vocab.json": Case(
+        TRAIN,
+        ("teachers.big", "disagree", "'a' for the run and 'b' for the model"),
+        other_vocabulary_in_two_files,
+    ),
+    "student tokenizer of another model": Case(
+        (*TRAIN, "student.tokenizer=other", "teachers=[]"),
+        ("student.path", "disagree", "use models with one tokenizer"),
+        student_tokenizer_of_another,
+    ),
+    "end token by name": Case(
+        TRAIN,
+        ("student/generation_config.json", "eos_token_id='</s>'", "write the number", "or null"),
+        generation(eos_token_id="</s>"),
+    ),
+    "end tokens by name": Case(
+        TRAIN, ("eos_token_id=[2, '</s>']", "list of ids"), generation(eos_token_id=[2, "</s>"])
+    ),
+    "RoPE scaling without a type": Case(
+        TRAIN,
+        ("teacher", "rope_type=None does not take factor=2.0", "llama3"),
+        geometry(rope_parameters=None, rope_scaling={"factor": 2.0}),
+    ),
+    "unknown key in a RoPE scaling": Case(
+        TRAIN,
+        ("rope_type='linear' does not take factro=2.0", "correct what is misspelt"),
+        geometry(
+            rope_parameters=None, rope_scaling={"type": "linear", "factor": 2.0, "factro": 2.0}
+        ),
+    ),
+    "unknown RoPE type": Case(
+        TRAIN,
+        ("rope_type='xpos' is not supported", "yarn"),
+        geometry(rope_parameters=None, rope_scaling={"type": "xpos"}),
+    ),
+    "RoPE of a part of the head": Case(
+        TRAIN,
+        ("partial_rotary_factor=0.5", "rotates the whole head"),
+        geometry(partial_rotary_factor=0.5),
+    ),
+    "tied model with a head of its own": Case(
+        TRAIN, ("teacher", "lm_head.weight", "set tie_word_embeddings to false"), differing_head
+    ),
+    "untied model without its head": Case(
+        (*TRAIN, "loss.kl_weight=1"),
+        ("teacher", "missing: lm_head.weight", "set tie_word_embeddings to true"),
+        geometry(tie_word_embeddings=False),
+    ),
+    "misspelt key of a geometry": Case(
+        TRAIN,
+        ("student.geometry", "rope_thetta=1000000.0", "did you mean rope_theta?"),
+        misspelt_geometry,
+    ),
+    "quantized teacher": Case(
+        TRAIN,
+        ("teacher", "quant_method='fp8'", "FineGrainedFP8Config", "save_original_format=False"),
+        geometry(quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]}),
     ),
     "no tokenizer": Case(
         (*TRAIN, "student.tokenizer=data"), ("tokenizer='data'", "give a local directory")

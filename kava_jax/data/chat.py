@@ -66,17 +66,21 @@ class ChatTemplate:
             ]
         pieces, done = [], 0
         for place in trained:
-            start, end = self._reply(messages, example.tools, place, whole)
+            prompt = self._render(messages[:place], example.tools, add_generation_prompt=True)
+            if place == len(messages) - 1 and prompt.startswith(whole[:done]):
+                thought = _after_opened_thoughts(prompt, whole, messages[-1].get("content") or "")
+                if thought is not None:
+                    return [*pieces, prompt[done:], thought]
+            start, end = self._reply(messages, example.tools, place, prompt, whole)
             pieces += [whole[done:start], whole[start:end]]
             done = end
         return pieces
 
     def _reply(
-        self, messages: Sequence[Message], tools: Any, place: int, whole: str
+        self, messages: Sequence[Message], tools: Any, place: int, prompt: str, whole: str
     ) -> tuple[int, int]:
         """Where the reply at this place of the conversation begins and ends in the whole text."""
         last = place == len(messages) - 1
-        prompt = self._render(messages[:place], tools, add_generation_prompt=True)
         if not whole.startswith(prompt):
             raise KavaError(
                 "the tokenizer's chat template writes a conversation that does not begin with its "
@@ -146,6 +150,25 @@ class ChatTemplate:
         if not any(json.dumps(text, ensure_ascii=False) in whole for text in texts):
             return messages
         return [_with_objects(message) for message in messages]
+
+
+def _after_opened_thoughts(prompt: str, whole: str, reply: str) -> str | None:
+    """The reply after a generation prompt that ends in an opened thinking block.
+
+    The templates of thinking models open ``<think>`` for generation and write a finished reply
+    without its thoughts. Here the reply's own thoughts stand in the block; a reply without any
+    closes it at once, which is how these models write thoughts that they skip. None where the
+    template has no such block, or writes it both times.
+    """
+    opened = re.search(r"<think>\s*\Z", prompt)
+    if opened is None or whole.startswith(prompt) or not whole.startswith(prompt[: opened.start()]):
+        return None
+    shown = whole[opened.start() :].strip()
+    if shown.startswith("<think>"):
+        return shown.removeprefix("<think>").lstrip()
+    thoughts, _, _ = reply.rpartition("</think>")
+    thoughts = thoughts.rpartition("<think>")[2].strip()
+    return f"{thoughts}\n</think>\n\n{shown}"
 
 
 def _calls(message: Message) -> list[Any]:

@@ -4,8 +4,8 @@ A row is ``prompt + answer + end``; cross-entropy sees the answer and its end to
 
     qa        ``Question: {prompt}\\nAnswer: {answer}`` and the eos token
     template  the user's own text around ``{prompt}`` and ``{answer}``, and the eos token
-    chat      the tokenizer's chat template; trained on is the last reply with its end token, or
-              (``train_on="assistant"``) every reply
+    chat      the tokenizer's chat template; trained on is the last reply with its end token and
+              its thoughts, or (``train_on="assistant"``) every reply
 
 A document (an example without prompt) is trained on whole, with eos after it, whatever the format.
 The prompt's ids never depend on the answer: generation starts from exactly the ids that were

@@ -10,8 +10,11 @@ safe because padding is told apart by masks and never by id.
 """
 
 import functools
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
 
 from kava_jax.data.problems import WordProblems
 from kava_jax.errors import KavaError
@@ -19,9 +22,13 @@ from kava_jax.errors import KavaError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+    from kava_jax.data.text import Encoded
+
 BUILTIN_TOKENIZER = "builtin:tokenizer"
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 
+# Any of these files tells which id is which token.
+_VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 _VOCABULARY = 512
 _PROBLEMS = 2000
 # The problems alone run out of merges near 440 ids; common English words fill the rest.
@@ -76,7 +83,7 @@ def _check_directory(name: str) -> None:
     if path.is_file():
         raise KavaError(f"tokenizer={name!r} is a file; give the directory that holds it")
     if path.is_dir():
-        known = ("tokenizer.json", "tokenizer.model", "vocab.json", "tokenizer_config.json")
+        known = (*_VOCABULARIES, "tokenizer_config.json")
         if not any((path / file).is_file() for file in known):
             raise KavaError(
                 f"tokenizer={name!r} holds no tokenizer; it needs tokenizer.json "
@@ -135,26 +142,90 @@ def pad_id(tokenizer: "PreTrainedTokenizerBase") -> int:
     return 0
 
 
+def vocabulary_size(tokenizer: "PreTrainedTokenizerBase") -> int:
+    """One more than the largest id: the rows a model needs. Ids may have gaps, so no count."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+class Renamed(NamedTuple):
+    """A special token that two tokenizers call by different names."""
+
+    id: int
+    ours: str
+    theirs: str | None
+
+
 def check_same_ids(
-    tokenizer: "PreTrainedTokenizerBase", teacher_directory: Path, teacher: str
-) -> None:
-    """Refuse a teacher whose own tokenizer gives the same id to another token, or the reverse.
+    tokenizer: "PreTrainedTokenizerBase", directory: Path, who: str
+) -> tuple[list[Renamed], str | None]:
+    """Refuse a model whose own tokenizer gives the same id to another token, or the reverse.
 
     Vocabularies are compared, not names; one may hold tokens that the other lacks. A directory
     without a tokenizer is taken on trust.
 
+    Args:
+        tokenizer: the run's.
+        directory: the model's.
+        who: what to call the model in messages, such as ``teachers.big``.
+
+    Returns:
+        Special tokens that merely have other names there, which is no matter as long as no row
+        uses them (:func:`check_unused`), and what to say of the comparison, if anything.
+
     Raises:
-        KavaError: the two disagree; names the teacher and the first difference.
+        KavaError: the two disagree, or the model's tokenizer cannot be read; names the model and
+            the first difference.
     """
-    if not (teacher_directory / "tokenizer.json").is_file():
-        return
-    ours = tokenizer.get_vocab()
-    theirs = load_tokenizer(teacher_directory).get_vocab()
+    if not any((directory / file).is_file() for file in _VOCABULARIES):
+        return [], f"{who} has no tokenizer of its own; its ids are taken to be the run's"
+    try:
+        other = load_tokenizer(directory)
+    except KavaError as error:
+        raise KavaError(
+            f"{who}: its ids cannot be compared with the run's, as its {error}; or, if they are "
+            "known to be the same, move its tokenizer files away"
+        ) from error
+    ours, theirs = tokenizer.get_vocab(), other.get_vocab()
     by_id = {index: token for token, index in theirs.items()}
+    special = tokenizer.added_tokens_decoder.keys()
+    renamed, untrained = [], []
     for token, index in sorted(ours.items(), key=lambda item: item[1]):
-        other = by_id.get(index, token)
-        if other != token or theirs.get(token, index) != index:
-            raise KavaError(
-                f"teachers.{teacher} and the student's tokenizer disagree: id {index} is {token!r} "
-                f"for the student and {other!r} for the teacher; use models with one tokenizer"
-            )
+        found = by_id.get(index)
+        if found == token or (token not in theirs and found is None):
+            untrained += [] if found else [index]
+        elif index in special and (found is None or index in other.added_tokens_decoder):
+            renamed.append(Renamed(index, token, found))
+        else:
+            raise KavaError(_disagreement(who, Renamed(index, token, found or "another token")))
+    if not untrained:
+        return renamed, None
+    return renamed, (
+        f"{who} does not know {len(untrained)} of the tokenizer's tokens, from id {untrained[0]} "
+        f"({tokenizer.convert_ids_to_tokens(untrained[0])!r}) on: its rows for them are untrained"
+    )
+
+
+def check_unused(renamed: Sequence[Renamed], rows: Iterable["Encoded"], who: str) -> str | None:
+    """What to say of special tokens that have other names in a model; refuse those in use.
+
+    Raises:
+        KavaError: one of them stands in a row; names the model and the token.
+    """
+    if not renamed:
+        return None
+    used = set[int]().union(*(np.unique(row.ids).tolist() for row in rows))
+    for token in renamed:
+        if token.id in used:
+            raise KavaError(_disagreement(who, token))
+    first = renamed[0]
+    return (
+        f"{who} has other names for {len(renamed)} special tokens (id {first.id} is {first.ours!r} "
+        f"in the run and {first.theirs!r} there); no row uses them"
+    )
+
+
+def _disagreement(who: str, token: Renamed) -> str:
+    return (
+        f"{who} and the run's tokenizer disagree: id {token.id} is {token.ours!r} for the run and "
+        f"{token.theirs!r} for the model; use models with one tokenizer"
+    )

@@ -25,6 +25,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from kava_jax.errors import KavaError
+from kava_jax.hf.generation import GENERATION, passed_on
 from kava_jax.hf.geometry import FloatName, config_from_spec
 from kava_jax.hf.load import cast
 from kava_jax.hf.locate import TOKENIZER_FILES, read_json
@@ -63,7 +64,7 @@ def export_model(
         tokenizer: directory whose tokenizer files are copied as they are, a transformers tokenizer
             to save, or None for the files of ``source_dir``.
         source_dir: Hugging Face directory the model came from; what its ``config.json`` and
-            ``generation_config.json`` say beyond the geometry is kept.
+            ``generation_config.json`` say beyond the geometry is kept, as far as it is used.
         card: text of README.md (see ``card.model_card``).
         max_shard_bytes: size above which weights are split, as transformers does.
 
@@ -208,9 +209,9 @@ def _write_configs(
         # The source knows these; our dictionary only has placeholders for them.
         own = ("bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "attention_dropout")
         config |= {k: v for k, v in ours.items() if k not in own or k not in kept}
-        generation = source / "generation_config.json"
+        generation = source / GENERATION
         if generation.is_file():
-            generation_config = read_json(generation)
+            generation_config = passed_on(read_json(generation))
         else:
             generation_config = {key: config[key] for key in own[:3] if config[key] is not None}
     else:
@@ -218,7 +219,7 @@ def _write_configs(
         config = config_from_spec(spec, dtype=dtype, **ids)
         generation_config = {key: value for key, value in ids.items() if value is not None}
     _write_json(directory / "config.json", config)
-    _write_json(directory / "generation_config.json", generation_config)
+    _write_json(directory / GENERATION, generation_config)
 
 
 def _loaded(tokenizer: Any) -> Any:

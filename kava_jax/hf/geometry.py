@@ -6,7 +6,8 @@ generations of spellings are understood and written: up to 4.x ``rope_theta``, `
 and ``torch_dtype`` at the top level; from 5.0 ``rope_parameters`` and ``dtype``.
 
 RoPE has a file of its own (``hf.rope``). Left out on purpose: layers of different kinds in one
-model, quantized checkpoints, mixture of experts. They are refused by name, never guessed.
+model, quantized checkpoints (of fp8 the command that converts them is said), mixture of experts.
+They are refused by name, never guessed.
 """
 
 from collections.abc import Mapping
@@ -14,8 +15,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from kava_jax.errors import KavaError
-from kava_jax.hf.numbers import positive_float, positive_int
+from kava_jax.hf.config_keys import refused
 from kava_jax.hf.rope import read_rope, rope_config
+from kava_jax.hf.values import positive_float, positive_int, true_or_false
 from kava_jax.models.spec import DecoderSpec
 
 FloatName = Literal["float32", "bfloat16", "float16"]
@@ -90,7 +92,7 @@ def spec_from_config(config: Mapping[str, Any], *, where: str) -> DecoderSpec:
     positions = positive_int(
         config, "max_position_embeddings", where, default=family.max_position_embeddings
     )
-    attention_bias = bool(config.get("attention_bias", False))
+    attention_bias = true_or_false(config, "attention_bias", where)
     rope_theta, rope_scaling = read_rope(
         config, positions=positions, head_dim=head_dim, where=where
     )
@@ -105,10 +107,12 @@ def spec_from_config(config: Mapping[str, Any], *, where: str) -> DecoderSpec:
         head_dim=head_dim,
         rope_theta=rope_theta,
         norm_eps=positive_float(config.get("rms_norm_eps", 1e-6), "rms_norm_eps", where),
-        tie_embeddings=bool(config.get("tie_word_embeddings", False)),
+        tie_embeddings=true_or_false(config, "tie_word_embeddings", where),
         qkv_bias=attention_bias if family.qkv_bias is None else family.qkv_bias,
         output_bias=attention_bias if family.output_bias is None else family.output_bias,
-        mlp_bias=bool(config.get("mlp_bias")) if family.mlp_bias is None else family.mlp_bias,
+        mlp_bias=(
+            true_or_false(config, "mlp_bias", where) if family.mlp_bias is None else family.mlp_bias
+        ),
         qk_norm=family.qk_norm,
         rope_scaling=rope_scaling,
         sliding_window=_sliding_window(config, name, family, where),
@@ -188,15 +192,22 @@ def _family(config: Mapping[str, Any], where: str) -> tuple[str, Family]:
 
 def _refuse_unsupported(config: Mapping[str, Any], name: str, where: str) -> None:
     faults = []
-    if config.get("quantization_config") is not None:
-        faults.append("quantization_config is set; use the unquantized checkpoint of this model")
+    if (quantized := config.get("quantization_config")) is not None:
+        faults.append(_quantized(quantized))
     if (act := config.get("hidden_act", "silu")) not in ("silu", "swish"):
         faults.append(f"hidden_act={act!r} is not supported; only silu is")
-    if name in ("qwen2", "qwen3") and config.get("use_sliding_window"):
+    if name in ("qwen2", "qwen3") and true_or_false(config, "use_sliding_window", where):
         faults.append(
             "use_sliding_window=true is not supported for Qwen; set it to false to use full "
             "attention in every layer"
         )
+    if name == "llama" and (window := config.get("sliding_window")) is not None:
+        longest = config.get("max_position_embeddings") or FAMILIES[name].max_position_embeddings
+        if not isinstance(window, int) or window < longest:
+            faults.append(
+                f"sliding_window={window!r} has no effect on Llama in transformers; set it to "
+                "null, or use MistralForCausalLM, which has one"
+            )
     kinds = set(config.get("layer_types") or [])
     allowed = {"sliding_attention", "full_attention"} if name == "mistral" else {"full_attention"}
     if len(kinds) > 1 or not kinds <= allowed:
@@ -204,8 +215,24 @@ def _refuse_unsupported(config: Mapping[str, Any], name: str, where: str) -> Non
             f"layer_types has {sorted(map(str, kinds))}; only models whose layers are all "
             "full_attention are supported"
         )
+    faults += refused(config)
     if faults:
         raise KavaError(f"{where}: config.json: " + "; ".join(faults))
+
+
+def _quantized(quantization: Any) -> str:
+    method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
+    said = f"quantization_config with quant_method={method!r} is not read"
+    if method != "fp8":
+        return f"{said}; use the checkpoint that this one was quantized from"
+    # Without save_original_format transformers writes the fp8 tensors again, and says nothing.
+    return (
+        f"{said}; use the checkpoint that this one was quantized from, or convert it (DIR: this "
+        'model, NEW: a new directory): python -c "from transformers import AutoModelForCausalLM as '
+        "M, AutoTokenizer as T, FineGrainedFP8Config as Q; T.from_pretrained('DIR').save_pretrained"
+        "('NEW'); M.from_pretrained('DIR', dtype='bfloat16', quantization_config=Q(dequantize=True)"
+        ").save_pretrained('NEW', save_original_format=False)\""
+    )
 
 
 def _sliding_window(config: Mapping[str, Any], name: str, family: Family, where: str) -> int | None:

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from kava_jax.errors import KavaError
-from kava_jax.hf.numbers import positive_float, positive_int
+from kava_jax.hf.values import positive_float, positive_int, true_or_false
 from kava_jax.models.spec import (
     DecoderSpec,
     DynamicRopeScaling,
@@ -185,9 +185,7 @@ def _value(seen: Mapping[str, Any], key: str, where: str) -> Any:
     if key == _ORIGINAL:
         return positive_int(seen, key, where)
     if key == "truncate":
-        if not isinstance(value, bool):
-            raise KavaError(f"{where}: {key}={value!r} is neither true nor false; correct it")
-        return value
+        return true_or_false(seen, key, where)
     if key in ("short_factor", "long_factor"):
         if not isinstance(value, list):
             raise KavaError(f"{where}: {key}={value!r} is not a list of numbers; correct it")

@@ -16,7 +16,6 @@ from kava_jax.errors import KavaError
 from kava_jax.evaluation.answers import can_be_met, gold_answer
 from kava_jax.evaluation.exact_match import ExactMatch, Generate, Sample, exact_match
 from kava_jax.evaluation.heldout import held_out, make_examine, make_measure
-from kava_jax.hf.locate import read_json
 from kava_jax.models.decoder import Params
 from kava_jax.models.generate import generate
 from kava_jax.parallel.hosts import on_host
@@ -209,12 +208,7 @@ def scores(answers: ExactMatch) -> dict[str, float]:
 
 
 def _generate(run: Run, student: Params, check: Callable[[], None]) -> Generate:
-    """Greedy continuation that ends at the tokenizer's eos or those of the model's own config."""
-    ends = {int(run.tokenizer.eos_token_id)}  # pyright: ignore[reportArgumentType]  (Encoder demands an eos)
-    source = run.blueprint.student_dir
-    if source is not None and (source / "generation_config.json").is_file():
-        listed = read_json(source / "generation_config.json").get("eos_token_id", [])
-        ends |= set(listed if isinstance(listed, list) else [listed])
+    """Greedy continuation, by the run's own ends."""
 
     def continued(prompt_BT: np.ndarray, valid_BT: np.ndarray) -> np.ndarray:
         check()
@@ -224,7 +218,7 @@ def _generate(run: Run, student: Params, check: Callable[[], None]) -> Generate:
             spread_rows(prompt_BT, run.mesh),
             spread_rows(valid_BT, run.mesh),
             max_new_tokens=run.config.eval.max_new_tokens,
-            eos_ids=tuple(sorted(ends)),
+            eos_ids=run.end_ids,
             pad_id=pad_id(run.tokenizer),
         )
         return on_host(new_BM, "answers")[: len(prompt_BT)]

@@ -7,7 +7,9 @@ from typing import Any
 
 from kava_jax.config import Config
 from kava_jax.config_file import dump_config
+from kava_jax.data.tokenizer import vocabulary_size
 from kava_jax.errors import KavaError
+from kava_jax.hf.config_keys import refuse_unknown
 from kava_jax.hf.geometry import spec_from_config
 from kava_jax.hf.known import KNOWN_CONFIGS
 from kava_jax.hf.load import read_spec
@@ -25,6 +27,7 @@ def model_specs(raw: Mapping[str, Any]) -> dict[str, DecoderSpec]:
     student = raw["student"]
     if student["geometry"] is not None:
         geometry = {"vocab_size": 1} | student["geometry"]
+        refuse_unknown(geometry, "student.geometry")
         specs = {"student": spec_from_config(geometry, where="student.geometry")}
     else:
         specs = {"student": _spec(student["path"], student["revision"])}
@@ -42,7 +45,7 @@ def models_without_weights(config: Config) -> Models:
     raw = dump_config(config)
     geometry = raw["student"]["geometry"]
     if geometry is not None and "vocab_size" not in geometry:
-        geometry["vocab_size"] = len(find_tokenizer(config)[0])
+        geometry["vocab_size"] = vocabulary_size(find_tokenizer(config)[0])
     specs = specs_at_hand(raw)
     path = config.student.path
     student = Found(None if path is None else Path(path), specs["student"])

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from functools import cache
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from jax.sharding import Mesh
@@ -15,9 +16,19 @@ from kava_jax.config import Config
 from kava_jax.config_file import parse_config
 from kava_jax.data.dataset import Dataset, Load, loader, make_dataset, split_examples
 from kava_jax.data.text import Encoder
-from kava_jax.data.tokenizer import BUILTIN_TOKENIZER, check_same_ids, load_tokenizer, pad_id
+from kava_jax.data.tokenizer import (
+    BUILTIN_TOKENIZER,
+    Renamed,
+    check_same_ids,
+    check_unused,
+    load_tokenizer,
+    pad_id,
+    vocabulary_size,
+)
 from kava_jax.errors import KavaError
-from kava_jax.hf.locate import model_fingerprint, resolve_model
+from kava_jax.hf.config_keys import note_unknown
+from kava_jax.hf.generation import end_ids
+from kava_jax.hf.locate import model_fingerprint, read_json, resolve_model
 from kava_jax.parallel.hosts import from_first
 from kava_jax.parallel.mesh import make_mesh
 from kava_jax.storage import Place, check_access
@@ -45,6 +56,11 @@ class Run:
     tokenizer_source: str
     encoder: Encoder
     blueprint: Blueprint
+    end_ids: tuple[int, ...]
+    """What ends an answer: the tokenizer's eos, and those of the student's own config."""
+    renamed: Mapping[str, list[Renamed]]
+    """Special tokens that have other names in a model, by what the model is called."""
+    notes: tuple[str, ...]
 
     @property
     def directory(self) -> Place:
@@ -60,10 +76,9 @@ def prepare(config: Config, measured_maps: Mapping[str, LayerMap] | None = None)
     """
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     tokenizer, source = find_tokenizer(config)
-    models = find_models(config, len(tokenizer))
+    models = find_models(config, vocabulary_size(tokenizer))
     blueprint = make_blueprint(config, mesh, models, measured_maps or {})
-    for name, teacher in blueprint.teachers.items():
-        check_same_ids(tokenizer, teacher.directory, name)
+    renamed, notes = _compare_models(tokenizer, config, blueprint)
     data = config.data
     encoder = Encoder(
         tokenizer,
@@ -73,7 +88,39 @@ def prepare(config: Config, measured_maps: Mapping[str, LayerMap] | None = None)
         train_on=data.train_on,
         today=today_of(config.run.directory),
     )
-    return Run(config, mesh, tokenizer, source, encoder, blueprint)
+    ends = {int(tokenizer.eos_token_id)}  # pyright: ignore[reportArgumentType]  (Encoder demands an eos)
+    if blueprint.student_dir is not None:
+        ends |= end_ids(blueprint.student_dir)
+    return Run(
+        config,
+        mesh,
+        tokenizer,
+        source,
+        encoder,
+        blueprint,
+        tuple(sorted(ends)),
+        renamed,
+        notes,
+    )
+
+
+def _compare_models(
+    tokenizer: "PreTrainedTokenizerBase", config: Config, blueprint: Blueprint
+) -> tuple[dict[str, list[Renamed]], tuple[str, ...]]:
+    """Every model's own tokenizer beside the run's: renamed special tokens; and what to say.
+
+    Keys of the models' config.json that are not known are among it.
+    """
+    models = {f"teachers.{n}": teacher.directory for n, teacher in blueprint.teachers.items()}
+    if config.student.tokenizer is not None and blueprint.student_dir is not None:
+        models["student.path"] = blueprint.student_dir
+    found = {who: check_same_ids(tokenizer, directory, who) for who, directory in models.items()}
+    if blueprint.student_dir is not None:
+        models["student.path"] = blueprint.student_dir
+    told = [note for _, note in found.values()]
+    told += [note_unknown(read_json(where / "config.json"), who) for who, where in models.items()]
+    notes = tuple(note for note in told if note is not None)
+    return {who: renamed for who, (renamed, _) in found.items()}, notes
 
 
 def load_dataset(run: Run) -> Dataset:
@@ -88,7 +135,7 @@ def load_dataset(run: Run) -> Dataset:
         eval_split=data.eval_split,
         eval_rows=data.eval_rows,
     )
-    return make_dataset(
+    dataset = make_dataset(
         training,
         held,
         run.encoder,
@@ -103,6 +150,9 @@ def load_dataset(run: Run) -> Dataset:
             for name, more in run.config.eval.sets.items()
         },
     )
+    sets = (dataset.stream.rows, dataset.held_out.rows, *(m.rows for m in dataset.more.values()))
+    told = [check_unused(renamed, chain(*sets), who) for who, renamed in run.renamed.items()]
+    return dataset._replace(notes=(*run.notes, *filter(None, told), *dataset.notes))
 
 
 def today_of(run_dir: Place) -> date:

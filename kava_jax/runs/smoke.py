@@ -19,7 +19,7 @@ import numpy as np
 from kava_jax.config import Config
 from kava_jax.config_file import dump_config, parse_config
 from kava_jax.data.sources import BUILTIN_PROBLEMS, load_examples
-from kava_jax.data.tokenizer import BUILTIN_TOKENIZER, load_tokenizer
+from kava_jax.data.tokenizer import BUILTIN_TOKENIZER, load_tokenizer, vocabulary_size
 from kava_jax.errors import KavaError
 from kava_jax.hf.card import model_card
 from kava_jax.hf.export import export_model
@@ -57,7 +57,7 @@ def smoke_config(config: Config) -> Config:
     divisor = _depth_divisor(specs.values())
     head_dims = max(spec.head_dim for spec in specs.values())
     for name, spec in specs.items():
-        tiny = _shrunk(spec, divisor, head_dims, len(tokenizer))
+        tiny = _shrunk(spec, divisor, head_dims, vocabulary_size(tokenizer))
         # Models are read from disks alone.
         beside = directory.parent if isinstance(directory, Path) else Path("runs")
         where = beside / f"{directory.name}-models" / name

@@ -23,6 +23,7 @@ from kava_jax.alignment.projector import KVDimensionProjector
 from kava_jax.alignment.router import Gate
 from kava_jax.config import Config, TeacherConfig
 from kava_jax.errors import KavaError
+from kava_jax.hf.config_keys import refuse_unknown
 from kava_jax.hf.geometry import spec_from_config
 from kava_jax.hf.load import load_decoder_params, read_spec
 from kava_jax.hf.locate import resolve_model
@@ -75,6 +76,7 @@ def find_models(config: Config, vocabulary: int) -> Models:
         student = Found(directory, read_spec(directory))
     else:
         geometry = {"vocab_size": vocabulary} | (config.student.geometry or {})
+        refuse_unknown(geometry, "student.geometry")
         student = Found(None, spec_from_config(geometry, where="student.geometry"))
     _check_vocabulary("student", student.spec, vocabulary)
     teachers = {}

@@ -137,6 +137,41 @@ def test_chat_trains_on_the_last_reply_and_its_end_only(qwen):
     assert answer == MIA.answer + "<|im_end|>"
 
 
+# As DeepSeek-R1's distilled models have it: thoughts are opened to generate and cut from replies.
+THINKING = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ '<|User|>' + m.content }}{% else %}"
+    "{{ '<|Assistant|>' + m.content.split('</think>')[-1] + '<|im_end|>' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|Assistant|><think>\n' }}{% endif %}"
+)
+# The same, but a reply keeps what it says it thought.
+KEPT = THINKING.replace(".split('</think>')[-1]", "")
+
+
+@pytest.mark.parametrize(
+    ("template", "answer", "trained"),
+    [
+        (THINKING, "#### 19", "\n</think>\n\n#### 19<|im_end|>"),
+        (
+            THINKING,
+            "<think>\n12+7=19\n</think>\n\n#### 19",
+            "12+7=19\n</think>\n\n#### 19<|im_end|>",
+        ),
+        (THINKING, "12+7=19</think>#### 19", "12+7=19\n</think>\n\n#### 19<|im_end|>"),
+        (KEPT, "<think>12+7=19</think>#### 19", "12+7=19</think>#### 19<|im_end|>"),
+        (KEPT, "<think>\n12+7=19</think>#### 19", "12+7=19</think>#### 19<|im_end|>"),
+    ],
+)
+def test_a_reply_after_an_opened_thinking_block(shared, template, answer, trained):
+    tokenizer = load_tokenizer(shared / "tokenizers/qwen2")
+    tokenizer.chat_template = template
+    encoder = Encoder(tokenizer, format="chat")
+    example = Example("Mia has 12 apples?", answer)
+    prompt = "<|User|>Mia has 12 apples?<|Assistant|><think>\n"
+    row = encoder.encode(example)
+    assert split(encoder, row) == (prompt, trained)
+    np.testing.assert_array_equal(encoder.encode_prompt(example), row.ids[: row.prompt_length])
+
+
 def test_chat_template_without_an_end_token_gets_eos(builtin):
     tokenizer = load_tokenizer("builtin:tokenizer")
     tokenizer.chat_template = (

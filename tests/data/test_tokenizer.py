@@ -1,13 +1,24 @@
 import hashlib
+import json
 import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from kava_jax.data.problems import WordProblems
 from kava_jax.data.sources import load_examples
-from kava_jax.data.tokenizer import builtin_tokenizer, load_tokenizer, pad_id
+from kava_jax.data.text import Encoded
+from kava_jax.data.tokenizer import (
+    Renamed,
+    builtin_tokenizer,
+    check_same_ids,
+    check_unused,
+    load_tokenizer,
+    pad_id,
+    vocabulary_size,
+)
 from kava_jax.errors import KavaError
 
 PINNED = "0fd2253afe811eba183eb209f9427d86876989940f563cb178d81797a87f034e"
@@ -94,3 +105,79 @@ def test_bad_addresses(tmp_path):
         assert "\n" not in message
     with pytest.raises(KavaError, match="revision 'v9'"):
         load_tokenizer("nobody/nothing", revision="v9")
+
+
+def written(directory, tokenizer, swap=None, added=(), layout="tokenizer.json"):
+    """A model directory with this tokenizer: two tokens exchanged, or special ones added."""
+    directory.mkdir()
+    whole = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocabulary = whole["model"]["vocab"]
+    if swap:
+        a, b = swap
+        vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    for index, token in added:
+        others = [other for other in whole["added_tokens"] if other["id"] != index]
+        new = {"id": index, "content": token, "special": True} | flags
+        whole["added_tokens"] = sorted([*others, new], key=lambda entry: entry["id"])
+        vocabulary = {t: i for t, i in vocabulary.items() if i != index} | {token: index}
+    whole["model"]["vocab"] = vocabulary
+    if layout == "tokenizer.json":
+        (directory / layout).write_text(json.dumps(whole))
+    else:
+        (directory / "vocab.json").write_text(json.dumps(vocabulary))
+        merges = [
+            pair if isinstance(pair, str) else " ".join(pair) for pair in whole["model"]["merges"]
+        ]
+        (directory / "merges.txt").write_text("\n".join(merges))
+        (directory / "config.json").write_text(json.dumps({"model_type": "qwen2"}))
+    return directory
+
+
+@pytest.mark.parametrize("layout", ["tokenizer.json", "vocab.json"])
+def test_a_model_with_other_ids_is_refused_however_its_tokenizer_is_stored(
+    tokenizer, tmp_path, layout
+):
+    same = written(tmp_path / "same", tokenizer, layout=layout)
+    assert check_same_ids(tokenizer, same, "teachers.big") == ([], None)
+    other = written(tmp_path / "other", tokenizer, swap=("a", "b"), layout=layout)
+    first, second = sorted(tokenizer.convert_tokens_to_ids(["a", "b"]))
+    with pytest.raises(KavaError, match=rf"teachers\.big .* disagree: id {first} is") as caught:
+        check_same_ids(tokenizer, other, "teachers.big")
+    assert repr(tokenizer.convert_ids_to_tokens(second)) in str(caught.value)
+
+
+def test_a_tokenizer_that_cannot_be_compared_is_refused_and_none_is_said(tokenizer, tmp_path):
+    (tmp_path / "tokenizer.model").write_bytes(b"no sentencepiece model")
+    with pytest.raises(KavaError, match=r"teachers\.big: its ids cannot be compared"):
+        check_same_ids(tokenizer, tmp_path, "teachers.big")
+    (tmp_path / "tokenizer.model").unlink()
+    renamed, note = check_same_ids(tokenizer, tmp_path, "teachers.big")
+    assert renamed == []
+    assert note == "teachers.big has no tokenizer of its own; its ids are taken to be the run's"
+
+
+def test_a_special_token_of_another_name_matters_only_where_a_row_uses_it(tokenizer, tmp_path):
+    other = written(tmp_path / "other", tokenizer, added=[(tokenizer.pad_token_id, "<|user|>")])
+    renamed, note = check_same_ids(tokenizer, other, "teachers.big")
+    assert renamed == [Renamed(tokenizer.pad_token_id, "<|pad|>", "<|user|>")]
+    assert note is None
+    row = Encoded(np.array(tokenizer("one apple")["input_ids"], np.int32), 0, False)
+    said = check_unused(renamed, [row], "teachers.big")
+    assert said is not None
+    assert "'<|pad|>' in the run and '<|user|>' there" in said
+    with_pad = row._replace(ids=np.append(row.ids, np.int32(tokenizer.pad_token_id)))
+    with pytest.raises(KavaError, match=r"teachers\.big .* '<\|user\|>'"):
+        check_unused(renamed, [row, with_pad], "teachers.big")
+
+
+def test_tokens_that_a_model_was_not_trained_on_are_said_and_gaps_are_counted(tokenizer, tmp_path):
+    more = load_tokenizer(written(tmp_path / "more", tokenizer, added=[(512, "<a>"), (600, "<b>")]))
+    assert len(more) == 514
+    assert vocabulary_size(more) == 601
+    renamed, note = check_same_ids(more, written(tmp_path / "old", tokenizer), "teachers.big")
+    assert renamed == []
+    assert note == (
+        "teachers.big does not know 2 of the tokenizer's tokens, from id 512 ('<a>') on: "
+        "its rows for them are untrained"
+    )

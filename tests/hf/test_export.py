@@ -183,7 +183,8 @@ def test_what_the_source_config_says_is_kept_and_machine_paths_are_not(tmp_path,
         "eos_token_id": [2, 5],
     }
     (source / "config.json").write_text(json.dumps(config))
-    (source / "generation_config.json").write_text('{"top_p": 0.8, "eos_token_id": [2, 5]}')
+    kept = {"do_sample": True, "top_p": 0.8, "eos_token_id": [2, 5]}
+    (source / "generation_config.json").write_text(json.dumps(kept))
     out = export(source, tmp_path / "out", tokenizer_dir, dtype="bfloat16")
     written = json.loads((out / "config.json").read_text())
     assert (written["attention_dropout"], written["eos_token_id"]) == (0.1, [2, 5])
@@ -193,9 +194,36 @@ def test_what_the_source_config_says_is_kept_and_machine_paths_are_not(tmp_path,
     assert written["bos_token_id"] == 1
     assert "auto_map" not in written
     generation = json.loads((out / "generation_config.json").read_text())
-    assert generation == {"top_p": 0.8, "eos_token_id": [2, 5]}
+    assert generation == kept
     text = "".join(p.read_text() for p in out.iterdir() if p.suffix in (".json", ".md"))
     assert str(tmp_path) not in text
+
+
+@pytest.mark.parametrize(
+    "unused",
+    [
+        {"do_sample": False, "temperature": 0.6},
+        {"temperature": 0.6, "top_p": 0.9, "top_k": 20, "min_p": 0.1, "typical_p": 0.5},
+        {"do_sample": None, "epsilon_cutoff": 0.1, "eta_cutoff": 0.1, "top_h": 0.5},
+        {"num_beams": 1, "early_stopping": True, "length_penalty": 0.5},
+        {"pad_token_id": -1},
+    ],
+)
+def test_what_a_generation_config_does_not_use_does_not_stop_the_next_save(
+    unused, tmp_path, tokenizer_dir
+):
+    """Transformers saves nothing that it warns of, and the export has to be saved again."""
+    from transformers import GenerationConfig
+
+    used = {"eos_token_id": [2, 5], "max_new_tokens": 7, "repetition_penalty": 1.1}
+    source = write_directory(tmp_path / "source", "qwen2")
+    (source / "generation_config.json").write_text(json.dumps(used | unused))
+    with pytest.raises(ValueError, match="GenerationConfig is invalid"):
+        GenerationConfig.from_pretrained(source).validate(strict=True)
+    out = export(source, tmp_path / "out", tokenizer_dir)
+    read = GenerationConfig.from_pretrained(out)
+    read.validate(strict=True)
+    assert {key: getattr(read, key) for key in used} == used
 
 
 def test_without_a_source_the_special_ids_come_from_the_tokenizer(tmp_path, tokenizer_dir):

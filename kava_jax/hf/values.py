@@ -1,4 +1,4 @@
-"""Numbers out of a parsed ``config.json``: of the right kind and size, or named and refused."""
+"""Values out of a parsed ``config.json``: of the right kind and size, or named and refused."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -23,3 +23,11 @@ def positive_float(value: Any, key: str, where: str) -> float:
     if not number or not 0 < value < float("inf"):
         raise KavaError(f"{where}: {key}={value!r} is not a positive number; correct config.json")
     return float(value)
+
+
+def true_or_false(config: Mapping[str, Any], key: str, where: str) -> bool:
+    """``config[key]``, false where it is absent or null. The text "false" is neither."""
+    value = config.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise KavaError(f"{where}: {key}={value!r} is neither true nor false; correct config.json")
+    return bool(value)

@@ -1,0 +1,199 @@
+"""Every key of a ``config.json``: read, without a say here, or refused by name.
+
+A key on none of the lists is not guessed at: it is named in a notice for a downloaded model, and is
+an error in ``student.geometry``, which somebody wrote by hand.
+"""
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from kava_jax.errors import KavaError
+
+READ = frozenset(
+    (
+        "architectures",
+        "attention_bias",
+        "eos_token_id",
+        "head_dim",
+        "hidden_act",
+        "hidden_size",
+        "initializer_range",
+        "intermediate_size",
+        "layer_types",
+        "max_position_embeddings",
+        "mlp_bias",
+        "model_type",
+        "num_attention_heads",
+        "num_hidden_layers",
+        "num_key_value_heads",
+        "original_max_position_embeddings",
+        "partial_rotary_factor",
+        "quantization_config",
+        "rms_norm_eps",
+        "rope_parameters",
+        "rope_scaling",
+        "rope_theta",
+        "sliding_window",
+        "tie_word_embeddings",
+        "use_sliding_window",
+        "vocab_size",
+    )
+)
+
+_IGNORED_FOR = {
+    "says who wrote the file, with what": (
+        "_name_or_path",
+        "is_llama_config",
+        "model_name",
+        "transformers.js_config",
+        "transformers_version",
+        "unsloth_fixed",
+        "unsloth_version",
+    ),
+    "names code, which is never run": ("auto_map", "custom_pipelines"),
+    "is chosen by the run: dtype, attention kernel, cache, recomputation, parallel products": (
+        "_attn_implementation",
+        "_attn_implementation_autoset",
+        "attn_implementation",
+        "dtype",
+        "gradient_checkpointing",
+        "pretraining_tp",
+        "torch_dtype",
+        "torchscript",
+        "use_cache",
+        "use_flash_attention",
+        "_flash_attn_2_enabled",
+    ),
+    "belongs to the tokenizer": ("bos_token_id", "pad_token_id", "tokenizer_class", "unk_token_id"),
+    "is dropout or noise in training, which this trainer does not use": (
+        "attention_dropout",
+        "classifier_dropout",
+        "embd_pdrop",
+        "hidden_dropout",
+        "neftune_noise_alpha",
+        "resid_pdrop",
+    ),
+    "counts only with sliding windows in some layers, which are refused": ("max_window_layers",),
+    "is a length that transformers ignores, too": (
+        "max_sequence_length",
+        "model_max_length",
+    ),
+    "is about what a call returns, or about a task head": (
+        "finetuning_task",
+        "id2label",
+        "label2id",
+        "num_labels",
+        "output_attentions",
+        "output_hidden_states",
+        "problem_type",
+        "return_dict",
+        "task_specific_params",
+        "use_return_dict",
+    ),
+    "is a default of every transformers model, without effect in these families": (
+        "add_cross_attention",
+        "chunk_size_feed_forward",
+        "cross_attention_hidden_size",
+        "decoder_start_token_id",
+        "is_decoder",
+        "is_encoder_decoder",
+        "pruned_heads",
+        "sep_token_id",
+        "tf_legacy_loss",
+        "tie_encoder_decoder",
+        "use_bfloat16",
+    ),
+    "is about generating, which generation_config.json says": (
+        "begin_suppress_tokens",
+        "diversity_penalty",
+        "do_sample",
+        "early_stopping",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "length_penalty",
+        "max_length",
+        "min_length",
+        "no_repeat_ngram_size",
+        "num_beam_groups",
+        "num_beams",
+        "num_return_sequences",
+        "prefix",
+        "remove_invalid_values",
+        "repetition_penalty",
+        "return_dict_in_generate",
+        "suppress_tokens",
+        "temperature",
+        "top_k",
+        "top_p",
+        "typical_p",
+        "bad_words_ids",
+        "encoder_no_repeat_ngram_size",
+        "exponential_decay_length_penalty",
+        "output_scores",
+    ),
+}
+IGNORED = {key: reason for reason, keys in _IGNORED_FOR.items() for key in keys}
+"""Keys without a say, each with its reason."""
+
+REFUSED: dict[str, tuple[Any, ...]] = {
+    # multipliers of Granite, MiniCPM, Cohere
+    "attention_multiplier": (1.0,),
+    "embedding_multiplier": (1.0,),
+    "logit_scale": (1.0,),
+    "logits_scaling": (1.0,),
+    "residual_multiplier": (1.0,),
+    "scale_emb": (1.0,),
+    "scale_depth": (),
+    "dim_model_base": (),
+    # soft caps and scales of Gemma, clipping of OLMo
+    "attn_logit_softcapping": (),
+    "final_logit_softcapping": (),
+    "query_pre_attn_scalar": (),
+    "clip_qkv": (),
+    # mixture of experts
+    "n_routed_experts": (0,),
+    "num_experts": (0,),
+    "num_local_experts": (0,),
+    # other rotations, layers without one, norms that the family does not have
+    "no_rope_layers": ([],),
+    "no_rope_layer_interval": (0,),
+    "rope_interleaved": (),
+    "rotary_pct": (1.0,),
+    "use_mrope": (),
+    "qk_layernorm": (),
+    "use_qk_norm": (),
+}
+"""Keys of other models that change what the layers compute, with the values that change nothing
+(null and false never do)."""
+
+
+def refused(config: Mapping[str, Any]) -> list[str]:
+    """What to say of keys that ask for layers this decoder does not have."""
+    given = {key: config[key] for key in REFUSED if config.get(key) not in (None, False)}
+    return [
+        f"{key}={value!r} is not supported; use a model without it"
+        for key, value in given.items()
+        if value not in REFUSED[key]
+    ]
+
+
+def unknown_keys(config: Mapping[str, Any]) -> list[str]:
+    """Keys on none of the lists, in the order of the file."""
+    return [key for key in config if key not in READ | IGNORED.keys() | REFUSED.keys()]
+
+
+def refuse_unknown(config: Mapping[str, Any], where: str) -> None:
+    """Raise a ``KavaError`` that names the keys on none of the lists, with the closest match."""
+    for key in unknown_keys(config):
+        close = difflib.get_close_matches(key, sorted(READ), 1)
+        meant = f"did you mean {close[0]}?" if close else "remove it"
+        raise KavaError(f"{where}: {key}={config[key]!r} is no key of these models; {meant}")
+
+
+def note_unknown(config: Mapping[str, Any], who: str) -> str | None:
+    """What to say of the keys on none of the lists."""
+    unknown = unknown_keys(config)
+    if not unknown:
+        return None
+    return f"{who}: config.json has keys that are not known here and not read: {', '.join(unknown)}"
