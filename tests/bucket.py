@@ -33,7 +33,7 @@ def environment(port: int) -> dict[str, str]:
 class Handler(RequestHandler):
     """Answers 412 and 304 where a condition fails, and names the generation of what it sends."""
 
-    def do_GET(self) -> None:  # noqa: N802  (http.server calls it so)
+    def do_GET(self) -> None:  # noqa: N802  (http.server's name)
         generation = self._generation()
         if self._asked("ifGenerationNotMatch") == generation:
             self._refuse(HTTPStatus.NOT_MODIFIED)
@@ -41,14 +41,14 @@ class Handler(RequestHandler):
             self._named = generation
             super().do_GET()
 
-    def do_POST(self) -> None:  # noqa: N802  (http.server calls it so)
+    def do_POST(self) -> None:  # noqa: N802  (http.server's name)
         if self._asked("ifGenerationMatch") in (None, self._generation()):
             super().do_POST()
         else:
             self.rfile.read(int(self.headers.get("Content-Length", 0)))
             self._refuse(HTTPStatus.PRECONDITION_FAILED)
 
-    def do_DELETE(self) -> None:  # noqa: N802  (http.server calls it so)
+    def do_DELETE(self) -> None:  # noqa: N802  (http.server's name)
         if self._asked("ifGenerationMatch") in (None, self._generation()):
             super().do_DELETE()
         else:

@@ -72,6 +72,25 @@ FRESH = {
     ),
     "not a number": Case((*TRAIN, "loss.beta=.nan"), ("loss.beta=nan", "finite number")),
     "wrong mesh": Case((*TRAIN, "mesh.data=0"), ("mesh", "data=0", "positive number or -1")),
+    "a run in another store": Case(
+        (*TRAIN, "run.dir=s3://bucket/run"),
+        ("run.dir=s3://bucket/run", "neither a local directory nor gs://bucket/folder"),
+    ),
+    "a run in a bucket itself": Case(
+        (*TRAIN, "run.dir=gs://bucket"), ("run.dir=gs://bucket", "gs://bucket/folder")
+    ),
+    "a run at what a shell made of a URL": Case(
+        (*TRAIN, "--smoke", "run.dir=gs:/bucket/run"), ("run.dir=gs:/bucket/run", "use one of")
+    ),
+    "a calibration in another store": Case(
+        ("calibrate", "tiny.yaml", "recipe=calibrated", "run.dir=az://c/run"), ("run.dir=az://c/",)
+    ),
+    "a demo in a bucket": Case(
+        ("demo", "--out", "gs://bucket/demo"), ("out=gs://bucket/demo", "use a local one")
+    ),
+    "a grid in a bucket": Case(
+        ("ablate", "tiny.yaml", "--out", "gs://bucket/grid"), ("out=gs://bucket/grid", "local")
+    ),
     "override without value": Case(
         (*TRAIN, "train.steps"), ("override='train.steps'", "section.field=value")
     ),
@@ -350,6 +369,16 @@ OLD = {
     "unknown checkpoint": Case(
         ("export", "run", "--out", "exported", "--checkpoint", "7"),
         ("checkpoint='7'", "use last, best or one of 1, 2"),
+    ),
+    "export to another store": Case(
+        ("export", "run", "--out", "s3://bucket/exported"),
+        ("out=s3://bucket/exported", "gs://bucket/folder"),
+    ),
+    "report to another store": Case(
+        ("report", "run", "--out", "https://bucket/a.html"), ("out=https://bucket/a.html",)
+    ),
+    "run of another store": Case(
+        ("eval", "s3://bucket/run", *EVAL), ("model=s3://bucket/run", "gs://bucket/folder")
     ),
     "misspelt checkpoint": Case(
         ("eval", "run", *EVAL, "--checkpoint", "newest"), ("checkpoint='newest'", "use last, best")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.runs.test_two_processes import assert_same_lines
 from tests.tiny import write_config, write_workspace
 
 # All of them are in the test extra; an environment that is kept for long may lack the newest.
@@ -77,21 +78,30 @@ def untimed(text: str) -> list[dict]:
     return [{key: x for key, x in line.items() if key not in TIMED} for line in found]
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def listens(port: int) -> bool:
+    with socket.socket() as asked:
+        return asked.connect_ex(("127.0.0.1", port)) == 0
+
+
 @pytest.fixture(scope="module")
 def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bucket]:
     """The bucket, and beside it on disk ``whole``, the run that nobody disturbed."""
     place = write_workspace(tmp_path_factory.mktemp("bucket"))
     train = {"steps": STEPS, "log_every": 1, "eval_every": 4, "checkpoint_every": 2}
     write_config(place / "run.yaml", train=train | {"diagnose_every": 3})
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     server = subprocess.Popen(
         [sys.executable, "-m", "tests.bucket", str(port)], cwd=ROOT, stderr=subprocess.DEVNULL
     )
     found = Bucket(place, port)
     try:
-        while server.poll() is None and socket.socket().connect_ex(("127.0.0.1", port)):
+        while server.poll() is None and not listens(port):
             time.sleep(0.05)
         found.finish("train", "run.yaml", "run.dir=whole")
         yield found
@@ -157,57 +167,37 @@ def test_its_export_evaluation_and_report_are_those_of_a_run_on_disk(
     assert b"Step 6 of 6." in bucket.files.cat_file(f"{killed}/report.html")
 
 
-def test_a_damaged_checkpoint_is_put_aside(bucket: Bucket, whole: list[dict], killed: str) -> None:
+def test_two_processes_put_a_damaged_checkpoint_aside_and_go_on(
+    bucket: Bucket, whole: list[dict], killed: str
+) -> None:
     data = f"{killed}/checkpoints/6/default"
     name = next(path for path in bucket.files.find(data) if "/d/" in path)
     content = bytearray(bucket.files.cat_file(name))
     content[len(content) // 2] ^= 1
     bucket.files.pipe_file(name, bytes(content))
-    words = bucket.finish("train", "run.yaml", f"run.dir={killed}")
-    assert "checkpoint 6 is damaged" in words
-    assert "continuing from the checkpoint at step 4" in words
+    flags = ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", "2", "--process"]
+    arguments = ["train", "run.yaml", f"run.dir={killed}", "mesh.data=1", "mesh.fsdp=2"]
+    pair = [
+        bucket.start(*flags, str(number), *arguments, JAX_NUM_CPU_DEVICES="1")
+        for number in range(2)
+    ]
+    ended = [(process.communicate()[1], process.returncode) for process in pair]
+    assert [code for _, code in ended] == [0, 0], ended
+    assert "checkpoint 6 is damaged" in ended[0][0]
+    assert "continuing from the checkpoint at step 4" in ended[0][0]
     assert bucket.files.exists(f"{killed}/checkpoints_damaged/6/default/sha256.json")
-    assert bucket.lines(killed) == whole
-
-
-def test_two_processes_share_a_run_there(bucket: Bucket, whole: list[dict]) -> None:
-    run = "gs://bucket/runs/two"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
-
-    def both(*changed: str) -> list[subprocess.Popen]:
-        flags = ["--coordinator", address, "--processes", "2", "--process"]
-        arguments = ["train", "run.yaml", f"run.dir={run}", *changed]
-        return [
-            bucket.start(*flags, str(number), *arguments, JAX_NUM_CPU_DEVICES="1")
-            for number in range(2)
-        ]
-
-    first, second = both("mesh.data=1", "mesh.fsdp=2", "mesh.indivisible=replicate")
-    while first.poll() is None and not bucket.files.exists(
-        f"{run}/checkpoints/2/commit_success.txt"
-    ):
-        time.sleep(0.001)
-    for process in (first, second):
-        process.send_signal(signal.SIGKILL)
-    for process in (first, second):
-        process.communicate()
-    ended = [process.communicate()[1] for process in both("mesh.data=2")]
-    assert "continuing from the checkpoint at step" in ended[0], ended
-    found = bucket.lines(run)
-    assert [(x["step"], x["kind"]) for x in found] == [(x["step"], x["kind"]) for x in whole]
+    # Each has written its own part of the new one.
+    for number in range(2):
+        assert bucket.files.exists(f"{data}/ocdbt.process_{number}/manifest.ocdbt")
+    assert_same_lines(bucket.lines(killed), whole)
 
 
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
         (["train", "run.yaml", "run.dir=gs://nobodys/run"], "run.dir=gs://nobodys/run: the bucket"),
-        (["calibrate", "run.yaml", "recipe=calibrated", "run.dir=gs://nobodys/run"], "run.dir="),
-        (["export", "gs://nobodys/run", "--out", "out"], "run=gs://nobodys/run: the bucket"),
         (["export", "whole", "--out", "gs://nobodys/run"], "out=gs://nobodys/run: the bucket"),
         (["report", "gs://nobodys/run"], "run=gs://nobodys/run: the bucket"),
-        (["eval", "gs://nobodys/run", "--data", "data.jsonl"], "model=gs://nobodys/run: the"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
