@@ -4,6 +4,7 @@ Every case runs the real command line in a copy of one small workspace, whose ev
 before and after.
 """
 
+import gzip
 import os
 import shutil
 import subprocess
@@ -157,6 +158,56 @@ FRESH = {
     ),
     "unreadable JSONL": Case(
         TRAIN, ("data.path='data.jsonl'", "line 89", "not UTF-8", "correct"), append(b"\xff\xfe\n")
+    ),
+    "missing answer": Case(
+        TRAIN,
+        ("data.path='data.jsonl'", "line 89", "'answer' is NaN, a missing value", "correct"),
+        append(b'{"question": "a", "answer": NaN}\n'),
+    ),
+    "number beyond all numbers": Case(
+        TRAIN,
+        ("data.path='data.jsonl'", "line 89", "1e400", "write it as text"),
+        append(b'{"question": "a", "answer": 1e400}\n'),
+    ),
+    "answer given twice": Case(
+        TRAIN,
+        ("data.path='data.jsonl'", "line 89", "'answer' is given twice", "correct"),
+        append(b'{"question": "a", "answer": "b", "answer": "c"}\n'),
+    ),
+    "rows inside of an object": Case(
+        TRAIN,
+        ("data.path='data.jsonl'", "'rows' holds rows", "write that list alone"),
+        lambda w: (w / "data.jsonl").write_text('{\n"rows": [{"question": "a"}]\n}'),
+    ),
+    "table of another kind": Case(
+        (*TRAIN, "data.path=data.csv"),
+        ("data.path='data.csv'", "unknown ending", "write its rows as one of .jsonl"),
+        lambda w: (w / "data.csv").write_text("question,answer\na,b\n"),
+    ),
+    "cut gzip": Case(
+        (*TRAIN, "data.path=data.jsonl.gz"),
+        ("data.path='data.jsonl.gz'", "cannot be read", "fetch or write it again"),
+        lambda w: (w / "data.jsonl.gz").write_bytes(
+            gzip.compress((w / "data.jsonl").read_bytes())[:-9]
+        ),
+    ),
+    "set called as ours": Case(
+        (*TRAIN, "eval.sets.held_out.path=data.jsonl"),
+        ("eval", "sets.held_out", "give the set another name"),
+    ),
+    "set with a path for a name": Case(
+        (*TRAIN, "eval.sets={a/b: {path: data.jsonl}}"), ("eval.sets", "a/b", "pattern")
+    ),
+    "teacher called student": Case(
+        (*TRAIN, "teachers.0.name=student", "loss.kl_weight=1"),
+        ("called student", "give it another name"),
+    ),
+    "shuffled rows one at a time": Case(
+        (*TRAIN, "teachers.0.control=shuffled", "train.grad_accumulation=8"),
+        ("control=shuffled", "big", "data.batch_size=8", "use two or more"),
+    ),
+    "all replies of one answer": Case(
+        (*TRAIN, "data.train_on=assistant"), ("train_on=assistant", "format=qa", "use format=chat")
     ),
     "missing field names": Case(
         (*TRAIN, "data.answer_field=reply"),

@@ -22,10 +22,9 @@ class Example(NamedTuple):
 
     @property
     def question(self) -> str:
-        """What is answered: the prompt, or the message before the last reply."""
-        if self.messages is None:
-            return self.prompt
-        return self.messages[-2].get("content", "") if len(self.messages) > 1 else ""
+        """What is answered: the prompt, or what the user said last."""
+        said = [one for one in self.messages or () if one["role"] == "user"]
+        return said[-1].get("content", "") if said else self.prompt
 
     @property
     def reply(self) -> str:

@@ -34,8 +34,9 @@ def assess(
     check_access(directory, "model")
     if (directory / MANIFEST_NAME).is_file():
         run = reopen(directory, overrides)
-        held = _held_out(run, data, rows, say)
+        held = _held_out(run, data, rows)
         state = restore(run, checkpoint)
+        _say_of(run, data, held, say)
         chosen = choice_note(run.config)
         if checkpoint == "best" and chosen:
             say(chosen)
@@ -52,15 +53,18 @@ def assess(
         "data": {"path": data, "batch_size": 32},
     }
     run = prepare(parse_config(fields, overrides))
-    held = _held_out(run, data, rows, say)
+    held = _held_out(run, data, rows)
+    _say_of(run, data, held, say)
     params = {"student": run.blueprint.load_student(), "projector": {}}
     return {"eval_rows": len(held.measured)} | evaluate(run, held, params, {})
 
 
-def _held_out(run: Run, data: str, rows: int | None, say: Callable[[str], None]) -> HeldOut:
+def _held_out(run: Run, data: str, rows: int | None) -> HeldOut:
     settings = run.config.data
     split = settings.eval_split or ("test" if data.startswith("builtin:") else settings.split)
-    held = HeldOut.of(list(data_loader(run)(data, split=split, rows=rows)), run.encoder)
+    return HeldOut.of(list(data_loader(run)(data, split=split, rows=rows)), run.encoder)
+
+
+def _say_of(run: Run, data: str, held: HeldOut, say: Callable[[str], None]) -> None:
     for note in (f"{data}: {held.sentence}", *answer_notes(run.config, data, held)):
         say(note)
-    return held

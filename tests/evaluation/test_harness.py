@@ -23,7 +23,7 @@ from kava_jax.data.problems import WordProblems
 from kava_jax.data.sources import load_examples
 from kava_jax.data.text import Encoder
 from kava_jax.data.tokenizer import load_tokenizer
-from kava_jax.evaluation.answers import flexible_answer, same, strict_answer
+from kava_jax.evaluation.answers import can_be_met, flexible_answer, same, strict_answer
 from kava_jax.evaluation.exact_match import STOPS
 from kava_jax.hf.export import export_model
 from kava_jax.hf.load import load_decoder_params, read_spec
@@ -227,11 +227,9 @@ GOLDS = (
 )
 
 
-def test_every_nasty_text_against_every_answer(judge, tmp_path, monkeypatch):
-    """The texts go through all of the harness but its model; rows are read from ``test.jsonl``."""
+def judged_texts(judge, cases, tmp_path, monkeypatch) -> Judged:
+    """(text, gold) pairs through all of the harness but its model."""
     from lm_eval.api.model import LM
-
-    cases = list(itertools.product(TEXTS, GOLDS))
 
     class Parrot(LM):
         def generate_until(self, requests, disable_tqdm=False):
@@ -244,12 +242,65 @@ def test_every_nasty_text_against_every_answer(judge, tmp_path, monkeypatch):
 
     write_jsonl(tmp_path / "test.jsonl", ((str(i), gold) for i, (_, gold) in enumerate(cases)))
     monkeypatch.chdir(tmp_path)
-    judged = judge(Parrot(), "kava_gsm8k")
+    return judge(Parrot(), "kava_gsm8k")
+
+
+def test_every_nasty_text_against_every_answer(judge, tmp_path, monkeypatch):
+    """Rows are read from ``test.jsonl``."""
+    cases = list(itertools.product(TEXTS, GOLDS))
+
+    judged = judged_texts(judge, cases, tmp_path, monkeypatch)
     assert judged.texts == [text for text, _ in cases]
     for rule, extract in RULES.items():
         assert 0 < sum(judged.right[rule]) < len(cases)
         for (text, gold), theirs in zip(cases, judged.right[rule], strict=True):
             assert same(extract(text), gold) == theirs, (rule, text, gold)
+
+
+def awkward_answers() -> list[str]:
+    """200 final answers as people write them, each behind worked lines."""
+    numbers = ("18", "1,234", "-7", "0.5", "12.", "1234567.89", "+3", "007", ".5", "1 000")
+    shapes = (
+        "#### {}",
+        "#### ${}",
+        "#### {}%",
+        "#### {} apples",
+        "#### {}/2",
+        "#### {} 1/2",
+        "#### {}:30",
+        "#### {}kg",
+        "#### \u20ac{}",
+        "#### {}\n",
+        "#### about {}",
+        "#### 3\n#### {}",
+        "#### {} #### 4",
+        "####{}",
+        "####  {}",
+        "### {}",
+        "**{}**",
+        "{}",
+        "#### {}e3",
+        "#### \u2212{}",
+    )
+    return [f"2+2=<<2+2=4>>4\n{shape.format(number)}" for number in numbers for shape in shapes]
+
+
+def test_awkward_answers_against_the_harness(judge, tmp_path, monkeypatch):
+    """Each answer copied word for word, and answered by its neighbours, by the harness's rules."""
+    golds = awkward_answers()
+    assert len(set(golds)) == 200
+    cases = [
+        (golds[(i + shift) % 200], gold) for shift in (0, 1, 20) for i, gold in enumerate(golds)
+    ]
+
+    judged = judged_texts(judge, cases, tmp_path, monkeypatch)
+    for rule, extract in RULES.items():
+        ours = [same(extract(text), gold) for text, gold in cases]
+        assert ours == judged.right[rule]
+        assert 0 < sum(ours) < len(cases)
+    # What we say at load can never be met is what the harness denies to a word-for-word copy.
+    copies = judged.right["strict-match"][:200]
+    assert [can_be_met(gold) for gold in golds] == copies
 
 
 def test_the_task_is_the_harness_s_gsm8k_with_other_data_and_shots():

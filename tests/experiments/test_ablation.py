@@ -52,6 +52,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
         base = CONFIG | {"student": {"path": "student", "tokenizer": "builtin:tokenizer"}}
         Path("base.yaml").write_text(yaml.safe_dump(base), encoding="utf-8")
         grid, raw = load_grid(write_grid(Path("grid.yaml")))
+        # It was begun on 9 September 2001.
+        Path("out").mkdir()
+        Path("out/grid.json").write_text('{"started": 1000000000}')
         said: list[str] = []
         failed = Ablation(grid, raw, Path("out")).run(2, lambda p: said.append(p.word))
         logs = {path.name: path.read_text() for path in Path("out/logs").iterdir()}
@@ -78,6 +81,13 @@ def test_arms_share_start_and_data_and_differ_in_their_own_fields(finished: Path
     assert "eval_cos_sim" not in ce["values"]
     fields = json.loads((finished / "out" / "kv.json").read_text())["fields"]
     assert fields == {"loss.kv_weight": 2}
+
+
+def test_all_runs_have_the_day_on_which_the_grid_was_begun(finished: Path) -> None:
+    manifests = list((finished / "out" / "runs").rglob("manifest.json"))
+    assert len(manifests) == 3
+    assert {json.loads(path.read_text())["date"] for path in manifests} == {"2001-09-09"}
+    assert json.loads((finished / "out" / "grid.json").read_text())["started"] == 10**9
 
 
 def test_both_arms_start_from_the_pretrained_student_and_not_from_chance(finished: Path) -> None:

@@ -79,6 +79,37 @@ def test_documents_have_a_loss_and_no_answers(model, tmp_path):
     assert set(figures(model, path, rows=None)) == {"eval_rows", "eval_loss"}
 
 
+def test_exact_match_can_be_left_out(model, on_builtin):
+    found = figures(model, "builtin:word_problems", "eval.exact_match=false")
+    assert found == {name: on_builtin[name] for name in ("eval_rows", "eval_loss")}
+
+
+def test_what_can_be_scored_is_scored_and_the_rest_is_said(model, tmp_path):
+    rows = [
+        ("one", "#### 1"),
+        ("two", "it is 2"),
+        ("three", "####3"),
+        ("four", "#### 4%"),
+        ("word " * 100, "#### 5"),
+    ]
+    path = tmp_path / "mixed.jsonl"
+    lines = [json.dumps({"question": question, "answer": answer}) for question, answer in rows]
+    path.write_text("\n".join(lines))
+    notes = []
+    overrides = ["data.max_length=64", "eval.max_new_tokens=4", "eval.batch_size=4"]
+    found = assess(
+        str(model), str(path), checkpoint="last", rows=None, overrides=overrides, say=notes.append
+    )
+    assert (found["eval_rows"], found["exact_match_rows"]) == (4, 3)
+    assert notes == [
+        f"{path}: 4 rows, 1 more dropped (prompt fills the row)",
+        f"exact match on {path}: 2 of 5 answers have no `#### ` before their number and are not "
+        f"scored",
+        f"exact match on {path}: 1 of 3 answers can never be met by the strict rule, not even word "
+        f"for word (the first is '4%'); write one bare number behind one `#### `",
+    ]
+
+
 def test_only_fields_of_data_and_eval_can_be_set(model, tmp_path):
     data = write_rows(tmp_path / "data.jsonl", 2)
     with pytest.raises(KavaError, match=r"override='loss.kv=mse'.*data\.\* and eval\.\*"):
