@@ -8,7 +8,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from kava_jax.alignment.projector import forgets_length
 from kava_jax.config_alignment import (
     CalibrationConfig,
     LossConfig,
@@ -357,49 +356,7 @@ class Config(Section):
         return self
 
     @property
-    def magnitude_is_off(self) -> bool:
-        """Whether ``loss.beta`` counts as 0 because the projector forgets the student's lengths."""
-        asked = self.loss.kv in ("mercator", "hybrid") and self.loss.beta > 0
-        projector = self.projector
-        return bool(self.teachers) and asked and forgets_length(projector.kind, projector.direction)
-
-    @property
     def needs_calibration(self) -> bool:
         """Whether a projector or a layer map comes out of a calibration."""
         measured = any(teacher.layer_map in ("cka", "calibrated") for teacher in self.teachers)
         return bool(self.teachers) and (measured or self.projector.init == "calibrated")
-
-
-# Fields that may change between a run and its continuation without changing what was learnt.
-# More steps are new ones; rates and weights that follow the length of a run are computed anew.
-FREE_FIELDS = (
-    "run.dir",
-    "train.steps",
-    "train.attention",
-    "train.log_every",
-    "train.eval_every",
-    "train.diagnose_every",
-    "train.checkpoint_every",
-    "train.checkpoint_minutes",
-    "train.keep_checkpoints",
-    "train.most_skipped",
-    "eval",
-    "mesh",
-    "profile",
-)
-
-# Where a run's models, tokenizer and rows lie. They may move, since the manifest's fingerprints
-# tell whether they are the same.
-PATH_FIELDS = (
-    "teachers.*.path",
-    "teachers.*.revision",
-    "student.path",
-    "student.revision",
-    "student.tokenizer",
-    "data.path",
-    "data.subset",
-    "data.revision",
-    "data.split",
-    "data.eval_path",
-    "data.eval_split",
-)

@@ -8,9 +8,10 @@ import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from kava_jax.config import FREE_FIELDS, PATH_FIELDS, AutoShare, Config, Ramp
+from kava_jax.config import AutoShare, Config, Ramp
 from kava_jax.config_file import dump_config, load_config, parse_config, shipped_config
 from kava_jax.errors import KavaError
+from kava_jax.runs.resume import FREE_FIELDS, PATH_FIELDS
 from tests.tiny import write_config
 
 CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.yaml"))

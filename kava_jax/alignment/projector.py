@@ -123,7 +123,8 @@ class KVDimensionProjector(nnx.Module):
     @property
     def forgets_length(self) -> bool:
         """``forgets_length`` of this projector."""
-        return forgets_length(self.shape.kind, self.direction)
+        direction: Direction = self.direction  # pyright: ignore[reportAssignmentType]  (nnx widens it)
+        return forgets_length(self.shape.kind, direction)
 
     def project_teacher_kv(
         self,

@@ -27,7 +27,7 @@ from kava_jax.alignment.calibrate import (
 from kava_jax.alignment.grams import Grams
 from kava_jax.alignment.layer_map import LayerMap, window
 from kava_jax.alignment.projector import KVDimensionProjector
-from kava_jax.config import FREE_FIELDS, PATH_FIELDS, Config
+from kava_jax.config import Config
 from kava_jax.config_file import dump_config, parse_config
 from kava_jax.data.batches import Batch, eval_batches
 from kava_jax.data.dataset import Dataset
@@ -45,6 +45,7 @@ from kava_jax.runs.prepare import (
     prepare,
     read_measured_maps,
 )
+from kava_jax.runs.resume import FREE_FIELDS, PATH_FIELDS
 from kava_jax.storage import Place, check_access, local_file
 from kava_jax.training.manifest import Fingerprints, check_manifest, config_hash, fields_of
 from kava_jax.training.objective import PARTS

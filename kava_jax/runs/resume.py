@@ -3,12 +3,48 @@
 from collections.abc import Mapping
 from typing import Any
 
-from kava_jax.config import PATH_FIELDS, Config
+import numpy as np
+
+from kava_jax.config import Config
 from kava_jax.config_file import dump_config, parse_config
 from kava_jax.errors import KavaError
 from kava_jax.training.assembly import schedules
 from kava_jax.training.manifest import config_diff, fields_of
 from kava_jax.training.step import TrainState
+
+# Fields that may change between a run and its continuation without changing what was learnt.
+# More steps are new ones; rates and weights that follow the length of a run are computed anew.
+FREE_FIELDS = (
+    "run.dir",
+    "train.steps",
+    "train.attention",
+    "train.log_every",
+    "train.eval_every",
+    "train.diagnose_every",
+    "train.checkpoint_every",
+    "train.checkpoint_minutes",
+    "train.keep_checkpoints",
+    "train.most_skipped",
+    "eval",
+    "mesh",
+    "profile",
+)
+
+# Where a run's models, tokenizer and rows lie. They may move, since the manifest's fingerprints
+# tell whether they are the same.
+PATH_FIELDS = (
+    "teachers.*.path",
+    "teachers.*.revision",
+    "student.path",
+    "student.revision",
+    "student.tokenizer",
+    "data.path",
+    "data.subset",
+    "data.revision",
+    "data.split",
+    "data.eval_path",
+    "data.eval_split",
+)
 
 
 def check_steps(config: Config, done: int) -> None:
@@ -42,7 +78,9 @@ def changes_in_words(
     ]
     before, after = earlier["train"]["steps"], config.train.steps
     return (
-        moved if before == after else [*moved, _rescheduled(parse_config(earlier), config, state)]
+        moved
+        if before == after
+        else [*moved, _rescheduled(parse_config(dict(earlier)), config, state)]
     )
 
 
@@ -55,7 +93,7 @@ def _rescheduled(before: Config, now: Config, state: TrainState) -> str:
     changed = []
     for name, schedule in new.items():
         at = taken if name.startswith("lr_") else step
-        left, right = f"{float(old[name](at)):.4g}", f"{float(schedule(at)):.4g}"
+        left, right = (f"{np.asarray(one(at)).item():.4g}" for one in (old[name], schedule))
         if left != right:
             changed.append(f"{name} {left} -> {right}")
     found = ", ".join(changed) or "all are as before"

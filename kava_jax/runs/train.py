@@ -9,7 +9,7 @@ import jax
 from flax import nnx
 
 from kava_jax.alignment.projector import KVDimensionProjector
-from kava_jax.config import FREE_FIELDS, PATH_FIELDS, AutoShare, Config
+from kava_jax.config import AutoShare, Config
 from kava_jax.config_file import dump_config
 from kava_jax.data.dataset import Dataset
 from kava_jax.parallel.hosts import from_first, on_host
@@ -25,9 +25,10 @@ from kava_jax.runs.prepare import (
     restore_target,
 )
 from kava_jax.runs.record import write_record
-from kava_jax.runs.resume import changes_in_words, check_steps
+from kava_jax.runs.resume import FREE_FIELDS, PATH_FIELDS, changes_in_words, check_steps
 from kava_jax.storage import check_access, local_file
 from kava_jax.training.ahead import compiled_ahead
+from kava_jax.training.assembly import magnitude_note
 from kava_jax.training.checkpoint import Checkpoints, newest_step
 from kava_jax.training.loop import Cadence, projector_path, run_steps
 from kava_jax.training.manifest import (
@@ -95,7 +96,7 @@ def train(config: Config, command: Sequence[str]) -> Trained:
     share = _share(config)
     with Checkpoints(run.directory, config.train.keep_checkpoints) as checkpoints:
         notes = [*dataset.notes, *evaluation_notes(run, dataset), run.blueprint.attending]
-        notes += filter(None, [run.blueprint.repeated, run.blueprint.magnitude])
+        notes += filter(None, [run.blueprint.repeated, magnitude_note(config)])
         resumed = checkpoints.newest_intact(notes.append)
         if resumed is not None:
             notes.append(f"continuing from the checkpoint at step {resumed}")

@@ -8,6 +8,7 @@ from flax import nnx
 
 from kava_jax.alignment.frame import Frame, empty
 from kava_jax.alignment.kv_losses import kv_loss
+from kava_jax.alignment.projector import forgets_length
 from kava_jax.alignment.router import Router, empty_prototypes
 from kava_jax.config import AutoShare, Config, Ramp
 from kava_jax.models.spec import DecoderSpec
@@ -34,7 +35,7 @@ def make_objective(
         kv_loss=kv_loss(
             loss.kv,
             alpha=loss.alpha,
-            beta=0.0 if config.magnitude_is_off else loss.beta,
+            beta=0.0 if magnitude_is_off(config) else loss.beta,
             mercator_weight=_weight(loss.mercator_weight, steps),
             mse_weight=_weight(loss.mse_weight, steps),
             temperature=loss.temperature,
@@ -49,6 +50,24 @@ def make_objective(
         kl_temperature=loss.kl_temperature,
         entropy_weight=config.router.entropy_weight,
         batch_shards=batch_shards,
+    )
+
+
+def magnitude_is_off(config: Config) -> bool:
+    """Whether ``loss.beta`` counts as 0 because the projector forgets the student's lengths."""
+    asked = config.loss.kv in ("mercator", "hybrid") and config.loss.beta > 0
+    projector = config.projector
+    return bool(config.teachers) and asked and forgets_length(projector.kind, projector.direction)
+
+
+def magnitude_note(config: Config) -> str | None:
+    """That the loss has no magnitude term although its config asks for one, in one line."""
+    if not magnitude_is_off(config):
+        return None
+    return (
+        f"loss.beta={config.loss.beta:g} is off: projector.kind={config.projector.kind} begins with "
+        f"a norm, so the length of what comes out of it says nothing about the student's vectors "
+        f"(projector.kind=linear keeps their length)"
     )
 
 

@@ -125,17 +125,6 @@ class Blueprint:
         return f"repeated on every device: {', '.join(found)}" if found else None
 
     @property
-    def magnitude(self) -> str | None:
-        """That the loss has no magnitude term although its config asks for one, in one line."""
-        if not self.config.magnitude_is_off:
-            return None
-        return (
-            f"loss.beta={self.config.loss.beta:g} is off: projector.kind="
-            f"{self.config.projector.kind} begins with a norm, so what comes out of it says "
-            "nothing of the student's lengths (projector.kind=linear keeps them)"
-        )
-
-    @property
     def attending(self) -> str:
         """What the models attend with, and why, in one line."""
         student = ("student", self.student_spec, _dtype(self.config.student.dtype))
