@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from kava_jax.config import PATH_FIELDS, Config
 from kava_jax.config_file import dump_config, parse_config
 from kava_jax.errors import KavaError
@@ -40,10 +42,9 @@ def changes_in_words(
         for change in config_diff(earlier, now)
         if change.field in paths
     ]
-    before, after = earlier["train"]["steps"], config.train.steps
-    return (
-        moved if before == after else [*moved, _rescheduled(parse_config(earlier), config, state)]
-    )
+    if earlier["train"]["steps"] == config.train.steps:
+        return moved
+    return [*moved, _rescheduled(parse_config(dict(earlier)), config, state)]
 
 
 def _rescheduled(before: Config, now: Config, state: TrainState) -> str:
@@ -55,7 +56,7 @@ def _rescheduled(before: Config, now: Config, state: TrainState) -> str:
     changed = []
     for name, schedule in new.items():
         at = taken if name.startswith("lr_") else step
-        left, right = f"{float(old[name](at)):.4g}", f"{float(schedule(at)):.4g}"
+        left, right = (f"{float(np.asarray(one(at))):.4g}" for one in (old[name], schedule))
         if left != right:
             changed.append(f"{name} {left} -> {right}")
     found = ", ".join(changed) or "all are as before"

@@ -34,8 +34,10 @@ def write_digests(directory: Path) -> None:
 def damage(directory: Path, process: int = 0, processes: int = 1) -> str | None:
     """What is wrong with this process's share of the files, in a few words; None when intact."""
     expected = _read(directory / DIGESTS_NAME)
-    if isinstance(expected, str) or not expected:
-        return expected or f"its {DIGESTS_NAME} names no file"
+    if isinstance(expected, str):
+        return expected
+    if not expected:
+        return f"its {DIGESTS_NAME} names no file"
     lists = {name: int(found[1]) for name in expected if (found := _LIST.fullmatch(name))}
     mine = {name for name, writer in lists.items() if writer % processes == process}
     own = {n: digest for n, digest in expected.items() if n in mine or process == 0}
