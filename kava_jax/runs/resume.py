@@ -76,12 +76,9 @@ def changes_in_words(
         for change in config_diff(earlier, now)
         if change.field in paths
     ]
-    before, after = earlier["train"]["steps"], config.train.steps
-    return (
-        moved
-        if before == after
-        else [*moved, _rescheduled(parse_config(dict(earlier)), config, state)]
-    )
+    if earlier["train"]["steps"] == config.train.steps:
+        return moved
+    return [*moved, _rescheduled(parse_config(dict(earlier)), config, state)]
 
 
 def _rescheduled(before: Config, now: Config, state: TrainState) -> str:
@@ -93,7 +90,7 @@ def _rescheduled(before: Config, now: Config, state: TrainState) -> str:
     changed = []
     for name, schedule in new.items():
         at = taken if name.startswith("lr_") else step
-        left, right = (f"{np.asarray(one(at)).item():.4g}" for one in (old[name], schedule))
+        left, right = (f"{float(np.asarray(one(at))):.4g}" for one in (old[name], schedule))
         if left != right:
             changed.append(f"{name} {left} -> {right}")
     found = ", ".join(changed) or "all are as before"

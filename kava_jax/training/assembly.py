@@ -65,9 +65,9 @@ def magnitude_note(config: Config) -> str | None:
     if not magnitude_is_off(config):
         return None
     return (
-        f"loss.beta={config.loss.beta:g} is off: projector.kind={config.projector.kind} begins with "
-        f"a norm, so the length of what comes out of it says nothing about the student's vectors "
-        f"(projector.kind=linear keeps their length)"
+        f"loss.beta={config.loss.beta:g} is off: projector.kind={config.projector.kind} begins "
+        f"with a norm, so the length of what comes out of it says nothing about the student's "
+        f"vectors (projector.kind=linear keeps their length)"
     )
 
 

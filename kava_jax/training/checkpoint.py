@@ -167,14 +167,14 @@ class Checkpoints:
                 + (f"use one of {others}" if others else "restore it")
             )
         try:
-            found: Any = self._manager.restore(step, args=self._items.DigestedRestore(abstract))
+            with self._stops_told():
+                return self._manager.restore(step, args=self._items.DigestedRestore(abstract))
         except (ValueError, KeyError) as error:
             reason = " ".join(str(error).split())[:200]
             raise KavaError(
                 f"checkpoint={step}: {self._name()} does not hold the state that this run has "
                 f"({reason}); use the version of kava_jax that wrote it (see manifest.json)"
             ) from error
-        return found
 
     def _problem(self, step: int) -> str:
         """What is wrong with a step's files, the same on all processes; "" when they are intact.
@@ -203,9 +203,9 @@ class Checkpoints:
         except Exception as error:  # Orbax and TensorStore raise them as many types
             if missing := absent(error):
                 raise StoppedError(
-                    f"{self._name()}: {missing} did not take part in writing a checkpoint; earlier "
-                    f"ones are as they were: look at what it says last, end all processes and "
-                    f"call again"
+                    f"{self._name()}: {missing} did not take part where the others write or read a "
+                    f"checkpoint; earlier ones are as they were: look at what it says last, end "
+                    f"all processes and call again"
                 ) from error
             if not is_full_disk(error):
                 raise

@@ -227,6 +227,20 @@ def test_a_full_disk_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert_bitwise(restored(tmp_path, 1), small_state(1))
 
 
+def test_a_process_that_does_not_take_part_is_named(tmp_path: Path, monkeypatch) -> None:
+    """Orbax hides the runtime's words behind a TimeoutError of its own."""
+
+    def write(directory: Path) -> None:
+        words = "DEADLINE_EXCEEDED: Barrier timed out. Some timed out task names:\n3\n\nRPC: /x"
+        raise TimeoutError("async_write_complete") from RuntimeError(words)
+
+    monkeypatch.setattr(orbax_items, "write_digests", write)
+    with Checkpoints(tmp_path, 2) as checkpoints:
+        checkpoints.save(small_state(1), None)
+        with pytest.raises(StoppedError, match=r"checkpoints: process 3 did not take part where"):
+            checkpoints.wait()
+
+
 def test_a_loss_that_is_not_a_number_is_never_the_best(tmp_path: Path) -> None:
     save_all(tmp_path, {1: 2.0, 2: float("nan"), 3: 3.0, 4: float("nan"), 5: None})
     with Checkpoints(tmp_path, 2) as checkpoints:
