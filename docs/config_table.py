@@ -65,7 +65,8 @@ WHEN: dict[str, dict[str, str]] = {
         "kv_weight": "**first of all**: too strong a pull harms; lower it, or let it fade",
         "parts": "keys and values are to be told apart",
         "alpha": "hardly ever: `kv_weight` does the same for both terms",
-        "beta": "the magnitude ratio leaves 0.5 to 2 (raise), or `mag_loss` exceeds 1 (lower)",
+        "beta": "the magnitude ratio leaves 0.5 to 2 (raise), or `mag_loss` exceeds 1 (lower); "
+        "[off](alignment.md#lengths) behind a norm",
         "mercator_weight": "`kv=hybrid`; a ramp moves from one term to the other",
         "mse_weight": "`kv=hybrid`",
         "attention_weight": "`kv=structural`",

@@ -109,6 +109,21 @@ def auto_share(found: dict[str, Any]) -> list[str]:
     ]
 
 
+def bias_in_bf16(found: dict[str, Any]) -> list[str]:
+    """What a large key bias costs in bfloat16."""
+    columns = ("subtracted_keys", "transformers_keys", "kava_keys")
+    columns += ("transformers_attention", "kava_attention")
+    lines = [
+        "| the bias lies in | times the rest of a key | bias subtracted | the same in transformers "
+        "| **read before the bias** | attention in transformers | attention here |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for row in found["rows"]:
+        cells = [f"{row[name]:.1e}" for name in columns]
+        lines.append(f"| {row['place']} | {row['times']} | {' | '.join(cells)} |")
+    return [*lines, "", f"Means of {found['seeds']} random layers, {found['tokens']} tokens each."]
+
+
 def bench_diagnostics(found: dict[str, Any]) -> list[str]:
     """What looking costs."""
     step, probe = found["step_seconds"]["median"], found["probe_seconds"]["median"]
@@ -411,6 +426,7 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "recipes": recipes,
     "teachers": teachers,
     "auto_share": auto_share,
+    "bias_in_bf16": bias_in_bf16,
     "bench_diagnostics": bench_diagnostics,
     "bench_arms": bench_arms,
     "padding": padding,
