@@ -9,6 +9,7 @@ Needs the test extra: python -m tests.bucket PORT [NAME]
 import os
 import re
 import sys
+import time
 from functools import partial
 from http import HTTPStatus, server
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -18,6 +19,8 @@ from gcp_storage_emulator.server import RequestHandler
 from gcp_storage_emulator.storage import Storage
 
 NAME = "bucket"
+# Of every write, as from afar: so that a save is long enough to be met.
+LATENCY_SECONDS = 0.05
 
 
 def environment(port: int) -> dict[str, str]:
@@ -42,6 +45,7 @@ class Handler(RequestHandler):
             super().do_GET()
 
     def do_POST(self) -> None:  # noqa: N802  (http.server's name)
+        time.sleep(LATENCY_SECONDS)
         if self._asked("ifGenerationMatch") in (None, self._generation()):
             super().do_POST()
         else:

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -43,13 +44,15 @@ class Bucket:
             "gs", endpoint_url=address, token="anon", use_listings_cache=False
         )
 
-    def start(self, *arguments: str, **environment: str) -> subprocess.Popen:
+    def start(
+        self, *arguments: str, to: IO[str] | int = subprocess.PIPE, **environment: str
+    ) -> subprocess.Popen:
         return subprocess.Popen(
             [*KAVA, *arguments],
             cwd=self.workspace,
             env=os.environ | self.environment | environment,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=to,
             text=True,
         )
 
@@ -65,12 +68,21 @@ class Bucket:
 
     def kill_when(self, run: str, seen: Callable[[], bool]) -> None:
         """Train until ``seen``, and kill at once."""
-        process = self.start("train", "run.yaml", f"run.dir={run}")
-        while process.poll() is None and not seen():
-            time.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
-        words = process.communicate()[1]
-        assert process.returncode == -signal.SIGKILL, words
+        with (self.workspace / "words").open("w+") as words:  # a pipe would be full some time
+            process = self.start("train", "run.yaml", f"run.dir={run}", to=words)
+            while process.poll() is None and not seen():
+                time.sleep(0.001)
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+            words.seek(0)
+            assert process.returncode == -signal.SIGKILL, words.read()
+
+    def saved(self, run: str) -> tuple[set[int], set[int]]:
+        """The steps of whole checkpoints, and those of which only a part is there."""
+        found = self.files.find(f"{run}/checkpoints")
+        parts = [name.partition("/checkpoints/")[2].split("/", 1) for name in found]
+        whole = {int(step) for step, name in parts if name == "commit_success.txt"}
+        return whole, {int(step) for step, _ in parts} - whole
 
 
 def untimed(text: str) -> list[dict]:
@@ -119,21 +131,15 @@ def whole(bucket: Bucket) -> list[dict]:
 def killed(bucket: Bucket, whole: list[dict]) -> str:
     """A run that was killed between two checkpoints, then while saving, and then finished."""
     run = "gs://bucket/runs/killed"
-    saved = f"{run}/checkpoints/2/commit_success.txt"
-    bucket.kill_when(run, lambda: bucket.files.exists(saved))
+    bucket.kill_when(run, lambda: 2 in bucket.saved(run)[0])
     # What stood there at the checkpoint is there, whatever came after it.
     until = [line for line in whole if line["step"] <= 2]
     assert bucket.lines(run)[: len(until)] == until
-    following = f"{run}/checkpoints/4"
-
-    def saving() -> bool:
-        begun = bucket.files.find(following)
-        return bool(begun) and not bucket.files.exists(f"{following}/commit_success.txt")
-
-    bucket.kill_when(run, saving)
-    assert not bucket.files.exists(f"{following}/commit_success.txt")
+    bucket.kill_when(run, lambda: any(part > 2 for part in bucket.saved(run)[1]))
+    saved, parts = bucket.saved(run)
+    assert max(parts) > max(saved)
     words = bucket.finish("train", "run.yaml", f"run.dir={run}")
-    assert "continuing from the checkpoint at step 2" in words
+    assert f"continuing from the checkpoint at step {max(saved)}" in words
     return run
 
 
