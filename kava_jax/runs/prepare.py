@@ -113,10 +113,11 @@ def today_of(run_dir: Path) -> date:
 
     Raises KavaError when SOURCE_DATE_EPOCH is no number of seconds.
     """
+    day = _day_of_start()
     if (run_dir / MANIFEST_NAME).is_file():
         manifest = read_manifest(run_dir)
-        return date.fromisoformat(manifest.get("date") or manifest["starts"][0]["time"][:10])
-    return date.fromordinal(from_first(_day_of_start().toordinal()))
+        day = date.fromisoformat(manifest.get("date") or manifest["starts"][0]["time"][:10])
+    return date.fromordinal(from_first(day.toordinal()))
 
 
 @cache
