@@ -2,8 +2,9 @@
 
     python docs/results/padding.py TRAIN_FILE TOKENIZER_DIR > docs/results/padding.json
 
-Makes all batches of ``configs/qwen2.5_14b_to_1.5b_gsm8k.yaml`` from GSM8K's training rows and
-Qwen2's tokenizer, and counts in the batches themselves. A few seconds; no model is needed.
+Makes all batches of ``configs/qwen2.5_14b_to_1.5b_gsm8k.yaml`` from GSM8K's training rows, less
+those that it holds out, and Qwen2's tokenizer, and counts in the batches themselves. A few seconds;
+no model is needed.
 """
 
 import json
@@ -16,6 +17,7 @@ import numpy as np
 
 from kava_jax.config_file import load_config
 from kava_jax.data.batches import BatchStream
+from kava_jax.data.dataset import split_examples
 from kava_jax.data.sources import load_examples
 from kava_jax.data.text import Encoded, Encoder
 from kava_jax.data.tokenizer import load_tokenizer
@@ -27,7 +29,16 @@ def main(text: str, tokenizer: str) -> None:
     """Count, and print one JSON document."""
     config = load_config(CONFIG)
     encoder = Encoder(load_tokenizer(tokenizer), max_length=config.data.max_length)
-    rows = encoder.encode_all(load_examples(text))
+    training, _ = split_examples(
+        load_examples,
+        path=text,
+        split=config.data.split,
+        rows=None,
+        eval_path=None,
+        eval_split=None,
+        eval_rows=config.data.eval_rows,
+    )
+    rows = encoder.encode_all(training)
     lengths = [len(row.ids) for row in rows]
     result = {
         "rows": len(rows),

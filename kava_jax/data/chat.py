@@ -33,11 +33,6 @@ class ChatTemplate:
         self._tokenizer, self._train_on, self._today = tokenizer, train_on, today
         self._pinned = {False: self._template(with_tools=False)}
 
-    @property
-    def writes_the_date(self) -> bool:
-        """Whether rows depend on the day that they are rendered on."""
-        return "strftime_now" in self._tokenizer.get_chat_template()
-
     def pieces(self, example: Example) -> list[str]:
         """The conversation in pieces, by turns read and trained on; it begins with the former.
 

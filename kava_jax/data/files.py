@@ -130,6 +130,9 @@ def short_numbers(
     narrow = {"halffloat": np.float16, "float16": np.float16}
     narrow |= {"float": np.float32, "float32": np.float32}
     columns = {name: narrow[kind] for name, kind in types.items() if kind in narrow}
+    if not columns:
+        yield from rows
+        return
     for row in rows:
         short = {
             name: Number(kind(row[name]))

@@ -1,17 +1,21 @@
 """``assess``: the held-out figures of a model on any data, against transformers' own."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from kava_jax.config_file import load_config, parse_config
 from kava_jax.data.problems import WordProblems
 from kava_jax.data.tokenizer import builtin_tokenizer
 from kava_jax.errors import KavaError
 from kava_jax.runs.assess import assess
+from kava_jax.runs.evaluate import choice_note
 from tests.tiny import write_model, write_rows
 from tests.tolerances import TOL
 
+CONFIGS = Path(__file__).parents[2] / "configs"
 ROWS = 4
 SMALL = ("data.max_length=256", "data.batch_size=8", "eval.batch_size=8", "eval.max_new_tokens=4")
 
@@ -108,6 +112,32 @@ def test_what_can_be_scored_is_scored_and_the_rest_is_said(model, tmp_path):
         f"exact match on {path}: 1 of 3 answers can never be met by the strict rule, not even word "
         f"for word (the first is '4%'); write one bare number behind one `#### `",
     ]
+
+
+@pytest.mark.parametrize(
+    ("data", "warned"),
+    [
+        ({"eval_split": "test"}, True),
+        ({"eval_path": "data/my-test.jsonl.gz"}, True),
+        ({"eval_path": "test/dev.jsonl"}, False),
+        ({"eval_path": "latest.jsonl"}, False),
+        ({"eval_split": "validation"}, False),
+        ({}, False),
+    ],
+)
+def test_choosing_on_a_test_split_is_warned_of(data, warned):
+    data = {"path": "openai/gsm8k", **data}
+    config = parse_config({"student": {"path": "x"}, "data": data})
+    found = choice_note(config)
+    assert (found is not None) == warned
+    if warned:
+        assert next(iter(set(data.values()) - {"openai/gsm8k"})) in found
+        assert "under eval.sets" in found
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_no_shipped_config_chooses_on_a_test_split(path):
+    assert choice_note(load_config(path)) is None
 
 
 def test_only_fields_of_data_and_eval_can_be_set(model, tmp_path):
