@@ -98,9 +98,12 @@ def model_fingerprint(directory: Path) -> str:
 
 
 def read_json(path: Place) -> dict[str, Any]:
-    """Parse a JSON object; a ``KavaError`` names the file when it is missing or broken."""
+    """Parse a JSON object; a ``KavaError`` names the file when it is missing or broken.
+
+    Broken is also a key that is given twice, of which JSON's readers take the last.
+    """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_each_once)
     except (OSError, ValueError) as error:
         raise KavaError(
             f"{path.parent.name}/{path.name} is unreadable JSON ({error}); restore the file"
@@ -108,6 +111,14 @@ def read_json(path: Place) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise KavaError(f"{path.parent.name}/{path.name} is not a JSON object; restore the file")
     return value
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    if len(set(keys)) < len(keys):
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"{twice!r} is given twice")
+    return dict(pairs)
 
 
 def weight_index(directory: Path) -> dict[str, str]:

@@ -310,6 +310,9 @@ def test_missing_shards_and_broken_indexes_are_named(directory):
 def test_a_broken_config_is_named(directory):
     (directory / "config.json").write_text('{"model_type": ')
     assert "qwen2/config.json is unreadable JSON" in refusal(directory)
+    twice = json.dumps(CONFIGS["qwen2"])[:-1] + ', "rope_theta": 1e4}'
+    (directory / "config.json").write_text(twice)
+    assert "unreadable JSON ('rope_theta' is given twice)" in refusal(directory)
 
 
 def test_overflow_to_half_precision_is_refused_by_name(directory):
