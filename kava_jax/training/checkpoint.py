@@ -168,13 +168,14 @@ class Checkpoints:
             )
         try:
             with self._stops_told():
-                return self._manager.restore(step, args=self._items.DigestedRestore(abstract))
+                found: Any = self._manager.restore(step, args=self._items.DigestedRestore(abstract))
         except (ValueError, KeyError) as error:
             reason = " ".join(str(error).split())[:200]
             raise KavaError(
                 f"checkpoint={step}: {self._name()} does not hold the state that this run has "
                 f"({reason}); use the version of kava_jax that wrote it (see manifest.json)"
             ) from error
+        return found
 
     def _problem(self, step: int) -> str:
         """What is wrong with a step's files, the same on all processes; "" when they are intact.

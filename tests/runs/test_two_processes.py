@@ -1,4 +1,4 @@
-"""Two real processes that share a run are one process with two devices, and survive each other."""
+"""Two real processes share a run and survive each other (that they equal one: test_processes)."""
 
 import json
 import os
@@ -9,11 +9,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
 from tests.tiny import CONFIG, write_config, write_workspace
 from tests.tolerances import TOL
@@ -132,42 +129,6 @@ def test_training_evaluating_and_answering_are_those_of_one(workspace: Path) -> 
     assert found.keys() == alone.keys()
     for key, value in alone.items():
         assert found[key] == pytest.approx(value, rel=TOL["float32"], abs=TOL["float32"])
-
-
-def test_an_export_holds_the_same_weights(workspace: Path) -> None:
-    one(workspace, "export", "single", "--out", "exported-single")
-    both(workspace, "export", "double", "--out", "exported-double")
-    single, double = (
-        load_file(workspace / f"exported-{name}" / "model.safetensors")
-        for name in ("single", "double")
-    )
-    assert single.keys() == double.keys()
-    for name, weights in single.items():
-        np.testing.assert_allclose(double[name], weights, atol=TOL["after_one_step"])
-
-
-def test_calibration_is_that_of_one(workspace: Path) -> None:
-    arguments = ["recipe=calibrated", "calibration.rows=32", "--json"]
-    alone = json.loads(one(workspace, "calibrate", "run.yaml", "run.dir=fit-single", *arguments))
-    first, second = both(workspace, "calibrate", "run.yaml", "run.dir=fit-double", *arguments)
-    assert second == ""
-    assert_close(json.loads(first), alone)
-
-
-def assert_close(ours: Any, theirs: Any) -> None:
-    """Two JSON documents that differ in the last digits of their numbers at most."""
-    if isinstance(theirs, dict):
-        assert ours.keys() == theirs.keys()
-        for key, value in theirs.items():
-            assert_close(ours[key], value)
-    elif isinstance(theirs, list):
-        assert len(ours) == len(theirs)
-        for left, right in zip(ours, theirs, strict=True):
-            assert_close(left, right)
-    elif isinstance(theirs, float):
-        assert ours == pytest.approx(theirs, rel=TOL["parity"], abs=TOL["parity"])
-    else:
-        assert ours == theirs
 
 
 def test_a_damaged_file_of_the_second_process_is_told_by_both(workspace: Path) -> None:
