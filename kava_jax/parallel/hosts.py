@@ -41,6 +41,10 @@ def start(cluster: Cluster) -> None:
             f"the processes of this run are not known ({' '.join(str(error).split())}); give "
             f"--coordinator HOST:PORT --processes N --process I"
         ) from None
+    if jax.default_backend() == "cpu":
+        # On CPUs a program that was kept may send its messages in another order than the same one
+        # compiled anew, and processes that mix the two end in a mismatch (seen with jax 0.10.2).
+        jax.config.update("jax_enable_compilation_cache", False)
 
 
 def _keep_stdout_clean() -> None:
