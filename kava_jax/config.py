@@ -9,7 +9,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from kava_jax.alignment.projector import forgets_length
 from kava_jax.config_alignment import (
     CalibrationConfig,
     LossConfig,
@@ -313,13 +312,6 @@ class Config(Section):
                 f"at least one of {names}"
             )
         return self
-
-    @property
-    def magnitude_is_off(self) -> bool:
-        """Whether ``loss.beta`` counts as 0 because the projector forgets the student's lengths."""
-        asked = self.loss.kv in ("mercator", "hybrid") and self.loss.beta > 0
-        projector = self.projector
-        return bool(self.teachers) and asked and forgets_length(projector.kind, projector.direction)
 
     @property
     def needs_calibration(self) -> bool:

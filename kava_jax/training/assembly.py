@@ -8,6 +8,7 @@ from flax import nnx
 
 from kava_jax.alignment.frame import Frame, empty
 from kava_jax.alignment.kv_losses import kv_loss
+from kava_jax.alignment.projector import forgets_length
 from kava_jax.alignment.router import Router, empty_prototypes
 from kava_jax.config import AutoShare, Config, Ramp
 from kava_jax.models.spec import DecoderSpec
@@ -34,7 +35,7 @@ def make_objective(
         kv_loss=kv_loss(
             loss.kv,
             alpha=loss.alpha,
-            beta=0.0 if config.magnitude_is_off else loss.beta,
+            beta=0.0 if magnitude_is_off(config) else loss.beta,
             mercator_weight=_weight(loss.mercator_weight, steps),
             mse_weight=_weight(loss.mse_weight, steps),
             temperature=loss.temperature,
@@ -50,6 +51,13 @@ def make_objective(
         entropy_weight=config.router.entropy_weight,
         batch_shards=batch_shards,
     )
+
+
+def magnitude_is_off(config: Config) -> bool:
+    """Whether ``loss.beta`` counts as 0 because the projector forgets the student's lengths."""
+    asked = config.loss.kv in ("mercator", "hybrid") and config.loss.beta > 0
+    projector = config.projector
+    return bool(config.teachers) and asked and forgets_length(projector.kind, projector.direction)
 
 
 def empty_statistics(objective: Objective, student: DecoderSpec) -> Statistics:

@@ -35,6 +35,7 @@ from kava_jax.training.assembly import (
     empty_statistics,
     kv_weight,
     learning_rates,
+    magnitude_is_off,
     make_objective,
     optimizer_of,
 )
@@ -125,7 +126,7 @@ class Blueprint:
     @property
     def magnitude(self) -> str | None:
         """That the loss has no magnitude term although its config asks for one, in one line."""
-        if not self.config.magnitude_is_off:
+        if not magnitude_is_off(self.config):
             return None
         return (
             f"loss.beta={self.config.loss.beta:g} is off: projector.kind="
