@@ -36,6 +36,7 @@ from kava_jax.training.assembly import (
     empty_statistics,
     kv_weight,
     learning_rates,
+    magnitude_is_off,
     make_objective,
     optimizer_of,
 )
