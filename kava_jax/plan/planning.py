@@ -12,7 +12,7 @@ from kava_jax.errors import KavaError
 from kava_jax.parallel.mesh import AXES, batch_shards, make_mesh
 from kava_jax.plan.accelerators import described_devices, own_memory
 from kava_jax.plan.chips import Chip
-from kava_jax.plan.compiled import compile_step, compiled_memory, held
+from kava_jax.plan.compiled import compile_step, compiled_memory, held, lowered
 from kava_jax.plan.floor import step_floor
 from kava_jax.plan.gpus import GPUS
 from kava_jax.plan.most_rows import Boundary, RowSearch, Tried
@@ -126,6 +126,21 @@ def make_plan(config: Config, chip: Chip, hbm: float, say: Callable[[str], None]
     config = _as_on(chip, config)
     blueprint = _blueprint(config)
     return _plan(blueprint, chip, hbm, _by_own_compiler(config, chip, say))
+
+
+def compile_for(config: Config, chip: Chip) -> Any:
+    """The step for as many chips as this process has (virtual) devices, by the chips' own compiler.
+
+    Raises KavaError where that is not installed or there is no such slice.
+    """
+    devices = described_devices(chip, jax.device_count())
+    if devices is None:
+        raise KavaError(
+            f"--chip={chip.name} --devices={jax.device_count()}: no compiler for it is installed, "
+            f"or there is no such slice; pip install 'kava_jax[cuda]' or 'kava_jax[tpu]'"
+        )
+    blueprint = _blueprint(_as_on(chip, config), devices)
+    return lowered(blueprint, config.data.batch_size, config.data.max_length).compile()
 
 
 def search(config: Config, chip: Chip, hbm: float, say: Callable[[str], None]) -> list[Plan]:
