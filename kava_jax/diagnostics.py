@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 from kava_jax.errors import KavaError
-from kava_jax.geometry import Mean, center, cosine, magnitude, masked_mean, unit
+from kava_jax.geometry import Mean, center, compare, cosine, magnitude, masked_mean, unit
 
 # Cosines this close are one: nothing is retrieved by what may be rounding.
 TIE = 1e-6
@@ -51,18 +51,21 @@ def alignment(
     ``cos_shuffled`` counts a token where both examples have one, and nothing in a batch of one.
     ``own`` are the student's vectors before a projector, where ``student`` are those after it.
     """
-    keep = (mask_BT != 0)[None, :, :, None]
-    s, t, o = (
-        jnp.where(keep[..., None], x.astype(jnp.float32), 0.0)
-        for x in (student, target, student if own is None else own)
-    )
+    mask = (mask_BT != 0)[None, :, :, None]
+    keep = jnp.broadcast_to(mask, student.shape[:-1])
     both = keep & jnp.roll(keep, -1, axis=1) & (mask_BT.shape[0] > 1)
+    aligned = compare(student, target, keep)
+    # Rolled as it came: a copy in float32 would be the largest array of the KV losses.
+    other = compare(student, jnp.roll(target, -1, axis=1), both)
+    length = aligned.length_a
+    if own is not None:
+        length = magnitude(jnp.where(mask[..., None], own.astype(jnp.float32), 0.0))
     over = (1, 2, 3)
     return Alignment(
-        cos=masked_mean(cosine(s, t), keep, over),
-        cos_shuffled=masked_mean(cosine(s, jnp.roll(t, -1, axis=1)), both, over),
-        s_magnitude=masked_mean(magnitude(o), keep, over),
-        t_magnitude=masked_mean(magnitude(t), keep, over),
+        cos=masked_mean(aligned.cos, keep, over),
+        cos_shuffled=masked_mean(other.cos, both, over),
+        s_magnitude=masked_mean(length, mask, over),
+        t_magnitude=masked_mean(aligned.length_b, keep, over),
     )
 
 

@@ -170,8 +170,26 @@ def cross_entropy(
     keep = _keep(mask, labels.shape)
     rows = _counted(logits, keep)
     safe_labels = labels if keep is None else jnp.where(keep, labels, 0)
-    picked = jnp.take_along_axis(rows, safe_labels[..., None], axis=-1)[..., 0]
+    picked = _entries(rows, safe_labels)
     return masked_mean(jax.nn.logsumexp(rows, axis=-1) - picked, keep)
+
+
+@jax.custom_vjp
+def _entries(rows: Float[Array, "*B V"], index: Int[Array, "*B"]) -> Float[Array, "*B"]:
+    """``rows[..., index]``. Its gradient is a comparison, which is fused into whatever reads it.
+
+    A gather's own gradient is scattered into zeros: of logits that is one more array of their size.
+    """
+    return jnp.take_along_axis(rows, index[..., None], axis=-1)[..., 0]
+
+
+def _entries_backward(saved: tuple[Array, Array], slope: Array) -> tuple[Array, None]:
+    rows, index = saved
+    here = jax.lax.broadcasted_iota(index.dtype, rows.shape, rows.ndim - 1) == index[..., None]
+    return jnp.where(here, slope[..., None], 0.0), None
+
+
+_entries.defvjp(lambda rows, index: (_entries(rows, index), (rows, index)), _entries_backward)
 
 
 def logit_kl(

@@ -90,7 +90,7 @@ def plan(
             else render_search(plans)
         )
         return
-    one = make_plan(loaded, found, memory)
+    one = make_plan(loaded, found, memory, say)
     print(json.dumps(one.as_dict(), indent=2) if as_json else render(one))
 
 

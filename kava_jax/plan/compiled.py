@@ -1,7 +1,5 @@
 """The real train step, compiled with shapes in place of weights."""
 
-import os
-import re
 import tempfile
 from collections.abc import Mapping
 from contextlib import contextmanager
@@ -14,7 +12,6 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from kava_jax.data.batches import abstract_batch
 from kava_jax.parallel.sharding import batch_sharding
-from kava_jax.plan.chips import Chip, topology_name
 from kava_jax.plan.program import Work, work_of
 from kava_jax.training.blueprint import Blueprint
 
@@ -48,55 +45,25 @@ class Compiled(NamedTuple):
 
 def compile_step(blueprint: Blueprint, rows: int, length: int) -> Compiled:
     """The step for the blueprint's mesh of (virtual) CPU devices."""
-    lowered = _lowered(blueprint, rows, length)
+    program = lowered(blueprint, rows, length)
     if blueprint.mesh.size == 1:  # nothing to partition
-        return Compiled(work_of(lowered.as_text("hlo")), memory_of(lowered.compile(_QUICK)))
-    text, compiled = partitioned(lowered)
+        return Compiled(work_of(program.as_text("hlo")), memory_of(program.compile(_QUICK)))
+    text, compiled = partitioned(program)
     return Compiled(work_of(text), memory_of(compiled))
 
 
-def partitioned(lowered: Any) -> tuple[str, Any]:
+def partitioned(program: Any) -> tuple[str, Any]:
     """One device's program as the partitioner left it, and the compiled one."""
     with tempfile.TemporaryDirectory() as folder, _uncached():
         dump = {"xla_dump_to": folder, "xla_dump_hlo_pass_re": _PASS}
-        compiled = lowered.compile(_QUICK | dump)
+        compiled = program.compile(_QUICK | dump)
         (text,) = Path(folder).glob(f"*after_{_PASS}*")
         return text.read_text(encoding="utf-8"), compiled
 
 
 def compiled_memory(blueprint: Blueprint, rows: int, length: int) -> Memory:
     """The memory of the step for the blueprint's mesh of (virtual) CPU devices."""
-    return memory_of(_lowered(blueprint, rows, length).compile(_QUICK))
-
-
-def compile_for_tpu(blueprint: Blueprint, rows: int, length: int) -> int:
-    """Bytes of temporaries that the TPU's own compiler needs, whether the chip has them or not.
-
-    ``blueprint.mesh`` is one of ``tpu_devices``.
-    """
-    lowered = _lowered(blueprint, rows, length)
-    try:
-        return memory_of(lowered.compile()).temporaries
-    except jax.errors.JaxRuntimeError as error:
-        # "HLO temporaries" it says, and counts the arguments too.
-        used = re.search(r"\(([\d.]+)([KMGT])\) exceeds available", str(error))
-        if used is None:
-            raise
-        total = int(float(used[1]) * 1024 ** (1 + "KMGT".index(used[2])))
-        return total - sum(held(blueprint, rows, length).values())
-
-
-def tpu_devices(chip: Chip, devices: int) -> list[Any] | None:
-    """Descriptions of so many TPU chips; None where there is no such slice or no compiler."""
-    name = topology_name(chip, devices)
-    if name is None or not _has_libtpu():
-        return None
-    from jax.experimental import topologies
-
-    # There is no TPU here, and nobody to ask about one.
-    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
-    os.environ |= {"TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3"}
-    return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+    return memory_of(lowered(blueprint, rows, length).compile(_QUICK))
 
 
 def bytes_of_device(tree: Any, shardings: Any) -> int:
@@ -130,7 +97,8 @@ def held(blueprint: Blueprint, rows: int, length: int) -> Mapping[str, int]:
     }
 
 
-def _lowered(blueprint: Blueprint, rows: int, length: int) -> Any:
+def lowered(blueprint: Blueprint, rows: int, length: int) -> Any:
+    """The step for the blueprint's mesh, not yet compiled."""
     return blueprint.jitted_step().lower(
         blueprint.abstract_state(), blueprint.abstract_teachers(), abstract_batch(rows, length)
     )
@@ -154,9 +122,3 @@ def _uncached() -> Any:
     finally:
         jax.config.update("jax_enable_compilation_cache", before)
         compilation_cache.reset_cache()
-
-
-def _has_libtpu() -> bool:
-    from importlib.util import find_spec
-
-    return find_spec("libtpu") is not None

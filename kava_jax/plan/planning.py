@@ -10,15 +10,12 @@ from kava_jax.config import Config
 from kava_jax.config_file import dump_config, parse_config
 from kava_jax.errors import KavaError
 from kava_jax.parallel.mesh import AXES, batch_shards, make_mesh
+from kava_jax.plan.accelerators import described_devices, own_memory
 from kava_jax.plan.chips import Chip
-from kava_jax.plan.compiled import (
-    compile_for_tpu,
-    compile_step,
-    compiled_memory,
-    held,
-    tpu_devices,
-)
+from kava_jax.plan.compiled import compile_step, compiled_memory, held, lowered
 from kava_jax.plan.floor import step_floor
+from kava_jax.plan.gpus import GPUS
+from kava_jax.plan.most_rows import Boundary, RowSearch, Tried
 from kava_jax.plan.roofline import Roofline, roofline
 from kava_jax.runs.calibrate import unmeasured
 from kava_jax.runs.geometry import models_without_weights
@@ -28,6 +25,9 @@ from kava_jax.training.blueprint import Blueprint, make_blueprint
 # those of a program that is float32 throughout: an accelerator's are at most that, and about this
 # part of it where all could be bfloat16. docs/pods.md has them beside the compiler for TPUs.
 NARROWEST = 0.45
+# Of a GPU's bytes JAX takes the first share by itself, the second where the variable says so.
+SHARES = (0.75, 0.92)
+SHARE_VARIABLE = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 
 
 class Range(NamedTuple):
@@ -56,7 +56,9 @@ class Plan:
     exact: bool
     """Whether the device's own compiler laid the memory out."""
     largest_batch: tuple[int, int]
-    """Rows of the whole batch that fit, surely and at best."""
+    """Rows of the whole batch that fit, surely and at best, by the estimate."""
+    boundaries: tuple[Boundary, ...]
+    """The largest batches of a GPU, by its own compiler, under both shares of its memory."""
     flops: float
     floor: float
     """The fewest FLOPs that such a step can do, all devices together."""
@@ -90,6 +92,7 @@ class Plan:
             "estimated": self.estimated._asdict(),
             "temporaries": self.temporaries._asdict(),
             "peak": self.peak._asdict(),
+            "boundaries": [one.as_dict() for one in self.boundaries],
             "time": self.time._asdict() | {"least": self.time.least, "most": self.time.most},
             "devices": self.devices,
             "verdict": self.verdict,
@@ -114,15 +117,30 @@ def virtual_devices(count: int) -> None:
             ) from None
 
 
-def make_plan(config: Config, chip: Chip, hbm: float) -> Plan:
+def make_plan(config: Config, chip: Chip, hbm: float, say: Callable[[str], None]) -> Plan:
     """The plan for the config's mesh over all (virtual) devices of this process.
 
-    ``hbm`` is the memory of one device in bytes. Raises KavaError for whatever does not fit
-    together.
+    ``hbm`` is the memory of one device in bytes; ``say`` is told what takes long. Raises KavaError
+    for whatever does not fit together.
     """
     config = _as_on(chip, config)
     blueprint = _blueprint(config)
-    return _plan(blueprint, chip, hbm, _own_compiler(config, chip))
+    return _plan(blueprint, chip, hbm, _by_own_compiler(config, chip, say))
+
+
+def compile_for(config: Config, chip: Chip) -> Any:
+    """The step for as many chips as this process has (virtual) devices, by the chips' own compiler.
+
+    Raises KavaError where that is not installed or there is no such slice.
+    """
+    devices = described_devices(chip, jax.device_count())
+    if devices is None:
+        raise KavaError(
+            f"--chip={chip.name} --devices={jax.device_count()}: no compiler for it is installed, "
+            f"or there is no such slice; pip install 'kava_jax[cuda]' or 'kava_jax[tpu]'"
+        )
+    blueprint = _blueprint(_as_on(chip, config), devices)
+    return lowered(blueprint, config.data.batch_size, config.data.max_length).compile()
 
 
 def search(config: Config, chip: Chip, hbm: float, say: Callable[[str], None]) -> list[Plan]:
@@ -158,13 +176,12 @@ def search(config: Config, chip: Chip, hbm: float, say: Callable[[str], None]) -
     return sorted(found, key=lambda plan: plan.time.most)
 
 
-def _plan(blueprint: Blueprint, chip: Chip, hbm: float, own: int | None = None) -> Plan:
-    """``own``: bytes of temporaries as the chip's own compiler has them, where it was asked."""
+def _plan(blueprint: Blueprint, chip: Chip, hbm: float, own: "_Own | None" = None) -> Plan:
     config = blueprint.config
     rows, length = config.data.batch_size, config.data.max_length
     program, wide = compile_step(blueprint, rows, length), _Wide.of(config)
     fixed = program.memory.arguments + program.memory.results
-    temporaries = wide.range if own is None else Range(float(own), float(own))
+    temporaries = Range(own.temporaries, own.temporaries) if own else wide.range
     return Plan(
         name=config.run.name,
         mesh=dict(blueprint.mesh.shape),
@@ -178,6 +195,7 @@ def _plan(blueprint: Blueprint, chip: Chip, hbm: float, own: int | None = None) 
         peak=Range(fixed + temporaries.least, fixed + temporaries.most),
         exact=own is not None,
         largest_batch=wide.largest_batch(hbm - fixed),
+        boundaries=own.boundaries if own else (),
         flops=program.work.flops,
         floor=step_floor(blueprint, rows, length, rows * (length - 1)).total,
         messages=program.work.bytes_by_kind(),
@@ -222,13 +240,32 @@ class _Wide(NamedTuple):
         return most(1.0), most(NARROWEST)
 
 
-def _own_compiler(config: Config, chip: Chip) -> int | None:
-    """Temporaries as the chip's own compiler has them, where it can be asked."""
-    devices = tpu_devices(chip, jax.device_count())
+class _Own(NamedTuple):
+    """What the chip's own compiler says."""
+
+    temporaries: float
+    boundaries: tuple[Boundary, ...]
+
+
+def _by_own_compiler(config: Config, chip: Chip, say: Callable[[str], None]) -> _Own | None:
+    """Temporaries, and for a GPU the largest batches; None where it is not at hand."""
+    devices = described_devices(chip, jax.device_count())
     if devices is None:
         return None
-    rows, length = config.data.batch_size, config.data.max_length
-    return compile_for_tpu(_blueprint(config, devices), rows, length)
+    blueprint, length = _blueprint(config, devices), config.data.max_length
+
+    def attempt(rows: int) -> Tried:
+        memory = own_memory(blueprint, rows, length)
+        tried = Tried(rows, memory.arguments, memory.temporaries)
+        say(f"{rows} rows, compiled for {chip.name}: {tried.needed / 1e9:.2f} GB of a device")
+        return tried
+
+    own, boundaries = attempt(config.data.batch_size), ()
+    if chip.name in GPUS:
+        unit = batch_shards(blueprint.mesh) * config.train.grad_accumulation
+        search, memory = RowSearch(attempt, unit, own), GPUS[chip.name].memory
+        boundaries = tuple(search.boundary(share, memory) for share in SHARES)
+    return _Own(float(own.temporaries), boundaries)
 
 
 def _blueprint(config: Config, devices: list[Any] | None = None) -> Blueprint:

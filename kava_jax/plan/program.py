@@ -26,6 +26,7 @@ _ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 _NAME = re.compile(r"%?([\w.\-]+)(?:#(\d+))?")
 _CALLED = re.compile(r"(?:to_apply|calls)=%?([\w.\-]+)")
 _LOOP = re.compile(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _BRANCHES = re.compile(r"(?:branch_computations=\{(.*?)\}|true_computation=%?([\w.\-]+))")
 
 
@@ -59,14 +60,28 @@ class Message(NamedTuple):
     group: tuple[int, ...]
 
 
+class Product(NamedTuple):
+    """A matrix product: both sides and the result as ``bf16[16,8]``, and FLOPs of one time."""
+
+    left: str
+    right: str
+    result: str
+    flops: float
+
+
 @dataclass(frozen=True)
 class Work:
     """What one device does in one run of a program."""
 
-    flops: float
-    """Of matrix products: two for each multiplication with its addition."""
+    products: Mapping[Product, int]
+    """How often each is computed; convolutions, as which TPUs multiply, have no FLOPs (nan)."""
     messages: Mapping[Message, int]
     """How often each is sent."""
+
+    @property
+    def flops(self) -> float:
+        """Of matrix products: two for each multiplication with its addition."""
+        return sum(times * product.flops for product, times in self.products.items())
 
     def bytes_by_kind(self) -> dict[str, float]:
         """Bytes that one device sends, by kind of collective, the most first."""
@@ -126,20 +141,20 @@ class _Counter:
         for one in instructions:
             for operand in one.operands:
                 users.setdefault(operand.name, []).append(one.opcode)
-        flops, messages = 0.0, Counter[Message]()
+        products, messages = Counter[Product](), Counter[Message]()
         for one in instructions:
-            if one.opcode == "dot":
-                flops += _dot_flops(one, types)
+            if one.opcode in ("dot", "convolution"):
+                products[_product(one, types)] += 1
             kind = one.opcode.removesuffix("-start")
             if kind in KINDS:
                 message = _message(kind, one, users.get(one.name, []))
                 messages[message] += 1
             for inner, times in self._called(one):
                 work = self.count(inner)
-                flops += times * work.flops
-                for message, often in work.messages.items():
-                    messages[message] += times * often
-        self._known[name] = Work(flops, messages)
+                for known, found in ((work.products, products), (work.messages, messages)):
+                    for what, often in known.items():
+                        found[what] += times * often
+        self._known[name] = Work(products, messages)
         return self._known[name]
 
     def _called(self, one: Instruction) -> Iterator[tuple[str, int]]:
@@ -147,7 +162,8 @@ class _Counter:
         if one.opcode == "while":
             loop = _LOOP.search(one.text)
             assert loop, one.text
-            times = self._rounds(loop[1])
+            told = _TRIPS.search(one.text)
+            times = int(told[1]) if told else self._rounds(loop[1])
             yield loop[1], times + 1
             yield loop[2], times
         elif one.opcode == "conditional":
@@ -160,14 +176,23 @@ class _Counter:
 
     def _rounds(self, condition: str) -> int:
         """How often a loop runs that counts from 0 up to a constant, as ``lax.scan`` does."""
-        instructions = {one.name: one for one in self._computations[condition]}
-        for one in instructions.values():
-            if one.opcode == "compare" and "direction=LT" in one.text:
-                limits = [instructions[operand.name] for operand in one.operands]
-                constants = [limit for limit in limits if limit.opcode == "constant"]
-                if constants:
-                    return int(constants[0].text.split(")")[0])
+        # Optimised programs compare in a fusion.
+        fused = [_CALLED.search(one.text) for one in self._computations[condition]]
+        for name in (condition, *(call[1] for call in fused if call)):
+            instructions = {one.name: one for one in self._computations[name]}
+            for one in instructions.values():
+                if one.opcode == "compare" and "direction=LT" in one.text:
+                    limits = [instructions[operand.name] for operand in one.operands]
+                    constants = [limit for limit in limits if limit.opcode == "constant"]
+                    if constants:
+                        return int(constants[0].text.split(")")[0])
         raise ValueError(f"loop condition {condition} is not a counter below a constant")
+
+
+def _product(one: Instruction, types: Mapping[str, str]) -> Product:
+    left, right = (_array(types[name], element or 0) for name, element in one.operands[:2])
+    flops = _dot_flops(one, types) if one.opcode == "dot" else math.nan
+    return Product(left, right, _array(one.type), flops)
 
 
 def _dot_flops(one: Instruction, types: Mapping[str, str]) -> float:
@@ -235,6 +260,12 @@ def _named_group(mesh: str, axes: str) -> tuple[int, ...]:
     others = [axis for axis in range(devices.ndim) if axis not in taken]
     size = math.prod(shape[axis] for axis in taken)
     return tuple(devices.transpose([*others, *taken]).reshape(-1, size)[0].tolist())
+
+
+def _array(type_: str, element: int = 0) -> str:
+    """An array's type, or that of one element of a tuple, without its layout."""
+    dtype, axes = _ARRAY.findall(type_)[element]
+    return f"{dtype}[{axes}]"
 
 
 def _shape(type_: str, element: int = 0) -> list[int]:

@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 
-from kava_jax.plan.planning import NARROWEST, Plan, Range
+from kava_jax.plan.gpus import GPUS
+from kava_jax.plan.most_rows import Boundary
+from kava_jax.plan.planning import NARROWEST, SHARE_VARIABLE, SHARES, Plan, Range
 from kava_jax.plan.roofline import ASSUMPTIONS
 
 GB = 1e9
@@ -20,7 +22,7 @@ def render(plan: Plan) -> str:
         *(_row(name, f"{size / GB:.2f}", "exact") for name, size in plan.held.items()),
         _row("gradients, activations", _gigabytes(plan.temporaries), _kind(plan)),
         _row("peak", peak, f"{_kind(plan)}; {plan.verdict} in {plan.hbm / GB:g} GB"),
-        f"  {_largest(plan)}",
+        *(f"  {line}" for line in _largest(plan)),
         "",
         "one step of one device",
         _row("TFLOPs", f"{plan.flops / 1e12:.2f}", "exact, matrix products"),
@@ -40,7 +42,7 @@ def render(plan: Plan) -> str:
             f"estimate; {_span(plan.tokens_per_second, 0)} tokens/s in all",
         ),
         "",
-        *_assumed(plan.exact),
+        *_assumed(plan),
     ]
     return "\n".join(lines)
 
@@ -57,30 +59,54 @@ def render_search(plans: Sequence[Plan]) -> str:
     return "\n".join(["meshes that fit, the fastest first", header, *rows, "", render(plans[0])])
 
 
-def _largest(plan: Plan) -> str:
+def _largest(plan: Plan) -> list[str]:
+    if plan.boundaries:
+        return [_most_rows(plan, boundary) for boundary in plan.boundaries]
     surely, at_best = plan.largest_batch
     where = f"{plan.devices} x {plan.hbm / GB:g} GB"
     if at_best == 0:
-        return f"no batch fits in {where} (estimate)"
-    return (
+        return [f"no batch fits in {where} (estimate)"]
+    return [
         f"largest batch in {where}: {surely} rows of {plan.length} tokens surely, {at_best} at "
         f"best (estimate)"
+    ]
+
+
+def _most_rows(plan: Plan, boundary: Boundary) -> str:
+    how = (
+        "as JAX takes by itself"
+        if boundary.fraction == SHARES[0]
+        else f"with {SHARE_VARIABLE}={boundary.fraction:.2g}"
+    )
+    tried = boundary.fits or boundary.beyond
+    found = (
+        f"most rows of {plan.length} tokens: {tried.rows}"
+        if boundary.fits
+        else f"not even {tried.rows} rows of {plan.length} tokens fit"
+    )
+    return (
+        f"{found} ({tried.needed / GB:.2f} GB) in {boundary.limit / GB:.2f} GB, "
+        f"{boundary.fraction:g} of a device's memory, {how}"
     )
 
 
-def _assumed(exact: bool) -> list[str]:
-    about_memory = (
-        "memory was laid out by the chip's own compiler"
-        if exact
-        else "memory was laid out by the compiler for CPUs, in float32: an accelerator needs at "
-        f"most that, and at least {NARROWEST} of the temporaries"
-    )
-    assumptions = (*ASSUMPTIONS, about_memory, "1 GB is 1e9 bytes; nothing else is on the device")
-    return ["assumed:", *(f"  * {line}" for line in assumptions)]
+def _assumed(plan: Plan) -> list[str]:
+    about_memory = {
+        "exact": "memory was laid out by the chip's own compiler",
+        "compiled": "memory was laid out by the chip's own compiler, without autotuning, for which "
+        "it needs the chip, and without the workspaces of cuBLAS and cuDNN",
+        "estimate": "memory was laid out by the compiler for CPUs, in float32: an accelerator needs"
+        f" at most that, and at least {NARROWEST} of the temporaries",
+    }
+    words = (*ASSUMPTIONS, about_memory[_kind(plan)])
+    words = (*words, "1 GB is 1e9 bytes; nothing else is on the device")
+    return ["assumed:", *(f"  * {line}" for line in words)]
 
 
 def _kind(plan: Plan) -> str:
-    return "exact" if plan.exact else "estimate"
+    if not plan.exact:
+        return "estimate"
+    return "compiled" if plan.chip in GPUS else "exact"
 
 
 def _row(name: str, value: str, remark: str) -> str:

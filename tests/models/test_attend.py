@@ -30,8 +30,8 @@ from kava_jax.models.attend import Choice, attend, choose, in_words
 from kava_jax.models.masks import attention_mask, token_positions
 from kava_jax.parallel.mesh import make_mesh
 from kava_jax.parallel.sharding import layouts
+from kava_jax.plan.accelerators import described_devices
 from kava_jax.plan.chips import CHIPS
-from kava_jax.plan.compiled import tpu_devices
 from kava_jax.runs.geometry import models_without_weights
 from kava_jax.training import blueprint
 from tests.models.test_decoder import SPEC, build
@@ -333,7 +333,7 @@ def by_cudnn() -> None:
 def for_tpus() -> None:
     """Forward and backward, heads over two chips, for the widths that models have."""
     jax.config.update("jax_platforms", "cpu")
-    mesh = make_mesh(2, 1, 2, tpu_devices(CHIPS["v5e"], 4))
+    mesh = make_mesh(2, 1, 2, described_devices(CHIPS["v5e"], 4))
     rows = layouts(mesh).rows
     for width, length, window in ((64, 1024, None), (80, 1000, None), (128, 1024, 100)):
         q, kv = (jnp.zeros((B, length, heads, width), jnp.bfloat16) for heads in (N, K))

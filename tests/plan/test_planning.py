@@ -41,7 +41,7 @@ def workspace(tmp_path, monkeypatch) -> Path:
 
 
 def plan(memory: float = 80e9, *overrides: str) -> Plan:
-    return make_plan(config("mesh.fsdp=2", "mesh.tensor=2", *overrides), H100, memory)
+    return make_plan(config("mesh.fsdp=2", "mesh.tensor=2", *overrides), H100, memory, print)
 
 
 def test_planned_bytes_are_those_of_the_live_arrays(workspace) -> None:

@@ -11,7 +11,7 @@ from kava_jax.models.masks import attention_mask, token_positions
 from kava_jax.models.spec import DecoderSpec
 from kava_jax.parallel.mesh import make_mesh
 from kava_jax.plan.compiled import partitioned
-from kava_jax.plan.program import Message, first_group, work_of
+from kava_jax.plan.program import Message, Product, first_group, work_of
 
 NESTED = """HloModule nested
 
@@ -65,6 +65,7 @@ def test_loops_and_messages_by_hand() -> None:
     work = work_of(NESTED)
     # 3 x 5 rounds of a product [4, 8] x [8, 8].
     assert work.flops == 15 * 2 * 4 * 8 * 8
+    assert dict(work.products) == {Product("bf16[4,8]", "bf16[8,8]", "bf16[4,8]", 512.0): 15}
     group, everyone = (0, 1, 2, 3), tuple(range(8))
     assert dict(work.messages) == {
         Message("all-gather", 8 * 8 * 2 * 3 / 4, group): 15,
@@ -73,6 +74,24 @@ def test_loops_and_messages_by_hand() -> None:
         Message("all-reduce", 2 * 16 * 8 * 4 * 7 / 8, everyone): 1,
     }
     assert list(work.bytes_by_kind()) == ["all-gather", "all-reduce", "reduce-scatter"]
+
+
+def test_loops_as_accelerators_write_them() -> None:
+    """The number of rounds is told, or the comparison is in a fusion."""
+    less = "ROOT %less = pred[] compare(%i, %n), direction=LT\n}"
+    told = NESTED.replace(less, less.replace("LT", "NE")).replace(
+        "body=%inner_body", 'body=%inner_body, backend_config={"known_trip_count":{"n":"5"}}'
+    )
+    fused = NESTED.replace(less, "ROOT %less = pred[] fusion(%i), kind=kLoop, calls=%inner_less\n}")
+    fused = fused.replace(
+        "%inner_condition (p",
+        f"%inner_less (i: s32[]) -> pred[] {{\n"
+        f"  %i = s32[] parameter(0)\n  %n = s32[] constant(5)\n  {less}\n\n%inner_condition (p",
+    ).replace(
+        "  %n = s32[] constant(5)\n  ROOT %less = pred[] fusion", "  ROOT %less = pred[] fusion"
+    )
+    assert "constant(5)" in fused
+    assert work_of(told) == work_of(fused) == work_of(NESTED)
 
 
 def test_a_loop_without_a_known_end_is_refused() -> None:

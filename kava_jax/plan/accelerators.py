@@ -1,0 +1,80 @@
+"""The accelerators' own compilers, which need no accelerator: libtpu, and JAX's CUDA plugin.
+
+What a GPU's compiler says is without autotuning, for which it needs the GPU, and without the
+workspaces of cuBLAS and cuDNN.
+"""
+
+import os
+import re
+from importlib.util import find_spec
+from typing import Any
+
+import jax
+
+from kava_jax.plan.chips import Chip, topology_name
+from kava_jax.plan.compiled import Memory, held, lowered, memory_of
+from kava_jax.plan.gpus import GPUS, target_config
+from kava_jax.training.blueprint import Blueprint
+
+# JAX's plugins for CUDA, of which one is installed at a time.
+CUDA_PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
+
+
+def described_devices(chip: Chip, devices: int) -> list[Any] | None:
+    """Descriptions of so many chips, to make a mesh of.
+
+    None where the chip's compiler is not installed, or there is no such slice of TPUs. The process
+    must have ``jax_platforms=cpu`` (``planning.virtual_devices`` sees to it): otherwise the plugin
+    looks for a driver.
+    """
+    return _gpus(chip, devices) if chip.name in GPUS else _tpus(chip, devices)
+
+
+def own_memory(blueprint: Blueprint, rows: int, length: int) -> Memory:
+    """The step's memory by the compiler of its devices, whether the chip has so much or not.
+
+    ``blueprint.mesh`` is one of ``described_devices``. A GPU's compiler lays out any program; a
+    TPU's refuses what does not fit, and of that only the temporaries are known (results are 0).
+    """
+    program = lowered(blueprint, rows, length)
+    try:
+        return memory_of(program.compile())
+    except jax.errors.JaxRuntimeError as error:
+        # "HLO temporaries" it says, and counts the arguments too.
+        used = re.search(r"\(([\d.]+)([KMGT])\) exceeds available", str(error))
+        if used is None:
+            raise
+        total = int(float(used[1]) * 1024 ** (1 + "KMGT".index(used[2])))
+        arguments = sum(held(blueprint, rows, length).values())
+        return Memory(arguments, 0, total - arguments)
+
+
+def _gpus(chip: Chip, devices: int) -> list[Any] | None:
+    hosts = max(1, devices // chip.domain)
+    if not any(map(_installed, CUDA_PLUGINS)) or devices != hosts * min(devices, chip.domain):
+        return None
+    from jax.experimental import topologies
+
+    config = target_config(GPUS[chip.name])
+    shape = f"1x{hosts}x{devices // hosts}"
+    found = topologies.get_topology_desc(platform="cuda", target_config=config, topology=shape)
+    return list(found.devices)
+
+
+def _tpus(chip: Chip, devices: int) -> list[Any] | None:
+    name = topology_name(chip, devices)
+    if name is None or not _installed("libtpu"):
+        return None
+    from jax.experimental import topologies
+
+    # There is no TPU here, and nobody to ask about one.
+    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
+    os.environ |= {"TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3"}
+    return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+
+
+def _installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # not even the package that it would be in
+        return False
