@@ -7,7 +7,7 @@ the result are float32: what is compared may be a small rest of a large sum.
 
 import math
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +76,7 @@ class Affine(nnx.Module):
 
     def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
         """Apply; float32."""
-        y = _product("...i,io->...o", x, self.kernel[...])
+        y: Any = _product("...i,io->...o", x, self.kernel[...])
         return y + self.bias[...].reshape((1,) * (y.ndim - 1) + (-1,))
 
 
@@ -163,7 +163,7 @@ class HeadwiseAdapter(nnx.Module):
         heads = x.reshape(*x.shape[:-1], *self.source)
         mixed = jnp.einsum("...jh,jk->...kh", heads, self.mixer_kernel[...].astype(x.dtype))
         shape = (self.target.heads, self.source.head_dim, self.target.head_dim)
-        y = _product("...kh,khd->...kd", mixed, jnp.broadcast_to(self.kernel[...], shape))
+        y: Any = _product("...kh,khd->...kd", mixed, jnp.broadcast_to(self.kernel[...], shape))
         y = y + self.bias[...].reshape((1,) * (y.ndim - 2) + tuple(self.target))
         return y.reshape(*x.shape[:-1], self.target.width)
 

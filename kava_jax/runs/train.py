@@ -18,6 +18,7 @@ from kava_jax.runs.evaluate import evaluator
 from kava_jax.runs.prepare import Run, fingerprints_of, load_dataset, prepare, restore_target
 from kava_jax.runs.record import write_record
 from kava_jax.training.ahead import compiled_ahead
+from kava_jax.training.assembly import magnitude_note
 from kava_jax.training.checkpoint import Checkpoints
 from kava_jax.training.loop import Cadence, projector_path, run_steps
 from kava_jax.training.manifest import (
@@ -70,7 +71,7 @@ def train(config: Config, command: Sequence[str]) -> Trained:
     share = _share(config)
     with Checkpoints(run.directory, config.train.keep_checkpoints) as checkpoints:
         notes = [*dataset.notes, run.blueprint.attending]
-        notes += filter(None, [run.blueprint.repeated, run.blueprint.magnitude])
+        notes += filter(None, [run.blueprint.repeated, magnitude_note(config)])
         resumed = checkpoints.newest_intact(notes.append)
         if resumed is not None:
             notes.append(f"continuing from the checkpoint at step {resumed}")

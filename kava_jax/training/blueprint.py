@@ -35,7 +35,6 @@ from kava_jax.training.assembly import (
     empty_statistics,
     kv_weight,
     learning_rates,
-    magnitude_is_off,
     make_objective,
     optimizer_of,
 )
@@ -122,17 +121,6 @@ class Blueprint:
             for m in (part.misfits if part else ())
         ]
         return f"repeated on every device: {', '.join(found)}" if found else None
-
-    @property
-    def magnitude(self) -> str | None:
-        """That the loss has no magnitude term although its config asks for one, in one line."""
-        if not magnitude_is_off(self.config):
-            return None
-        return (
-            f"loss.beta={self.config.loss.beta:g} is off: projector.kind="
-            f"{self.config.projector.kind} begins with a norm, so what comes out of it says "
-            "nothing of the student's lengths (projector.kind=linear keeps them)"
-        )
 
     @property
     def attending(self) -> str:
