@@ -102,7 +102,8 @@ class KVDimensionProjector(nnx.Module):
         rngs = nnx.Rngs(0) if rngs is None else rngs
         student = _head_shape("student_d_model", student_d_model, student_heads)
         shape = ProjectorShape(kind, mlp_ratio, dropout, init_method, per_head)
-        self.trainable, self.per_layer, self.direction = trainable, per_layer, direction
+        self.trainable, self.per_layer = trainable, per_layer
+        self.direction: Direction = direction
         self.student, self.teachers = student, {}
         pairs = {}
         for name, config in teacher_configs.items():

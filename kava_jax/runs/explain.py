@@ -15,7 +15,7 @@ from kava_jax.errors import KavaError
 from kava_jax.models.spec import DecoderSpec
 from kava_jax.recipes import RECIPES
 from kava_jax.runs.geometry import specs_at_hand
-from kava_jax.training.assembly import magnitude_is_off
+from kava_jax.training.assembly import magnitude_note
 from kava_jax.training.manifest import config_diff
 
 LOSSES = {
@@ -182,13 +182,10 @@ def _minimised(config: Config) -> str:
     raw = loss.model_dump() | {
         name: _number(getattr(loss, name)) for name in ("mercator_weight", "mse_weight")
     }
-    raw |= {"beta": 0.0} if magnitude_is_off(config) else {}
+    off = magnitude_note(config)
+    raw |= {"beta": 0.0} if off else {}
     text = f"Minimised: {' + '.join([*terms, kv])}. KV is {LOSSES[loss.kv].format(**raw)}."
-    if magnitude_is_off(config):
-        text += (
-            f" loss.beta={loss.beta:g} is off: the projector begins with a norm, so what comes out "
-            "of it says nothing of the student's lengths."
-        )
+    text += f" {off}." if off else ""
     if len(config.teachers) == 1:
         return text
     weights = ", ".join(f"{teacher.name} {teacher.weight:g}" for teacher in config.teachers)

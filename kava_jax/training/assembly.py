@@ -35,7 +35,7 @@ def make_objective(
         kv_loss=kv_loss(
             loss.kv,
             alpha=loss.alpha,
-            beta=0.0 if magnitude_is_off(config) else loss.beta,
+            beta=0.0 if magnitude_note(config) else loss.beta,
             mercator_weight=_weight(loss.mercator_weight, steps),
             mse_weight=_weight(loss.mse_weight, steps),
             temperature=loss.temperature,
@@ -53,11 +53,16 @@ def make_objective(
     )
 
 
-def magnitude_is_off(config: Config) -> bool:
-    """Whether ``loss.beta`` counts as 0 because the projector forgets the student's lengths."""
+def magnitude_note(config: Config) -> str | None:
+    """That ``loss.beta`` counts as 0 and why, in one line; None where it does not."""
     asked = config.loss.kv in ("mercator", "hybrid") and config.loss.beta > 0
     projector = config.projector
-    return bool(config.teachers) and asked and forgets_length(projector.kind, projector.direction)
+    if not (config.teachers and asked and forgets_length(projector.kind, projector.direction)):
+        return None
+    return (
+        f"loss.beta={config.loss.beta:g} is off: projector.kind={projector.kind} begins with a "
+        "norm, so what comes out of it says nothing of the student's lengths"
+    )
 
 
 def magnitude_note(config: Config) -> str | None:

@@ -60,7 +60,10 @@ def test_the_named_job_in_words() -> None:
         ),
         (
             ["loss.beta=0.05"],
-            ["(1 - cosine) + 0 x (difference", "loss.beta=0.05 is off: the projector begins with"],
+            [
+                "(1 - cosine) + 0 x (difference",
+                "loss.beta=0.05 is off: projector.kind=elastic begins",
+            ],
         ),
         (["loss.beta=0.05", "projector.kind=linear"], ["(1 - cosine) + 0.05 x (difference"]),
         (["teachers.0.control=shuffled"], ["Control: its targets are those of another row"]),
