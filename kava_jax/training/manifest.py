@@ -292,7 +292,7 @@ def _git(*arguments: str) -> str:
 def write_atomically(path: Place, text: str) -> None:
     """Readers see the old file or the new one, also after a power cut, never half of one."""
     if not isinstance(path, Path):  # an object appears whole
-        path.write_text(text)
+        path.write_bytes(text.encode())
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
