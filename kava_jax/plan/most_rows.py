@@ -48,7 +48,7 @@ class RowSearch:
         self._attempt, self._unit = attempt, unit
         self._tried = [first]
 
-    def boundary(self, fraction: float, device_bytes: float) -> Boundary:
+    def boundary(self, fraction: float, device_bytes: int) -> Boundary:
         """The last batch of at most ``fraction * device_bytes``, and the one after it.
 
         Memory is nearly a line over the rows, so a line through two tries says what to try

@@ -81,7 +81,7 @@ class Work:
     @property
     def flops(self) -> float:
         """Of matrix products: two for each multiplication with its addition."""
-        return sum(times * product.flops for product, times in self.products.items())
+        return sum((times * one.flops for one, times in self.products.items()), 0.0)
 
     def bytes_by_kind(self) -> dict[str, float]:
         """Bytes that one device sends, by kind of collective, the most first."""
