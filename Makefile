@@ -1,10 +1,11 @@
 # `make demo` and `make test` need Python 3.11+ and make; everything else goes into $(VENV).
 PYTHON ?= python3
 VENV ?= .venv
+ACCELERATORS ?= build/accelerators
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-optimized lint clean
+.PHONY: demo test test-optimized lint accelerators clean
 
 demo: $(VENV)/.installed
 	$(BIN)/kava demo
@@ -24,8 +25,14 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
+# The compilers of GPUs and TPUs, for which no GPU and no TPU is needed: 5.5 GB, in an environment of
+# their own.
+accelerators:
+	$(MAKE) VENV=$(ACCELERATORS) $(ACCELERATORS)/.installed-accelerators
+	JAX_PLATFORMS=cpu $(ACCELERATORS)/bin/python docs/results/accelerators.py
+
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(ACCELERATORS)
 
 # Stamps: the second call starts at once, a changed pyproject.toml or constraints.txt installs again.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -40,4 +47,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 # The test extra adds torch (the parity oracle, Python 3.11 only), which the demo does not need.
 $(VENV)/.installed-test: $(VENV)/.installed
 	$(PIP) --editable '.[test]'
+	@touch $@
+
+$(VENV)/.installed-accelerators: $(VENV)/.installed
+	$(PIP) --editable '.[cuda,tpu]'
 	@touch $@

@@ -1,6 +1,5 @@
 """The largest batch that fits: searched for with a compiler that takes a minute a try."""
 
-import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -48,26 +47,29 @@ class RowSearch:
         self._attempt, self._unit = attempt, unit
         self._tried = [first]
 
-    def boundary(self, fraction: float, device_bytes: float) -> Boundary:
+    def boundary(self, fraction: float, device_bytes: int) -> Boundary:
         """The last batch of at most ``fraction * device_bytes``, and the one after it.
 
         Memory is nearly a line over the rows, so a line through two tries says what to try
         next; where that does not end soon, the gap is halved.
         """
         limit, unit = fraction * device_bytes, self._unit
-        for turn in itertools.count():
+        turn = 0
+        while True:
             above = [one for one in self._tried if one.needed > limit]
             beyond = min(above, default=None)
             below = [one for one in self._tried if one.needed <= limit]
             fits = max((one for one in below if beyond is None or one < beyond), default=None)
             low = fits.rows if fits else 0
             if beyond and beyond.rows - low <= unit:
-                break
-            halving = beyond and turn >= LINES
-            guess = (low + beyond.rows) // 2 if halving else self._on_the_line(limit)
+                return Boundary(fraction, limit, fits, beyond)
+            if beyond and turn >= LINES:
+                guess = (low + beyond.rows) // 2
+            else:
+                guess = self._on_the_line(limit)
             guess = max(guess // unit * unit, low + unit)
             self._tried.append(self._attempt(min(guess, beyond.rows - unit) if beyond else guess))
-        return Boundary(fraction, limit, fits, beyond)
+            turn += 1
 
     def _on_the_line(self, limit: float) -> int:
         """The most rows that a line lets in: through the try nearest to the limit and the farthest.

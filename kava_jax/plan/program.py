@@ -81,7 +81,7 @@ class Work:
     @property
     def flops(self) -> float:
         """Of matrix products: two for each multiplication with its addition."""
-        return sum(times * product.flops for product, times in self.products.items())
+        return sum((times * one.flops for one, times in self.products.items()), 0.0)
 
     def bytes_by_kind(self) -> dict[str, float]:
         """Bytes that one device sends, by kind of collective, the most first."""
@@ -151,9 +151,10 @@ class _Counter:
                 messages[message] += 1
             for inner, times in self._called(one):
                 work = self.count(inner)
-                for known, found in ((work.products, products), (work.messages, messages)):
-                    for what, often in known.items():
-                        found[what] += times * often
+                for product, often in work.products.items():
+                    products[product] += times * often
+                for message, often in work.messages.items():
+                    messages[message] += times * often
         self._known[name] = Work(products, messages)
         return self._known[name]
 

@@ -65,17 +65,6 @@ def magnitude_note(config: Config) -> str | None:
     )
 
 
-def magnitude_note(config: Config) -> str | None:
-    """That the loss has no magnitude term although its config asks for one, in one line."""
-    if not magnitude_is_off(config):
-        return None
-    return (
-        f"loss.beta={config.loss.beta:g} is off: projector.kind={config.projector.kind} begins "
-        f"with a norm, so the length of what comes out of it says nothing about the student's "
-        f"vectors (projector.kind=linear keeps their length)"
-    )
-
-
 def empty_statistics(objective: Objective, student: DecoderSpec) -> Statistics:
     """Statistics of no step yet, for whatever the frame and the router keep."""
     moments = {}

@@ -41,7 +41,7 @@ def test_the_boundary_is_the_one_that_trying_every_batch_finds(kind, unit, first
     for device in np.random.default_rng(0).integers(FIXED, 3000, 12):
         limit = 0.75 * device
         fitting = [n for n in range(unit, 2000, unit) if FIXED + made_up(kind, n) <= limit]
-        found = search.boundary(0.75, float(device))
+        found = search.boundary(0.75, int(device))
         most = max(fitting, default=0)
         assert (found.fits.rows if found.fits else 0) == most
         assert found.beyond == Tried(most + unit, FIXED, made_up(kind, most + unit))
@@ -53,7 +53,7 @@ def test_the_boundary_is_the_one_that_trying_every_batch_finds(kind, unit, first
 def test_a_line_takes_two_tries_and_one_for_the_slope() -> None:
     compiler = Compiler("line")
     search = RowSearch(compiler, 1, compiler(32))
-    found = search.boundary(0.5, 4000.0)
+    found = search.boundary(0.5, 4000)
     assert found.fits
     assert found.fits.rows == (2000 - FIXED - 50) // 7
     assert len(compiler.asked) == 4
@@ -65,7 +65,7 @@ def test_a_line_takes_two_tries_and_one_for_the_slope() -> None:
 def test_a_bump_does_not_mislead() -> None:
     """As measured: 33 rows need less than 32, and 34 do not fit."""
     compiler = Compiler("bumps")
-    found = RowSearch(compiler, 1, compiler(32)).boundary(1.0, FIXED + 50.0 + 7 * 33.5)
+    found = RowSearch(compiler, 1, compiler(32)).boundary(1.0, FIXED + 50 + 7 * 33 + 3)
     assert found.fits
     assert (found.fits.rows, found.beyond.rows) == (33, 34)
     assert len(compiler.asked) <= 5
@@ -73,7 +73,7 @@ def test_a_bump_does_not_mislead() -> None:
 
 def test_what_never_fits_is_told() -> None:
     compiler = Compiler("line")
-    found = RowSearch(compiler, 8, compiler(64)).boundary(0.75, 1000.0)
+    found = RowSearch(compiler, 8, compiler(64)).boundary(0.75, 1000)
     assert found.fits is None
     assert found.beyond.rows == 8
     assert found.as_dict()["fits"] is None
