@@ -9,7 +9,7 @@ import jax
 from kava_jax.config import Config
 from kava_jax.config_file import dump_config, parse_config
 from kava_jax.errors import KavaError
-from kava_jax.parallel.mesh import AXES, batch_shards, make_mesh
+from kava_jax.parallel.mesh import AXES, batch_shards, check_slices, make_mesh
 from kava_jax.plan.accelerators import described_devices, own_memory
 from kava_jax.plan.chips import Chip
 from kava_jax.plan.compiled import compile_step, compiled_memory, held, lowered
@@ -124,7 +124,7 @@ def make_plan(config: Config, chip: Chip, hbm: float, say: Callable[[str], None]
     for whatever does not fit together.
     """
     config = _as_on(chip, config)
-    blueprint = _blueprint(config)
+    blueprint = _blueprint_on(chip, config)
     return _plan(blueprint, chip, hbm, _by_own_compiler(config, chip, say))
 
 
@@ -156,7 +156,7 @@ def search(config: Config, chip: Chip, hbm: float, say: Callable[[str], None]) -
         )
         written = ", ".join(f"{axis}={size}" for axis, size in mesh.items())
         try:
-            blueprint = _blueprint(config_there)
+            blueprint = _blueprint_on(chip, config_there)
         except KavaError:  # something is not divisible
             continue
         rows, length = config.data.batch_size, config.data.max_length
@@ -266,6 +266,14 @@ def _by_own_compiler(config: Config, chip: Chip, say: Callable[[str], None]) -> 
         search, memory = RowSearch(attempt, unit, own), GPUS[chip.name].memory
         boundaries = tuple(search.boundary(share, memory) for share in SHARES)
     return _Own(float(own.temporaries), boundaries)
+
+
+def _blueprint_on(chip: Chip, config: Config) -> Blueprint:
+    """The blueprint, refused where so many TPUs are several slices that the mesh cannot cross."""
+    blueprint = _blueprint(config)
+    if chip.topology is not None:
+        check_slices(blueprint.mesh.shape["data"], -(-blueprint.mesh.size // chip.domain))
+    return blueprint
 
 
 def _blueprint(config: Config, devices: list[Any] | None = None) -> Blueprint:

@@ -13,6 +13,7 @@ import yaml
 
 from kava_jax.config import Config
 from kava_jax.config_file import parse_config
+from kava_jax.errors import KavaError
 from kava_jax.parallel.mesh import make_mesh
 from kava_jax.parallel.sharding import put_batch
 from kava_jax.plan import planning
@@ -42,6 +43,12 @@ def workspace(tmp_path, monkeypatch) -> Path:
 
 def plan(memory: float = 80e9, *overrides: str) -> Plan:
     return make_plan(config("mesh.fsdp=2", "mesh.tensor=2", *overrides), H100, memory, print)
+
+
+def test_a_mesh_that_several_slices_of_tpus_would_refuse_is_refused(workspace) -> None:
+    pair_of_slices = find_chip("v5e")._replace(domain=4)
+    with pytest.raises(KavaError, match=r"mesh.data=1 is not divisible by the 2 slices"):
+        make_plan(config("mesh.data=1", "mesh.fsdp=-1"), pair_of_slices, 16e9, print)
 
 
 def test_planned_bytes_are_those_of_the_live_arrays(workspace) -> None:
