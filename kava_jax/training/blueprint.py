@@ -42,7 +42,12 @@ from kava_jax.training.assembly import (
 from kava_jax.training.comparison import Comparison
 from kava_jax.training.objective import Objective, Statistics, TeacherLink
 from kava_jax.training.parts import Part, TeacherPart, place_slices
-from kava_jax.training.step import TrainState, initial_state, make_train_step
+from kava_jax.training.step import (
+    TrainState,
+    compiler_options,
+    initial_state,
+    make_train_step,
+)
 
 # Seeds of random teachers lie far from those of student and projector.
 RANDOM_TEACHER = 1000
@@ -192,7 +197,7 @@ class Blueprint:
             in_shardings=(state, self.teacher_shardings(), batch_sharding(self.mesh)),
             out_shardings=(state, replicated(self.mesh)),
             donate_argnums=0,
-            compiler_options=_compiler_options(self.mesh.devices.flat[0].platform),
+            compiler_options=compiler_options(self.mesh.devices.flat[0].platform),
         )
 
     def teacher_shardings(self) -> dict[str, Params]:
@@ -386,16 +391,6 @@ def _build_decoder(spec: DecoderSpec, rngs: nnx.Rngs, **options: Any) -> Decoder
 def _build_gate(width: int, teachers: int, rngs: nnx.Rngs) -> Gate:
     del rngs  # it starts at zero
     return Gate(width, teachers)
-
-
-def _compiler_options(platform: str) -> dict[str, str]:
-    """What the step's compiler is told beyond its defaults.
-
-    ``student.remat`` says what is computed twice. Where a step needs more than 80 % of a GPU's
-    memory, XLA adds a choice of its own: it repeats matrix products of the layers and of the LM
-    head, and frees nothing by it (docs/performance.md has the figures).
-    """
-    return {"xla_disable_hlo_passes": "rematerialization"} if platform == "gpu" else {}
 
 
 def _initial(part: Part | None) -> Params:

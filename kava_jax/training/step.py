@@ -166,6 +166,16 @@ def remembered(old: Statistics, seen: Statistics) -> Statistics:
     return Statistics(merged, prototypes)
 
 
+def compiler_options(platform: str) -> dict[str, str]:
+    """What the step's compiler is told beyond its defaults.
+
+    ``student.remat`` says what is computed twice. Where a step needs more than 80 % of a GPU's
+    memory, XLA adds a choice of its own: it repeats matrix products of the layers and of the LM
+    head, and frees nothing by it (docs/performance.md has the figures).
+    """
+    return {"xla_disable_hlo_passes": "rematerialization"} if platform == "gpu" else {}
+
+
 def split_rows(batch: Batch, parts: int) -> Batch:
     """[B, T] -> [A, B / A, T] by taking every A-th row, so that no row changes its device."""
     return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1), batch)
