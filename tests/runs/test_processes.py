@@ -155,7 +155,6 @@ def assert_same_numbers(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("processes", "devices", "meshes"),
     [
-        (1, 2, ["tensor2", "fsdp2"]),
         (2, 1, ["tensor2", "fsdp2"]),
         (2, 2, ["fsdp2-tensor2", "data2-tensor2"]),
         (4, 1, ["fsdp2-tensor2", "data2-tensor2"]),
