@@ -74,7 +74,11 @@ def slices_of(devices: Sequence[Any]) -> set[int]:
     Other platforms have one: there JAX gives every host a ``slice_index`` of its own (it counts
     boot ids), which says nothing about the network.
     """
-    return {device.slice_index if device.platform == "tpu" else 0 for device in devices}
+    if devices[0].platform != "tpu":
+        return {0}
+    return {
+        getattr(device, "slice_index", 0) for device in devices
+    }  # of a description there is one
 
 
 def batch_shards(mesh: Mesh) -> int:
