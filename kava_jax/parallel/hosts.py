@@ -8,7 +8,6 @@ altogether is noticed by JAX's own heartbeat, and then all end.
 import os
 import re
 import sys
-from collections import Counter
 from typing import Any
 
 import jax
@@ -20,9 +19,6 @@ from kava_jax.parallel.cluster import Cluster
 # Large pods take long to come up, and hosts read models and data at different speeds; JAX's own
 # default of 300 s is too short for them.
 PATIENCE_SECONDS = 1800
-# How often this process has met the others at a place. A barrier's name is used once: of one that is
-# used again, a process may be told of the time before, and goes on alone (seen with jax 0.10.2).
-_visits: Counter[str] = Counter()
 # Of a text that is gathered.
 _LONGEST = 500
 
@@ -69,10 +65,8 @@ def meet(place: str) -> None:
     from jax._src.distributed import global_state
 
     assert global_state.client is not None  # else there would be one process
-    _visits[place] += 1
-    barrier = f"kava_jax: {place} {_visits[place]}"
     try:
-        global_state.client.wait_at_barrier(barrier, 1000 * PATIENCE_SECONDS)
+        global_state.client.wait_at_barrier(f"kava_jax: {place}", 1000 * PATIENCE_SECONDS)
     except jax.errors.JaxRuntimeError as error:
         if missing := absent(error):
             raise StoppedError(
