@@ -115,7 +115,8 @@ def read_override(override: str) -> tuple[str, Any]:
     if not equals or not all(key.split(".")):
         raise KavaError(f"override={override!r} is not of the form section.field=value")
     try:
-        return key, yaml.load(text, _Loader)
+        # YAML would read a lone dash, which names standard input, as a list of nothing.
+        return key, "-" if text == "-" else yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise KavaError(
             f"override={override!r} has an unreadable value: {_one_line(error)}"

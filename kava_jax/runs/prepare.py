@@ -109,7 +109,7 @@ def today_of(run_dir: Path) -> date:
     """The date that chat templates write: that of the run's first start, whenever it goes on.
 
     Before that, the day of SOURCE_DATE_EPOCH (seconds since 1970), else the day on which this
-    process started. All processes of a run must ask.
+    process started. All processes of a run must ask once; whoever asks again need not wait.
 
     Raises KavaError when SOURCE_DATE_EPOCH is no number of seconds.
     """
@@ -117,12 +117,12 @@ def today_of(run_dir: Path) -> date:
     if (run_dir / MANIFEST_NAME).is_file():
         manifest = read_manifest(run_dir)
         day = date.fromisoformat(manifest.get("date") or manifest["starts"][0]["time"][:10])
-    return date.fromordinal(from_first(day.toordinal()))
+    return day
 
 
 @cache
 def _day_of_start() -> date:
-    """Asked once a process, so that a run that starts at midnight has one day."""
+    """The first process's, kept, so that a run that starts at midnight has one day everywhere."""
     seconds = os.environ.get("SOURCE_DATE_EPOCH")
     try:
         now = datetime.now(UTC) if seconds is None else datetime.fromtimestamp(int(seconds), UTC)
@@ -130,7 +130,7 @@ def _day_of_start() -> date:
         raise KavaError(
             f"SOURCE_DATE_EPOCH={seconds!r} is no number of seconds since 1970; correct or unset it"
         ) from None
-    return now.date()
+    return date.fromordinal(from_first(now.toordinal()))
 
 
 def fingerprints_of(run: Run, dataset: Dataset) -> Fingerprints:
