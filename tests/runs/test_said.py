@@ -27,7 +27,7 @@ def test_a_run_from_standard_input_says_what_its_figures_are_worth(tmp_path, mon
     assert ended.code == 0, ended.err
     for words in (
         "data: 25 rows",
-        "held out: 3 rows, 3 of them truncated, 1 more dropped (prompt fills the row)",
+        "held out: 3 rows, 1 of them truncated, 1 more dropped (prompt fills the row)",
         "set more: 24 rows",
         "data: 1 training rows are the same as an earlier one",
         "held-out: 3 of 4 rows ask what a training row asks",
