@@ -134,14 +134,7 @@ class Objective:
         if not self.teachers:
             language, metrics = self._language(batch, student, {}, step, share, None)
             return Losses(language, jnp.zeros(())), (metrics, Statistics({}, None))
-        language, found, metrics = None, {}, {}
-        if self.kl_weight == 0:
-            language, metrics = self._language(batch, student, {}, step, share, None)
-            # The head's gradient comes in the same pass. Once it is there the logits are gone, and
-            # only then does the memory of the KV losses begin, which lasts until their backward
-            # pass: the compiler, left to itself, has both at once.
-            batch, cache, language = jax.lax.optimization_barrier((batch, student.cache, language))
-            student = student._replace(cache=cache)
+        found, metrics = {}, {}
         for index, name in enumerate(self.teachers):
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
             running = statistics.moments.get(name)
@@ -152,10 +145,9 @@ class Objective:
         kv_BTM = jnp.stack([one.kv for one in found.values()], axis=-1)
         shares_BTM = self.router.shares(student.hidden, params.get("router"), statistics.prototypes)
         kv = masked_mean((shares_BTM * kv_BTM).sum(axis=-1), batch.kv_mask)
-        if language is None:
-            readings = {name: one.reading for name, one in found.items()}
-            language, own = self._language(batch, student, readings, step, share, shares_BTM)
-            metrics |= own
+        readings = {name: one.reading for name, one in found.items()} if self.kl_weight > 0 else {}
+        language, of_language = self._language(batch, student, readings, step, share, shares_BTM)
+        metrics |= of_language
         bonus, routing = self._routing(shares_BTM, batch)
         new = Statistics(
             {name: one.moments for name, one in found.items() if one.moments},
