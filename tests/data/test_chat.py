@@ -176,7 +176,7 @@ def test_the_date_is_the_given_one_and_counts_in_the_fingerprint(qwen, monkeypat
         encoder = Encoder(qwen, format="chat", today=day)
         options = {"batch_size": 1, "bucketed": False, "bucket": 8, "seed": 0}
         made = make_dataset([example], [example], encoder, **options, pad_id=0, sink_tokens=0)
-        return made.fingerprint
+        return made.tokens
 
     assert len({fingerprint(DATED, day) for day in days}) == 2
     assert len({fingerprint(MARKED, day) for day in days}) == 1
