@@ -2,6 +2,7 @@
 
 import gc
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -102,12 +103,12 @@ def test_everything_moved_and_twice_the_steps(workspace, monkeypatch, capsys):
     assert "continuing from the checkpoint at step 4" in said
     for field, (old, new) in MOVES.items():
         assert f'{field} "{old}" -> "{new}": another place, the same content' in said
-    # By hand: a cosine from the peak to 0 over 4 steps and over 8, a line that ends with the run.
+    # By hand: a cosine from the peak to 0 at the last of 4 steps and of 8, and a line likewise.
     (line,) = [line for line in said.splitlines() if line.startswith("train.steps 4 -> 8: ")]
-    assert "after step 4: lr_student 0 -> 0.0005, lr_projector 0 -> 0.0005" in line
+    assert "after step 4: lr_student 0 -> 0.0003887, lr_projector 0 -> 0.0003887" in line
     assert line.endswith(f"kv_weight 0 -> {1 - 4 / 7:.4g}")
     fifth = logged(workspace / "run")[5]
-    assert fifth["lr_student"] == pytest.approx(5e-4)
+    assert fifth["lr_student"] == pytest.approx(1e-3 * (1 + math.cos(4 * math.pi / 7)) / 2)
     assert fifth["kv_weight"] == pytest.approx(1 - 4 / 7)
 
 
