@@ -165,7 +165,7 @@ def grid(directory: Path) -> list[str]:
     if comparison.declared and comparison.declared.contrast and results.grid.contrast:
         said = in_words(comparison.declared.contrast, results.grid.contrast, results.grid.baseline)
         lines += [f"Declared before: {said}.", ""]
-    for said in further_notes(results.grid, comparison):
+    for said in further_notes(comparison):
         lines += [said, ""]
     for figure, found in (("cosine", comparison.cosine), ("gap", comparison.gap)):
         if found.rank is not None and found.rank.rho is not None:
@@ -363,7 +363,7 @@ def confirmed() -> list[str]:
         results = read_results(HERE / f"{regime}_confirm")
         comparison, grid = compare(results), results.grid
         found = {(arm, grid.baseline): own.difference for arm, own in comparison.arms.items()}
-        found |= {(arm, grid.against[arm]): own for arm, own in comparison.further.items()}
+        found |= comparison.further
         for (arm, other), own in found.items():
             if own is None or own.contrast is None or own.by_seeds is None:
                 continue

@@ -111,13 +111,13 @@ class Correlation(NamedTuple):
 class Comparison(NamedTuple):
     """Every arm that was run, and what the cosine and the gap say of the score.
 
-    ``further`` are the differences that the grid asks for ``against`` another arm than the
-    baseline, by arm.
+    ``further`` are the differences that the grid asks for ``against`` other arms than the baseline,
+    by both arms.
     """
 
     arms: dict[str, Compared]
     declared: Difference | None
-    further: dict[str, Difference]
+    further: dict[tuple[str, str], Difference]
     cosine: Correlation
     gap: Correlation
 
@@ -134,7 +134,7 @@ def compare(results: Results) -> Comparison:
     pairs = {(name, grid.baseline): arm.difference for name, arm in compared.items()}
     pairs |= {
         (name, other): _compared(results.arms[name], results.arms[other], grid).difference
-        for name, other in grid.against.items()
+        for name, other in grid.pairs
         if {name, other} <= results.arms.keys()
     }
     corrected = _corrected(pairs, grid)
@@ -144,11 +144,7 @@ def compare(results: Results) -> Comparison:
             for name, arm in compared.items()
         },
         corrected.get((grid.contrast, grid.baseline)) if grid.contrast else None,
-        {
-            name: found
-            for name, other in grid.against.items()
-            if (found := corrected.get((name, other)))
-        },
+        {pair: found for pair in grid.pairs if (found := corrected.get(pair))},
         *(_correlation(results, compared, figure) for figure in (COSINE, GAP)),
     )
 

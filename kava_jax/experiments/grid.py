@@ -8,13 +8,14 @@
     score: exact_match_strict      # or eval_loss
     baseline: ce
     contrast: kv                   # the one comparison with the baseline that was declared before
-    against: {kl-kv: kl}           # arms that are compared with another one than the baseline, too
+    against: {kv: [kl, long]}      # arms that are compared with others than the baseline, too
     arms:
       ce: {loss.kv_weight: 0, teachers: []}
       kv: {loss.kv: mercator}
+      long: {teachers: [], train.steps: 1512}  # takes as long as kv, whose step costs 1.89 times
 
-Two arms with the same seed differ in nothing but their own fields: data, their order, the student's
-start and the number of steps are the same. Left out on purpose: running it (``ablation``).
+Two arms with the same seed differ in nothing but their own fields: data, their order and the
+student's start are the same. Left out on purpose: running it (``ablation``).
 """
 
 import json
@@ -36,7 +37,7 @@ PRETRAINED = "pretrain"
 # The start of all arms, and the file beside the arms' own.
 RESERVED = {PRETRAINED, "grid"}
 # What two arms must share, or they are no comparison.
-SHARED = ("run.seed", "run.dir", "train.steps", "data", "student.path", "student.geometry")
+SHARED = ("run.seed", "run.dir", "data", "student.path", "student.geometry")
 
 
 class Grid(Section):
@@ -50,7 +51,7 @@ class Grid(Section):
     score: Literal["exact_match_strict", "eval_loss"] = "exact_match_strict"
     baseline: Name
     contrast: Name | None = None
-    against: dict[Name, Name] = Field(default={})
+    against: dict[Name, Name | tuple[Name, ...]] = Field(default={})
     arms: dict[Name, Fields] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -58,7 +59,7 @@ class Grid(Section):
         for field, arm in (("baseline", self.baseline), ("contrast", self.contrast)):
             if arm is not None and arm not in self.arms:
                 raise ValueError(f"{field}={arm} is not an arm; use one of {', '.join(self.arms)}")
-        for pair in self.against.items():
+        for pair in self.pairs:
             if unknown := [arm for arm in pair if arm not in self.arms]:
                 raise ValueError(
                     f"against names {unknown[0]}, which is not an arm; use one of "
@@ -78,6 +79,12 @@ class Grid(Section):
                     f"put it under set"
                 )
         return self
+
+    @property
+    def pairs(self) -> list[tuple[str, str]]:
+        """What ``against`` asks for: an arm, and the other one that it is compared with."""
+        listed = {arm: (o,) if isinstance(o, str) else o for arm, o in self.against.items()}
+        return [(arm, other) for arm, others in listed.items() for other in others]
 
     @property
     def higher_is_better(self) -> bool:

@@ -60,12 +60,11 @@ def figures_table(results: Results, comparison: Comparison) -> Table:
     return Table(f"Other figures, {_order(grid)} score first", heads, rows)
 
 
-def further_notes(grid: Grid, comparison: Comparison) -> list[str]:
+def further_notes(comparison: Comparison) -> list[str]:
     """What the grid asks for besides the differences to its baseline, one sentence each."""
     return [
-        f"{in_words(found.contrast, arm, grid.against[arm])}, {found.p_holm:.3f} after Holm's "
-        f"correction."
-        for arm, found in comparison.further.items()
+        f"{in_words(found.contrast, *pair)}, {found.p_holm:.3f} after Holm's correction."
+        for pair, found in comparison.further.items()
         if found.contrast and found.p_holm is not None
     ]
 
@@ -125,7 +124,8 @@ def sets_table(results: Results, comparison: Comparison) -> Table | None:
 
 def _marked(arm: str, grid: Grid) -> str:
     marks = {grid.baseline: " (baseline)", grid.contrast: " (declared)"}
-    return arm + marks.get(arm, "")
+    steps = grid.arms[arm].get("train.steps")
+    return arm + marks.get(arm, "") + (f" ({steps} steps)" if steps else "")
 
 
 def _order(grid: Grid) -> str:

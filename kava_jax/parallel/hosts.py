@@ -81,10 +81,11 @@ def absent(error: BaseException | None) -> str | None:
     while error is not None:
         if "Barrier timed out" in str(error):
             _, _, listed = str(error).partition("task names:")
-            # Each on a line of its own: a number, or a path that ends in one.
-            numbers = re.findall(r"(\d+)\s*$", listed.partition("RPC:")[0], re.MULTILINE)
+            # Each on a line of its own, in any order: a number, or a path that ends in one.
+            found = re.findall(r"(\d+)\s*$", listed.partition("RPC:")[0], re.MULTILINE)
+            numbers = sorted(map(int, found))
             several = "processes" if len(numbers) > 1 else "process"
-            return f"{several} {', '.join(numbers)}" if numbers else "a process"
+            return f"{several} {', '.join(map(str, numbers))}" if numbers else "a process"
         error = error.__cause__ or error.__context__
     return None
 

@@ -171,7 +171,7 @@ def test_a_run_that_fails_is_told_and_the_others_go_on(finished: Path, monkeypat
         ({"against": {"kv": "none"}}, "against names none, which is not an arm; use one of ce, kv"),
         ({"against": {"ce": "kv"}}, "against=ce: kv says nothing; name another arm"),
         ({"seeds": [1, 1]}, r"seeds=\[1, 1\] repeat"),
-        ({"arms": {"ce": {"train.steps": 3}}, "contrast": None}, "arms.ce sets train.steps"),
+        ({"arms": {"ce": {"data.rows": 3}}, "contrast": None}, "arms.ce sets data.rows"),
         ({"arms": {"ce": {"loss.kvv": 3}}, "contrast": None}, "arms.ce: .*did you mean loss.kv"),
         ({"arms": {"a b": {}}}, "arms.a b"),
         ({"arms": {"ce": {}, "grid": {}}, "contrast": None}, "an arm cannot be called grid"),

@@ -76,9 +76,9 @@ def test_the_declared_contrast_is_left_out_of_holms_correction(tmp_path):
     assert found["b"].difference.p_holm == pytest.approx(6 / 16)
     # A further comparison is one more test: b minus a is (0, 0, 0, -1/4), half of all flips.
     further = compared(tmp_path, runs, seeds=seeds, contrast="kv", against={"b": "a"})
-    assert further.further["b"].mean == pytest.approx(-1 / 16)
-    assert further.further["b"].contrast.p_value == 1
-    assert further.further["b"].p_holm == 1
+    assert further.further["b", "a"].mean == pytest.approx(-1 / 16)
+    assert further.further["b", "a"].contrast.p_value == 1
+    assert further.further["b", "a"].p_holm == 1
     assert further.arms["a"].difference.p_holm == pytest.approx(3 * 2 / 16)
     assert further.arms["kv"].difference.p_holm is None
     undeclared = compared(tmp_path, runs, seeds=seeds)

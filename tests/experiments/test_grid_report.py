@@ -67,11 +67,25 @@ def test_what_was_compared_and_what_was_declared(page, comparison):
 
 
 def test_what_else_was_to_be_compared(tmp_path):
-    page = report(write_made_up(tmp_path / "grid", contrast="kv", against={"kv": "kl"}))
-    assert re.search(
-        r"kv minus kl: \+\d\d\.\d points \(95 % interval .*?\), 0\.\d{3} after Holm's corr",
-        page.words,
-    )
+    """Another arm, or several; an arm with a number of steps of its own says so."""
+    arms = {"ce": (0.3, None), "kl": (0.4, None), "long": (0.45, None), "kv": (0.6, 0.9)}
+    against = {"kv": ["kl", "long"], "long": "kl"}
+    fields = {"long": {"train.steps": 1512}}
+    grid = {"arms": arms, "contrast": "kv", "against": against, "fields": fields}
+    page = report(write_made_up(tmp_path / "grid", **grid))
+    for pair in ("kv minus kl", "kv minus long", "long minus kl"):
+        assert re.search(
+            rf"{pair}: \+\d+\.\d points \(95 % interval .*?\), [01]\.\d{{3}} after Holm's corr",
+            page.words,
+        )
+    for table in ("Scores", "Other figures"):
+        rows = page.tables[next(name for name in page.tables if name.startswith(table))]
+        assert [r[0] for r in rows[1:]] == [
+            "kv (declared)",
+            "long (1512 steps)",
+            "kl",
+            "ce (baseline)",
+        ]
 
 
 def test_the_tables_hold_the_comparison(page, comparison):

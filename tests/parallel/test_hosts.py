@@ -89,7 +89,7 @@ def test_one_process_waits_for_nobody():
         ("1\n\n\nRPC: /xla", "process 1"),
         (
             "/job:jax_worker/replica:0/task:12\n/job:jax_worker/replica:0/task:3\n",
-            "processes 12, 3",
+            "processes 3, 12",
         ),
         ("", "a process"),
     ],
