@@ -68,7 +68,7 @@ def test_what_was_compared_and_what_was_declared(page, comparison):
 
 def test_what_else_was_to_be_compared(tmp_path):
     """Another arm, or several; an arm with a number of steps of its own says so."""
-    arms = {"ce": (0.3, None), "kl": (0.4, None), "long": (0.45, None), "kv": (0.6, 0.9)}
+    arms = {"ce": (0.3, None), "kl": (0.4, None), "long": (0.5, None), "kv": (0.6, 0.9)}
     against = {"kv": ["kl", "long"], "long": "kl"}
     fields = {"long": {"train.steps": 1512}}
     grid = {"arms": arms, "contrast": "kv", "against": against, "fields": fields}
