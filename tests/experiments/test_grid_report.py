@@ -75,7 +75,7 @@ def test_what_else_was_to_be_compared(tmp_path):
     page = report(write_made_up(tmp_path / "grid", **grid))
     for pair in ("kv minus kl", "kv minus long", "long minus kl"):
         assert re.search(
-            rf"{pair}: \+\d+\.\d points \(95 % interval .*?\), [01]\.\d{{3}} after Holm's corr",
+            rf"{pair}: [+-]\d+\.\d points \(95 % interval .*?\), [01]\.\d{{3}} after Holm's corr",
             page.words,
         )
     for table in ("Scores", "Other figures"):
