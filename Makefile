@@ -5,12 +5,16 @@ ACCELERATORS ?= build/accelerators
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-optimized lint accelerators clean
+.PHONY: demo test test-all test-optimized lint accelerators clean
 
 demo: $(VENV)/.installed
 	$(BIN)/kava demo
 
 test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest --numprocesses auto -m "not long"
+
+# With what takes minutes: kills, four processes, fifty steps on five meshes, a bucket, a gigabyte.
+test-all: $(VENV)/.installed-test
 	$(BIN)/python -m pytest --numprocesses auto
 
 # The tests above compile without optimisation, to be quick. Here the program that users run is put to

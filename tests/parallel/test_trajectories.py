@@ -80,6 +80,7 @@ def trajectory(pair: str, shape: tuple[int, int, int]) -> Trajectory:
     return Trajectory(gradients, losses)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("pair", PAIRS)
 @pytest.mark.parametrize("shape", MESHES[1:])
 def test_fifty_steps_are_the_same_on_every_mesh(pair: str, shape: tuple[int, int, int]) -> None:

@@ -21,6 +21,7 @@ from tests.tiny import write_config, write_workspace
 # All of them are in the test extra; an environment that is kept for long may lack the newest.
 pytest.importorskip("gcsfs")
 pytest.importorskip("gcp_storage_emulator")
+pytestmark = pytest.mark.long
 
 ROOT = Path(__file__).parents[2]
 STEPS = 6

@@ -77,6 +77,7 @@ def began(process: subprocess.Popen, run: Path, seconds: float) -> None:
         time.sleep(0.005)
 
 
+@pytest.mark.long
 def test_ten_kills_at_random_moments_leave_no_trace(workspace: Path) -> None:
     run, chance, killed, during_save = workspace / "killed", random.Random(0), 0, 0
     while killed < KILLS:
@@ -115,6 +116,7 @@ def small_disk(workspace: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
+@pytest.mark.long
 def test_a_full_disk_ends_the_run_with_its_checkpoints_whole(
     workspace: Path, small_disk: Path
 ) -> None:

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from tests.runs.test_two_processes import assert_same_lines, lines, start
 from tests.tiny import write_config, write_workspace
@@ -28,6 +29,7 @@ def cut_back(run_dir: Path, copy: Path, step: int) -> None:
     (copy / "record.yaml").unlink()
 
 
+@pytest.mark.long
 def test_saved_on_eight_resumed_on_two_and_on_four(tmp_path: Path) -> None:
     write_workspace(tmp_path)
     train = {"steps": STEPS, "log_every": 1, "checkpoint_every": EVERY, "keep_checkpoints": 9}

@@ -156,8 +156,8 @@ def assert_same_numbers(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
     ("processes", "devices", "meshes"),
     [
         (2, 1, ["tensor2", "fsdp2"]),
-        (2, 2, ["fsdp2-tensor2", "data2-tensor2"]),
-        (4, 1, ["fsdp2-tensor2", "data2-tensor2"]),
+        pytest.param(2, 2, ["fsdp2-tensor2", "data2-tensor2"], marks=pytest.mark.long),
+        pytest.param(4, 1, ["fsdp2-tensor2", "data2-tensor2"], marks=pytest.mark.long),
     ],
 )
 def test_so_many_processes_are_one(
@@ -200,6 +200,7 @@ def assert_same_weights(ours: Path, theirs: Path) -> None:
         np.testing.assert_allclose(found[name], tensor, atol=TOL["after_one_step"])
 
 
+@pytest.mark.long
 def test_axes_cross_hosts_that_are_no_slices(workspace: Path) -> None:
     """JAX numbers "slices" by boot id, so here each process is given another one to read."""
     for number in range(2):
