@@ -17,7 +17,7 @@ from kava_jax.config import Config
 from kava_jax.config_file import dump_config, load_config, parse_config, shipped_config
 from kava_jax.data.dataset import HeldOut
 from kava_jax.evaluation.exact_match import ExactMatch
-from kava_jax.experiments.curves import alignment_curve, learning_curve
+from kava_jax.experiments.pictures import alignment_chart, loss_chart, read_log
 from kava_jax.models.decoder import Params
 from kava_jax.runs.evaluate import answer, evaluate
 from kava_jax.runs.export import export
@@ -168,9 +168,9 @@ def _same(first: ExactMatch, second: ExactMatch) -> bool:
 
 
 def _draw(out: Path) -> tuple[Path, ...]:
-    metrics = {name: out / name / METRICS_NAME for name in (DISTILLED, CE_ONLY)}
-    learning, alignment = out / "learning_curve.png", out / "alignment_curve.png"
-    labels = {"distilled (KV)": metrics[DISTILLED], "cross-entropy only": metrics[CE_ONLY]}
-    learning_curve(labels, learning)
-    alignment_curve(metrics[DISTILLED], alignment)
-    return learning, alignment
+    logs = {name: read_log(out / name / METRICS_NAME) for name in (DISTILLED, CE_ONLY)}
+    labels = {"distilled (KV)": logs[DISTILLED], "cross-entropy only": logs[CE_ONLY]}
+    charts = {"learning": loss_chart(labels), "alignment": alignment_chart(logs[DISTILLED])}
+    for name, chart in charts.items():
+        chart.figure().savefig(out / f"{name}_curve.png")
+    return out / "learning_curve.png", out / "alignment_curve.png"

@@ -66,9 +66,9 @@ def code_lines(text: str, tree: ast.Module) -> set[int]:
     for node in ast.walk(tree):
         # A string that is a statement documents: what it stands under, or the field above it.
         for child in node.body if isinstance(node, documented) else ():
-            if isinstance(child, ast.Expr) and isinstance(child.value, ast.Constant):
-                if isinstance(child.value.value, str):
-                    strings |= set(range(child.lineno, (child.end_lineno or child.lineno) + 1))
+            value = child.value if isinstance(child, ast.Expr) else None
+            if isinstance(value, ast.Constant) and isinstance(value.value, str):
+                strings |= set(range(child.lineno, (child.end_lineno or child.lineno) + 1))
     spoken = (
         range(token.start[0], token.end[0] + 1)
         for token in tokenize.generate_tokens(io.StringIO(text).readline)

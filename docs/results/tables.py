@@ -9,25 +9,27 @@ python docs/results/tables.py confirmed     print that of both confirming grids 
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 from compiled import COMPILED
+from scipy.stats import pearsonr, rankdata
 from speed import SPEED
 
-from kava_jax.experiments.comparison import compare
-from kava_jax.experiments.grid_tables import (
+from kava_jax.experiments.comparison import COSINE, GAP, compare, figure_points
+from kava_jax.experiments.results import read_results
+from kava_jax.experiments.statistics import RankCorrelation, in_words, interval_of_rho
+from kava_jax.experiments.tables import (
+    Table,
     figures_table,
     further_notes,
+    p_value,
     score_table,
     sets_table,
 )
-from kava_jax.experiments.page import Table
-from kava_jax.experiments.results import read_results
-from kava_jax.experiments.statistics import in_words, rank_correlation_within
 from kava_jax.verdict import collapsed_layers
 
 HERE = Path(__file__).resolve().parent
@@ -162,17 +164,17 @@ def grid(directory: Path) -> list[str]:
     lines = []
     for table in found:
         lines += [*_markdown(table), ""]
-    if comparison.declared and comparison.declared.contrast and results.grid.contrast:
-        said = in_words(comparison.declared.contrast, results.grid.contrast, results.grid.baseline)
+    if comparison.declared and results.grid.contrast:
+        said = in_words(comparison.declared, results.grid.contrast, results.grid.baseline)
         lines += [f"Declared before: {said}.", ""]
     for said in further_notes(comparison):
         lines += [said, ""]
-    for figure, found in (("cosine", comparison.cosine), ("gap", comparison.gap)):
-        if found.rank is not None and found.rank.rho is not None:
-            ends = f"{_end(found.rank.low)} to {_end(found.rank.high)}"
+    for figure, rank in (("cosine", comparison.cosine), ("gap", comparison.gap)):
+        if rank.rho is not None:
+            ends = f"{_end(rank.low)} to {_end(rank.high)}"
             lines += [
-                f"Rank correlation of held-out {figure} and score: {found.rank.rho:+.2f} "
-                f"(95 % interval {ends}; {found.rank.n} runs)."
+                f"Rank correlation of held-out {figure} and score: {rank.rho:+.2f} "
+                f"(95 % interval {ends}; {rank.n} runs)."
             ]
     return lines
 
@@ -196,14 +198,13 @@ def sensitivity(directory: Path) -> list[str]:
         "points | Student's 95 % interval | cosine | gap |",
         "| --- | --- | ---: | --- | ---: | ---: | ---: | ---: |",
     ]
-    for name, arm in results.arms.items():
-        own = comparison.arms[name]
-        key, value = next(iter(arm.fields.items()), ("default", ""))
+    for name, own in comparison.arms.items():
+        key, value = next(iter(results.grid.arms[name].items()), ("default", ""))
         setting = key.rpartition(".")[2]
         scores = ", ".join(f"{100 * x:.1f}" for x in own.score.per_seed.values())
         cells = [setting, RECOMMENDED.get(setting, ""), str(value), scores]
         change = own.difference
-        ends = change.by_seeds[1:3] if change and change.by_seeds else ()
+        ends = (change.student if change else None) or ()
         cells += [f"{100 * change.mean:+.1f}" if change else ""]
         cells += [" to ".join(f"{100 * end:+.1f}" for end in ends) or ""]
         cells += [f"{own.cosine:.3f}", f"{own.gap:.3f}"]
@@ -221,7 +222,7 @@ def _markdown(table: Table) -> list[str]:
         f"| {' | '.join(table.heads)} |",
         f"| --- {'| ---: ' * (len(table.heads) - 1)}|",
     ]
-    return lines + [f"| {' | '.join([row.head, *row.cells])} |" for row in table.rows]
+    return lines + [f"| {' | '.join(row)} |" for row in table.rows]
 
 
 REGIMES = ("scratch", "pretrained")
@@ -234,20 +235,39 @@ def prediction() -> list[str]:
         "| held-out figure | regime | rank correlation with exact match | 95 % interval | runs |",
         "| --- | --- | ---: | ---: | ---: |",
     ]
-    found = {name: compare(read_results(HERE / name)) for name in REGIMES}
-    for figure in ("cosine", "gap"):
-        points = {
-            name: [(f"{name} {p.seed}", p.figure, p.score) for p in getattr(own, figure).points]
-            for name, own in found.items()
-        }
-        points["both"] = [point for own in points.values() for point in own]
-        for regime, own in points.items():
-            groups, x, y = zip(*own, strict=True)
-            rho, low, high, runs, _ = rank_correlation_within(np.array(x), np.array(y), groups)
-            lines.append(
-                f"| {figure} | {regime} | {_end(rho)} | {_end(low)} to {_end(high)} | {runs} |"
-            )
+    results = {name: read_results(HERE / name) for name in REGIMES}
+    for figure, key in (("cosine", COSINE), ("gap", GAP)):
+        groups: dict[str, list[list[tuple[float, float]]]] = {"both": []}
+        for name, own in results.items():
+            by_seed: dict[int, list[tuple[float, float]]] = {}
+            for seed, x, y in figure_points(own, key):
+                by_seed.setdefault(seed, []).append((x, y))
+            groups[name] = list(by_seed.values())
+            groups["both"] += groups[name]
+        for regime in (*REGIMES, "both"):
+            rho, low, high, runs = rank_correlation_within(groups[regime])
+            ends = f"{_end(low)} to {_end(high)}"
+            lines.append(f"| {figure} | {regime} | {_end(rho)} | {ends} | {runs} |")
     return lines
+
+
+def rank_correlation_within(groups: Sequence[Sequence[tuple[float, float]]]) -> RankCorrelation:
+    """Spearman's rho of (x, y) within groups, pooled: a difference between groups does not count.
+
+    Ranks are taken within each group, measured from its middle rank and divided by its size. The
+    interval is that of one group with n - 1 for each group after the first; groups of one do not
+    count.
+    """
+    members = [np.array(own) for own in groups if len(own) > 1]
+    n = sum(map(len, members))
+    rank_x, rank_y = (
+        [(r - (len(own) + 1) / 2) / len(own) for own in members for r in rankdata(own[:, side])]
+        for side in (0, 1)
+    )
+    if not (any(rank_x) and any(rank_y)):
+        return RankCorrelation(None, None, None, n)
+    rho = float(pearsonr(rank_x, rank_y).statistic)
+    return RankCorrelation(rho, *interval_of_rho(rho, n - len(members) + 1), n)
 
 
 PARTS = {"k": "keys", "k_without_bias": "keys less bias", "v": "values"}
@@ -365,15 +385,14 @@ def confirmed() -> list[str]:
         found = {(arm, grid.baseline): own.difference for arm, own in comparison.arms.items()}
         found |= comparison.further
         for (arm, other), own in found.items():
-            if own is None or own.contrast is None or own.by_seeds is None:
+            if own is None or own.interval is None or own.student is None:
                 continue
             declared = (arm, other) == (grid.contrast, grid.baseline)
-            p = own.contrast.p_value if declared or own.p_holm is None else own.p_holm
             cells = [regime, f"{arm} minus {other}" + (" (declared)" if declared else "")]
             cells += [f"{100 * own.mean:+.1f}"]
-            for interval in (own.contrast.difference, own.by_seeds):
-                cells += [f"{100 * interval.low:+.1f} to {100 * interval.high:+.1f}"]
-            lines.append(f"| {' | '.join(cells)} | {p:.3f} |")
+            for low, high in (own.interval, own.student):
+                cells += [f"{100 * low:+.1f} to {100 * high:+.1f}"]
+            lines.append(f"| {' | '.join(cells)} | {p_value(own)} |")
     return lines
 
 

@@ -26,20 +26,17 @@ def ablate(
 
     Example: kava ablate configs/grids/scratch.yaml --jobs 2
     """
-    from kava_jax.experiments.ablation import Ablation, Progress
+    from kava_jax.experiments.ablation import Ablation
     from kava_jax.experiments.grid import load_grid
+    from kava_jax.experiments.results import RUNS_NAME
     from kava_jax.storage import local_path
 
     where = None if out is None else local_path(out, "out")
     loaded, base = load_grid(grid, overrides or [])
 
-    def tell(progress: Progress) -> None:
-        job = progress.job
-        say(f"{progress.done}/{progress.of}  {job.arm} seed {job.seed}: {progress.word}")
-
     where = where or Path("runs") / loaded.name
-    failed = Ablation(loaded, base, where).run(jobs, tell)
-    say(f"results: {where}/*.json; now: kava report {where}")
+    failed = Ablation(loaded, base, where).run(jobs, say)
+    say(f"results: {where}/{RUNS_NAME}; now: kava report {where}")
     if failed:
         names = ", ".join(f"{job.arm} (seed {job.seed})" for job in failed)
         say(f"failed: {names}; their words are in {where}/logs")
@@ -63,9 +60,8 @@ def report(
 
     Example: kava report runs/demo/distilled --samples 3
     """
-    from kava_jax.experiments.ablation import GRID_NAME
-    from kava_jax.experiments.grid_report import write_grid_report
-    from kava_jax.experiments.report import write_report
+    from kava_jax.experiments.report import write_grid_report, write_report
+    from kava_jax.experiments.results import GRID_NAME
     from kava_jax.runs.samples import answer_all
     from kava_jax.storage import check_access, place
 

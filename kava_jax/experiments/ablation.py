@@ -2,20 +2,20 @@
 
 Runs are processes, so none can disturb another one, and a killed grid is called again: finished
 runs are not repeated and a half-done one goes on from its checkpoint. With several jobs each gets
-its own share of the CPU cores. Left out on purpose: what the results mean (``statistics``).
+its own share of the CPU cores. Left out on purpose: what the results mean (``comparison``).
 """
 
+import itertools
 import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from queue import Queue
-from threading import Lock
 from typing import Any, NamedTuple
 
 import yaml
@@ -23,10 +23,10 @@ import yaml
 from kava_jax.config_file import dump_config
 from kava_jax.errors import KavaError
 from kava_jax.experiments.grid import PRETRAINED, Grid, exported, run_config, run_directory
-from kava_jax.experiments.outcome import outcome_of
+from kava_jax.experiments.results import GRID_NAME, RUNS_NAME, outcome_of, read_runs, write_runs
 from kava_jax.training.manifest import config_hash, versions, write_atomically
 
-GRID_NAME, BAD_INPUT = "grid.json", 2
+BAD_INPUT = 2
 # glibc hands XLA's buffers back to the system after every step and fetches them anew, page by page:
 # a fifth to a third of the time of a small model's step. This keeps them.
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
@@ -41,34 +41,23 @@ class Job(NamedTuple):
     seed: int
 
 
-class Progress(NamedTuple):
-    """What became of one run: ``finished``, ``failed`` or ``known`` (finished before)."""
-
-    job: Job
-    word: str
-    done: int
-    of: int
-
-
 @dataclass(frozen=True)
 class Ablation:
     """A grid, the base config as it stands in its file, and the directory of its results.
 
-    ``out`` gets one small record per arm, ``<arm>.json``, and ``grid.json``; these are all that a
-    later call needs to know what is finished, so they can be committed and gone on from. The runs
-    themselves are in ``out/runs``.
+    It gets ``grid.json`` and ``runs.jsonl``, all that a later call needs to go on, and ``runs/``.
     """
 
     grid: Grid
     base: dict[str, Any]
     out: Path
 
-    def run(self, jobs: int, say: Callable[[Progress], None]) -> list[Job]:
+    def run(self, jobs: int, say: Callable[[str], None]) -> list[Job]:
         """Run what is not finished, ``jobs`` at a time; returns the runs that failed.
 
-        Raises:
-            KavaError: ``jobs`` is not positive, the directory holds results of something else, or a
-                run was refused for bad input (its own words).
+        ``say`` is told of every run whether it is known (finished before), finished or failed.
+        Raises KavaError: ``jobs`` is not positive, the directory holds results of something else,
+        or a run was refused for bad input (its own words).
         """
         if jobs < 1:
             raise KavaError(f"jobs={jobs} is not positive; use 1 or more")
@@ -77,161 +66,110 @@ class Ablation:
         known = [job for job in wanted if self._known(job)]
         self._write_grid()
         missing = [job for job in wanted if job not in known]
-        first = []
-        if self.grid.pretrain is not None:
-            first = [Job(PRETRAINED, seed) for seed in dict.fromkeys(job.seed for job in missing)]
-        counted = _Count(len(first) + len(wanted), say)
+        seeds = dict.fromkeys(job.seed for job in missing if self.grid.pretrain is not None)
+        first, places = [Job(PRETRAINED, seed) for seed in seeds], itertools.count(1)
+
+        def tell(job: Job, word: str) -> None:
+            of = len(first) + len(wanted)
+            say(f"{next(places)}/{of}  {job.arm} seed {job.seed}: {word}")
+
         for job in known:
-            counted.tell(job, "known")
-        return self._all(first, jobs, counted) or self._all(missing, jobs, counted)
+            tell(job, "known")
+        return self._all(first, jobs, tell) or self._all(missing, jobs, tell)
 
-    def _all(self, jobs: Sequence[Job], workers: int, counted: "_Count") -> list[Job]:
-        shares: Queue[set[int] | None] = Queue()
-        for share in _cores(workers):
-            shares.put(share)
-        records, failed = Lock(), []
+    def _all(
+        self, jobs: Sequence[Job], workers: int, tell: Callable[[Job, str], None]
+    ) -> list[Job]:
+        # Several jobs each get their share of the cores, where the system has such a thing.
+        shares: Queue[set[int]] = Queue()
+        can = workers > 1 and hasattr(os, "sched_getaffinity")
+        cores = sorted(os.sched_getaffinity(0)) if can else []
+        for worker in range(workers):
+            shares.put(set(cores[worker::workers]))
+        failed = []
 
-        def one(job: Job) -> None:
+        def one(job: Job) -> int:
             share = shares.get()
             try:
-                code = self._finish(job, share)
+                return self._finish(job, share)
             finally:
                 shares.put(share)
-            with records:
-                if code:
-                    failed.append(job)
-                elif job.arm != PRETRAINED:
-                    self._keep(job)
-                counted.tell(job, "failed" if code else "finished")
 
         with ThreadPoolExecutor(workers) as pool:
-            futures = [pool.submit(one, job) for job in jobs]
+            futures = {pool.submit(one, job): job for job in jobs}
             try:
-                for future in futures:
-                    future.result()
+                for future in as_completed(futures):
+                    job, code = futures[future], future.result()
+                    if code:
+                        failed.append(job)
+                    elif job.arm != PRETRAINED:
+                        self._keep(job)
+                    tell(job, "failed" if code else "finished")
             finally:  # a run that is refused ends the grid: what waits shall not start
                 pool.shutdown(cancel_futures=True)
         return failed
 
-    def _finish(self, job: Job, cores: set[int] | None) -> int:
-        """Run it to its end; returns the exit code.
-
-        Raises KavaError with the run's own words when it was refused for bad input.
-        """
+    def _finish(self, job: Job, cores: set[int]) -> int:
+        """Run it to its end; returns the exit code, and raises KavaError for bad input."""
         config = dump_config(run_config(self.grid, self.base, *job, self.out))
         path = self.out / "configs" / f"{job.arm}-{job.seed}.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
-        target = exported(self.out, job.seed)
-        code = self._call(["train", str(path)], job, cores)
+        log, target = self.out / "logs" / f"{job.arm}-{job.seed}.txt", exported(self.out, job.seed)
+        code = self._call(["train", str(path)], log, cores)
         if code == 0 and job.arm == PRETRAINED and not target.is_dir():
             directory = run_directory(self.out, *job)
-            code = self._call(["export", str(directory), "--out", str(target)], job, cores)
+            code = self._call(["export", str(directory), "--out", str(target)], log, cores)
         if code == BAD_INPUT:
-            raise KavaError(f"arms.{job.arm}, seed {job.seed}: {_last_line(self._log(job))}")
+            *_, said = ["it said nothing", *log.read_text("utf-8").strip().splitlines()]
+            raise KavaError(f"arms.{job.arm}, seed {job.seed}: {said.removeprefix('error: ')}")
         return code
 
-    def _call(self, arguments: list[str], job: Job, cores: set[int] | None) -> int:
+    def _call(self, arguments: list[str], log: Path, cores: set[int]) -> int:
         """A ``kava`` command in a process of its own, with its words in the run's log."""
-        log = self._log(job)
         log.parent.mkdir(parents=True, exist_ok=True)
+        # A chat template that writes the date writes the same rows for every arm and seed, however
+        # many days they take.
+        today = {"SOURCE_DATE_EPOCH": str(self._started())}
         with log.open("a", encoding="utf-8") as words:
             process = subprocess.Popen(
                 [sys.executable, "-m", "kava_jax", *arguments],
                 stdout=words,
                 stderr=words,
-                env={
-                    **KEEP_MEMORY,
-                    **KEEP_COMPILED,
-                    "SOURCE_DATE_EPOCH": str(self._started()),
-                    **os.environ,
-                },
+                env={**KEEP_MEMORY, **KEEP_COMPILED, **today, **os.environ},
             )
-            if cores is not None:
+            if cores:
                 os.sched_setaffinity(process.pid, cores)
             return process.wait()
 
-    def _log(self, job: Job) -> Path:
-        return self.out / "logs" / f"{job.arm}-{job.seed}.txt"
-
     def _identity(self, job: Job) -> str:
-        """What a record belongs to: all that the files say of the run."""
+        """What a run belongs to: all that the files say of it."""
         of_all = {"base": self.base, "set": self.grid.set, "pretrain": self.grid.pretrain}
         return config_hash(of_all | {"arm": self.grid.arms[job.arm], "seed": job.seed})
 
     def _known(self, job: Job) -> bool:
-        """Whether the run's record is there.
-
-        Raises KavaError when a record of that name is of something else.
-        """
-        record = read_arm(self.out, job.arm).get(job.seed)
-        if record is not None and record["identity"] != self._identity(job):
+        """Whether the table has the run; KavaError when it has one of something else."""
+        run = read_runs(self.out).get(job)
+        if run is not None and run.identity != self._identity(job):
             raise KavaError(
-                f"arms.{job.arm}: {self.out / job.arm}.json was made by another grid file; put the "
+                f"arms.{job.arm}: {self.out / RUNS_NAME} was made by another grid file; put the "
                 f"file back as it was, or name another --out"
             )
-        return record is not None
+        return run is not None
 
     def _keep(self, job: Job) -> None:
-        """Add the finished run to its arm's record."""
-        found = outcome_of(run_directory(self.out, *job), job.seed, self._identity(job))
-        runs = read_arm(self.out, job.arm)
-        runs[job.seed] = found._asdict()
-        content = {"arm": job.arm, "fields": self.grid.arms[job.arm]}
-        ordered = [runs[seed] for seed in sorted(runs)]
-        _write_json(self.out / f"{job.arm}.json", content | {"runs": ordered})
+        """Add the finished run to the table."""
+        found = outcome_of(run_directory(self.out, *job), *job, self._identity(job))
+        write_runs(self.out, (read_runs(self.out) | {job: found}).values())
 
     def _write_grid(self) -> None:
         content = {"grid": self.grid.model_dump(mode="json"), "base": self.base}
         content |= {"started": self._started(), "versions": versions()}
-        _write_json(self.out / GRID_NAME, content)
+        write_atomically(self.out / GRID_NAME, json.dumps(content, indent=1) + "\n")
 
     def _started(self) -> int:
-        """When the grid was first called, in seconds since 1970.
-
-        All its runs take this for the current time, so that a chat template that writes the date
-        writes the same rows for every arm and seed, however many days they take.
-        """
-        path = self.out / GRID_NAME
+        """When the grid was first called, in seconds since 1970: the current time of all runs."""
         try:
-            return json.loads(path.read_text(encoding="utf-8"))["started"]
+            return json.loads((self.out / GRID_NAME).read_text(encoding="utf-8"))["started"]
         except (OSError, ValueError, KeyError, TypeError):
             return int(time.time())
-
-
-def read_arm(out: Path, arm: str) -> dict[int, dict[str, Any]]:
-    """The records of an arm's finished runs, by seed; none when there is no file."""
-    path = out / f"{arm}.json"
-    if not path.is_file():
-        return {}
-    try:
-        runs = json.loads(path.read_text(encoding="utf-8"))["runs"]
-        return {run["seed"]: run for run in runs}
-    except (ValueError, KeyError, TypeError):
-        raise KavaError(f"{path} is no record of an arm; restore it or remove it") from None
-
-
-class _Count:
-    def __init__(self, of: int, say: Callable[[Progress], None]):
-        self._done, self._of, self._say = 0, of, say
-
-    def tell(self, job: Job, word: str) -> None:
-        self._done += 1
-        self._say(Progress(job, word, self._done, self._of))
-
-
-def _cores(jobs: int) -> list[set[int] | None]:
-    """Each job's share of the cores; None where the system has no such thing or it is one job."""
-    if jobs == 1 or not hasattr(os, "sched_getaffinity"):
-        return [None] * jobs
-    cores = sorted(os.sched_getaffinity(0))
-    return [set(cores[job::jobs]) or set(cores) for job in range(jobs)]
-
-
-def _last_line(log: Path) -> str:
-    lines = log.read_text(encoding="utf-8").strip().splitlines()
-    return lines[-1].removeprefix("error: ") if lines else "it said nothing"
-
-
-def _write_json(path: Path, content: Any) -> None:
-    write_atomically(path, json.dumps(content, indent=1) + "\n")

@@ -33,9 +33,8 @@ from kava_jax.errors import KavaError
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
 Fields = dict[str, Any]
+# The start of all arms is no arm.
 PRETRAINED = "pretrain"
-# The start of all arms, and the file beside the arms' own.
-RESERVED = {PRETRAINED, "grid"}
 # What two arms must share, or they are no comparison.
 SHARED = ("run.seed", "run.dir", "data", "student.path", "student.geometry")
 
@@ -56,24 +55,22 @@ class Grid(Section):
 
     @model_validator(mode="after")
     def _names(self) -> "Grid":
-        for field, arm in (("baseline", self.baseline), ("contrast", self.contrast)):
+        named = [("baseline", self.baseline), ("contrast", self.contrast)]
+        named += [("against", arm) for pair in self.pairs for arm in pair]
+        for field, arm in named:
             if arm is not None and arm not in self.arms:
                 raise ValueError(f"{field}={arm} is not an arm; use one of {', '.join(self.arms)}")
-        for pair in self.pairs:
-            if unknown := [arm for arm in pair if arm not in self.arms]:
-                raise ValueError(
-                    f"against names {unknown[0]}, which is not an arm; use one of "
-                    f"{', '.join(self.arms)}"
-                )
-            if pair[0] in (pair[1], self.baseline):
-                raise ValueError(f"against={pair[0]}: {pair[1]} says nothing; name another arm")
-        for name in RESERVED.intersection(self.arms):
-            raise ValueError(f"an arm cannot be called {name}; give it another name")
+        for arm, other in self.pairs:
+            if arm in (other, self.baseline):
+                raise ValueError(f"against={arm}: {other} says nothing; name another arm")
+        if PRETRAINED in self.arms:
+            raise ValueError(f"an arm cannot be called {PRETRAINED}; give it another name")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds={list(self.seeds)} repeat; give different ones")
         for arm, fields in self.arms.items():
-            shared = [key for key in fields if _under(key, SHARED)]
-            if shared:
+            if shared := [
+                key for key in fields if f"{key}.".startswith(tuple(f"{s}." for s in SHARED))
+            ]:
                 raise ValueError(
                     f"arms.{arm} sets {', '.join(shared)}, which all arms of a comparison share; "
                     f"put it under set"
@@ -95,10 +92,8 @@ class Grid(Section):
 def load_grid(path: Path, overrides: Iterable[str] = ()) -> tuple[Grid, dict[str, Any]]:
     """The grid, and its base config as it stands in its file.
 
-    ``overrides`` (``section.field=value``) are put under ``set``.
-
-    Raises KavaError in one line: file or base config missing or broken, or an arm that is no valid
-    run (the arm is named).
+    ``overrides`` (``section.field=value``) are put under ``set``. Raises KavaError: file or base
+    config missing or broken, or an arm that is no valid run (the arm is named).
     """
     raw = read_yaml(path)
     if isinstance(raw.get("set", {}), dict):
@@ -106,14 +101,15 @@ def load_grid(path: Path, overrides: Iterable[str] = ()) -> tuple[Grid, dict[str
     try:
         grid = Grid.model_validate(raw)
     except ValidationError as error:
-        problems = "; ".join(map(_problem, error.errors()))
-        raise KavaError(f"grid={str(path)!r}: {problems}") from None
+        problems = [
+            f"{'.'.join(map(str, e['loc'])) or 'grid'}: {e['msg'].removeprefix('Value error, ')}"
+            for e in error.errors()
+        ]
+        raise KavaError(f"grid={str(path)!r}: {'; '.join(problems)}") from None
     beside = path.parent / grid.config
     base = read_yaml(beside if beside.is_file() else shipped_config(grid.config))
-    for arm in grid.arms:
+    for arm in (*grid.arms, *([] if grid.pretrain is None else [PRETRAINED])):
         run_config(grid, base, arm, grid.seeds[0], Path("runs"))
-    if grid.pretrain is not None:
-        run_config(grid, base, PRETRAINED, grid.seeds[0], Path("runs"))
     return grid, base
 
 
@@ -142,12 +138,3 @@ def run_config(grid: Grid, base: Mapping[str, Any], arm: str, seed: int, out: Pa
         return parse_config(raw, overrides)
     except KavaError as error:
         raise KavaError(f"arms.{arm}: {error}") from None
-
-
-def _problem(error: Any) -> str:
-    place = ".".join(map(str, error["loc"])) or "grid"
-    return f"{place}: {error['msg'].removeprefix('Value error, ')}"
-
-
-def _under(key: str, fields: tuple[str, ...]) -> bool:
-    return any(key == field or key.startswith(f"{field}.") for field in fields)

@@ -1,56 +1,55 @@
-"""``kava report``: one HTML file about one run, to look at on any screen and to pass on.
+"""``kava report``: one HTML file about a run or a grid, to look at on any screen and to pass on.
 
 Everything is inside the file: pictures as data, styles, no scripts, nothing to load. It is made
-from what the run left behind (manifest, metrics, answers, calibration); a run that is still going,
-or has no teacher, gets the parts that exist. Numbers that were not finite are shown as a dash.
-
-Left out on purpose: comparing runs (``grid_report``), and any look at weights or data.
+from what a run left behind (manifest, metrics, answers, calibration), or from a grid's table of
+results; what is still going, or has no teacher, gets the parts that exist. The words are in the
+templates among the package's assets. Left out on purpose: what a difference is worth.
 """
 
+import base64
+import io
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import yaml
 
-from kava_jax.alignment.layer_map import CALIBRATED_MAPS, LayerMap
+from kava_jax.alignment.layer_map import LayerMap
 from kava_jax.config import AutoShare, Config, TeacherConfig
 from kava_jax.config_file import parse_config
 from kava_jax.errors import KavaError
-from kava_jax.experiments.curves import alignment_curve, learning_curve
-from kava_jax.experiments.evaluated import cards, first_and_last, further_sets, verdicts
-from kava_jax.experiments.heatmap import Layers, heat_map
-from kava_jax.experiments.layer_picture import layer_picture
-from kava_jax.experiments.page import Picture, Row, Table, number, picture, render, write_page
-from kava_jax.experiments.probe_pictures import gradient_curve, magnitude_ratios
-from kava_jax.experiments.run_layers import depths_at_hand, layer_map_of, read_calibration
-from kava_jax.experiments.samples import samples_of_everyone, samples_of_run
-from kava_jax.runs.explain import MAPS
+from kava_jax.experiments import pictures, tables
+from kava_jax.experiments.comparison import COSINE, EXACT_MATCH, GAP, LOSS, compare
+from kava_jax.experiments.grid import run_config
+from kava_jax.experiments.pictures import Chart, Line, number
+from kava_jax.experiments.results import Results, read_results
+from kava_jax.experiments.statistics import in_words, student_interval
+from kava_jax.runs.evaluate import read_answers
+from kava_jax.runs.explain import explain
+from kava_jax.runs.prepare import calibration_path, read_calibration
 from kava_jax.runs.samples import Answered
-from kava_jax.storage import Place, check_access
+from kava_jax.storage import Place
 from kava_jax.training.manifest import read_manifest
-from kava_jax.training.metrics_file import METRICS_NAME, Kind, read_metrics
+from kava_jax.training.metrics_file import METRICS_NAME
+from kava_jax.verdict import alignment_gap, collapse_signs, collapsed_layers, verdict
 
-TEMPLATE, REPORT_NAME = "report.html.j2", "report.html"
-# Scores of a calibration by mapped layer, and overall.
-SCORES = {"r2_k": "R² keys", "r2_v": "R² values", "cka_k": "CKA keys", "cka_v": "CKA values"}
-HELD_OUT = {
-    "cos_sim": "cosine",
-    "cos_shuffled": "cosine of unrelated examples",
-    "cos_centered": "centred cosine",
-    "retrieval": "share of tokens retrieved",
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+REPORT_NAME = "report.html"
+# Dots of a picture per CSS pixel, for sharp screens.
+DENSITY = 1.5
+# Of a grid: what is drawn over the steps, and beside which levels. Exact match is in percent.
+AXES = {
+    LOSS: "held-out loss (nats per token)",
+    EXACT_MATCH: "exact match (%)",
+    COSINE: "held-out cosine",
+    GAP: "held-out alignment gap",
 }
-
-
-class Run(NamedTuple):
-    """What a run left behind; records by step, a step logged twice as it was last."""
-
-    directory: Place
-    manifest: dict[str, Any]
-    config: Config
-    train: list[dict[str, Any]]
-    evaluations: list[dict[str, Any]]
-    probes: list[dict[str, Any]]
+LEVELS = {COSINE: pictures.VERDICTS, GAP: pictures.LEAST}
+SCALE = {EXACT_MATCH: 100}
 
 
 def write_report(
@@ -58,272 +57,231 @@ def write_report(
 ) -> Place:
     """Write the report of a run and return its path, by default ``report.html`` in the run.
 
-    ``answered`` are the same questions answered by several models (``runs.samples``).
-
-    Raises:
-        KavaError: ``run_dir`` is not a run, one of its files is broken, or ``out`` cannot be
-            written.
+    ``answered`` are the same questions answered by several models (``runs.samples``). Raises
+    KavaError: ``run_dir`` is no run, one of its files is broken, or ``out`` cannot be written.
     """
-    check_access(run_dir, "run")
-    run = _read(run_dir)
-    page = render(
-        TEMPLATE,
-        name=run.config.run.name,
-        subtitle=_subtitle(run),
-        verdicts=verdicts(run.evaluations, [teacher.name for teacher in run.config.teachers]),
-        cards=cards(run.evaluations),
-        curves=_curves(run),
-        evaluations=first_and_last(run.evaluations),
-        further=further_sets(run.evaluations, list(run.config.eval.sets)),
-        samples=[*([samples_of_everyone(answered)] if answered else []), *samples_of_run(run_dir)],
-        teachers=_teachers(run),
-        probes=_probes(run) if run.config.teachers else None,
-        config=yaml.safe_dump(run.manifest["config"], sort_keys=False, allow_unicode=True),
-        starts=_starts(run.manifest.get("starts", [])),
-        fingerprints=_fingerprints(run.manifest["fingerprints"]),
-    )
-    return write_page(page, run_dir / REPORT_NAME if out is None else out)
-
-
-def _read(run_dir: Place) -> Run:
     if not run_dir.is_dir():
         raise KavaError(f"run={str(run_dir)!r} is no directory; name one made by `kava train`")
-    manifest = read_manifest(run_dir)
+    manifest, log = read_manifest(run_dir), pictures.read_log(run_dir / METRICS_NAME)
     # Overrides and recipes are filled in in place: the manifest's own config is shown as it is.
     config = parse_config(json.loads(json.dumps(manifest["config"])))
-    path = run_dir / METRICS_NAME
-    kinds: tuple[Kind, ...] = ("train", "eval", "diagnostics")
-    # A run that has only begun has no metrics file.
-    records = [read_metrics(path, kind) if path.exists() else [] for kind in kinds]
-    return Run(run_dir, manifest, config, *records)
-
-
-def _subtitle(run: Run) -> str:
-    steps = run.config.train.steps
-    reached = max((r["step"] for r in (*run.train, *run.evaluations)), default=0)
-    state = "" if reached >= steps else " It is not finished."
-    time = next((start["time"] for start in run.manifest.get("starts", [])), "")
-    started = f" Started {time[:16].replace('T', ' ')} UTC." if time else ""
-    return (
-        f"Report of one run, recipe {run.config.recipe}. Step {reached} of {steps}.{state}{started}"
+    kept = config.needs_calibration and calibration_path(run_dir).is_file()
+    evaluations, calibration = log["eval"], read_calibration(run_dir) if kept else {}
+    first, last = (evaluations[0], evaluations[-1]) if evaluations else ({}, {})
+    names, measured = [teacher.name for teacher in config.teachers], log["diagnostics"]
+    page = _render(
+        "report.html.j2",
+        manifest=manifest,
+        config=config,
+        step=max((record["step"] for record in (*log["train"], *evaluations)), default=0),
+        first=first,
+        last=last,
+        verdicts=[_verdict(of, last) for of in ("", *(names if len(names) > 1 else ()))],
+        loss=pictures.loss_chart({"loss": log}),
+        alignment=pictures.alignment_chart(log),
+        gradients=pictures.gradient_chart(log),
+        probed=config.train.diagnose_every or isinstance(config.loss.kv_weight, AutoShare),
+        cost=measured[-1].get("probe_share_of_time") if measured else None,
+        evaluations=_by_owner(first, last),
+        answers=read_answers(run_dir),
+        answered=answered,
+        explained=_explained(config),
+        teachers=[
+            _by_layer(teacher, last.get("layers", {}), calibration.get(teacher.name))
+            for teacher in config.teachers
+        ],
     )
+    return _write(page, run_dir / REPORT_NAME if out is None else out)
 
 
-def _curves(run: Run) -> list[Picture]:
-    """What the run learned and how well it is aligned, as far as that was logged."""
-    path, found = run.directory / METRICS_NAME, []
-    losses = [_course(run.train, "ce"), _course(run.evaluations, "eval_loss")]
-    if any(losses):
-        found.append(
-            picture(
-                lambda out: learning_curve({"loss": path}, out),
-                f"Loss curve. Training cross-entropy: {losses[0] or 'not logged'}. Held-out loss: "
-                f"{losses[1] or 'not measured'}.",
-                "Cross-entropy in training (thin) and on held-out rows (marked).",
-            )
-        )
-    cosine = _course(run.train, "cos_running") or _course(run.train, "cos_sim")
-    if cosine:
-        gap = _course(run.train, "gap_running") or _course(run.train, "alignment_gap")
-        found.append(
-            picture(
-                lambda out: alignment_curve(path, out),
-                f"Alignment curve. Cosine in training: {cosine}. Gap: {gap or 'none'}. Held-out "
-                f"cosine: {_course(run.evaluations, 'eval_cos_sim') or 'not measured'}.",
-                "Cosine, the cosine of unrelated examples (shuffled), and the gap between the two. "
-                "Without a gap a high cosine means nothing.",
-            )
-        )
+def write_grid_report(directory: Path, out: Place | None = None) -> Place:
+    """Write the report of a grid and return its path, by default ``report.html`` in it.
+
+    Raises KavaError: ``directory`` holds no grid, its results are broken or cannot be compared, or
+    ``out`` cannot be written.
+    """
+    results = read_results(directory)
+    comparison, grid, arms = compare(results), results.grid, results.arms
+    # Drawn as lines are the baseline, the declared contrast, and the arms with the best scores.
+    best = [grid.baseline, grid.contrast, *tables.by_score(grid, comparison)]
+    chosen = [arm for arm in dict.fromkeys(best) if arm in arms][: len(pictures.COLOURS)]
+    # Looked into is the declared arm, else the best that has figures by layer.
+    others = [arm for arm in chosen if arm != grid.baseline]
+    seen = [
+        arm
+        for arm in others
+        if arm == grid.contrast or any(run.layers for run in arms[arm].values())
+    ]
+    shown = next(iter([*seen, *others]), None)
+    page = _render(
+        "grid.html.j2",
+        results=results,
+        grid=grid,
+        comparison=comparison,
+        ordered=tables.by_score(grid, comparison),
+        marks=tables.marks(grid),
+        charts=[_bands(results, chosen, key) for key in AXES],
+        tables=[
+            table(results, comparison)
+            for table in (tables.score_table, tables.figures_table, tables.sets_table)
+        ],
+        notes=tables.further_notes(comparison),
+        shown=shown,
+        layers_of_shown=_mean_layers(results, shown) if shown else [],
+        asked=_same_questions(results, [grid.baseline, shown]),
+    )
+    return _write(page, directory / REPORT_NAME if out is None else out)
+
+
+def _verdict(of: str, last: Mapping[str, Any]) -> dict[str, Any]:
+    """The last evaluation of one teacher (or overall): a word, what it rests on, and signs of
+    collapse. Before the first step there is neither word nor sign, without a cosine nothing."""
+    figures = {key.removeprefix("eval_"): value for key, value in last.items()}
+    start, tokens = f"{of}/" if of else "", figures.get("sampled_tokens")
+    own = {k.removeprefix(start): v for k, v in figures.items() if k.startswith(start)}
+    cosine, shuffled = own.get("cos_sim"), own.get("cos_shuffled")
+    if cosine is None:
+        return {"of": of, "cosine": None, "signs": []}
+    gap = alignment_gap(cosine, shuffled)
+    signs = collapse_signs(
+        cos_shuffled=shuffled,
+        gap=gap,
+        tokens=None if tokens is None else int(tokens),
+        **{k: own.get(k) for k in ("cos_centered", "retrieval", "student_rank", "target_rank")},
+    )
+    signs += [
+        f"By themselves the {what} of mapped layers {', '.join(map(str, rows))} have collapsed."
+        for what, rows in collapsed_layers(figures.get("layers", {})).items()
+        if of in ("", what.rpartition(" ")[0])
+    ]
+    found = {"of": of, "cosine": cosine, "shuffled": shuffled, "gap": gap}
+    if figures["step"] == 0:
+        return found | {"word": "", "signs": []}
+    return found | {"word": verdict(cosine, shuffled), "signs": signs}
+
+
+def _by_owner(first: Mapping[str, Any], last: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The figures of two evaluations: overall (""), by teacher, and by further held-out set.
+
+    Each is its metric's own name and its values, by the name without the owner.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for key in {**first, **last}:
+        if key not in ("step", "kind", "layers"):
+            of, _, name = key.removeprefix("eval_").rpartition("/")
+            values = [first.get(key)] + ([last.get(key)] if last is not first else [])
+            found.setdefault(of, {})[name.removeprefix("eval_")] = key, values
     return found
 
 
-def _course(records: Sequence[Mapping[str, Any]], key: str) -> str:
-    """The first and the last number of a metric in words; empty where it has none."""
-    points = [(r["step"], r[key]) for r in records if r.get(key) is not None]
-    return ", ".join(
-        f"{number(value)} at step {step}" for step, value in points[:1] + points[1:][-1:]
-    )
+def _explained(config: Config) -> list[str]:
+    """What the config does, a paragraph per question, with the models as they are here now."""
+    try:
+        return explain(config).split("\n\n")
+    except KavaError as error:  # a page does not fail because its run's models have changed
+        return [f"The models that are here now do not fit the config: {error}"]
 
 
-class Teacher(NamedTuple):
-    """What the page says of one teacher."""
-
-    name: str
-    path: str
-    meets: str
-    notes: list[str]
-    pictures: list[Picture]
-    figures: Table | None
-    evaluations: Table | None
-    drawn: Picture | None
-    map: Table | None
-
-
-def _teachers(run: Run) -> list[Teacher]:
-    depths = depths_at_hand(run.config)
-    calibration = read_calibration(run.directory, run.config)
-    return [_teacher(run, teacher, depths, calibration) for teacher in run.config.teachers]
-
-
-def _teacher(
-    run: Run, teacher: TeacherConfig, depths: Mapping[str, int], calibration: Mapping[str, Any]
-) -> Teacher:
-    setting, scores = teacher.layer_map, calibration.get(teacher.name, {})
-    meets = MAPS[setting] if isinstance(setting, str) else "the one of its pair in the config"
-    layer_map = layer_map_of(teacher, depths, calibration)
-    layers, step = _layers(run.evaluations, teacher.name)
-    count = len(next(iter(layers.values()), ()))
-    if layer_map is not None and layers and len(layer_map) != count:
-        layer_map = None  # the models that are here now are others than the run's
+def _by_layer(
+    teacher: TeacherConfig, layers: Mapping[str, Any], scores: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """One teacher's rows by figure, the student layers that their columns are, and the layer map
+    and scores of a calibration."""
+    start, setting = f"{teacher.name}/", teacher.layer_map
+    own = {k.removeprefix(start): row for k, row in layers.items() if k.startswith(start)}
+    for part in ("k", "v"):
+        student, target = (own.get(f"{side}_rank_{part}", ()) for side in ("student", "target"))
+        if student and target:
+            pairs = zip(student, target, strict=True)
+            own[f"rank_share_{part}"] = [s / t if s is not None and t else None for s, t in pairs]
+    columns = [] if isinstance(setting, str) else sorted(student for _, student in setting)
+    found = {"teacher": teacher, "layers": own, "scores": scores, "map": []}
+    if scores is not None:
+        layer_map = LayerMap.from_dict(scores["layer_map"], f"calibration of {teacher.name}")
+        columns, found["map"] = list(layer_map.student_layers), layer_map.rows()
     # A map that has a name maps all layers of the student in order.
-    students = range(count) if layer_map is None else layer_map.student_layers
-    drawn, notes = _drawn(run.config, teacher, layer_map, depths)
-    held_out = [
-        f"{words} {number(scores[key])}" for key, words in HELD_OUT.items() if key in scores
-    ]
-    if held_out:
-        notes.append(f"Calibration, on rows it was not fitted to: {', '.join(held_out)}.")
-    return Teacher(
-        name=teacher.name,
-        path=teacher.path,
-        meets=meets.format(layers=run.config.calibration.layers),
-        notes=notes,
-        pictures=_pictures(layers, teacher.name, students, step) if layers else [],
-        figures=_figures(layers, students, step) if layers else None,
-        evaluations=first_and_last(run.evaluations, teacher.name),
-        drawn=drawn,
-        map=None if layer_map is None else _map_table(layer_map, scores),
+    count = len(next(iter(own.values()), ()))
+    return found | {"columns": columns if len(columns) == count else list(range(count))}
+
+
+def _mean_layers(results: Results, arm: str) -> list[dict[str, Any]]:
+    """By teacher of an arm, its figures by layer over the seeds; None where one was not finite."""
+    runs = [run.layers for run in results.arms[arm].values()]
+    shared = [key for key in runs[0] if all(key in layers for layers in runs)]
+    rows = {key: np.array([layers[key] for layers in runs], np.float64) for key in shared}
+    means = {
+        key: [float(x) if np.isfinite(x) else None for x in row.mean(axis=0)]
+        for key, row in rows.items()
+    }
+    config = run_config(results.grid, results.base, arm, results.grid.seeds[0], Path())
+    found = [_by_layer(teacher, means) for teacher in config.teachers]
+    return [teacher for teacher in found if teacher["layers"]]
+
+
+def _same_questions(results: Results, arms: Sequence[str | None]) -> list[Any]:
+    """A run of each of the arms with one seed, whose questions are the same."""
+    runs = [results.arms[arm] for arm in arms if arm in results.arms]
+    common = [[own[s] for own in runs] for s in results.grid.seeds if all(s in r for r in runs)]
+    return common[0] if runs and common else []
+
+
+def _bands(results: Results, chosen: Sequence[str], key: str) -> Chart:
+    """Mean of a figure over seeds at the steps that all seeds have, arm by arm.
+
+    The band is Student's 95 % interval of the mean; of two seeds it would be wider than any
+    picture, and their range is drawn. In percent it ends at 0 and 100.
+    """
+    lines, scale = [], SCALE.get(key, 1)
+    for place, arm in enumerate(chosen):
+        points = [pictures.course(run.curve, key) for run in results.arms[arm].values()]
+        steps = sorted(set(points[0]).intersection(*points[1:]))
+        columns = ([scale * own[step] for own in points] for step in steps)
+        values = {s: np.array(c, np.float64) for s, c in zip(steps, columns, strict=True)}
+        ends = {}
+        if len(points) > 1:
+            band = (
+                student_interval if len(points) > 2 else lambda x: (float(x.min()), float(x.max()))
+            )
+            ends = {step: band(own) for step, own in values.items()}
+        if key in SCALE:
+            ends = {step: (max(low, 0.0), min(high, 100.0)) for step, (low, high) in ends.items()}
+        if len(steps) > 1:  # the last evaluation alone is in the tables
+            means = {step: float(own.mean()) for step, own in values.items()}
+            lines.append(Line(arm, means, place, ends=ends))
+    return Chart(AXES[key], lines, "log" if key == LOSS else "linear", LEVELS.get(key, {}))
+
+
+def _render(template: str, **parts: Any) -> str:
+    """The page that one of the package's templates makes; every text among its parts is escaped."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("kava_jax", "assets"), autoescape=True, undefined=StrictUndefined
     )
+    environment.filters |= {"number": number, "yaml": _yaml, "image": _image}
+    environment.globals |= {"in_words": in_words}
+    return environment.get_template(template).render(parts)
 
 
-def _layers(evaluations: Sequence[Mapping[str, Any]], teacher: str) -> tuple[dict[str, Any], int]:
-    """Figures of one teacher by mapped layer in the last evaluation, and its step."""
-    if not evaluations:
-        return {}, 0
-    found = evaluations[-1].get("layers", {})
-    own = {key: row for key, row in found.items() if key.startswith(f"{teacher}/")}
-    return own, evaluations[-1]["step"]
+def _yaml(content: Any) -> str:
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 
-def _pictures(layers: Layers, teacher: str, students: Sequence[int], step: int) -> list[Picture]:
-    """What the figures look like from layer to layer."""
-    return [
-        picture(
-            lambda out: heat_map(layers, teacher, students, out),
-            f"Heat map of the evaluation at step {step} by student layer; every number is in the "
-            f"table of all figures by layer.",
-            f"Held out, step {step}. Brighter is higher. Higher is better, but for the best "
-            f"constant vector: its cosine is a baseline. The attention output is that of the "
-            f"same queries reading either cache.",
-        ),
-        picture(
-            lambda out: magnitude_ratios(layers, teacher, students, out),
-            f"Length ratios of student and target vectors at step {step} by student layer; the "
-            f"quantiles are in the table of all figures by layer.",
-            f"Held out, step {step}. From quantile 0.1 to 0.9, the median marked; 1 is as long "
-            f"as the target.",
-        ),
-    ]
+def _image(figure: "Figure") -> dict[str, Any]:
+    """A picture as the attributes of an ``img``: a PNG as data, and its size in CSS pixels."""
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
+    width, height = (round(size * pictures.DPI / DENSITY) for size in figure.get_size_inches())
+    source = f"data:image/png;base64,{base64.b64encode(png.getvalue()).decode()}"
+    return {"src": source, "width": width, "height": height}
 
 
-def _figures(layers: Layers, students: Sequence[int], step: int) -> Table:
-    """The numbers of the pictures, and those that have no common scale."""
-    rows = [
-        Row(key.partition("/")[2], [number(value) for value in row]) for key, row in layers.items()
-    ]
-    heads = ["student layer", *map(str, students)]
-    return Table(f"Held-out figures by student layer, step {step}", heads, rows)
-
-
-def _drawn(
-    config: Config, teacher: TeacherConfig, layer_map: LayerMap | None, depths: Mapping[str, int]
-) -> tuple[Picture | None, list[str]]:
-    """The map as a picture, or why there is none."""
-    if layer_map is None and teacher.layer_map in CALIBRATED_MAPS:
-        return None, [
-            "The layer map was measured, but its calibration is not in the run directory."
-        ]
-    if layer_map is None or not depths:
-        return None, [
-            "The layer map is not drawn: the models are not at hand, so their numbers of "
-            "layers are not known."
-        ]
-    ours, theirs = depths["student"], depths[f"teacher-{teacher.name}"]
-    cut = config.loss.kl_weight == 0
-    last = layer_map.last_teacher_layer
-    ended = f" Layers after {last} are cut off." if cut and last < theirs - 1 else ""
-    wide = " The wider a line, the more it weighs." if layer_map.weights is not None else ""
-    return picture(
-        lambda out: layer_picture(layer_map, theirs, ours, out, cut=cut),
-        f"Layer map from {theirs} teacher layers to {ours} student layers; its pairs are in the "
-        f"table below.{ended}",
-        f"Dark layers are compared, along the lines; faint ones are not.{wide}{ended}",
-    ), []
-
-
-def _map_table(layer_map: LayerMap, scores: Mapping[str, Any]) -> Table:
-    """The map row by row, beside the scores of a calibration where there is one."""
-    columns = {words: scores[key] for key, words in SCORES.items() if key in scores}
-    rows = [
-        Row(str(student), [text, *(number(column[p]) for column in columns.values())])
-        for p, (student, text) in enumerate(layer_map.rows())
-    ]
-    heads = ["student layer", "teacher layers", *columns]
-    return Table("Layer map and calibration scores" if columns else "Layer map", heads, rows)
-
-
-class Probes(NamedTuple):
-    """What the probes found on training batches, and what they cost."""
-
-    notes: list[str]
-    picture: Picture | None
-
-
-def _probes(run: Run) -> Probes:
-    share = _course(run.probes, "kv_gradient_share")
-    cosine = _course(run.probes, "kv_gradient_cosine")
-    if not share or not cosine:
-        weighted = isinstance(run.config.loss.kv_weight, AutoShare)
-        asked = weighted or run.config.train.diagnose_every is not None
-        why = (
-            "No probe was taken yet." if asked else "train.diagnose_every=null: nothing is probed."
-        )
-        return Probes([why], None)
-    drawn = picture(
-        lambda out: gradient_curve(run.directory / METRICS_NAME, out),
-        f"Gradient shares. KV gradient beside cross-entropy gradient: {share}. Their cosine: "
-        f"{cosine}.",
-        "Gradients of the student's parameters on a training batch: how long that of the KV loss "
-        "is beside that of cross-entropy (1 is as long), and whether both pull the same way.",
-    )
-    cost = run.probes[-1].get("probe_share_of_time")
-    return Probes(
-        [
-            f"KV gradient / cross-entropy gradient: {share}. Cosine of the two: {cosine}.",
-            "What probes cost is not known: that takes three, and three logged lines."
-            if cost is None
-            else f"Probes cost {cost:.1%} of the time that the steps took.",
-        ],
-        drawn,
-    )
-
-
-def _starts(starts: Sequence[Mapping[str, Any]]) -> Table:
-    """Versions, hardware and command of every start, oldest first."""
-    columns = []
-    for start in starts:
-        git = start.get("git") or {}
-        revision = {"git": git["revision"] + (" + changes" if git["dirty"] else "")} if git else {}
-        about = {key: start[key] for key in ("time", "command") if key in start}
-        columns.append(about | start.get("hardware", {}) | revision | start.get("versions", {}))
-    keys = dict.fromkeys(key for column in columns for key in column)
-    rows = [Row(key, [str(column.get(key, "")) for column in columns]) for key in keys]
-    heads = ["field", *(f"start {place}" for place, _ in enumerate(columns, start=1))]
-    return Table("Starts of this run", heads, rows, words=True)
-
-
-def _fingerprints(found: Mapping[str, Any]) -> Table:
-    named = {f"teacher {name}": value for name, value in found.get("teachers", {}).items()}
-    named |= {key: value for key, value in found.items() if key != "teachers"}
-    rows = [Row(key, [value or "not taken"]) for key, value in named.items()]
-    return Table("SHA-256 of what was read", ["of", "fingerprint"], rows, words=True)
+def _write(page: str, target: Place) -> Place:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise KavaError(
+            f"out={str(target)!r} cannot be written ({error.strerror}); name another file"
+        ) from None
+    return target

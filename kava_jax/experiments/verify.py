@@ -21,7 +21,6 @@ from kava_jax.verdict import verdict
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-    from rich.table import Table
 
 # Published figures of the original method, as printed (REFERENCES: "The original method").
 PUBLISHED: dict[str, dict[str, str]] = {
@@ -88,51 +87,37 @@ class Verification(NamedTuple):
 
 def run_verification(seed: int = 0) -> Verification:
     """Compute all three tables; the seed draws the directions and the noise."""
-    direction_key, noise_key = jax.random.split(jax.random.key(seed))
-    direction = unit(jax.random.normal(direction_key, SHAPE))
-    noise = unit(jax.random.normal(noise_key, SHAPE))
-    scale = _scale_rows(direction)
-    angles = [row for label in PUBLISHED["angles"] for row in _angle_rows(direction, noise, label)]
-    rows = (*scale, *angles, *_beta_rows(direction))
-    return Verification(rows, _notes(direction, noise, mean_square_error=scale[0].computed))
+    keys = jax.random.split(jax.random.key(seed))
+    direction, noise = (unit(jax.random.normal(key, SHAPE)) for key in keys)
+    longer, teacher = 100.0 * direction, 50.0 * direction
+    loss, metrics = MercatorKVLoss()(direction, longer)
+    scale = {"MSE": mse(direction, longer).value, "Mercator loss": loss}
+    scale["cosine"] = metrics["cos_sim"]
+    rows = [_published("scale", name, name, "mean", value) for name, value in scale.items()]
+    for key in PUBLISHED["angles"]:
+        radians, label = math.radians(float(key)), f"{key}°"
+        mixed, rotated = (
+            MercatorKVLoss()(student, teacher)[1]["cos_sim"]
+            for student in (_mix(teacher, noise, radians), geodesic_rotate(teacher, noise, radians))
+        )
+        exact = math.cos(radians), "exact", 0.5e-4, 4
+        rows.append(_published("angles", key, label, "cos, mixed", mixed))
+        rows.append(Row("angles", label, "cos, rotated", float(rotated), *exact))
+    for beta in PUBLISHED["beta"]:
+        total = MercatorKVLoss(beta=float(beta))(direction, longer)[0]
+        rows.append(_published("beta", beta, f"beta = {beta}", "total loss", total))
+    return Verification(tuple(rows), _notes(teacher, noise, mean_square_error=rows[0].computed))
 
 
-def _published_row(table: str, key: str, label: str, quantity: str, computed: float) -> Row:
+def _published(table: str, key: str, label: str, quantity: str, computed: Array | float) -> Row:
     """A row that must agree with ``PUBLISHED[table][key]``."""
     text = PUBLISHED[table][key]
     decimals = len(text.partition(".")[2])
-    tolerance = 0.5 * 10.0 ** -min(decimals, 4)
-    if (table, key) == ("angles", "90"):
-        tolerance = ONE_DRAW_TOLERANCE
-    return Row(table, label, quantity, computed, float(text), "published", tolerance, decimals)
-
-
-def _scale_rows(direction: Float[Array, "B T D"]) -> list[Row]:
-    student, teacher = direction, 100.0 * direction
-    loss, metrics = MercatorKVLoss()(student, teacher)
-    computed = {
-        "MSE": float(mse(student, teacher).value),
-        "Mercator loss": float(loss),
-        "cosine": float(metrics["cos_sim"]),
-    }
-    return [_published_row("scale", name, name, "mean", value) for name, value in computed.items()]
-
-
-def _angle_rows(
-    direction: Float[Array, "B T D"], noise: Float[Array, "B T D"], key: str
-) -> list[Row]:
-    radians = math.radians(float(key))
-    teacher = 50.0 * direction
-    mixed = _mix(teacher, noise, radians)
-    rotated = geodesic_rotate(teacher, noise, radians)
-    cos_mixed, cos_rotated = (
-        float(MercatorKVLoss()(student, teacher)[1]["cos_sim"]) for student in (mixed, rotated)
+    one_draw = (table, key) == ("angles", "90")
+    tolerance = ONE_DRAW_TOLERANCE if one_draw else 0.5 * 10.0 ** -min(decimals, 4)
+    return Row(
+        table, label, quantity, float(computed), float(text), "published", tolerance, decimals
     )
-    label, exact = f"{key}°", math.cos(radians)
-    return [
-        _published_row("angles", key, label, "cos, mixed", cos_mixed),
-        Row("angles", label, "cos, rotated", cos_rotated, exact, "exact", 0.5e-4, 4),
-    ]
 
 
 def _mix(
@@ -142,23 +127,10 @@ def _mix(
     return math.cos(radians) * teacher + math.sin(radians) * noise
 
 
-def _beta_rows(direction: Float[Array, "B T D"]) -> list[Row]:
-    return [
-        _published_row(
-            "beta",
-            key,
-            f"beta = {key}",
-            "total loss",
-            float(MercatorKVLoss(beta=float(key))(direction, 100.0 * direction)[0]),
-        )
-        for key in PUBLISHED["beta"]
-    ]
-
-
 def _notes(
-    direction: Float[Array, "B T D"], noise: Float[Array, "B T D"], mean_square_error: float
+    teacher: Float[Array, "B T D"], noise: Float[Array, "B T D"], mean_square_error: float
 ) -> tuple[str, ...]:
-    teacher, thirty = 50.0 * direction, math.radians(30.0)
+    thirty = math.radians(30.0)
     mixed = _mix(teacher, noise, thirty)
     reached = math.degrees(float(jnp.mean(angular_distance(mixed, teacher))))
     rotated = float(jnp.mean(cosine(geodesic_rotate(teacher, noise, thirty), teacher)))
@@ -181,32 +153,26 @@ def _notes(
 
 
 def render(verification: Verification) -> "RenderableType":
-    """The tables and notes for a terminal."""
+    """The tables and notes for a terminal: a line per label, its quantities side by side."""
     from rich.console import Group
-
-    tables = []
-    for name, title in TITLES.items():
-        tables += [f"\n{title}", _table([row for row in verification.rows if row.table == name])]
-    missed = [f"{row.label} ({row.quantity})" for row in verification.rows if not row.holds]
-    summary = f"Rows that do not hold: {', '.join(missed)}." if missed else "Every row holds."
-    return Group(*tables, *(f"\n{note}" for note in verification.notes), f"\n{summary}")
-
-
-def _table(rows: list[Row]) -> "Table":
-    """One line per label, its quantities side by side."""
     from rich.table import Table
 
-    lines: dict[str, list[Row]] = {}
-    for row in rows:
-        lines.setdefault(row.label, []).append(row)
-    table = Table("")
-    for row in next(iter(lines.values())):
-        for heading in (row.quantity, row.source):
-            table.add_column(heading, justify="right")
-        table.add_column("holds")
-    for label, line in lines.items():
-        table.add_row(label, *(cell for row in line for cell in _cells(row)))
-    return table
+    parts = []
+    for name, title in TITLES.items():
+        lines: dict[str, list[Row]] = {}
+        for row in verification.rows:
+            if row.table == name:
+                lines.setdefault(row.label, []).append(row)
+        table = Table("")
+        for row in next(iter(lines.values()), ()):
+            for heading in (row.quantity, row.source, "holds"):
+                table.add_column(heading, justify="left" if heading == "holds" else "right")
+        for label, line in lines.items():
+            table.add_row(label, *(cell for row in line for cell in _cells(row)))
+        parts += [f"\n{title}", table]
+    missed = [f"{row.label} ({row.quantity})" for row in verification.rows if not row.holds]
+    summary = f"Rows that do not hold: {', '.join(missed)}." if missed else "Every row holds."
+    return Group(*parts, *(f"\n{note}" for note in verification.notes), f"\n{summary}")
 
 
 def _cells(row: Row) -> tuple[str, str, str]:

@@ -229,6 +229,24 @@ def calibration_path(run_dir: Place) -> Place:
     return run_dir / CALIBRATION_NAME / "calibration.json"
 
 
+def read_calibration(run_dir: Place) -> dict[str, Any]:
+    """What a run's calibration found, by teacher: ``layer_map`` and scores.
+
+    Raises KavaError when there is none, or its file is not whole.
+    """
+    path = calibration_path(run_dir)
+    try:
+        teachers = json.loads(path.read_text(encoding="utf-8"))["teachers"]
+        return {
+            name: {"layer_map": found["layer_map"], **found} for name, found in teachers.items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise KavaError(
+            f"calibration={str(path)!r} cannot be read ({type(error).__name__}); run `kava "
+            f"calibrate` with the run's config.yaml"
+        ) from None
+
+
 def read_measured_maps(config: Config) -> dict[str, LayerMap]:
     """The layer maps in the run's calibration; none where the config asks for none.
 
@@ -236,16 +254,9 @@ def read_measured_maps(config: Config) -> dict[str, LayerMap]:
     """
     if not config.needs_calibration:
         return {}
-    path = calibration_path(config.run.directory)
-    try:
-        teachers = json.loads(path.read_text(encoding="utf-8"))["teachers"]
-        maps = {name: found["layer_map"] for name, found in teachers.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise KavaError(
-            f"calibration={str(path)!r} cannot be read ({type(error).__name__}); run `kava "
-            f"calibrate` with the run's config.yaml"
-        ) from None
-    return {name: LayerMap.from_dict(found, str(path)) for name, found in maps.items()}
+    where, found = config.run.directory, read_calibration(config.run.directory)
+    path = str(calibration_path(where))
+    return {name: LayerMap.from_dict(own["layer_map"], path) for name, own in found.items()}
 
 
 def restore(run: Run, checkpoint: str = "last") -> TrainState:

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 
-from kava_jax.experiments.outcome import pack
+from kava_jax.experiments.results import pack
 
 BASE = {
     "teachers": [{"name": "big", "path": "builtin:demo_teacher"}],
@@ -82,7 +82,7 @@ def made_up_run(seed, level, *, cosine=None, questions=64):
 
 
 def write_results(directory, runs, *, seeds=(0, 1, 2), baseline="ce", fields=None, **grid):
-    """``grid.json``, and a file for every arm that has runs (an empty list has none)."""
+    """``grid.json`` and ``runs.jsonl``; an arm may have an empty list of runs."""
     directory.mkdir(parents=True, exist_ok=True)
     arms = {arm: (fields or {}).get(arm, {}) for arm in runs}
     content = {
@@ -98,10 +98,8 @@ def write_results(directory, runs, *, seeds=(0, 1, 2), baseline="ce", fields=Non
         "versions": {"python": "3.11", "jax": "0.10.2"},
     }
     (directory / "grid.json").write_text(json.dumps(content))
-    for arm, own in runs.items():
-        if own:
-            record = {"arm": arm, "fields": arms[arm], "runs": own}
-            (directory / f"{arm}.json").write_text(json.dumps(record))
+    lines = [json.dumps({"arm": arm, **run}) for arm, own in runs.items() for run in own]
+    (directory / "runs.jsonl").write_text("\n".join(lines))
     return directory
 
 
@@ -113,3 +111,11 @@ def write_made_up(directory, *, seeds=(0, 1, 2), arms=None, questions=64, **grid
         for arm, (level, cosine) in levels.items()
     }
     return write_results(directory, runs, seeds=seeds, **grid)
+
+
+def change_run(directory, arm, place, change):
+    """Change a run's line in place, counted from 0 among its arm's."""
+    path = directory / "runs.jsonl"
+    runs = [json.loads(line) for line in path.read_text().splitlines()]
+    change([run for run in runs if run["arm"] == arm][place])
+    path.write_text("\n".join(map(json.dumps, runs)))

@@ -7,11 +7,10 @@ import pytest
 import scipy.stats
 
 from kava_jax.errors import KavaError
-from kava_jax.experiments.comparison import compare
-from kava_jax.experiments.outcome import pack
-from kava_jax.experiments.results import read_results
-from kava_jax.experiments.statistics import paired_difference
-from tests.experiments.made_up import outcome, write_made_up, write_results
+from kava_jax.experiments.comparison import COSINE, compare, figure_points
+from kava_jax.experiments.results import pack, read_results
+from kava_jax.experiments.statistics import estimate
+from tests.experiments.made_up import change_run, outcome, write_made_up, write_results
 
 QUESTIONS = 64
 
@@ -44,15 +43,16 @@ def test_scores_and_differences_are_those_of_the_bits(tmp_path):
         {"ce": 0.375, "kv": 1.75 / 3, "kl": 1.25 / 3}
     )
     assert found.arms["kv"].score.per_seed == {0: 0.5, 1: 0.625, 2: 0.625}
-    low, high = found.arms["kv"].score.interval[1:3]
+    low, high = found.arms["kv"].score.interval
     assert 0.4 < low < 0.55 < 0.6 < high < 0.75
     assert found.arms["ce"].difference is None
     difference = found.arms["kv"].difference
     assert difference.mean == pytest.approx((0.25 + 0.25 + 0.125) / 3)
-    assert difference.contrast.per_seed == pytest.approx((0.25, 0.25, 0.125))
-    assert difference.contrast == paired_difference(np.array(bits["kv"]), np.array(bits["ce"]))
+    assert difference.per_seed == pytest.approx({0: 0.25, 1: 0.25, 2: 0.125})
+    pairs = enumerate(zip(bits["kv"], bits["ce"], strict=True))
+    assert difference == estimate({s: kv.astype(int) - ce for s, (kv, ce) in pairs})
     theirs = scipy.stats.ttest_1samp([0.25, 0.25, 0.125], 0).confidence_interval(0.95)
-    assert difference.by_seeds[1:3] == pytest.approx((theirs.low, theirs.high))
+    assert difference.student == pytest.approx((theirs.low, theirs.high))
     assert found.declared == difference
 
 
@@ -68,7 +68,7 @@ def test_the_declared_contrast_is_left_out_of_holms_correction(tmp_path):
     }
     seeds = (0, 1, 2, 3)
     found = compared(tmp_path, runs, seeds=seeds, contrast="kv").arms
-    raw = {arm: found[arm].difference.contrast.p_value for arm in ("kv", "a", "b")}
+    raw = {arm: found[arm].difference.p_value for arm in ("kv", "a", "b")}
     # Of the 16 sign flips of (1/4, 1/8, 1/4, 1/8) six have a sum of 1/2 or more in size.
     assert raw == pytest.approx({"kv": 2 / 16, "a": 2 / 16, "b": 6 / 16})
     assert found["kv"].difference.p_holm is None
@@ -77,7 +77,7 @@ def test_the_declared_contrast_is_left_out_of_holms_correction(tmp_path):
     # A further comparison is one more test: b minus a is (0, 0, 0, -1/4), half of all flips.
     further = compared(tmp_path, runs, seeds=seeds, contrast="kv", against={"b": "a"})
     assert further.further["b", "a"].mean == pytest.approx(-1 / 16)
-    assert further.further["b", "a"].contrast.p_value == 1
+    assert further.further["b", "a"].p_value == 1
     assert further.further["b", "a"].p_holm == 1
     assert further.arms["a"].difference.p_holm == pytest.approx(3 * 2 / 16)
     assert further.arms["kv"].difference.p_holm is None
@@ -97,18 +97,11 @@ def test_only_seeds_that_both_have_are_compared(tmp_path):
     }
     found = compared(tmp_path, runs)
     assert list(found.arms) == ["ce", "kv", "one", "none"]
-    assert found.arms["kv"].difference.seeds == (0, 2)
-    assert found.arms["kv"].difference.contrast.seeds == 2
+    assert set(found.arms["kv"].difference.per_seed) == {0, 2}
     one = found.arms["one"].difference
-    assert (one.mean, one.seeds, one.contrast, one.by_seeds, one.p_holm) == (
-        -0.25,
-        (2,),
-        None,
-        None,
-        None,
-    )
+    assert one == ({2: -0.25}, None, None, None, QUESTIONS, None)
     assert found.arms["none"].difference is None
-    assert found.arms["none"].score == (0.25, None, {1: 0.25}, ())
+    assert found.arms["none"].score == ({1: 0.25}, None, None, None, QUESTIONS, None)
 
 
 def test_seeds_that_the_grid_no_longer_has_do_not_count(tmp_path):
@@ -122,14 +115,14 @@ def test_losses_have_students_interval_and_diverged_runs_are_named(tmp_path):
     runs = {arm: [losing(s, loss) for s, loss in enumerate(own)] for arm, own in losses.items()}
     found = compared(tmp_path, runs, score="eval_loss").arms
     theirs = scipy.stats.ttest_1samp(losses["ce"], 0).confidence_interval(0.95)
-    assert found["ce"].score.interval[:3] == pytest.approx((1.25, theirs.low, theirs.high))
-    assert found["kv"].score.diverged == (2,)
+    assert found["ce"].score.mean == pytest.approx(1.25)
+    assert found["ce"].score.interval == pytest.approx((theirs.low, theirs.high))
+    assert set(found["kv"].score.per_seed) == {0, 1}
     assert found["kv"].score.mean == pytest.approx(0.9375)
     difference = found["kv"].difference
-    assert difference.seeds == (0, 1)
-    assert difference.contrast.per_seed == pytest.approx((-0.25, -0.125))
-    assert difference.contrast.questions is None
-    assert difference.by_seeds is None
+    assert difference.per_seed == pytest.approx({0: -0.25, 1: -0.125})
+    assert difference.questions is None
+    assert difference.interval == difference.student
 
 
 def test_other_figures_are_means_over_seeds(tmp_path):
@@ -158,7 +151,7 @@ def test_other_figures_are_means_over_seeds(tmp_path):
     assert found.gradient_spread == pytest.approx(0.25)
     assert found.sets == pytest.approx({"old/exact_match_strict": 0.375, "old/eval_loss": 3.0})
     kept = found.set_differences["old"]
-    assert kept.contrast.per_seed == pytest.approx((0.25, 0.125, 0.0))
+    assert kept.per_seed == pytest.approx({0: 0.25, 1: 0.125, 2: 0.0})
     assert kept.p_holm is None
 
 
@@ -175,10 +168,10 @@ def test_steps_to_reach_what_the_baseline_ended_with(tmp_path):
         "short": [run(0, (1.0,))],
     }
     found = compared(tmp_path, runs, seeds=(0, 1), score="eval_loss").arms
-    assert found["both"].reached == pytest.approx(((100 + 100 / 3 + 100) / 2, 2, 2))
-    assert found["half"].reached == (None, 1, 2)
-    assert found["short"].reached is None
-    assert found["ce"].reached is None
+    assert found["both"].reached == pytest.approx([100 + 100 / 3, 100])
+    assert found["half"].reached == [pytest.approx(100 + 100 / 3), None]
+    assert found["short"].reached == []
+    assert found["ce"].reached == []
 
 
 def test_cosine_and_gap_are_ranked_with_the_score_over_all_runs(tmp_path):
@@ -191,13 +184,18 @@ def test_cosine_and_gap_are_ranked_with_the_score_over_all_runs(tmp_path):
             values = {"eval_cos_sim": cosine, "eval_alignment_gap": gap}
             runs[arm].append(losing(seed, loss, values=values))
             cosines, gaps, scores = [*cosines, cosine], [*gaps, gap], [*scores, loss]
-    found = compared(tmp_path, runs, score="eval_loss")
-    assert len(found.cosine.points) == 9
-    assert found.cosine.points[4] == ("b", 1, cosines[4], scores[4])
+    results = read_results(write_results(tmp_path / "grid", runs, score="eval_loss"))
+    found, points = compare(results), figure_points(results, COSINE)
+    assert len(points) == found.cosine.n == 9
+    assert points[4] == (1, cosines[4], scores[4])
     theirs = [scipy.stats.spearmanr(figure, scores).statistic for figure in (cosines, gaps)]
-    assert [found.cosine.rank.rho, found.gap.rank.rho] == pytest.approx(theirs)
+    assert [found.cosine.rho, found.gap.rho] == pytest.approx(theirs)
     alone = compared(tmp_path / "alone", {"ce": runs["ce"]}, score="eval_loss")
-    assert alone.cosine == ([], None)
+    assert alone.cosine == (None, None, None, 0)
+    # Without a KV loss there is no alignment, whatever was logged.
+    fields = {arm: {"loss.kv_weight": 0} for arm in "ab"}
+    less = compared(tmp_path / "less", runs, score="eval_loss", fields=fields)
+    assert less.cosine.n == 3
 
 
 def test_a_grid_without_its_baseline_shows_what_is_there(tmp_path):
@@ -212,30 +210,49 @@ def test_the_same_figures_from_a_whole_made_up_grid(tmp_path):
     results = read_results(write_made_up(tmp_path / "grid"))
     found = compare(results)
     for arm, own in results.arms.items():
-        reported = [run.values["exact_match_strict"] for run in own.runs.values()]
+        reported = [run.values["exact_match_strict"] for run in own.values()]
         assert found.arms[arm].score.mean == pytest.approx(np.mean(reported))
+
+
+def spoil_runs(directory, line):
+    with (directory / "runs.jsonl").open("a") as file:
+        file.write("\n" + line)
+
+
+def spoil_grid(directory, **fields):
+    path = directory / "grid.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"grid": content["grid"] | fields}))
 
 
 @pytest.mark.parametrize(
     ("spoil", "problem"),
     [
         (lambda d: (d / "grid.json").unlink(), r"grid.json is missing; name a directory made by"),
-        (lambda d: (d / "grid.json").write_text("{"), r"grid.json cannot be read"),
-        (lambda d: (d / "grid.json").write_text("[]"), r"grid.json cannot be read"),
-        (lambda d: change(d / "grid.json", "grid", "seeds", []), r"is no grid of this version"),
-        (lambda d: (d / "kv.json").write_text("{}"), r"kv.json is no record of an arm"),
-        (lambda d: change(d / "kv.json", "runs", 0, "more", 1), r"arms.kv: kv.json holds runs of"),
+        (lambda d: (d / "grid.json").write_text("{"), r"grid.json is no grid of this version"),
+        (lambda d: (d / "grid.json").write_text("[]"), r"grid.json is no grid of this version"),
+        (lambda d: spoil_grid(d, seeds=[]), r"is no grid of this version \(ValidationError"),
+        (lambda d: spoil_runs(d, "{}"), r"runs.jsonl line 10 is no run of this version"),
+        (lambda d: spoil_runs(d, '{"arm": "kv'), r"runs.jsonl line 10 is no run of this version"),
         (
-            lambda d: change(d / "kv.json", "runs", 1, "data", "others"),
+            lambda d: change_run(d, "kv", 0, lambda run: run.update(more=1)),
+            r"runs.jsonl line 7 is no run of this version; restore the file",
+        ),
+        (
+            lambda d: (d / "kv.json").write_text("{}"),
+            r"kv.json is no part of a grid's results, .* earlier version; `python docs/results/one",
+        ),
+        (
+            lambda d: change_run(d, "kv", 1, lambda run: run.update(data="others")),
             r"arms.kv: seed 1 was run on other data than arms.ce; remove",
         ),
         (
-            lambda d: change(d / "kv.json", "runs", 1, "correct", {}),
+            lambda d: change_run(d, "kv", 1, lambda run: run.update(correct={})),
             r"arms.kv: no answers with seeds \[1\]; set score: eval_loss",
         ),
         (
-            lambda d: change(d / "kv.json", "runs", 1, "correct", {"held_out": "3:e0"}),
-            r"arms.kv: \[3, 64\] questions from seed to seed",
+            lambda d: change_run(d, "kv", 1, lambda run: run.update(correct={"held_out": "3:e0"})),
+            r"arms.kv: \[3, 64\] questions were answered, by seed",
         ),
     ],
 )
@@ -251,13 +268,3 @@ def test_arms_that_answered_other_numbers_of_questions_are_refused(tmp_path):
     runs = {arm: [answered(0, right(0.5)[:size])] for arm, size in (("ce", 64), ("kv", 32))}
     with pytest.raises(KavaError, match=r"arms.kv: \[32, 64\] questions were answered"):
         compared(tmp_path, runs)
-
-
-def change(path, *keys_and_value):
-    """Set one value deep in a JSON file."""
-    *keys, last, value = keys_and_value
-    content = node = json.loads(path.read_text())
-    for key in keys:
-        node = node[key]
-    node[last] = value
-    path.write_text(json.dumps(content))

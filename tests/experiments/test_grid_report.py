@@ -8,13 +8,12 @@ import numpy as np
 import pytest
 
 from kava_jax.errors import KavaError
-from kava_jax.experiments import grid_curves
+from kava_jax.experiments import report as page_of
 from kava_jax.experiments.comparison import compare
-from kava_jax.experiments.grid_pictures import band_curves, scatter, score_dots
-from kava_jax.experiments.grid_report import write_grid_report
+from kava_jax.experiments.report import write_grid_report
 from kava_jax.experiments.results import read_results
 from kava_jax.experiments.statistics import in_words
-from tests.experiments.made_up import made_up_run, outcome, write_made_up, write_results
+from tests.experiments.made_up import change_run, made_up_run, outcome, write_made_up, write_results
 from tests.experiments.pages import Page, check_stands_alone, ids_and_labels
 from tests.tiny import kava
 
@@ -59,10 +58,10 @@ def test_what_was_compared_and_what_was_declared(page, comparison):
     assert "3 arms x 3 seeds (0, 1, 2), 64 questions per seed, 20 steps" in page.words
     assert "Not finished" not in page.words
     declared = comparison.declared
-    assert in_words(declared.contrast, "kv", "ce") in page.words
-    low, high = (f"{100 * end:+z.1f}" for end in declared.by_seeds[1:3])
+    assert in_words(declared, "kv", "ce") in page.words
+    low, high = (f"{100 * end:+z.1f}" for end in declared.student)
     assert f"safer one with few seeds: {low} to {high} points." in page.words
-    assert f"{100 * declared.contrast.per_seed[0]:+.1f}" in page.words
+    assert f"{100 * declared.per_seed[0]:+.1f}" in page.words
     assert "better" not in page.words.lower()
 
 
@@ -91,13 +90,11 @@ def test_the_tables_hold_the_comparison(page, comparison):
     kv, kl, ce = (dict(zip(range(8), row, strict=True)) for row in rows)
     own = comparison.arms["kv"]
     assert kv[2] == f"{100 * own.score.mean:.1f}"
-    assert kv[3] == f"{100 * own.score.interval.low:.1f} to {100 * own.score.interval.high:.1f}"
+    assert kv[3] == " to ".join(f"{100 * end:.1f}" for end in own.score.interval)
     assert kv[4] == f"{100 * own.difference.mean:+.1f}"
-    drawn = own.difference.contrast.difference
-    assert kv[5] == f"{100 * drawn.low:+z.1f} to {100 * drawn.high:+z.1f}"
-    by_seeds = own.difference.by_seeds
-    assert kv[6] == f"{100 * by_seeds.low:+z.1f} to {100 * by_seeds.high:+z.1f}"
-    assert kv[7] == f"{own.difference.contrast.p_value:.3f}"
+    assert kv[5] == " to ".join(f"{100 * end:+z.1f}" for end in own.difference.interval)
+    assert kv[6] == " to ".join(f"{100 * end:+z.1f}" for end in own.difference.student)
+    assert kv[7] == f"{own.difference.p_value:.3f}"
     assert kl[7] == f"{comparison.arms['kl'].difference.p_holm:.3f}"
     assert [ce[column] for column in (4, 5, 6, 7)] == [DASH] * 4
     heads, first, *_ = page.tables["Other figures, highest score first"]
@@ -105,7 +102,7 @@ def test_the_tables_hold_the_comparison(page, comparison):
     assert found["time of a step"] == "1.50"
     assert found["cosine"] == f"{own.cosine:.3f}"
     assert found["gradient spread"] == f"{own.gradient_spread:.3f}"
-    assert found["steps to the baseline's score"] == f"{own.reached.steps:.0f}"
+    assert found["steps to the baseline's score"] == f"{np.mean(own.reached):.0f}"
     heads, first, *_ = page.tables["By set, highest score first"]
     assert heads[1] == "old: exact match, %"
     assert first[1] == f"{100 * own.sets['old/exact_match_strict']:.1f}"
@@ -114,39 +111,67 @@ def test_the_tables_hold_the_comparison(page, comparison):
 
 def test_every_picture_is_inside_and_tells_its_numbers(page, comparison):
     pictures = page.all("img")
-    # Scores; loss, exact match; cosine, gap; both beside the score; heat map, lengths.
-    assert len(pictures) == 9
+    assert len(pictures) == 4  # loss, exact match, cosine, gap
     for attrs in pictures:
         png = base64.b64decode(attrs["src"].removeprefix("data:image/png;base64,"), validate=True)
         assert png.startswith(b"\x89PNG")
-    scores, loss, answers, cosine, gap, beside_cosine, _, heat, _ = (p["alt"] for p in pictures)
+    loss, answers, cosine, gap = (p["alt"] for p in pictures)
     own = comparison.arms["kv"].score
-    ends = " to ".join(f"{100 * end:.3g}" for end in own.interval[1:3])
-    assert f"highest first. kv {100 * own.mean:.3g} ({ends}); kl " in scores
-    assert re.search(r"ce: 4\.\d{3} at step 0, 1\.\d{3} \(1\.\d{3} to 1\.\d{3}\) at step 20", loss)
-    assert f"kv: {100 * own.mean / 2:.3f} at step 10, {100 * own.mean:.3f} (" in answers
-    assert f"at step 0, {comparison.arms['kv'].cosine:.3f} (" in cosine
-    assert f"{comparison.arms['kv'].gap:.3f} (" in gap
-    rho = comparison.cosine.rank.rho
-    assert f"(Spearman's rho) {rho:.2f} over 3 runs, too few" in beside_cosine
-    assert re.search(r"keys 0\.\d{3}, 0\.\d{3}; values 0\.\d{3}, 0\.\d{3}\.", heat)
+    assert re.search(
+        r"ce: 4\.\d{3} at step 0, 1\.\d{3} at step 20, between 1\.\d{3} and 1\.\d{3}\.", loss
+    )
+    assert f"kv: {100 * own.mean / 2:.3f} at step 10, {100 * own.mean:.3f} at step 20" in answers
+    assert f"at step 0, {comparison.arms['kv'].cosine:.3f} at step 20, between" in cosine
+    assert f"{comparison.arms['kv'].gap:.3f} at step 20, between" in gap
+    words = "Rank correlation (Spearman's rho) of cosine and score"
+    assert f"{words} {comparison.cosine.rho:.2f} over 3 runs, too few" in page.words
+
+
+def scores_of(page):
+    """Of each arm's score as drawn: where its interval, its mean and the baseline are, in parts."""
+    tracks = [attrs["style"] for attrs in page.all("span") if attrs.get("class") == "track"]
+    return [
+        {name: float(x) for name, x in re.findall(r"--(\w+): ([-\d.e]+)", style)}
+        for style in tracks
+    ]
+
+
+def test_scores_are_drawn_to_scale_in_the_order_of_the_table(page, comparison):
+    order = ("kv", "kl", "ce")
+    for drawn, arm in zip(scores_of(page), order, strict=True):
+        score = comparison.arms[arm].score
+        assert (drawn["low"], drawn["high"]) == pytest.approx(score.interval)
+        assert drawn["mean"] == pytest.approx(score.mean)
+        assert drawn["base"] == pytest.approx(comparison.arms["ce"].score.mean)
+        assert f"{100 * score.mean:.1f} %" in page.words
+
+
+def test_the_declared_arm_is_looked_into_layer_by_layer(page, grid):
+    name = "Held-out figures of kv beside big by student layer, mean over seeds"
+    heads, *rows = page.tables[name]
+    assert heads == ["student layer", "0", "1"]
+    runs = read_results(grid).arms["kv"].values()
+    means = np.mean([run.layers["big/cos_centered_k"] for run in runs], axis=0)
+    assert ["centred cosine, keys", *(f"{x:.3f}" for x in means)] in rows
+    others = page.tables[f"{name}: lengths, ranks and others"]
+    assert ["length ratio, median, keys", "0.900", "0.990"] in others
 
 
 def test_answers_of_the_baseline_and_of_the_declared_arm(page, grid):
     assert "How many apples has child 1 of seed 0?" in page.words
     assert "wanted 2 ce: " in page.words
-    bits = [run.correct["held_out"] for run in read_results(grid).arms["kv"].runs.values()]
+    bits = [run.correct["held_out"] for run in read_results(grid).arms["kv"].values()]
     first = bin(int(bits[0].split(":")[1][:2], 16))[2:].zfill(8)
     marks = re.findall(r"kv: (right|wrong) 2\*\d", page.words)
     assert marks == ["right" if bit == "1" else "wrong" for bit in first[:3]]
 
 
 def test_how_it_was_made(page):
-    assert 'kv loss.kv = "mercator" loss.kv_weight = {"start": 3, "end": 0}' in page.words
-    assert "kl nothing" in page.words
-    assert "train.steps = 20" in page.words
+    assert "kv: loss.kv: mercator loss.kv_weight: start: 3 end: 0" in page.words
+    assert "kl: {}" in page.words
+    assert "set: train.steps: 20" in page.words
     assert "path: builtin:word_problems" in page.text
-    assert page.tables["Versions"][1:] == [["python", "3.11"], ["jax", "0.10.2"]]
+    assert "python: '3.11' jax: 0.10.2" in page.words
 
 
 def test_a_grid_for_choosing_says_that_nothing_was_declared(tmp_path):
@@ -179,8 +204,10 @@ def test_one_seed_has_no_intervals(tmp_path):
     for row in page.tables["Scores, highest first"][1:]:
         assert [row[column] for column in (3, 5, 6, 7)] == [DASH] * 4
     assert "one seed has no band" in page.words
-    assert "one seed of each, and so no interval" in page.words
-    assert " to " not in page.all("img")[0]["alt"]
+    assert "which one seed alone has not" in page.words
+    assert not any("between" in attrs["alt"] for attrs in page.all("img"))
+    for drawn in scores_of(page):
+        assert drawn["low"] == drawn["high"] == drawn["mean"]
     assert "cannot go below" not in page.words
 
 
@@ -189,6 +216,7 @@ def test_nothing_was_run_yet(tmp_path):
     assert "No run has a score yet." in page.words
     assert "kv minus ce was declared; they have no seed in common yet." in page.words
     assert page.all("img") == []
+    assert scores_of(page) == []
 
 
 def test_a_grid_scored_by_loss_needs_no_answers(tmp_path):
@@ -205,6 +233,10 @@ def test_a_grid_scored_by_loss_needs_no_answers(tmp_path):
     assert ce[2] == "1.250"
     assert "Seed by seed: -0.5, -0.125." in page.words
     assert "held-out loss" not in page.tables["Other figures, lowest score first"][0]
+    kv_drawn, ce_drawn = scores_of(page)  # from the least to the highest end of all intervals
+    assert min(kv_drawn["low"], ce_drawn["low"]) == 0
+    assert max(kv_drawn["high"], ce_drawn["high"]) == pytest.approx(1)
+    assert 0 < kv_drawn["mean"] < ce_drawn["mean"] == ce_drawn["base"] < 1
 
 
 def test_what_files_say_is_text_not_html(tmp_path):
@@ -212,16 +244,12 @@ def test_what_files_say_is_text_not_html(tmp_path):
     evil = "<script>alert('&amp;')</script>"
     fields = {"kv": {"teachers.0.revision": evil}}
     directory = write_made_up(tmp_path / "grid", contrast="kv", fields=fields)
-    path = directory / "kv.json"
-    content = json.loads(path.read_text())
-    content["runs"][0]["samples"][0] = {"question": "q", "generated": evil, "gold": evil}
-    path.write_text(json.dumps(content))
-    path = directory / "ce.json"
-    content = json.loads(path.read_text())
-    content["runs"][0]["samples"][0] |= {"question": evil, "gold": evil}
-    path.write_text(json.dumps(content))
+    sample = {"question": "q", "generated": evil, "gold": evil}
+    change_run(directory, "kv", 0, lambda run: run["samples"].__setitem__(0, sample))
+    asked = {"question": evil, "gold": evil}
+    change_run(directory, "ce", 0, lambda run: run["samples"][0].update(asked))
     page = report(directory)
-    assert page.text.count(evil) == 5  # field, question, wanted, answer, and the grid itself
+    assert page.text.count(evil) == 4  # question, wanted, answer, and the field in the grid
     assert not page.all("script")
     grid = json.loads((directory / "grid.json").read_text())
     grid["grid"]["arms"][evil] = {}
@@ -230,44 +258,37 @@ def test_what_files_say_is_text_not_html(tmp_path):
         write_grid_report(directory)
 
 
-def test_bands_are_students_intervals_and_ranges(grid, tmp_path):
-    arm = read_results(grid).arms["kv"]
-    values = [[point["eval_loss"] for point in run.curve] for run in arm.runs.values()]
-    band = grid_curves.band(arm, "eval_loss")
-    assert band.steps == [0, 10, 20]
-    assert band.mean == pytest.approx(np.mean(values, axis=0))
+def test_bands_are_students_intervals_and_ranges(grid):
+    results = read_results(grid)
+    arm = results.arms["kv"]
+
+    def band(key, seeds=(0, 1, 2)):
+        few = results._replace(arms={"kv": {seed: arm[seed] for seed in seeds}})
+        return next(iter(page_of._bands(few, ["kv"], key).lines), None)
+
+    values = [[point["eval_loss"] for point in run.curve] for run in arm.values()]
+    own = band("eval_loss")
+    assert list(own.points) == [0, 10, 20]
+    assert list(own.points.values()) == pytest.approx(np.mean(values, axis=0))
     # Student's t of two degrees of freedom, from a table.
     half = 4.302653 * np.std(values, axis=0, ddof=1) / 3**0.5
-    assert band.high == pytest.approx(np.mean(values, axis=0) + half, rel=1e-5)
-    answers = grid_curves.band(arm, "exact_match_strict")
-    assert answers.steps == [10, 20]
-    assert all(0 <= low <= high <= 100 for low, high in zip(answers.low, answers.high, strict=True))
-    two = arm._replace(runs={seed: arm.runs[seed] for seed in (0, 1)})
-    assert grid_curves.band(two, "eval_loss").low == pytest.approx(np.min(values[:2], axis=0))
-    one = arm._replace(runs={0: arm.runs[0]})
-    assert grid_curves.band(one, "eval_loss").low == []
-    assert grid_curves.band(one, "nothing") is None
+    highs = [high for _, high in own.ends.values()]
+    assert highs == pytest.approx(np.mean(values, axis=0) + half, rel=1e-5)
+    answers = band("exact_match_strict")
+    assert list(answers.points) == [10, 20]
+    assert all(0 <= low <= high <= 100 for low, high in answers.ends.values())
+    lows = [low for low, _ in band("eval_loss", (0, 1)).ends.values()]
+    assert lows == pytest.approx(np.min(values[:2], axis=0))
+    assert band("eval_loss", (0,)).ends == {}
+    assert page_of._bands(results, ["ce"], "eval_cos_sim").lines == []
 
 
 def test_six_arms_are_drawn_at_most(tmp_path):
     levels = {f"arm{place}": (place / 10, None) for place in range(8)} | {"ce": (0.05, None)}
-    directory = write_made_up(tmp_path / "grid", arms=levels, contrast="arm1", questions=4096)
-    results = read_results(directory)
-    chosen = grid_curves.chosen_arms(results, compare(results))
-    assert list(chosen) == ["ce", "arm1", "arm7", "arm6", "arm5", "arm4"]
-    assert sorted(chosen.values()) == list(range(6))
-
-
-def test_pictures_of_nothing_are_refused(tmp_path):
-    out = tmp_path / "picture.png"
-    for draw, problem in (
-        (lambda: band_curves({}, {}, "loss", out), "bands=0 arms"),
-        (lambda: score_dots([], None, None, "loss", out), "no arm has a score"),
-        (lambda: scatter({"kv": []}, {}, "cosine", "loss", out), "no run has both"),
-    ):
-        with pytest.raises(KavaError, match=problem):
-            draw()
-    assert not out.exists()
+    grid = {"arms": levels, "contrast": "arm1", "questions": 4096}
+    page = report(write_made_up(tmp_path / "grid", **grid))
+    drawn = re.findall(r"([a-z]+\d?): [\d.]+ at step 0", page.all("img")[0]["alt"])
+    assert drawn == ["ce", "arm1", "arm7", "arm6", "arm5", "arm4"]
 
 
 def test_the_command_knows_a_grid_from_a_run(grid, tmp_path, capsys):
@@ -281,7 +302,7 @@ def test_the_command_knows_a_grid_from_a_run(grid, tmp_path, capsys):
     (tmp_path / "grid.json").write_text("{")
     ended = kava(capsys, "report", str(tmp_path))
     assert (ended.code, len(ended.err.splitlines())) == (2, 1)
-    assert "grid.json cannot be read" in ended.err
+    assert "grid.json is no grid of this version (JSONDecodeError)" in ended.err
 
 
 @pytest.fixture(scope="module")
@@ -292,10 +313,8 @@ def widest(tmp_path_factory):
     fields = {long: {"teachers.0.revision": "x" * 300}}
     directory = tmp_path_factory.mktemp("wide") / "grid"
     write_made_up(directory, arms=levels, fields=fields, contrast=long, name="a" * 90)
-    path = directory / "ce.json"
-    content = json.loads(path.read_text())
-    content["runs"][0]["samples"][0] |= {"question": "q" * 300, "generated": "9" * 300}
-    path.write_text(json.dumps(content))
+    wide = {"question": "q" * 300, "generated": "9" * 300}
+    change_run(directory, "ce", 0, lambda run: run["samples"][0].update(wide))
     text = write_grid_report(directory).read_text(encoding="utf-8")
     return text.replace("<details>", "<details open>")
 

@@ -107,6 +107,12 @@ def page(finished):
     return report(finished)
 
 
+def evaluated(page, of=""):
+    """The table of the first and the last evaluation: heads, and cells by figure in words."""
+    heads, *rows = page.tables[f"First and last evaluation{of}, on held-out rows"]
+    return heads, {name: cells for name, *cells in rows}
+
+
 def test_the_page_stands_alone_and_is_well_formed(page, finished):
     check_stands_alone(page, (finished / "report.html").read_text(encoding="utf-8"))
     ids, labels = ids_and_labels(page)
@@ -115,7 +121,7 @@ def test_the_page_stands_alone_and_is_well_formed(page, finished):
 
 def test_every_picture_is_inside_and_told_in_words(page):
     pictures = page.all("img")
-    assert len(pictures) == 6  # loss, alignment, heat map, lengths, layer map, gradients
+    assert len(pictures) == 3  # loss, alignment, gradients
     for attrs in pictures:
         assert len(attrs["alt"]) > 40
         png = base64.b64decode(attrs["src"].removeprefix("data:image/png;base64,"), validate=True)
@@ -124,9 +130,16 @@ def test_every_picture_is_inside_and_told_in_words(page):
         shown = int(attrs["width"]), int(attrs["height"])
         assert shown == pytest.approx((width / 1.5, height / 1.5), abs=1)
     alts = " ".join(attrs["alt"] for attrs in pictures)
-    assert "Training cross-entropy: 1.500 at step 10, 1 at step 20." in alts
-    assert "Held-out loss: 2.500 at step 0, 1.500 at step 20." in alts
-    assert "Cosine in training: 0.500 at step 10, 0.750 at step 20. Gap: 0.250 at" in alts
+    for words in (
+        "loss, training: 1.500 at step 10, 1 at step 20.",
+        "loss, held out: 2.500 at step 0, 1.500 at step 20.",
+        "cosine, training: 0.500 at step 10, 0.750 at step 20.",
+        "cosine, held out: 0.012 at step 0, 0.850 at step 20.",
+        "gap, training: 0.250 at step 10, 0.375 at step 20.",
+        "KV / cross-entropy: 1.500 at step 0, 0.200 at step 20.",
+        "cosine of the two: -0.125 at step 0, -0.125 at step 20.",
+    ):
+        assert words in alts
 
 
 def test_the_verdict_and_the_headlines(page):
@@ -142,9 +155,8 @@ def test_the_verdict_and_the_headlines(page):
 
 
 def test_the_first_and_the_last_evaluation_stand_side_by_side(page):
-    heads, *rows = page.tables["First and last evaluation, on held-out rows"]
+    heads, found = evaluated(page)
     assert heads == ["figure", "step 0", "step 20"]
-    found = {name: cells for name, *cells in rows}
     assert found["held-out loss, nats per token"] == ["2.500", "1.500"]
     assert found["cosine"] == ["0.012", "0.850"]
     assert found["exact match"] == [DASH, "0.375"]
@@ -154,34 +166,71 @@ def test_the_first_and_the_last_evaluation_stand_side_by_side(page):
     assert "eval_alignment_gap" in page.words  # and each metric's own name
 
 
+BY_LAYER = "Held-out figures beside big by student layer, step 20"
+OTHERS = f"{BY_LAYER}: lengths, ranks and others"
+
+
 def test_figures_by_layer_and_the_layer_map(page):
-    heads, *rows = page.tables["Held-out figures by student layer, step 20"]
+    heads, *rows = page.tables[BY_LAYER]
     assert heads == ["student layer", "0", "1"]
-    assert rows[0] == ["cos_centered_k", "0.010", "0.020"]
-    assert rows[-1] == ["mag_ratio_q90_v", "0.390", "0.400"]
+    found = {name: cells for name, *cells in rows}
+    assert found["centred cosine, keys"] == ["0.010", "0.020"]
+    assert found["centred cosine, values"] == ["0.030", "0.040"]
+    # Ranks of layers_of: 0.21 and 0.22 of 0.25 and 0.26.
+    assert found["effective rank, student / target, keys"] == ["0.840", "0.846"]
+    others = {name: cells for name, *cells in page.tables[OTHERS]}
+    assert others["length ratio, quantile 0.9, values"] == ["0.390", "0.400"]
+    shown = [*rows, *page.tables[OTHERS][1:]]
+    assert len(shown) == len(layers_of()) + 2  # every figure once, and two shares
+    assert {"cos_centered_k", "mag_ratio_q90_v"} <= set(page.words.split())  # their own names
     # The built-in teacher has four layers, the student two: first meets first, last meets last.
-    assert page.tables["Layer map"] == [["student layer", "teacher layers"], ["0", "0"], ["1", "3"]]
     assert "the one at its own relative depth" in page.words
+    assert "student layer | teacher layer 0 | 0 1 | 3" in page.words
 
 
-def test_who_pulls_and_what_probes_cost(page):
-    assert "KV gradient / cross-entropy gradient: 1.500 at step 0, 0.200 at step 20." in page.words
-    assert "Cosine of the two: -0.125 at step 0, -0.125 at step 20." in page.words
+def test_a_bar_is_as_long_as_its_figure(page):
+    """Bars are told in the style; what has no scale from 0 to 1 has none."""
+    cells = [attrs for attrs in page.all("td") if attrs.get("class") == "bar"]
+    values = [float(attrs["style"].removeprefix("--v: ")) for attrs in cells]
+    bounded = [
+        value
+        for key, row in layers_of().items()
+        if not re.search(r"rank|ratio", key)
+        for value in row
+    ]
+    shares = [0.21 / 0.25, 0.22 / 0.26, 0.23 / 0.27, 0.24 / 0.28]
+    assert sorted(values) == pytest.approx(sorted(bounded + shares))
+
+
+def luminance(colour):
+    """Relative luminance of ``#rrggbb`` after WCAG 2."""
+    c = np.array([int(colour[at : at + 2], 16) for at in (1, 3, 5)]) / 255
+    linear = np.where(c <= 0.03928, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
+    return float(linear @ [0.2126, 0.7152, 0.0722])
+
+
+def test_words_on_bars_and_paper_can_be_read_light_and_dark(finished, page):
+    """Contrast of at least 4.5 of letters on whatever is behind them, after WCAG 2."""
+    text = (finished / "report.html").read_text(encoding="utf-8")
+    schemes = re.findall(r":root \{(.*?)\}", text, re.S)
+    assert len(schemes) == 2
+    for scheme in schemes:
+        colour = {name: luminance(c) for name, c in re.findall(r"--(\w+): (#\w{6})", scheme)}
+        for front, back in (("ink", "paper"), ("ink", "bar"), ("ink", "raised"), ("soft", "paper")):
+            low, high = sorted((colour[front], colour[back]))
+            assert (high + 0.05) / (low + 0.05) >= 4.5
+
+
+def test_what_probes_cost(page):
     assert "Probes cost 3.4% of the time that the steps took." in page.words
 
 
 def test_how_it_was_made(page):
     assert "layer_map: ratio" in page.text
-    (heads, *rows) = page.tables["Starts of this run"]
-    found = dict(rows)
-    assert heads == ["field", "start 1"]
-    assert found["command"] == "kava train tiny.yaml"
-    assert found["device_kind"] == "TPU v5e"
-    assert found["devices"] == "16"
-    assert "jax" in found
-    fingerprints = dict(page.tables["SHA-256 of what was read"])
-    assert fingerprints["teacher big"] == "5e" * 32
-    assert fingerprints["student"] == "not taken"
+    for words in ("command: kava train tiny.yaml", "device_kind: TPU v5e", "devices: 16", "jax: "):
+        assert words in page.words
+    assert f"big: {'5e' * 32}" in page.words
+    assert "student: null" in page.words
 
 
 def test_before_anything_was_learnt_there_is_no_verdict(tmp_path):
@@ -227,11 +276,11 @@ def test_several_teachers_have_a_verdict_and_a_section_each(tmp_path):
     assert "b: Poor Held-out cosine 0.250 at step 20; without a shuffled cosine" in page.words
     assert "Layer by layer: a" in page.words
     assert "Layer by layer: b" in page.words
+    assert len(page.tables) == 7  # evaluations: of both, a, b; two by layer of each
     together = [row[0] for row in page.tables["First and last evaluation, on held-out rows"]]
     assert together.count("cosine") == 1
-    of_b = page.tables["First and last evaluation of b, on held-out rows"]
-    assert of_b == [["figure", "step 20"], ["cosine", "0.250"]]
-    assert len(page.all("img")) == 7  # loss; heat map, lengths and layer map of each
+    assert evaluated(page, " of b") == (["figure", "step 20"], {"cosine": ["0.250"]})
+    assert len(page.all("img")) == 2  # loss, alignment
 
 
 def test_a_run_without_a_teacher(tmp_path):
@@ -252,7 +301,8 @@ def test_a_run_that_has_only_begun(tmp_path, metrics):
     assert "There is no evaluation yet, and so no verdict." in page.words
     assert "Nothing is logged yet that could be drawn." in page.words
     assert "No probe was taken yet." in page.words
-    assert page.tables["Layer map"][1:] == [["0", "0"], ["1", "3"]]
+    assert "There are no figures by layer yet." in page.words
+    assert "student layer | teacher layer 0 | 0 1 | 3" in page.words
 
 
 def test_a_run_in_the_middle_of_a_line(tmp_path):
@@ -261,7 +311,7 @@ def test_a_run_in_the_middle_of_a_line(tmp_path):
         file.write('{"step": 20, "kind": "tr')
     page = report(run)
     assert "Step 10 of 20. It is not finished." in page.words
-    assert len(page.all("img")) == 3  # loss, alignment, layer map
+    assert len(page.all("img")) == 2  # loss, alignment
 
 
 def test_nulls_are_dashes(tmp_path):
@@ -274,10 +324,8 @@ def test_nulls_are_dashes(tmp_path):
     ]
     page = report(make_run(tmp_path, records))
     assert "At step 20 the cosine is not a number: no verdict." in page.words
-    cells = page.tables["First and last evaluation, on held-out rows"][1:]
-    assert {cell for _, *row in cells for cell in row} == {DASH}
-    cells = page.tables["Held-out figures by student layer, step 20"][1:]
-    assert {cell for _, *row in cells for cell in row} == {DASH}
+    for name in ("First and last evaluation, on held-out rows", BY_LAYER, OTHERS):
+        assert {cell for _, *row in page.tables[name][1:] for cell in row} == {DASH}
     assert "No probe was taken yet." in page.words
 
 
@@ -310,8 +358,7 @@ def test_a_calibration_is_shown_with_its_map(tmp_path):
         ["0", "0 + 1", "0.500", "0.750", "0.125", "0.100"],
         ["1", "1 + 2", "0.250", "1", "0", "0.900"],
     ]
-    assert "cosine 0.938, share of tokens retrieved 0.062" in page.words
-    assert "Layers after 2 are cut off." in page.words
+    assert "cosine 0.938, share of tokens retrieved 0.062." in page.words
     path.write_text("{}")
     with pytest.raises(KavaError, match=r"calibration\.json' cannot be read"):
         write_report(run)
@@ -322,17 +369,16 @@ def test_a_calibration_is_shown_with_its_map(tmp_path):
 def test_a_teacher_whose_logits_are_used_is_not_cut(tmp_path):
     pairs = [{"name": "big", "path": "builtin:demo_teacher", "layer_map": [[1, 0], [2, 1]]}]
     page = report(make_run(tmp_path / "cut", [], teachers=pairs))
-    assert "Layers after 2 are cut off." in page.words
+    assert "It is cut after layer 2." in page.words
     whole = make_run(tmp_path / "whole", [], loss={"kl_weight": 1.0}, teachers=pairs)
-    assert "cut off" not in report(whole).words
+    assert "cut after" not in report(whole).words
 
 
-def test_a_weighted_map_says_what_the_width_of_a_line_is(tmp_path):
+def test_a_weighted_map_says_its_weights(tmp_path):
     mixed = [{"name": "big", "path": "builtin:demo_teacher", "layer_map": "interpolated"}]
     geometry = GEOMETRY | {"num_hidden_layers": 3}
     page = report(make_run(tmp_path, [], teachers=mixed, student={"geometry": geometry}))
-    assert "The wider a line, the more it weighs." in page.words
-    assert page.tables["Layer map"][2] == ["1", "0.5 x 1 + 0.5 x 2"]
+    assert "| 0.5 x 1 + 0.5 x 2" in page.words
 
 
 def of_models(student, layer_map="ratio"):
@@ -344,16 +390,15 @@ def test_models_that_are_not_at_hand_are_not_fetched(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
     monkeypatch.setattr("huggingface_hub.snapshot_download", None)
     page = report(make_run(tmp_path / "named", FINISHED[-1:], **of_models("someone/somewhere")))
-    assert "The layer map is not drawn: the models are not at hand" in page.words
-    assert "Layer map" not in page.tables
+    assert "Its geometry is not at hand, so the layers are not listed." in page.words
     # The columns are known all the same: a named map uses every layer of the student.
-    heads = page.tables["Held-out figures by student layer, step 20"][0]
+    heads = page.tables[BY_LAYER][0]
     assert heads == ["student layer", "0", "1"]
     pairs = of_models("/no/such/directory", [[3, 4], [1, 1]])
     page = report(make_run(tmp_path / "pairs", FINISHED[-1:], **pairs))
-    heads = page.tables["Held-out figures by student layer, step 20"][0]
+    heads = page.tables[BY_LAYER][0]
     assert heads == ["student layer", "1", "4"]
-    assert page.tables["Layer map"][1:] == [["1", "1"], ["4", "3"]]
+    assert "layer_map: - - 3 - 4 - - 1 - 1" in page.words  # the pairs themselves
 
 
 def test_models_in_the_hubs_cache_are_at_hand(tmp_path, monkeypatch):
@@ -364,15 +409,16 @@ def test_models_in_the_hubs_cache_are_at_hand(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("huggingface_hub.snapshot_download", None)
     page = report(make_run(tmp_path / "run", [], **of_models("someone/small")))
-    assert page.tables["Layer map"][1:] == [["0", "0"], ["1", "2"], ["2", "3"]]
-    assert len(page.all("img")) == 1
+    assert "teacher layer 0 | 0 1 | 2 2 | 3" in page.words
 
 
 def test_other_models_in_the_same_place_do_no_harm(tmp_path):
     student = {"geometry": GEOMETRY | {"num_hidden_layers": 3}}
-    page = report(make_run(tmp_path, FINISHED[-1:], student=student))
-    assert "Layer map" not in page.tables
-    assert page.tables["Held-out figures by student layer, step 20"][0][1:] == ["0", "1"]
+    page = report(make_run(tmp_path / "more", FINISHED[-1:], student=student))
+    assert page.tables[BY_LAYER][0][1:] == ["0", "1"]
+    pairs = [{"name": "big", "path": "builtin:demo_teacher", "layer_map": [[9, 0], [3, 1]]}]
+    page = report(make_run(tmp_path / "deep", FINISHED[-1:], teachers=pairs))
+    assert "The models that are here now do not fit the config: layer_map: pairs" in page.words
 
 
 def test_what_a_config_says_is_text_not_html(tmp_path):
@@ -459,9 +505,12 @@ def test_scores_of_further_sets_stand_in_a_table_of_their_own(tmp_path):
     sets = {"old": {"path": "builtin:word_problems"}, "text": {"path": "text.jsonl"}}
     last = evaluation(20, **figures, **{"text/eval_loss": 2.0})
     page = report(make_run(tmp_path, [evaluation(0), last], eval={"sets": sets}))
-    heads, *rows = page.tables["Further held-out sets, step 20"]
-    assert heads[:3] == ["set", "loss", "exact match"]
-    assert rows == [["old", "1.250", "0.500", DASH, "64"], ["text", "2", DASH, DASH, DASH]]
+    heads, old = evaluated(page, " of old")
+    assert heads == ["figure", "step 0", "step 20"]
+    assert old["held-out loss, nats per token"] == [DASH, "1.250"]
+    assert old["exact match"] == [DASH, "0.500"]
+    assert old["questions asked"] == [DASH, "64"]
+    assert evaluated(page, " of text")[1] == {"held-out loss, nats per token": [DASH, "2"]}
     whole = page.tables["First and last evaluation, on held-out rows"]
     assert not [row for row in whole if "1.250" in row]
 
