@@ -38,12 +38,12 @@ class Outcome(NamedTuple):
     values: dict[str, float | None]
     """The last evaluation."""
     layers: dict[str, list[float | None]]
-    curve: list[dict[str, float | None]]
+    curve: list[dict[str, Any]]
     correct: dict[str, str]
     """By set of questions, whether each was answered rightly by the strict rule; see ``pack``."""
     step_seconds: float | None
     """Median over logged intervals, the first left out: it holds the compilation."""
-    gradient_norm: dict[str, float] | None
+    gradient_norm: dict[str, Any] | None
     """Median of the student's, and the std of its logarithm, after the start."""
     samples: list[dict[str, str]]
 
