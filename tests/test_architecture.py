@@ -19,6 +19,7 @@ ROOMS = (
     "losses",
     "diagnostics",
     "verdict",
+    "verify",
     "config_values",
     "config_alignment",
     "config",

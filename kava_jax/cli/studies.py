@@ -88,7 +88,7 @@ def verify(as_json: Json = False) -> None:
 
     Example: kava verify --json
     """
-    from kava_jax.experiments.verify import render, run_verification
+    from kava_jax.verify import render, run_verification
 
     verification = run_verification()
     if as_json:

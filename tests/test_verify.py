@@ -7,8 +7,8 @@ import math
 import pytest
 from rich.console import Console
 
-from kava_jax.experiments import verify
-from kava_jax.experiments.verify import Verification, render, run_verification
+from kava_jax import verify
+from kava_jax.verify import Verification, render, run_verification
 
 
 @pytest.fixture(scope="module")
