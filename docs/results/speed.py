@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from lines import head, row
+
 NAMES = {
     "kava": "kava_jax",
     "ours": "kava_jax",
@@ -18,11 +20,10 @@ NAMES = {
 
 def bench_step(found: dict[str, Any]) -> list[str]:
     """The step beside the original's loop."""
-    lines = [
-        "| | seconds a step (least to most) | tokens/s | times ours "
-        "| memory beyond the models, GB |",
-        "| --- | --- | ---: | ---: | ---: |",
-    ]
+    lines = head(
+        " | seconds a step (least to most) | >tokens/s | >times ours | >memory beyond the "
+        "models, GB"
+    )
     for side, own in found["sides"].items():
         if "failed" in own:
             lines.append(f"| {NAMES[side]} | failed: {own['failed']} | | | |")
@@ -64,10 +65,7 @@ def bench_loss(found: dict[str, Any]) -> list[str]:
 
 def bench_ce(found: dict[str, Any]) -> list[str]:
     """The LM head's cross-entropy beside the plain form."""
-    lines = [
-        "| counted | | seconds (least to most) | times ours | temporaries, MB |",
-        "| --- | --- | --- | ---: | ---: |",
-    ]
+    lines = head("counted |  | seconds (least to most) | >times ours | >temporaries, MB")
     for case, own in found["cases"].items():
         for name, seconds in own["seconds"].items():
             cells = [f"{case}", NAMES[name], _seconds(seconds), f"{own['times_ours'][name]:.2f}"]
@@ -88,7 +86,7 @@ def bench_teacher(found: dict[str, Any]) -> list[str]:
         "whole": "whole forward pass with logits",
         "tunix": "the same by Tunix",
     }
-    lines = ["| | seconds (least to most) | of the whole |", "| --- | --- | ---: |"]
+    lines = head(" | seconds (least to most) | >of the whole")
     for name, own in found["seconds"].items():
         lines.append(f"| {words[name]} | {_seconds(own)} | {found['of_whole'][name]:.2f} |")
     return lines
@@ -96,11 +94,10 @@ def bench_teacher(found: dict[str, Any]) -> list[str]:
 
 def bench_remat(found: dict[str, Any]) -> list[str]:
     """Recomputation: time against memory."""
-    lines = [
-        "| `student.remat` | seconds a step (least to most) | times none | temporaries, MB "
-        "| times none | FLOPs, times none |",
-        "| --- | --- | ---: | ---: | ---: | ---: |",
-    ]
+    lines = head(
+        "`student.remat` | seconds a step (least to most) | >times none | >temporaries, MB | "
+        ">times none | >FLOPs, times none"
+    )
     times = found["times_none"]
     for policy, own in found["seconds"].items():
         cells = [policy, _seconds(own), f"{times['seconds'][policy]:.2f}"]
@@ -119,16 +116,13 @@ def bench_scaling(found: dict[str, Any]) -> list[str]:
         "depth": "layers of both models",
         "rows": "rows of a batch",
     }
-    lines = [
-        "| over | sizes | microseconds a token | fitted exponent | of the floor's FLOPs |",
-        "| --- | --- | --- | ---: | ---: |",
-    ]
+    lines = head("over | sizes | microseconds a token | >fitted exponent | >of the floor's FLOPs")
     for axis, curve in found["curves"].items():
         sizes, costs = curve["sizes"], curve["seconds_per_token"]
         cells = [words[axis], f"{sizes[0]} to {sizes[-1]}"]
         cells += [", ".join(f"{1e6 * cost:.0f}" for cost in costs)]
         cells += [f"{curve['exponent']:+.2f}", f"{curve['floor_exponent']:+.2f}"]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(row(*cells))
     return lines
 
 
@@ -171,7 +165,7 @@ SPEED = {
 
 
 def _beside(found: dict[str, Any]) -> list[str]:
-    lines = ["| | seconds (least to most) | times ours |", "| --- | --- | ---: |"]
+    lines = head(" | seconds (least to most) | >times ours")
     for name, own in found["seconds"].items():
         lines.append(f"| {NAMES[name]} | {_seconds(own)} | {found['times_ours'][name]:.2f} |")
     return lines

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 from compiled import COMPILED
+from lines import head, row
 from scipy.stats import pearsonr, rankdata
 from speed import SPEED
 
@@ -39,10 +40,10 @@ SECTION = r"(<!-- results:(\w+) -->)\n.*?(<!-- /results:\2 -->)"
 
 def recipes(found: dict[str, Any]) -> list[str]:
     """Real pair: every recipe as a whole, then by layer, before and after."""
-    lines = [
-        "| | held-out loss | cosine | shuffled | gap | centred | retrieval | attention | verdict |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
-    ]
+    lines = head(
+        " | >held-out loss | >cosine | >shuffled | >gap | >centred | >retrieval | >attention "
+        "| verdict"
+    )
     figures = ("cos_sim", "cos_shuffled", "alignment_gap", "cos_centered", "retrieval")
     for recipe, stages in found["recipes"].items():
         for stage in ("before", "after"):
@@ -68,10 +69,7 @@ def recipes(found: dict[str, Any]) -> list[str]:
 
 
 def _recipe_layers(found: dict[str, Any]) -> list[str]:
-    lines = [
-        "| recipe | layer | | cosine | shuffled | centred | R² |",
-        "| --- | ---: | --- | --- | --- | --- | --- |",
-    ]
+    lines = head("recipe | >layer |  | cosine | shuffled | centred | R²")
     for recipe, stages in found["recipes"].items():
         before, after = (stages[stage]["layers"] for stage in ("before", "after"))
         fits = {"before": found["r2_before"], "after": stages["r2_after"]}
@@ -88,10 +86,7 @@ def _recipe_layers(found: dict[str, Any]) -> list[str]:
 
 def teachers(found: dict[str, Any]) -> list[str]:
     """One, two and three teachers under every router."""
-    lines = [
-        "| router | teachers: share (gap) | held-out loss | exact match |",
-        "| --- | --- | ---: | ---: |",
-    ]
+    lines = head("router | teachers: share (gap) | >held-out loss | >exact match")
     for run in found["runs"]:
         parts = ", ".join(
             f"{name}: {own['share']:.2f} ({own['alignment_gap']:.2f})"
@@ -116,14 +111,14 @@ def bias_in_bf16(found: dict[str, Any]) -> list[str]:
     """What a large key bias costs in bfloat16."""
     columns = ("subtracted_keys", "transformers_keys", "kava_keys")
     columns += ("transformers_attention", "kava_attention")
-    lines = [
-        "| the bias lies in | times the rest of a key | bias subtracted | the same in transformers "
-        "| **read before the bias** | attention in transformers | attention here |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
-    for row in found["rows"]:
-        cells = [f"{row[name]:.1e}" for name in columns]
-        lines.append(f"| {row['place']} | {row['times']} | {' | '.join(cells)} |")
+    lines = head(
+        "the bias lies in | >times the rest of a key | >bias subtracted | >the same in "
+        "transformers | >**read before the bias** | >attention in transformers | >attention "
+        "here"
+    )
+    for one in found["rows"]:
+        cells = [f"{one[name]:.1e}" for name in columns]
+        lines.append(row(one["place"], one["times"], *cells))
     return [*lines, "", f"Means of {found['seeds']} random layers, {found['tokens']} tokens each."]
 
 
@@ -138,11 +133,10 @@ def bench_diagnostics(found: dict[str, Any]) -> list[str]:
 
 def padding(found: dict[str, Any]) -> list[str]:
     """What is computed for nothing, and how many shapes are compiled."""
-    lines = [
-        "| `data.batching` | padding | tokens computed, millions | padded lengths "
-        "| the last of them comes at step |",
-        "| --- | ---: | ---: | --- | ---: |",
-    ]
+    lines = head(
+        "`data.batching` | >padding | >tokens computed, millions | padded lengths | >the "
+        "last of them comes at step"
+    )
     for name, own in found["batching"].items():
         cells = [f"{own['padding']:.1%}", f"{own['positions'] / 1e6:.2f}"]
         cells += [", ".join(map(str, own["lengths"])), str(own["last_new_length_at_step"])]
@@ -193,11 +187,10 @@ def sensitivity(directory: Path) -> list[str]:
     """One setting changed at a time, beside what the original recommends for it."""
     results = read_results(directory)
     comparison = compare(results)
-    lines = [
-        "| setting | the original recommends | value | exact match by seed, % | minus default, "
-        "points | Student's 95 % interval | cosine | gap |",
-        "| --- | --- | ---: | --- | ---: | ---: | ---: | ---: |",
-    ]
+    lines = head(
+        "setting | the original recommends | >value | exact match by seed, % | >minus "
+        "default, points | >Student's 95 % interval | >cosine | >gap"
+    )
     for name, own in comparison.arms.items():
         key, value = next(iter(results.grid.arms[name].items()), ("default", ""))
         setting = key.rpartition(".")[2]
@@ -208,7 +201,7 @@ def sensitivity(directory: Path) -> list[str]:
         cells += [f"{100 * change.mean:+.1f}" if change else ""]
         cells += [" to ".join(f"{100 * end:+.1f}" for end in ends) or ""]
         cells += [f"{own.cosine:.3f}", f"{own.gap:.3f}"]
-        lines.append(f"| {' | '.join(cells)} |")
+        lines.append(row(*cells))
     seeds = ", ".join(map(str, results.grid.seeds))
     return [*lines, "", f"Seeds {seeds}; {results.grid.set['train.steps']} steps each."]
 
@@ -218,11 +211,8 @@ def _end(value: float | None) -> str:
 
 
 def _markdown(table: Table) -> list[str]:
-    lines = [
-        f"| {' | '.join(table.heads)} |",
-        f"| --- {'| ---: ' * (len(table.heads) - 1)}|",
-    ]
-    return lines + [f"| {' | '.join(row)} |" for row in table.rows]
+    heads = head(" | >".join(table.heads))
+    return [*heads, *(row(*cells) for cells in table.rows)]
 
 
 REGIMES = ("scratch", "pretrained")
@@ -231,10 +221,9 @@ REGIMES = ("scratch", "pretrained")
 def prediction() -> list[str]:
     """Which figure ranks the runs of one seed as their score does? A level that belongs to the
     seed or to the regime cannot pose as an answer."""
-    lines = [
-        "| held-out figure | regime | rank correlation with exact match | 95 % interval | runs |",
-        "| --- | --- | ---: | ---: | ---: |",
-    ]
+    lines = head(
+        "held-out figure | regime | >rank correlation with exact match | >95 % interval | >runs"
+    )
     results = {name: read_results(HERE / name) for name in REGIMES}
     for figure, key in (("cosine", COSINE), ("gap", GAP)):
         groups: dict[str, list[list[tuple[float, float]]]] = {"both": []}
@@ -276,16 +265,14 @@ RHOS = ("plain", "at_position", "same_token")
 
 def confidence(found: dict[str, Any]) -> list[str]:
     """Length against entropy and surprisal: over all heads, beside yardsticks, head by head."""
-    lines = [
-        "| model | against | of | rho: median (least to most) | at equal position "
-        "| and for the same token | heads below 0 | above 0 |",
-        "| --- | --- | --- | --- | --- | --- | ---: | ---: |",
-    ]
-    beside = [
-        "| model | against | of | length | one coordinate | whole direction "
-        "| direction and length | with position | with frequency |",
-        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
-    ]
+    lines = head(
+        "model | against | of | rho: median (least to most) | at equal position | and for "
+        "the same token | >heads below 0 | >above 0"
+    )
+    beside = head(
+        "model | against | of | >length | >one coordinate | >whole direction | >direction "
+        "and length | >with position | >with frequency"
+    )
     yardsticks = ("coordinate", "direction", "direction_and_length")
     for name, heads, _ in _confidence_parts(found):
         rhos = {kind: [own[0] for own in heads[kind] if own[0] is not None] for kind in RHOS}
@@ -335,29 +322,23 @@ def _confidence_counts(found: dict[str, Any]) -> str:
 
 
 def _confidence_heads(found: dict[str, Any]) -> list[str]:
-    lines = [
-        "| model | layer | head | keys | keys, same token | values | values, same token |",
-        "| --- | ---: | ---: | --- | --- | --- | --- |",
-    ]
+    lines = head("model | >layer | >head | keys | keys, same token | values | values, same token")
     for model, outcomes in found["models"].items():
         parts = outcomes["entropy"]["without_sinks"]["parts"]
         columns = [parts[part][kind] for part in ("k", "v") for kind in ("plain", "same_token")]
         for layer, of_heads in enumerate(columns[0]):
-            for head in range(len(of_heads)):
+            for place in range(len(of_heads)):
                 cells = [
                     "" if rho is None else f"{rho:+.2f} ({low:+.2f} to {high:+.2f})"
-                    for rho, low, high in (column[layer][head] for column in columns)
+                    for rho, low, high in (column[layer][place] for column in columns)
                 ]
-                lines.append(f"| {model} | {layer} | {head} | {' | '.join(cells)} |")
+                lines.append(f"| {model} | {layer} | {place} | {' | '.join(cells)} |")
     return lines
 
 
 def bench_arms(found: dict[str, Any]) -> list[str]:
     """The step of every arm, fastest first."""
-    lines = [
-        f"| arm | median, ms | least to most | times {found['baseline']} |",
-        "| --- | ---: | ---: | ---: |",
-    ]
+    lines = head(f"arm | >median, ms | >least to most | >times {found['baseline']}")
     steps = found["step_seconds"]
     for arm in sorted(steps, key=lambda arm: steps[arm]["median"]):
         own = {key: 1000 * steps[arm][key] for key in ("median", "least", "most")}
@@ -375,10 +356,7 @@ def bench_arms(found: dict[str, Any]) -> list[str]:
 
 def confirmed() -> list[str]:
     """What the confirming grids say of each comparison, in points of exact match."""
-    lines = [
-        "| student | comparison | points | 95 % interval | Student's 95 % interval | p |",
-        "| --- | --- | ---: | ---: | ---: | ---: |",
-    ]
+    lines = head("student | comparison | >points | >95 % interval | >Student's 95 % interval | >p")
     for regime in REGIMES:
         results = read_results(HERE / f"{regime}_confirm")
         comparison, grid = compare(results), results.grid
@@ -401,11 +379,11 @@ PLANS = ("plan_1_h100", "plan_16_v5e", "plan_64_v5e", "plan_256_v5e")
 
 def plans() -> list[str]:
     """The named job planned for several numbers of devices; bytes are those of one device."""
-    lines = [
-        "| devices | rows | weights and moments, GB | temporaries, GB | by the CPU compiler "
-        "| peak, GB | verdict | FLOPs over the floor | gathered, GB | scattered or summed, GB |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | --- | ---: | ---: | ---: |",
-    ]
+    lines = head(
+        "devices | >rows | >weights and moments, GB | >temporaries, GB | >by the CPU "
+        "compiler | >peak, GB | verdict | >FLOPs over the floor | >gathered, GB | >scattered "
+        "or summed, GB"
+    )
     for name in PLANS:
         plan = json.loads((HERE / f"{name}.json").read_text(encoding="utf-8"))
         held = sum(plan["held"].values()) - plan["held"]["batch"]
