@@ -104,7 +104,7 @@ def sign_flip(difference_S: Float[np.ndarray, "S"]) -> float:
     return float(permutation_test((difference_S,), np.mean, **settings).pvalue)
 
 
-def holm(p_values: Mapping[tuple[str, str], float]) -> dict[tuple[str, str], float]:
+def holm(p_values: Mapping[Any, float]) -> dict[Any, float]:
     """Holm's step-down correction (1979): the i-th smallest of m p-values (from 0) times m - i,
     raised to the largest before it, and capped at 1."""
     corrected, largest = {}, 0.0
