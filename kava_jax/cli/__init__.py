@@ -7,7 +7,6 @@ commands are imported inside ``main``, so that Ctrl-C is heard before.
 import sys
 
 from kava_jax.cli.signals import Ending
-from kava_jax.cli.surroundings import fit_surroundings
 from kava_jax.errors import KavaError, PreemptedError, StoppedError, is_full_disk
 
 __all__ = ["main"]
@@ -16,6 +15,8 @@ __all__ = ["main"]
 def main() -> None:
     """Entry point; the exit codes are listed in docs/troubleshooting.md."""
     with Ending():
+        from kava_jax.cli.surroundings import fit_surroundings
+
         fit_surroundings()
         from kava_jax.cli import runs, studies  # noqa: F401  (their commands join the app)
         from kava_jax.cli.app import app
@@ -26,6 +27,13 @@ def main() -> None:
             word = "preempted" if isinstance(error, PreemptedError) else "error"
             print(f"{word}: {' '.join(str(error).split())}", file=sys.stderr)
             raise SystemExit(error.exit_code) from None
+        except UnicodeEncodeError as error:  # of a path, or an argument whose bytes are no text
+            print(
+                f"error: {error.object!a} cannot be written as {error.encoding}; use names of "
+                f"plain letters, or set PYTHONUTF8=1 where the locale is not UTF-8",
+                file=sys.stderr,
+            )
+            raise SystemExit(KavaError.exit_code) from None
         except OSError as error:
             if not is_full_disk(error):
                 raise

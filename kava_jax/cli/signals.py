@@ -42,6 +42,7 @@ class Ending:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 self._before[number] = signal.signal(number, self._notice)
         self._unraisable, sys.unraisablehook = sys.unraisablehook, self._swallowed
+        self._uncaught, sys.excepthook = sys.excepthook, self._printed
         # Unlike a handler, which waits until Python code runs again, this is written to at once.
         heard, self._wakes = os.pipe()
         os.set_blocking(self._wakes, False)
@@ -62,7 +63,7 @@ class Ending:
             return
         for number, handler in self._before.items():
             signal.signal(number, handler)
-        sys.unraisablehook = self._unraisable
+        sys.unraisablehook, sys.excepthook = self._unraisable, self._uncaught
         signal.set_wakeup_fd(self._woke)
         os.close(self._wakes)
 
@@ -85,6 +86,13 @@ class Ending:
         again = threading.Timer(0.05, signal.raise_signal, [self._asked])
         again.daemon = True
         again.start()
+
+    def _printed(
+        self, kind: type[BaseException], error: BaseException, traceback: TracebackType | None
+    ) -> None:
+        """Say nothing of the interrupt where it is printed and dropped, as C modules do."""
+        if self._asked is None or not issubclass(kind, KeyboardInterrupt):
+            self._uncaught(kind, error, traceback)
 
     def _watch(self, heard: int) -> None:
         with open(heard, "rb", buffering=0) as numbers:
