@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from kava_jax.training.checkpoint import Checkpoints
-from tests.tiny import contents, write_config, write_workspace
+from tests.tiny import CONFIG, contents, write_config, write_workspace
 
 ROOT = Path(__file__).parents[1]
 # As long as nobody waits; only a signal that is lost takes this long.
@@ -115,8 +115,9 @@ def heard() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = write_workspace(tmp_path_factory.mktemp("signals"))
-    # No teacher: little is compiled.
+    # No teacher, one length of rows: little is compiled.
     common = {
+        "data": CONFIG["data"] | {"batching": "bucketed", "bucket": 64},
         "teachers": [],
         "student": {"path": "student", "tokenizer": "student"},
         "eval": {"exact_match": False, "batch_size": 8},
