@@ -14,7 +14,8 @@ import pytest
 import typer
 import yaml
 
-from kava_jax.cli import app
+from kava_jax.cli import runs, studies
+from kava_jax.cli.app import app
 from kava_jax.config import Config
 from kava_jax.config_file import load_config, parse_config
 from kava_jax.experiments.grid import load_grid
@@ -147,6 +148,7 @@ SHELL = [
 
 
 def test_the_guide_uses_every_command():
+    assert runs.app is studies.app is app  # both add their commands to it
     names = set(typer.main.get_command(app).commands)  # pyright: ignore  (a group)
     assert {words[0] for name, words in SHELL if name == "guide.md"} >= names - {"bench", "verify"}
 

@@ -54,7 +54,7 @@ def _first_step(folder: Path, kind: str) -> float:
     command += ["train.log_every=1", f"run.dir={run}"]
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
     errors, started = folder / f"{kind}.stderr", time.perf_counter()
-    with errors.open("w") as words:
+    with errors.open("w", encoding="utf-8") as words:
         process = subprocess.Popen(command, env=environment, stderr=words)
     try:
         while not _has_stepped(run / METRICS_NAME):

@@ -21,7 +21,7 @@ Step = Callable[[], float]
 
 def resident(field: str = "VmRSS") -> int:
     """Bytes of this process's memory: ``VmRSS`` now, ``VmHWM`` at most since the last reset."""
-    found = re.search(field + r":\s+(\d+)", Path("/proc/self/status").read_text())
+    found = re.search(field + r":\s+(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))
     return 1024 * int(found[1]) if found else 0
 
 

@@ -12,16 +12,16 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Queue
 from threading import Lock
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import yaml
 
 from kava_jax.config_file import dump_config
-from kava_jax.errors import KavaError
+from kava_jax.errors import KavaError, PreemptedError
 from kava_jax.experiments.grid import PRETRAINED, Grid, exported, run_config, run_directory
 from kava_jax.experiments.outcome import outcome_of
 from kava_jax.training.manifest import config_hash, versions, write_atomically
@@ -62,6 +62,7 @@ class Ablation:
     grid: Grid
     base: dict[str, Any]
     out: Path
+    processes: "_Processes" = field(default_factory=lambda: _Processes(), init=False)
 
     def run(self, jobs: int, say: Callable[[Progress], None]) -> list[Job]:
         """Run what is not finished, ``jobs`` at a time; returns the runs that failed.
@@ -98,6 +99,8 @@ class Ablation:
             finally:
                 shares.put(share)
             with records:
+                if self.processes.ended:
+                    return
                 if code:
                     failed.append(job)
                 elif job.arm != PRETRAINED:
@@ -109,6 +112,9 @@ class Ablation:
             try:
                 for future in futures:
                     future.result()
+            except KeyboardInterrupt:  # at a terminal the runs hear Ctrl-C too, else only this does
+                self.processes.end()
+                raise
             finally:  # a run that is refused ends the grid: what waits shall not start
                 pool.shutdown(cancel_futures=True)
         return failed
@@ -136,20 +142,17 @@ class Ablation:
         log = self._log(job)
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("a", encoding="utf-8") as words:
-            process = subprocess.Popen(
+            return self.processes.call(
                 [sys.executable, "-m", "kava_jax", *arguments],
-                stdout=words,
-                stderr=words,
-                env={
+                words,
+                cores,
+                {
                     **KEEP_MEMORY,
                     **KEEP_COMPILED,
                     "SOURCE_DATE_EPOCH": str(self._started()),
                     **os.environ,
                 },
             )
-            if cores is not None:
-                os.sched_setaffinity(process.pid, cores)
-            return process.wait()
 
     def _log(self, job: Job) -> Path:
         return self.out / "logs" / f"{job.arm}-{job.seed}.txt"
@@ -209,6 +212,40 @@ def read_arm(out: Path, arm: str) -> dict[int, dict[str, Any]]:
         return {run["seed"]: run for run in runs}
     except (ValueError, KeyError, TypeError):
         raise KavaError(f"{path} is no record of an arm; restore it or remove it") from None
+
+
+class _Processes:
+    """The commands under way, so that they end with the grid."""
+
+    def __init__(self) -> None:
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._starting, self.ended = Lock(), False
+
+    def call(
+        self,
+        command: list[str],
+        words: IO[str],
+        cores: set[int] | None,
+        environment: dict[str, str],
+    ) -> int:
+        """The command's exit code, when it has ended."""
+        with self._starting:
+            if self.ended:
+                return PreemptedError.exit_code
+            process = subprocess.Popen(command, stdout=words, stderr=words, env=environment)
+            self._running.add(process)
+        if cores is not None:
+            os.sched_setaffinity(process.pid, cores)
+        code = process.wait()
+        self._running.discard(process)
+        return code
+
+    def end(self) -> None:
+        """Ask all to save and end, and start no other."""
+        with self._starting:
+            self.ended = True
+        for process in list(self._running):
+            process.terminate()
 
 
 class _Count:

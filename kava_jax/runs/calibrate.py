@@ -306,7 +306,7 @@ def _write(config: Config, found: Calibration) -> None:
         with local_file(_projector_file(config)) as file:
             module.save(file)
     # Last, so that a file that names maps never stands beside another one's projector.
-    path.write_text(json.dumps(found.report, indent=2) + "\n")
+    path.write_text(json.dumps(found.report, indent=2) + "\n", encoding="utf-8")
 
 
 def _written_identity(path: Place) -> str | None:

@@ -12,6 +12,7 @@ from kava_jax.alignment.projector import KVDimensionProjector
 from kava_jax.config import AutoShare, Config
 from kava_jax.config_file import dump_config
 from kava_jax.data.dataset import Dataset
+from kava_jax.errors import PreemptedError
 from kava_jax.parallel.hosts import from_first, on_host
 from kava_jax.parallel.sharding import batch_sharding, replicated
 from kava_jax.runs.calibrate import calibrated, place, unmeasured
@@ -39,7 +40,7 @@ from kava_jax.training.manifest import (
     write_manifest,
 )
 from kava_jax.training.monitor import Monitor
-from kava_jax.training.preemption import listening
+from kava_jax.training.preemption import Preemption, listening
 from kava_jax.training.probe import make_probe
 from kava_jax.training.profiling import Profile
 from kava_jax.training.step import TrainState
@@ -59,7 +60,20 @@ def train(config: Config, command: Sequence[str]) -> Trained:
     """Run, or continue, the training that ``config`` describes.
 
     Everything that can be wrong with the input is found before anything is written.
+
+    Raises PreemptedError when the run was asked to end after its first step.
     """
+    with listening() as preemption:
+        trained = _train(config, command, preemption)
+        # Asked while the last things were being written: who trains on shall not go on either.
+        if preemption.asked():
+            raise PreemptedError(
+                f"saved at step {config.train.steps}, the last; the same command finds it finished"
+            )
+    return trained
+
+
+def _train(config: Config, command: Sequence[str], preemption: Preemption) -> Trained:
     check_access(config.run.directory, "run.dir")
     run = prepare(unmeasured(config))
     dataset = load_dataset(run)
@@ -103,15 +117,12 @@ def train(config: Config, command: Sequence[str]) -> Trained:
             start = checkpoints.restore(resumed, restore_target(run))
             notes += changes_in_words(earlier, config, start)
         assert start is not None  # what was there a moment ago is intact, or has been refused
-        with (
-            listening() as preemption,
-            Monitor(
-                run.directory,
-                total_steps=config.train.steps,
-                start_step=int(start.step),
-                write=write,
-            ) as monitor,
-        ):
+        with Monitor(
+            run.directory,
+            total_steps=config.train.steps,
+            start_step=int(start.step),
+            write=write,
+        ) as monitor:
             for note in notes:
                 monitor.note(note)
             step = run.blueprint.jitted_step()

@@ -97,6 +97,8 @@ def run_steps(
             done = number + 1
             profile.before(done, state)
             state, metrics = step(state, teachers, batch)
+            if number == start:
+                preemption.begin()  # now there is something to save
             upcoming.fetch(done)
             profile.after(done, state)
             lines.step(done, metrics, int(rows.valid.sum()))

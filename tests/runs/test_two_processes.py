@@ -162,3 +162,21 @@ def test_when_one_is_killed_the_other_ends_and_the_pair_resumes(workspace: Path)
     both(workspace, "train", "run.yaml", "run.dir=killed")
     # Not bit for bit: sums over processes come in no fixed order.
     assert_same_lines(lines(workspace / "killed"), lines(workspace / "double"))
+
+
+def test_ctrl_c_on_one_saves_the_same_step_on_both(workspace: Path) -> None:
+    first, second = pair(workspace, "train", "run.yaml", "run.dir=asked", "train.steps=100000")
+    metrics = workspace / "asked" / "metrics.jsonl"
+    while first.poll() is None and not (metrics.exists() and '"step": 2' in metrics.read_text()):
+        time.sleep(0.02)
+    second.send_signal(signal.SIGINT)
+    ended = [(*process.communicate(timeout=300), process.returncode) for process in (first, second)]
+    assert [code for _, _, code in ended] == [75, 75], ended
+    # Beside our line stand those of JAX's own threads.
+    told = [line for _, words, _ in ended for line in words.splitlines() if "preempted: " in line]
+    (said,) = set(told)
+    assert len(told) == 2
+    step = said.removeprefix("preempted: saved at step ").split(";")[0]
+    written = workspace / "asked" / "checkpoints" / step / "default"
+    found = {path.name for path in written.glob("sha256.?.json")}
+    assert found == {"sha256.0.json", "sha256.1.json"}
