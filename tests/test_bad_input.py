@@ -25,6 +25,8 @@ from tests.spoil import (
     fresh_student,
     generation,
     geometry,
+    grid_in_use,
+    hold,
     larger_tokenizer,
     misspelt_geometry,
     no_checkpoints,
@@ -32,6 +34,7 @@ from tests.spoil import (
     other_vocabulary,
     other_vocabulary_in_two_files,
     other_weights,
+    spoil_weight,
     student_tokenizer_of_another,
     truncate_weights,
     two_teachers,
@@ -326,6 +329,39 @@ FRESH = {
         ("teacher/model.safetensors", "truncated or damaged", "download or copy it again"),
         truncate_weights,
     ),
+    "teacher with a weight that is NaN": Case(
+        TRAIN,
+        ("teacher: NaN or infinity in model.layers.1.mlp.up_proj.weight in model.safetensors",),
+        spoil_weight("teacher", float("nan")),
+    ),
+    "student with a weight that is infinite": Case(
+        TRAIN,
+        ("student: NaN or infinity in model.layers.1.mlp.up_proj.weight", "convert it again"),
+        spoil_weight("student", float("-inf")),
+    ),
+    "evaluate a model that is NaN": Case(
+        ("eval", "student", *EVAL, "--json"),
+        ("student: NaN or infinity in model.layers.1.mlp.up_proj.weight",),
+        spoil_weight("student", float("nan")),
+    ),
+    "calibrate with a model that is NaN": Case(
+        ("calibrate", "tiny.yaml", "recipe=calibrated"),
+        ("teacher: NaN or infinity in model.layers.1.mlp.up_proj.weight",),
+        spoil_weight("teacher", float("nan")),
+    ),
+    "a run directory in use": Case(
+        TRAIN, ("run.dir=run is in use by another process", "wait for its end"), hold("run")
+    ),
+    "a smoke run's directory in use": Case(
+        (*TRAIN, "--smoke"), ("run.dir=run-smoke is in use",), hold("run-smoke")
+    ),
+    "calibrate into a directory in use": Case(
+        ("calibrate", "tiny.yaml", "recipe=calibrated"), ("run.dir=run is in use",), hold("run")
+    ),
+    "a grid in use": Case(
+        ("ablate", "grid.yaml", "--out", "grid"), ("out=grid is in use",), grid_in_use
+    ),
+    "a demo in use": Case(("demo", "--out", "demo"), ("out=demo is in use",), hold("demo")),
     "pickled weights": Case(
         TRAIN, ("'teacher'", "pytorch_model.bin", "convert them to safetensors"), only_pickle
     ),

@@ -51,6 +51,8 @@ class TensorFiles:
         """
         self.tensors: dict[str, Tensor] = {}
         self.directory = directory
+        self.not_finite: set[str] = set()
+        """Tensors in which ``read_weight`` has met NaN or infinity."""
         index = weight_index(directory)
         for file in weight_files(directory):
             with self._opened(directory / file) as opened:
@@ -76,6 +78,13 @@ class TensorFiles:
         tensor = self.tensors[name]
         with self._opened(tensor.file) as file:
             return file.get_slice(tensor.stored_as)[index]
+
+    def read_weight(self, name: str, index: Index) -> np.ndarray:
+        """One part of one tensor of floats, looked through for NaN and infinity."""
+        part = self.read(name, index)
+        if not _all_finite(part):
+            self.not_finite.add(name)
+        return part
 
     def settle_tied_head(self) -> None:
         """Of a tied model: take a head that is stored alone as the embedding, drop a second copy.
@@ -113,3 +122,16 @@ class TensorFiles:
                 f"{self.directory.name}/{path.name} is truncated or damaged ({error}); "
                 "download or copy it again"
             ) from error
+
+
+def _all_finite(array: np.ndarray) -> bool:
+    """Whether no float is NaN or infinite.
+
+    Of the formats with two bytes numpy looks at the numbers one by one, which would take three
+    times as long as reading them. Without their sign, the bits of infinity are above those of
+    every finite number, and those of NaN above them.
+    """
+    if array.dtype.itemsize > 2:
+        return bool(np.isfinite(array).all())
+    bits = array.view(np.uint16) & 0x7FFF
+    return bool(bits.max(initial=0) < np.array(np.inf, array.dtype).view(np.uint16))

@@ -18,6 +18,7 @@ from kava_jax.runs.calibrate import calibrated, place, unmeasured
 from kava_jax.runs.evaluate import evaluation_notes, evaluator
 from kava_jax.runs.prepare import (
     Run,
+    check_finite,
     fingerprints_of,
     load_dataset,
     prepare,
@@ -30,6 +31,7 @@ from kava_jax.storage import check_access, local_file
 from kava_jax.training.ahead import compiled_ahead
 from kava_jax.training.assembly import magnitude_note
 from kava_jax.training.checkpoint import Checkpoints, newest_step
+from kava_jax.training.lock import alone
 from kava_jax.training.loop import Cadence, projector_path, run_steps
 from kava_jax.training.manifest import (
     Fingerprints,
@@ -58,9 +60,16 @@ class Trained:
 def train(config: Config, command: Sequence[str]) -> Trained:
     """Run, or continue, the training that ``config`` describes.
 
-    Everything that can be wrong with the input is found before anything is written.
+    Everything that can be wrong with the input is found before anything is written. Raises
+    KavaError too when another command writes to the run directory at this moment.
     """
     check_access(config.run.directory, "run.dir")
+    with alone(config.run.directory, "run.dir") as unlocked:
+        return _train(config, command, [unlocked] if unlocked else [])
+
+
+def _train(config: Config, command: Sequence[str], told: Sequence[str]) -> Trained:
+    """``train`` in a run directory that nobody else writes to; ``told`` are lines to begin with."""
     run = prepare(unmeasured(config))
     dataset = load_dataset(run)
     plain, fingerprints = dump_config(config), fingerprints_of(run, dataset)
@@ -95,12 +104,13 @@ def train(config: Config, command: Sequence[str]) -> Trained:
         )
     share = _share(config)
     with Checkpoints(run.directory, config.train.keep_checkpoints) as checkpoints:
-        notes = [*dataset.notes, *evaluation_notes(run, dataset), run.blueprint.attending]
+        notes = [*told, *dataset.notes, *evaluation_notes(run, dataset), run.blueprint.attending]
         notes += filter(None, [run.blueprint.repeated, magnitude_note(config)])
         resumed = checkpoints.newest_intact(notes.append)
         if resumed is not None:
             notes.append(f"continuing from the checkpoint at step {resumed}")
             start = checkpoints.restore(resumed, restore_target(run))
+            check_finite(run, start)
             notes += changes_in_words(earlier, config, start)
         assert start is not None  # what was there a moment ago is intact, or has been refused
         with (
