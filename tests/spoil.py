@@ -50,6 +50,12 @@ def grid_in_use(workspace: Path) -> None:
     hold("grid")(workspace)
 
 
+def long_questions(workspace: Path) -> None:
+    """Two rows with questions longer than a row may be."""
+    row = {"question": "how many? " * 100, "answer": "#### 1"}
+    (workspace / "long.jsonl").write_text(f"{json.dumps(row)}\n" * 2)
+
+
 def spoil_weight(model: str, value: float) -> Arrange:
     """One number of one tensor of a model's file."""
 

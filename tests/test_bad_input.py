@@ -28,6 +28,7 @@ from tests.spoil import (
     grid_in_use,
     hold,
     larger_tokenizer,
+    long_questions,
     misspelt_geometry,
     no_checkpoints,
     only_pickle,
@@ -362,6 +363,46 @@ FRESH = {
         ("ablate", "grid.yaml", "--out", "grid"), ("out=grid is in use",), grid_in_use
     ),
     "a demo in use": Case(("demo", "--out", "demo"), ("out=demo is in use",), hold("demo")),
+    "first tokens left out that are all": Case(
+        (*TRAIN, "loss.sink_tokens=64"),
+        ("loss.sink_tokens=64 leaves no token of the training rows to compare", "lower it"),
+    ),
+    "held-out rows that are all prompt": Case(
+        (*TRAIN, "data.eval_path=long.jsonl"),
+        ("data.max_length=64 leaves no held-out row with an answer", "2 rows", "raise it"),
+        long_questions,
+    ),
+    "a set whose rows are all prompt": Case(
+        (*TRAIN, "eval.sets.far.path=long.jsonl"),
+        ("data.max_length=64 leaves no far row with an answer", "give other rows"),
+        long_questions,
+    ),
+    "nothing is weighed": Case(
+        (*TRAIN, "loss.ce_weight=0", "loss.kv_weight=0"),
+        ("loss.kv_weight=0 and loss.kl_weight=0 and loss.ce_weight=0", "nothing to learn from"),
+    ),
+    "nothing is weighed and there is no teacher": Case(
+        (*TRAIN, "loss.ce_weight={start: 0, end: 0}", "teachers=[]", "loss.kl_weight=1"),
+        ("no teachers and loss.ce_weight=0", "nothing to learn from"),
+    ),
+    "teachers of no weight": Case(
+        (*TRAIN, "teachers.0.weight=0"), ("no teacher has a weight above 0", "give one to")
+    ),
+    "a KV loss of no term": Case(
+        (*TRAIN, "loss.alpha=0", "loss.beta=0"),
+        ("loss: kv=mercator with alpha=0, beta=0 compares nothing", "raise one"),
+    ),
+    "a hybrid KV loss of no term": Case(
+        (*TRAIN, "loss.kv=hybrid", "loss.mercator_weight=0", "loss.mse_weight=0"),
+        ("loss: kv=hybrid", "mse_weight=0 compares nothing"),
+    ),
+    "a KV loss whose only term is off": Case(
+        (*TRAIN, "loss.alpha=0"),
+        ("loss.alpha=0 leaves no KV loss", "projector.kind=elastic begins with a norm", "raise"),
+    ),
+    "a trace of steps that never come": Case(
+        (*TRAIN, "profile.steps=3:4"), ("profile.steps=3:4", "train.steps=2", "name earlier steps")
+    ),
     "pickled weights": Case(
         TRAIN, ("'teacher'", "pytorch_model.bin", "convert them to safetensors"), only_pickle
     ),

@@ -34,6 +34,7 @@ from kava_jax.hf.locate import model_fingerprint, read_json, resolve_model
 from kava_jax.parallel.hosts import from_first
 from kava_jax.parallel.mesh import make_mesh
 from kava_jax.parallel.sharding import replicated
+from kava_jax.runs.idle import compared_notes
 from kava_jax.storage import Place, check_access
 from kava_jax.training.blueprint import Blueprint, find_models, make_blueprint
 from kava_jax.training.checkpoint import Checkpoints, abstract_state
@@ -155,7 +156,9 @@ def load_dataset(run: Run) -> Dataset:
     )
     sets = (dataset.stream.rows, dataset.held_out.rows, *(m.rows for m in dataset.more.values()))
     told = [check_unused(renamed, chain(*sets), who) for who, renamed in run.renamed.items()]
-    return dataset._replace(notes=(*run.notes, *filter(None, told), *dataset.notes))
+    compared = {"training": dataset.stream.rows, "held-out": dataset.held_out.measured}
+    short = compared_notes(compared if run.config.teachers else {}, run.config.loss.sink_tokens)
+    return dataset._replace(notes=(*run.notes, *filter(None, told), *dataset.notes, *short))
 
 
 def today_of(run_dir: Place) -> date:

@@ -72,8 +72,10 @@ def smoke_config(config: Config) -> Config:
     rows = math.lcm(BATCH_ROWS, jax.device_count())
     raw["data"]["batch_size"] = rows * config.train.grad_accumulation
     raw["train"] |= {"steps": STEPS, "log_every": 1, "eval_every": None, "checkpoint_every": STEPS}
+    raw["profile"]["steps"] = None
     raw["calibration"]["rows"] = CALIBRATION_ROWS
     raw["eval"] |= {"max_new_tokens": NEW_TOKENS, "batch_size": HELD_OUT_ROWS}
+    raw["eval"]["exact_match_every"] = None
     if raw["projector"]["training"] == "warmup":
         raw["projector"]["warmup_steps"] = 1
     raw["optimizer"]["warmup_steps"] = min(1, raw["optimizer"]["warmup_steps"])

@@ -16,6 +16,7 @@ from kava_jax.parallel.hosts import from_first, on_host
 from kava_jax.parallel.sharding import batch_sharding, replicated
 from kava_jax.runs.calibrate import calibrated, place, unmeasured
 from kava_jax.runs.evaluate import evaluation_notes, evaluator
+from kava_jax.runs.idle import idle_settings
 from kava_jax.runs.prepare import (
     Run,
     check_finite,
@@ -64,8 +65,9 @@ def train(config: Config, command: Sequence[str]) -> Trained:
     KavaError too when another command writes to the run directory at this moment.
     """
     check_access(config.run.directory, "run.dir")
+    idle = idle_settings(config)
     with alone(config.run.directory, "run.dir") as unlocked:
-        return _train(config, command, [unlocked] if unlocked else [])
+        return _train(config, command, [unlocked, *idle] if unlocked else idle)
 
 
 def _train(config: Config, command: Sequence[str], told: Sequence[str]) -> Trained:
