@@ -11,6 +11,8 @@ import numpy as np
 import yaml
 from safetensors.numpy import load_file, save_file
 
+from kava_jax.runs.prepare import reopen, restore
+from kava_jax.training.checkpoint import Checkpoints
 from kava_jax.training.lock import LOCK_NAME
 from tests.tiny import GEOMETRY, write_config, write_rows
 from tests.tiny_models import write_tokenizer
@@ -66,6 +68,16 @@ def spoil_weight(model: str, value: float) -> Arrange:
         save_file(tensors, path)
 
     return arrange
+
+
+def checkpoint_of_nan(workspace: Path) -> None:
+    """A third, whole checkpoint of the run, with one weight that is NaN; its config may go on."""
+    run = reopen(workspace / "run")
+    state = restore(run)
+    norm = state.params["student"]["final_norm"]
+    norm["scale"] = norm["scale"].at[2].set(np.nan)
+    with Checkpoints(workspace / "run", 9) as checkpoints:
+        checkpoints.save(state._replace(step=state.step + 1), None)
 
 
 def append(line: bytes) -> Arrange:

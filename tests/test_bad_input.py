@@ -19,6 +19,7 @@ from tests.spoil import (
     append,
     break_tensors,
     change_row,
+    checkpoint_of_nan,
     config,
     differing_head,
     foreign_folder,
@@ -515,6 +516,14 @@ OLD = {
         ("export", "run", "--out", "exported"),
         ("checkpoint='last'", "train the run first"),
         no_checkpoints,
+    ),
+    "export a checkpoint that is NaN": Case(
+        ("export", "run", "--out", "exported"),
+        ("checkpoint=3 of run holds NaN or infinity in student/final_norm/scale", "earlier one"),
+        checkpoint_of_nan,
+    ),
+    "evaluate a checkpoint that is NaN": Case(
+        ("eval", "run", *EVAL, "--json"), ("checkpoint=3 of run holds NaN",), checkpoint_of_nan
     ),
     "export into a foreign folder": Case(
         ("export", "run", "--out", "elsewhere"),
