@@ -52,6 +52,13 @@ def grid_in_use(workspace: Path) -> None:
     hold("grid")(workspace)
 
 
+def short_eighth_row(workspace: Path) -> None:
+    """The only one of eight rows that a calibration is scored on."""
+    lines = (workspace / "data.jsonl").read_text().splitlines()
+    lines[7] = json.dumps({"question": "1?", "answer": "#### 1"})
+    (workspace / "data.jsonl").write_text("\n".join(lines) + "\n")
+
+
 def long_questions(workspace: Path) -> None:
     """Two rows with questions longer than a row may be."""
     row = {"question": "how many? " * 100, "answer": "#### 1"}

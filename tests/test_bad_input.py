@@ -36,6 +36,7 @@ from tests.spoil import (
     other_vocabulary,
     other_vocabulary_in_two_files,
     other_weights,
+    short_eighth_row,
     spoil_weight,
     student_tokenizer_of_another,
     truncate_weights,
@@ -367,6 +368,17 @@ FRESH = {
     "first tokens left out that are all": Case(
         (*TRAIN, "loss.sink_tokens=64"),
         ("loss.sink_tokens=64 leaves no token of the training rows to compare", "lower it"),
+    ),
+    "calibration scored on nothing": Case(
+        (
+            "calibrate",
+            "tiny.yaml",
+            "recipe=calibrated",
+            "calibration.rows=8",
+            "loss.sink_tokens=40",
+        ),
+        ("calibration.rows=8: no row to score on is longer than loss.sink_tokens=40", "or lower"),
+        short_eighth_row,
     ),
     "held-out rows that are all prompt": Case(
         (*TRAIN, "data.eval_path=long.jsonl"),

@@ -60,7 +60,7 @@ def assess(
     return _told(held, evaluate(run, held, params, {}), say)
 
 
-def _told(held: HeldOut, found: dict[str, float], say: Callable[[str], None]) -> dict[str, float]:
+def _told(held: HeldOut, found: dict[str, float], say: Callable[[str], None]) -> dict[str, Any]:
     """The figures, and what to say of those that are none.
 
     Raises StoppedError for a loss that is not finite: the weights were, as they were looked at.

@@ -132,6 +132,11 @@ def _measure(config: Config, run: Run, dataset: Dataset, identity: str) -> Calib
         candidates = _candidates(config, run, index)
         moments = Moments(run, teacher.name, student, candidates)
         grams = {split: moments.of(batches[split]) for split in SPLITS}
+        if empty := [split for split in SPLITS if not grams[split]["k"].count]:
+            raise KavaError(
+                f"calibration.rows={config.calibration.rows}: no row to {empty[0]} on is longer "
+                f"than loss.sink_tokens={config.loss.sink_tokens}; give more rows, or lower it"
+            )
         maps[teacher.name] = _layer_map(config, index, candidates, grams)
         found = _fit(config, maps[teacher.name], grams)
         weights[teacher.name], report[teacher.name] = found
