@@ -17,32 +17,45 @@ from kava_jax.errors import KavaError
 from kava_jax.training.lock import LOCK_NAME, exclusive
 from tests.tiny import contents, kava, write_config, write_workspace
 
-STEPS = 40
+STEPS = 24
 RUN = ("train", "long.yaml")
 
 
 @pytest.fixture
 def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    tmp_path = tmp_path / "workspace"
+    tmp_path.mkdir()
     write_workspace(tmp_path)
     write_config(
         tmp_path / "long.yaml",
-        train={"steps": STEPS, "log_every": 1, "checkpoint_every": 5},
+        train={"steps": STEPS, "log_every": 1, "checkpoint_every": 4},
         eval={"exact_match": False, "batch_size": 8},
     )
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def halted(workspace: Path) -> subprocess.Popen:
-    """A real ``kava train`` that stands still in the middle of its run."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "kava_jax", *RUN],
+def started(workspace: Path, *arguments: str) -> subprocess.Popen:
+    """A command in a process of its own; one device and kept programs, to be quick."""
+    own = {
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+        "JAX_NUM_CPU_DEVICES": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(workspace.parent / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    return subprocess.Popen(
+        [sys.executable, "-m", "kava_jax", *arguments],
         cwd=workspace,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "JAX_NUM_CPU_DEVICES": "1"},
+        env=os.environ | own,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    while process.poll() is None and not (workspace / "run" / "checkpoints" / "5").exists():
+
+
+def halted(workspace: Path) -> subprocess.Popen:
+    """A real ``kava train`` that stands still in the middle of its run."""
+    process = started(workspace, *RUN)
+    while process.poll() is None and not (workspace / "run" / "checkpoints" / "4").exists():
         time.sleep(0.01)
     process.send_signal(signal.SIGSTOP)
     assert process.poll() is None
@@ -61,14 +74,12 @@ def test_a_second_writer_is_refused_and_readers_are_not_until_the_first_is_kille
             (line,) = ended.err.splitlines()
             assert line.startswith(f"error: run.dir=run is in use by process {first.pid} on ")
         assert contents(workspace) == before
-        read = kava(capsys, "eval", "run", "--data", "data.jsonl", "--rows", "8")
-        assert read.code == 0, read.err
+        assert started(workspace, "eval", "run", "--data", "data.jsonl", "--rows", "8").wait() == 0
     finally:
         first.kill()
         first.wait()
     assert (workspace / "run" / LOCK_NAME).exists()  # a file that nobody holds
-    ended = kava(capsys, *RUN)
-    assert ended.code == 0, ended.err
+    assert started(workspace, *RUN).wait() == 0
     lines = [json.loads(x) for x in (workspace / "run/metrics.jsonl").read_text().splitlines()]
     trained = [line["step"] for line in lines if line["kind"] == "train"]
     assert trained == list(range(1, STEPS + 1))
