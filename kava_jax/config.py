@@ -14,7 +14,7 @@ from kava_jax.config_alignment import (
     ProjectorConfig,
     RouterConfig,
 )
-from kava_jax.config_values import AutoShare, Dtype, Positive, Ramp, Section, Share, Weight
+from kava_jax.config_values import AutoShare, Dtype, Positive, Ramp, Section, Share, Weight, is_zero
 from kava_jax.storage import Place, place
 
 # What our own held-out rows are called beside those of `eval.sets`.
@@ -322,8 +322,10 @@ class Config(Section):
                 f"but data.batch_size={self.data.batch_size} with train.grad_accumulation="
                 f"{self.train.grad_accumulation} leaves one row at a time; use two or more"
             )
-        if not self.teachers and self.student.geometry is None and self.loss.ce_weight == 0:
-            raise ValueError("no teachers and loss.ce_weight=0 leaves nothing to learn from")
+        heard = self.teachers and (self.loss.kl_weight > 0 or not is_zero(self.loss.kv_weight))
+        if is_zero(self.loss.ce_weight) and not heard:
+            without = "loss.kv_weight=0 and loss.kl_weight=0" if self.teachers else "no teachers"
+            raise ValueError(f"{without} and loss.ce_weight=0 leaves nothing to learn from")
         if self.optimizer.warmup_steps > self.train.steps:
             raise ValueError(
                 f"optimizer.warmup_steps={self.optimizer.warmup_steps} exceeds "
@@ -348,10 +350,16 @@ class Config(Section):
                 f"router.kind={self.router.kind} with {len(self.teachers)} teachers has nothing to "
                 f"route; use fixed, or name two teachers"
             )
-        if self.router.kind != "fixed" and not any(teacher.weight for teacher in self.teachers):
+        if names and not any(teacher.weight for teacher in self.teachers):
             raise ValueError(
                 f"router.kind={self.router.kind}, but no teacher has a weight above 0; give one to "
                 f"at least one of {names}"
+            )
+        traced = self.profile.first_and_last
+        if traced and traced[0] > self.train.steps:
+            raise ValueError(
+                f"profile.steps={self.profile.steps} begins after the last of train.steps="
+                f"{self.train.steps}; name earlier steps"
             )
         return self
 

@@ -78,3 +78,10 @@ KVWeight = Annotated[
     Discriminator(_kind_of_weight),
     BeforeValidator(_auto),
 ]
+
+
+def is_zero(weight: "float | Ramp | AutoShare") -> bool:
+    """Whether a weight is 0 throughout."""
+    if isinstance(weight, Ramp):
+        return weight.start == weight.end == 0
+    return weight == 0

@@ -19,19 +19,25 @@ from tests.spoil import (
     append,
     break_tensors,
     change_row,
+    checkpoint_of_nan,
     config,
     differing_head,
     foreign_folder,
     fresh_student,
     generation,
     geometry,
+    grid_in_use,
+    hold,
     larger_tokenizer,
+    long_questions,
     misspelt_geometry,
     no_checkpoints,
     only_pickle,
     other_vocabulary,
     other_vocabulary_in_two_files,
     other_weights,
+    short_eighth_row,
+    spoil_weight,
     student_tokenizer_of_another,
     truncate_weights,
     two_teachers,
@@ -326,6 +332,90 @@ FRESH = {
         ("teacher/model.safetensors", "truncated or damaged", "download or copy it again"),
         truncate_weights,
     ),
+    "teacher with a weight that is NaN": Case(
+        TRAIN,
+        ("teacher: NaN or infinity in model.layers.1.mlp.up_proj.weight in model.safetensors",),
+        spoil_weight("teacher", float("nan")),
+    ),
+    "student with a weight that is infinite": Case(
+        TRAIN,
+        ("student: NaN or infinity in model.layers.1.mlp.up_proj.weight", "convert it again"),
+        spoil_weight("student", float("-inf")),
+    ),
+    "evaluate a model that is NaN": Case(
+        ("eval", "student", *EVAL, "--json"),
+        ("student: NaN or infinity in model.layers.1.mlp.up_proj.weight",),
+        spoil_weight("student", float("nan")),
+    ),
+    "calibrate with a model that is NaN": Case(
+        ("calibrate", "tiny.yaml", "recipe=calibrated"),
+        ("teacher: NaN or infinity in model.layers.1.mlp.up_proj.weight",),
+        spoil_weight("teacher", float("nan")),
+    ),
+    "a run directory in use": Case(
+        TRAIN, ("run.dir=run is in use by another process", "wait for its end"), hold("run")
+    ),
+    "a smoke run's directory in use": Case(
+        (*TRAIN, "--smoke"), ("run.dir=run-smoke is in use",), hold("run-smoke")
+    ),
+    "calibrate into a directory in use": Case(
+        ("calibrate", "tiny.yaml", "recipe=calibrated"), ("run.dir=run is in use",), hold("run")
+    ),
+    "a grid in use": Case(
+        ("ablate", "grid.yaml", "--out", "grid"), ("out=grid is in use",), grid_in_use
+    ),
+    "a demo in use": Case(("demo", "--out", "demo"), ("out=demo is in use",), hold("demo")),
+    "first tokens left out that are all": Case(
+        (*TRAIN, "loss.sink_tokens=64"),
+        ("loss.sink_tokens=64 leaves no token of the training rows to compare", "lower it"),
+    ),
+    "calibration scored on nothing": Case(
+        (
+            "calibrate",
+            "tiny.yaml",
+            "recipe=calibrated",
+            "calibration.rows=8",
+            "loss.sink_tokens=40",
+        ),
+        ("calibration.rows=8: no row to score on is longer than loss.sink_tokens=40", "or lower"),
+        short_eighth_row,
+    ),
+    "held-out rows that are all prompt": Case(
+        (*TRAIN, "data.eval_path=long.jsonl"),
+        ("data.max_length=64 leaves no held-out row with an answer", "2 rows", "raise it"),
+        long_questions,
+    ),
+    "a set whose rows are all prompt": Case(
+        (*TRAIN, "eval.sets.far.path=long.jsonl"),
+        ("data.max_length=64 leaves no far row with an answer", "give other rows"),
+        long_questions,
+    ),
+    "nothing is weighed": Case(
+        (*TRAIN, "loss.ce_weight=0", "loss.kv_weight=0"),
+        ("loss.kv_weight=0 and loss.kl_weight=0 and loss.ce_weight=0", "nothing to learn from"),
+    ),
+    "nothing is weighed and there is no teacher": Case(
+        (*TRAIN, "loss.ce_weight={start: 0, end: 0}", "teachers=[]", "loss.kl_weight=1"),
+        ("no teachers and loss.ce_weight=0", "nothing to learn from"),
+    ),
+    "teachers of no weight": Case(
+        (*TRAIN, "teachers.0.weight=0"), ("no teacher has a weight above 0", "give one to")
+    ),
+    "a KV loss of no term": Case(
+        (*TRAIN, "loss.alpha=0", "loss.beta=0"),
+        ("loss: kv=mercator with alpha=0, beta=0 compares nothing", "raise one"),
+    ),
+    "a hybrid KV loss of no term": Case(
+        (*TRAIN, "loss.kv=hybrid", "loss.mercator_weight=0", "loss.mse_weight=0"),
+        ("loss: kv=hybrid", "mse_weight=0 compares nothing"),
+    ),
+    "a KV loss whose only term is off": Case(
+        (*TRAIN, "loss.alpha=0"),
+        ("loss.alpha=0 leaves no KV loss", "projector.kind=elastic begins with a norm", "raise"),
+    ),
+    "a trace of steps that never come": Case(
+        (*TRAIN, "profile.steps=3:4"), ("profile.steps=3:4", "train.steps=2", "name earlier steps")
+    ),
     "pickled weights": Case(
         TRAIN, ("'teacher'", "pytorch_model.bin", "convert them to safetensors"), only_pickle
     ),
@@ -438,6 +528,14 @@ OLD = {
         ("export", "run", "--out", "exported"),
         ("checkpoint='last'", "train the run first"),
         no_checkpoints,
+    ),
+    "export a checkpoint that is NaN": Case(
+        ("export", "run", "--out", "exported"),
+        ("checkpoint=3 of run holds NaN or infinity in student/final_norm/scale", "earlier one"),
+        checkpoint_of_nan,
+    ),
+    "evaluate a checkpoint that is NaN": Case(
+        ("eval", "run", *EVAL, "--json"), ("checkpoint=3 of run holds NaN",), checkpoint_of_nan
     ),
     "export into a foreign folder": Case(
         ("export", "run", "--out", "elsewhere"),

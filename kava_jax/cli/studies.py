@@ -159,8 +159,11 @@ def demo(
     """
     from kava_jax.demo import render, run_demo
     from kava_jax.storage import local_path
+    from kava_jax.training.lock import alone
 
-    result = run_demo(local_path(out, "out"), command())
+    where = local_path(out, "out")
+    with alone(where, "out"):
+        result = run_demo(where, command())
     if as_json:
         print(json.dumps(result.as_dict(), indent=2))
     else:

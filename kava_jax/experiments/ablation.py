@@ -24,6 +24,7 @@ from kava_jax.config_file import dump_config
 from kava_jax.errors import KavaError, PreemptedError
 from kava_jax.experiments.grid import PRETRAINED, Grid, exported, run_config, run_directory
 from kava_jax.experiments.outcome import outcome_of
+from kava_jax.training.lock import exclusive
 from kava_jax.training.manifest import config_hash, versions, write_atomically
 
 GRID_NAME, BAD_INPUT = "grid.json", 2
@@ -68,11 +69,15 @@ class Ablation:
         """Run what is not finished, ``jobs`` at a time; returns the runs that failed.
 
         Raises:
-            KavaError: ``jobs`` is not positive, the directory holds results of something else, or a
-                run was refused for bad input (its own words).
+            KavaError: ``jobs`` is not positive, the directory holds results of something else or is
+                another call's at this moment, or a run was refused for bad input (its own words).
         """
         if jobs < 1:
             raise KavaError(f"jobs={jobs} is not positive; use 1 or more")
+        with exclusive(self.out, "out"):
+            return self._run(jobs, say)
+
+    def _run(self, jobs: int, say: Callable[[Progress], None]) -> list[Job]:
         # Seed by seed, so that a grid that is cut short has whole comparisons.
         wanted = [Job(arm, seed) for seed in self.grid.seeds for arm in self.grid.arms]
         known = [job for job in wanted if self._known(job)]

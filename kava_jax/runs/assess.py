@@ -1,11 +1,12 @@
 """``kava eval``: any student on any data, a run's with its alignment, a directory's without."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from kava_jax.config_file import parse_config
 from kava_jax.data.dataset import HeldOut
-from kava_jax.errors import KavaError
+from kava_jax.errors import KavaError, StoppedError
 from kava_jax.runs.evaluate import answer_notes, choice_note, evaluate
 from kava_jax.runs.prepare import Run, data_loader, prepare, reopen, restore
 from kava_jax.storage import check_access, place
@@ -42,7 +43,7 @@ def assess(
             say(chosen)
         teachers = run.blueprint.load_teachers()
         found = evaluate(run, held, state.params, teachers, state.statistics)
-        return {"eval_rows": len(held.measured)} | found
+        return _told(held, found, say)
     if checkpoint != "last":
         raise KavaError(
             f"checkpoint={checkpoint!r}: {model!r} is not a run directory; leave it out"
@@ -54,9 +55,25 @@ def assess(
     }
     run = prepare(parse_config(fields, overrides))
     held = _held_out(run, data, rows)
-    _say_of(run, data, held, say)
     params = {"student": run.blueprint.load_student(), "projector": {}}
-    return {"eval_rows": len(held.measured)} | evaluate(run, held, params, {})
+    _say_of(run, data, held, say)
+    return _told(held, evaluate(run, held, params, {}), say)
+
+
+def _told(held: HeldOut, found: dict[str, float], say: Callable[[str], None]) -> dict[str, Any]:
+    """The figures, and what to say of those that are none.
+
+    Raises StoppedError for a loss that is not finite: the weights were, as they were looked at.
+    """
+    if not math.isfinite(found["eval_loss"]):
+        raise StoppedError(
+            f"eval_loss={found['eval_loss']}: the weights are finite, and what is computed with "
+            f"them overflows; use another checkpoint"
+        )
+    none = [name for name, value in found.items() if not math.isfinite(value)]
+    if none:
+        say(f"not measurable on these rows: {', '.join(none)}")
+    return {"eval_rows": len(held.measured)} | found
 
 
 def _held_out(run: Run, data: str, rows: int | None) -> HeldOut:

@@ -47,6 +47,7 @@ from kava_jax.runs.prepare import (
 )
 from kava_jax.runs.resume import FREE_FIELDS, PATH_FIELDS
 from kava_jax.storage import Place, check_access, local_file
+from kava_jax.training.lock import alone
 from kava_jax.training.manifest import Fingerprints, check_manifest, config_hash, fields_of
 from kava_jax.training.objective import PARTS
 
@@ -92,7 +93,7 @@ def calibrate(config: Config) -> Calibration:
     """Measure what the config asks for, write it to the run directory, and return it.
 
     Raises KavaError when the config asks for nothing that is measured, for a combination that has
-    no closed form, and for a run directory that belongs to another run.
+    no closed form, and for a run directory that belongs to another run or that one is at work in.
     """
     if not config.needs_calibration:
         raise KavaError(
@@ -100,17 +101,18 @@ def calibrate(config: Config) -> Calibration:
             "teacher's layer_map to cka or calibrated"
         )
     check_access(config.run.directory, "run.dir")
-    run = prepare(unmeasured(config))
-    dataset = load_dataset(run)
-    fingerprints = fingerprints_of(run, dataset)
-    check_manifest(
-        run.directory,
-        config=dump_config(config),
-        fingerprints=fingerprints,
-        free=FREE_FIELDS,
-        paths=PATH_FIELDS,
-    )
-    found = calibrated(config, run, dataset, fingerprints)
+    with alone(config.run.directory, "run.dir"):
+        run = prepare(unmeasured(config))
+        dataset = load_dataset(run)
+        fingerprints = fingerprints_of(run, dataset)
+        check_manifest(
+            run.directory,
+            config=dump_config(config),
+            fingerprints=fingerprints,
+            free=FREE_FIELDS,
+            paths=PATH_FIELDS,
+        )
+        found = calibrated(config, run, dataset, fingerprints)
     assert found is not None
     return found
 
@@ -130,6 +132,11 @@ def _measure(config: Config, run: Run, dataset: Dataset, identity: str) -> Calib
         candidates = _candidates(config, run, index)
         moments = Moments(run, teacher.name, student, candidates)
         grams = {split: moments.of(batches[split]) for split in SPLITS}
+        if empty := [split for split in SPLITS if not grams[split]["k"].count]:
+            raise KavaError(
+                f"calibration.rows={config.calibration.rows}: no row to {empty[0]} on is longer "
+                f"than loss.sink_tokens={config.loss.sink_tokens}; give more rows, or lower it"
+            )
         maps[teacher.name] = _layer_map(config, index, candidates, grams)
         found = _fit(config, maps[teacher.name], grams)
         weights[teacher.name], report[teacher.name] = found

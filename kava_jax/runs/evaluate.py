@@ -121,6 +121,8 @@ def evaluation_notes(run: Run, dataset: Dataset) -> list[str]:
     """What to say of a run's evaluations before it starts."""
     sets = {MAIN_SET: dataset.held_out, **dataset.more}
     notes = [note for name, held in sets.items() for note in answer_notes(run.config, name, held)]
+    if run.config.eval.exact_match_every and not dataset.held_out.answered:
+        notes.append("eval.exact_match_every does nothing: no held-out row can be scored")
     chosen = choice_note(run.config)
     return [*notes, chosen] if chosen and run.config.train.eval_every else notes
 

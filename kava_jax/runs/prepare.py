@@ -9,6 +9,8 @@ from functools import cache
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from kava_jax.alignment.layer_map import LayerMap
@@ -31,6 +33,8 @@ from kava_jax.hf.generation import end_ids
 from kava_jax.hf.locate import model_fingerprint, read_json, resolve_model
 from kava_jax.parallel.hosts import from_first
 from kava_jax.parallel.mesh import make_mesh
+from kava_jax.parallel.sharding import replicated
+from kava_jax.runs.idle import compared_notes
 from kava_jax.storage import Place, check_access
 from kava_jax.training.blueprint import Blueprint, find_models, make_blueprint
 from kava_jax.training.checkpoint import Checkpoints, abstract_state
@@ -152,7 +156,9 @@ def load_dataset(run: Run) -> Dataset:
     )
     sets = (dataset.stream.rows, dataset.held_out.rows, *(m.rows for m in dataset.more.values()))
     told = [check_unused(renamed, chain(*sets), who) for who, renamed in run.renamed.items()]
-    return dataset._replace(notes=(*run.notes, *filter(None, told), *dataset.notes))
+    compared = {"training": dataset.stream.rows, "held-out": dataset.held_out.measured}
+    short = compared_notes(compared if run.config.teachers else {}, run.config.loss.sink_tokens)
+    return dataset._replace(notes=(*run.notes, *filter(None, told), *dataset.notes, *short))
 
 
 def today_of(run_dir: Place) -> date:
@@ -249,10 +255,30 @@ def read_measured_maps(config: Config) -> dict[str, LayerMap]:
 
 
 def restore(run: Run, checkpoint: str = "last") -> TrainState:
-    """The state at ``last``, ``best`` or a step number."""
+    """The state at ``last``, ``best`` or a step number.
+
+    Raises KavaError when its weights are not finite.
+    """
     keep = run.config.train.keep_checkpoints
     with Checkpoints(run.directory, keep, read_only=True) as checkpoints:
-        return checkpoints.restore(checkpoints.choose(checkpoint), restore_target(run))
+        state = checkpoints.restore(checkpoints.choose(checkpoint), restore_target(run))
+    check_finite(run, state)
+    return state
+
+
+def check_finite(run: Run, state: TrainState) -> None:
+    """Raises KavaError with the weights of a restored state that hold NaN or infinity."""
+    every = jax.jit(
+        lambda params: jax.tree.map(lambda x: jnp.isfinite(x).all(), params),
+        out_shardings=replicated(run.mesh),
+    )(state.params)
+    flat, _ = jax.tree.flatten_with_path(every)
+    wrong = [jax.tree_util.keystr(path, simple=True, separator="/") for path, x in flat if not x]
+    if wrong:
+        raise KavaError(
+            f"checkpoint={int(state.step)} of {run.directory} holds NaN or infinity in "
+            f"{', '.join(wrong)}; use an earlier one, or train again"
+        )
 
 
 def restore_target(run: Run) -> Any:

@@ -28,6 +28,7 @@ from kava_jax.models.spec import DecoderSpec, LongRopeScaling
 from kava_jax.parallel.hosts import meet
 from kava_jax.runs.geometry import model_specs
 from kava_jax.storage import check_access, remove
+from kava_jax.training.lock import alone
 from kava_jax.training.manifest import MANIFEST_NAME
 
 # Two rows are the fewest with a shuffled cosine. Every other length of a batch is compiled anew,
@@ -45,8 +46,9 @@ def smoke_config(config: Config) -> Config:
     """
     check_access(config.run.directory, "run.dir")
     directory = config.run.directory.with_name(f"{config.run.directory.name}-smoke")
-    if jax.process_index() == 0 and (directory / MANIFEST_NAME).is_file():
-        remove(directory)
+    with alone(directory, "run.dir"):
+        if jax.process_index() == 0 and (directory / MANIFEST_NAME).is_file():
+            remove(directory)
     raw = dump_config(config)
     specs = model_specs(raw)
     tokenizer, source = _tokenizer(raw)
@@ -70,8 +72,10 @@ def smoke_config(config: Config) -> Config:
     rows = math.lcm(BATCH_ROWS, jax.device_count())
     raw["data"]["batch_size"] = rows * config.train.grad_accumulation
     raw["train"] |= {"steps": STEPS, "log_every": 1, "eval_every": None, "checkpoint_every": STEPS}
+    raw["profile"]["steps"] = None
     raw["calibration"]["rows"] = CALIBRATION_ROWS
     raw["eval"] |= {"max_new_tokens": NEW_TOKENS, "batch_size": HELD_OUT_ROWS}
+    raw["eval"]["exact_match_every"] = None
     if raw["projector"]["training"] == "warmup":
         raw["projector"]["warmup_steps"] = 1
     raw["optimizer"]["warmup_steps"] = min(1, raw["optimizer"]["warmup_steps"])

@@ -17,8 +17,10 @@ from kava_jax.parallel.hosts import from_first, on_host
 from kava_jax.parallel.sharding import batch_sharding, replicated
 from kava_jax.runs.calibrate import calibrated, place, unmeasured
 from kava_jax.runs.evaluate import evaluation_notes, evaluator
+from kava_jax.runs.idle import idle_settings
 from kava_jax.runs.prepare import (
     Run,
+    check_finite,
     fingerprints_of,
     load_dataset,
     prepare,
@@ -31,6 +33,7 @@ from kava_jax.storage import check_access, local_file
 from kava_jax.training.ahead import compiled_ahead
 from kava_jax.training.assembly import magnitude_note
 from kava_jax.training.checkpoint import Checkpoints, newest_step
+from kava_jax.training.lock import alone
 from kava_jax.training.loop import Cadence, projector_path, run_steps
 from kava_jax.training.manifest import (
     Fingerprints,
@@ -61,10 +64,13 @@ def train(config: Config, command: Sequence[str]) -> Trained:
 
     Everything that can be wrong with the input is found before anything is written.
 
-    Raises PreemptedError when the run was asked to end after its first step.
+    Raises KavaError too when another command writes to the run directory at this moment, and
+    PreemptedError when the run was asked to end after its first step.
     """
-    with listening() as preemption:
-        trained = _train(config, command, preemption)
+    check_access(config.run.directory, "run.dir")
+    idle = idle_settings(config)
+    with alone(config.run.directory, "run.dir") as unlocked, listening() as preemption:
+        trained = _train(config, command, [unlocked, *idle] if unlocked else idle, preemption)
         # Asked while the last things were being written: who trains on shall not go on either.
         if preemption.asked():
             raise PreemptedError(
@@ -73,8 +79,10 @@ def train(config: Config, command: Sequence[str]) -> Trained:
     return trained
 
 
-def _train(config: Config, command: Sequence[str], preemption: Preemption) -> Trained:
-    check_access(config.run.directory, "run.dir")
+def _train(
+    config: Config, command: Sequence[str], told: Sequence[str], preemption: Preemption
+) -> Trained:
+    """``train`` in a run directory that nobody else writes to; ``told`` are lines to begin with."""
     run = prepare(unmeasured(config))
     dataset = load_dataset(run)
     plain, fingerprints = dump_config(config), fingerprints_of(run, dataset)
@@ -109,12 +117,13 @@ def _train(config: Config, command: Sequence[str], preemption: Preemption) -> Tr
         )
     share = _share(config)
     with Checkpoints(run.directory, config.train.keep_checkpoints) as checkpoints:
-        notes = [*dataset.notes, *evaluation_notes(run, dataset), run.blueprint.attending]
+        notes = [*told, *dataset.notes, *evaluation_notes(run, dataset), run.blueprint.attending]
         notes += filter(None, [run.blueprint.repeated, magnitude_note(config)])
         resumed = checkpoints.newest_intact(notes.append)
         if resumed is not None:
             notes.append(f"continuing from the checkpoint at step {resumed}")
             start = checkpoints.restore(resumed, restore_target(run))
+            check_finite(run, start)
             notes += changes_in_words(earlier, config, start)
         assert start is not None  # what was there a moment ago is intact, or has been refused
         with Monitor(

@@ -25,6 +25,7 @@ import yaml
 
 from kava_jax.errors import KavaError
 from kava_jax.storage import Place
+from kava_jax.training.lock import LOCK_NAME
 
 CONFIG_NAME = "config.yaml"
 MANIFEST_NAME = "manifest.json"
@@ -201,7 +202,8 @@ def _check_fresh(run_dir: Place) -> None:
         raise KavaError(f"run.dir={run_dir} is a file; name a directory")
     # manifest.json too: the first process may be writing it while another one looks.
     ours = [Path(CONFIG_NAME), Path(MANIFEST_NAME)]
-    known = {path.name for name in ours for path in (name, _temporary(name))} | {CALIBRATION_NAME}
+    known = {path.name for name in ours for path in (name, _temporary(name))}
+    known |= {CALIBRATION_NAME, LOCK_NAME}
     if run_dir.is_dir() and {path.name for path in run_dir.iterdir()} - known:
         raise KavaError(
             f"run.dir={run_dir} is not empty and has no {MANIFEST_NAME}, so it is not a run;"

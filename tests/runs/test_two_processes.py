@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from kava_jax.training.lock import exclusive
 from tests.tiny import CONFIG, write_config, write_workspace
 from tests.tolerances import TOL
 
@@ -147,6 +148,16 @@ def test_a_damaged_file_of_the_second_process_is_told_by_both(workspace: Path) -
         assert process.returncode == 2, words
         name = path.relative_to(written)
         assert f"is damaged ({name} has changed since it was written)" in words
+
+
+def test_a_pair_that_finds_the_directory_in_use_ends_with_one_line_each(workspace: Path) -> None:
+    with exclusive(workspace / "held", "run.dir"):
+        for process in pair(workspace, "train", "run.yaml", "run.dir=held"):
+            _, words = process.communicate(timeout=LIMIT)
+            assert process.returncode == 2, words
+            told = [line for line in words.splitlines() if line.startswith("error: ")]
+            assert told == [words.splitlines()[-1]]
+            assert f"run.dir=held is in use by process {os.getpid()} on " in told[0]
 
 
 def test_when_one_is_killed_the_other_ends_and_the_pair_resumes(workspace: Path) -> None:
