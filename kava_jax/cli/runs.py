@@ -162,15 +162,16 @@ def export(
 
     Example: kava export runs/demo --out exported/demo --checkpoint best --dtype bfloat16
     """
+    from kava_jax.hf.export import check_destination
     from kava_jax.runs.evaluate import choice_note
     from kava_jax.runs.export import export as export_run
     from kava_jax.runs.prepare import reopen, restore
-    from kava_jax.storage import check_access, place
+    from kava_jax.storage import place
 
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise KavaError(f"--dtype={dtype!r} is unknown; use auto, float32, bfloat16 or float16")
     target = place(out, "out")
-    check_access(target, "out")
+    check_destination(target)
     opened = reopen(place(run, "run"))
     export_run(opened, restore(opened, checkpoint), target, dtype)  # pyright: ignore[reportArgumentType]  (checked above)
     if first_process():

@@ -26,7 +26,7 @@ from kava_jax.runs.prepare import (
 )
 from kava_jax.runs.record import write_record
 from kava_jax.runs.resume import FREE_FIELDS, PATH_FIELDS, changes_in_words, check_steps
-from kava_jax.storage import check_access, local_file
+from kava_jax.storage import check_target, local_file
 from kava_jax.training.ahead import compiled_ahead
 from kava_jax.training.assembly import magnitude_note
 from kava_jax.training.checkpoint import Checkpoints, newest_step
@@ -60,7 +60,7 @@ def train(config: Config, command: Sequence[str]) -> Trained:
 
     Everything that can be wrong with the input is found before anything is written.
     """
-    check_access(config.run.directory, "run.dir")
+    check_target(config.run.directory, "run.dir")
     run = prepare(unmeasured(config))
     dataset = load_dataset(run)
     plain, fingerprints = dump_config(config), fingerprints_of(run, dataset)
