@@ -84,7 +84,7 @@ def run_demo(out: Path, command: Sequence[str]) -> Demo:
     distilled = train(_placed(config, out / DISTILLED), command)
     ce_only = train(_placed(config, out / CE_ONLY, alone=True), command)
     run, held = distilled.run, distilled.dataset.held_out
-    export(run, distilled.state, exported)
+    export(run, distilled.state.params["student"], int(distilled.state.step), exported)
     again = prepare(_of_directory(config, exported))
     answers = answer(run, held, distilled.state.params["student"])
     teacher = prepare(_of_directory(config, config.teachers[0].path))

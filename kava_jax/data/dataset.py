@@ -133,6 +133,13 @@ def make_dataset(
         sink_tokens=sink_tokens,
     )
     others = {name: HeldOut.of(list(examples), encoder) for name, examples in more.items()}
+    measured = {"held out": held, **{f"eval.sets.{n}": other for n, other in others.items()}}
+    for name, other in measured.items():
+        if not other.measured:
+            raise KavaError(
+                f"{name}: all {len(other.rows)} rows are filled by their prompts, so nothing can be "
+                f"measured; raise data.max_length={encoder.max_length}"
+            )
     notes = [f"data: {stream.report.sentence}", f"held out: {held.sentence}"]
     notes += [f"set {name}: {other.sentence}" for name, other in others.items()]
     notes += _overlaps(training, {"held-out": held_out, **more})

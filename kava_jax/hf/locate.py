@@ -224,8 +224,8 @@ def _download(name: str, revision: str | None) -> Path:
         ) from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
         raise KavaError(
-            f"{at} is not in the local cache and the hub cannot be reached; download it first with "
-            f"`hf download {name}`, or give a directory"
+            f"{at} is no directory here, not in the local cache, and the hub cannot be reached; "
+            f"give a directory, or download it first with `hf download {name}`"
         ) from error
 
 

@@ -7,7 +7,16 @@ from kava_jax.config_file import parse_config
 from kava_jax.data.dataset import HeldOut
 from kava_jax.errors import KavaError
 from kava_jax.runs.evaluate import answer_notes, choice_note, evaluate
-from kava_jax.runs.prepare import Run, data_loader, prepare, reopen, restore
+from kava_jax.runs.prepare import (
+    Run,
+    data_loader,
+    gone,
+    prepare,
+    reopen,
+    reopen_student,
+    restore,
+    restore_student,
+)
 from kava_jax.storage import check_access, place
 from kava_jax.training.manifest import MANIFEST_NAME
 
@@ -33,15 +42,23 @@ def assess(
     directory = place(model, "model")
     check_access(directory, "model")
     if (directory / MANIFEST_NAME).is_file():
-        run = reopen(directory, overrides)
+        run = reopen_student(directory, overrides)
+        lost = gone(run.config)
+        run = run if lost else reopen(directory, overrides)
         held = _held_out(run, data, rows)
-        state = restore(run, checkpoint)
         _say_of(run, data, held, say)
         chosen = choice_note(run.config)
         if checkpoint == "best" and chosen:
             say(chosen)
-        teachers = run.blueprint.load_teachers()
-        found = evaluate(run, held, state.params, teachers, state.statistics)
+        for field, path in lost.items():
+            say(f"{field}={path!r} is gone: alignment with the teachers is not measured")
+        if lost:
+            _, student = restore_student(run, checkpoint)
+            found = evaluate(run, held, {"student": student, "projector": {}}, {})
+        else:
+            state = restore(run, checkpoint)
+            teachers = run.blueprint.load_teachers()
+            found = evaluate(run, held, state.params, teachers, state.statistics)
         return {"eval_rows": len(held.measured)} | found
     if checkpoint != "last":
         raise KavaError(

@@ -6,27 +6,30 @@ from typing import Literal
 from kava_jax.hf.card import model_card
 from kava_jax.hf.export import export_model
 from kava_jax.hf.locate import read_json
+from kava_jax.models.decoder import Params
 from kava_jax.runs.prepare import Run
 from kava_jax.storage import Place
 from kava_jax.training.manifest import read_manifest
 from kava_jax.training.metrics_file import METRICS_NAME, read_metrics
-from kava_jax.training.step import TrainState
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 
-def export(run: Run, state: TrainState, out: Place, dtype: DtypeName = "auto") -> None:
-    """The student as a Hugging Face directory. ``auto`` is the dtype it came in, or float32."""
+def export(run: Run, student: Params, step: int, out: Place, dtype: DtypeName = "auto") -> None:
+    """The student at a step as a Hugging Face directory, of the run's student and directory alone.
+
+    ``auto`` is the dtype it came in, or float32.
+    """
     source = run.blueprint.student_dir
     tokenizer = Path(run.tokenizer_source)
     export_model(
         out,
-        state.params["student"],
+        student,
         run.blueprint.student_spec,
         dtype=_export_dtype(source) if dtype == "auto" else dtype,
         tokenizer=tokenizer if tokenizer.is_dir() else run.tokenizer,
         source_dir=source,
-        card=_card(run, int(state.step)),
+        card=_card(run, step),
     )
 
 

@@ -18,13 +18,15 @@ from kava_jax.runs.calibrate import calibrated, place, unmeasured
 from kava_jax.runs.evaluate import evaluation_notes, evaluator
 from kava_jax.runs.prepare import (
     Run,
+    check_directories,
+    directories_of,
     fingerprints_of,
     load_dataset,
     prepare,
     read_measured_maps,
     restore_target,
 )
-from kava_jax.runs.record import write_record
+from kava_jax.runs.record import check_record, write_record
 from kava_jax.runs.resume import FREE_FIELDS, PATH_FIELDS, changes_in_words, check_steps
 from kava_jax.storage import check_target, local_file
 from kava_jax.training.ahead import compiled_ahead
@@ -61,6 +63,8 @@ def train(config: Config, command: Sequence[str]) -> Trained:
     Everything that can be wrong with the input is found before anything is written.
     """
     check_target(config.run.directory, "run.dir")
+    check_directories(config)
+    check_record(config.run.directory)
     run = prepare(unmeasured(config))
     dataset = load_dataset(run)
     plain, fingerprints = dump_config(config), fingerprints_of(run, dataset)
@@ -89,6 +93,7 @@ def train(config: Config, command: Sequence[str]) -> Trained:
             config=plain,
             fingerprints=fingerprints,
             today=run.encoder.today,
+            directories=directories_of(config),
             hardware=Hardware(
                 jax.process_count(), jax.device_count(), jax.devices()[0].device_kind
             ),
