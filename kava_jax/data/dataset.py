@@ -137,8 +137,8 @@ def make_dataset(
     for name, other in measured.items():
         if not other.measured:
             raise KavaError(
-                f"{name}: all {len(other.rows)} rows are filled by their prompts, so nothing can be "
-                f"measured; raise data.max_length={encoder.max_length}"
+                f"{name}: all {len(other.rows)} rows are filled by their prompts, so there is "
+                f"nothing to measure; raise data.max_length={encoder.max_length}"
             )
     notes = [f"data: {stream.report.sentence}", f"held out: {held.sentence}"]
     notes += [f"set {name}: {other.sentence}" for name, other in others.items()]

@@ -67,8 +67,8 @@ def run_steps(
     was cut short (``evaluated`` is False). A checkpoint is written every ``checkpoint_every``
     steps, at the first logged step after ``checkpoint_minutes`` without one, at the end, and when
     the run is asked to end. The last one is whole before the last evaluation begins, so that
-    whatever fails from there on costs no step. ``probe`` (None without teachers) is called before a step, every
-    ``diagnose_every`` and whenever a share is due.
+    whatever fails from there on costs no step. ``probe`` (None without teachers) is called before a
+    step, every ``diagnose_every`` and whenever a share is due.
 
     Raises:
         StoppedError: ``most_skipped`` steps in a row were not finite.
