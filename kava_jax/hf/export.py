@@ -91,6 +91,17 @@ def export_model(
         _write_json(partial / _MARKER, {"written_by": "kava-jax", "files": names})
 
 
+def check_tokenizer(tokenizer: Any, spec: DecoderSpec, source_dir: Path | None) -> None:
+    """Find out before a training whether its student can be exported with its tokenizer.
+
+    Arguments and errors are those of ``export_model``.
+    """
+    with tempfile.TemporaryDirectory(prefix="kava-") as folder:
+        _write_tokenizer(Path(folder), tokenizer)
+        _write_configs(Path(folder), spec, "float32", tokenizer, source_dir)
+        _check_tokenizer_reads_back(Path(folder), tokenizer, spec)
+
+
 @contextmanager
 def _written_whole(directory: Place) -> Iterator[Path]:
     """An empty local directory that takes the place of ``directory`` when nothing is raised."""

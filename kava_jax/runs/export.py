@@ -1,10 +1,10 @@
 """The student of a run as a Hugging Face directory with a model card."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from kava_jax.hf.card import model_card
-from kava_jax.hf.export import export_model
+from kava_jax.hf.export import check_tokenizer, export_model
 from kava_jax.hf.locate import read_json
 from kava_jax.models.decoder import Params
 from kava_jax.runs.prepare import Run
@@ -21,16 +21,26 @@ def export(run: Run, student: Params, step: int, out: Place, dtype: DtypeName = 
     ``auto`` is the dtype it came in, or float32.
     """
     source = run.blueprint.student_dir
-    tokenizer = Path(run.tokenizer_source)
     export_model(
         out,
         student,
         run.blueprint.student_spec,
         dtype=_export_dtype(source) if dtype == "auto" else dtype,
-        tokenizer=tokenizer if tokenizer.is_dir() else run.tokenizer,
+        tokenizer=_tokenizer(run),
         source_dir=source,
         card=_card(run, step),
     )
+
+
+def check_exportable(run: Run) -> None:
+    """Refuse, before it is trained, a student that could not be exported with its tokenizer."""
+    check_tokenizer(_tokenizer(run), run.blueprint.student_spec, run.blueprint.student_dir)
+
+
+def _tokenizer(run: Run) -> Any:
+    """The directory whose files are copied, else the tokenizer itself."""
+    directory = Path(run.tokenizer_source)
+    return directory if directory.is_dir() else run.tokenizer
 
 
 def _export_dtype(source: Path | None) -> Literal["float32", "bfloat16", "float16"]:

@@ -16,6 +16,7 @@ from kava_jax.parallel.hosts import from_first, on_host
 from kava_jax.parallel.sharding import batch_sharding, replicated
 from kava_jax.runs.calibrate import calibrated, place, unmeasured
 from kava_jax.runs.evaluate import evaluation_notes, evaluator
+from kava_jax.runs.export import check_exportable
 from kava_jax.runs.prepare import (
     Run,
     check_directories,
@@ -77,6 +78,7 @@ def train(config: Config, command: Sequence[str]) -> Trained:
     )
     newest = from_first(newest_step(run.directory), "start of training")
     if newest < 0:
+        check_exportable(run)
         run, start = begun(config, run, dataset, fingerprints)
     else:  # a fresh state beside the one that is read would take its room twice
         check_steps(config, newest)
