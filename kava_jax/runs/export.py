@@ -54,7 +54,12 @@ def _export_dtype(source: Path | None) -> Literal["float32", "bfloat16", "float1
 
 def _card(run: Run, step: int) -> str:
     config, manifest = run.config, read_manifest(run.directory)
-    start = manifest["starts"][-1]
+    start, local = manifest["starts"][-1], manifest.get("directories", ())
+
+    def named(path: str) -> str:
+        """A directory stays one in the card when it is gone, whatever hub id it looks like."""
+        return str(Path(path).absolute()) if path in local else path
+
     recipe = {
         "KV loss": f"{config.loss.kv} x {config.loss.kv_weight}, {config.loss.key_space} keys",
         "projector": f"{config.projector.kind}, {config.projector.direction}",
@@ -64,8 +69,8 @@ def _card(run: Run, step: int) -> str:
     }
     return model_card(
         name=config.run.name,
-        base_model=config.student.path or "a student trained from random weights",
-        teachers=[teacher.path for teacher in config.teachers],
+        base_model=named(config.student.path or "a student trained from random weights"),
+        teachers=[named(teacher.path) for teacher in config.teachers],
         recipe=recipe if config.teachers else {name: recipe[name] for name in ("steps",)},
         metrics=_last_evaluation(run.directory, step),
         dataset=config.data.path,
@@ -75,11 +80,11 @@ def _card(run: Run, step: int) -> str:
 
 
 def _last_evaluation(run_dir: Place, step: int) -> dict[str, float]:
-    """The held-out figures logged at ``step``; none if the run was not evaluated there."""
+    """The held-out figures logged at ``step``, but those by layer; none if there are none."""
     records = [r for r in read_metrics(run_dir / METRICS_NAME, "eval") if r["step"] == step]
     return {
         name.removeprefix("eval_"): value
         for record in records[-1:]
         for name, value in record.items()
-        if name not in ("step", "kind")
+        if name not in ("step", "kind", "layers")
     }

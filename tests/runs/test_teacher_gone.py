@@ -17,10 +17,10 @@ from tests.tolerances import TOL
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two teachers, a gate between them, and a run that learns from nothing else."""
     place = write_workspace(tmp_path_factory.mktemp("gone"))
-    write_model(place / "other", seed=3)
+    write_model(place / "models" / "other", seed=3)  # reads as a hub id
     write_config(
         place / "tiny.yaml",
-        teachers=[{"name": "big", "path": "teacher"}, {"name": "other", "path": "./other"}],
+        teachers=[{"name": "big", "path": "teacher"}, {"name": "other", "path": "models/other"}],
         router={"kind": "learned"},
         loss={"ce_weight": 0.0},
         train={"steps": 1, "log_every": 1},
@@ -42,8 +42,8 @@ def test_export_evaluation_and_report_do_without_the_teachers(workspace, monkeyp
     evaluation = ("eval", "run", "--data", "data.jsonl", "--json")
     full = json.loads(done(*evaluation).out)
 
-    for name in ("teacher", "other"):
-        (workspace / name).rename(workspace / f"moved-{name}")
+    (workspace / "teacher").rename(workspace / "moved")
+    (workspace / "models").rename(workspace / "elsewhere")
     step, alone = restore_student(reopen_student(Path("run")))
     assert step == 1
     assert jax.tree.structure(alone) == jax.tree.structure(whole)
@@ -56,7 +56,7 @@ def test_export_evaluation_and_report_do_without_the_teachers(workspace, monkeyp
     ended = done(*evaluation)
     found = json.loads(ended.out)
     assert "teachers.0.path='teacher' is gone: alignment" in ended.err
-    assert "teachers.1.path='./other' is gone" in ended.err
+    assert "teachers.1.path='models/other' is gone" in ended.err
     assert found["eval_loss"] == pytest.approx(full["eval_loss"], rel=TOL["rearranged"])
     shared = {key: full[key] for key in ("eval_rows", "exact_match_strict", "exact_match_rows")}
     assert shared.items() <= found.items()
@@ -65,8 +65,8 @@ def test_export_evaluation_and_report_do_without_the_teachers(workspace, monkeyp
 
     ended = kava(capsys, "train", "tiny.yaml", "train.steps=2")
     assert ended.code == 2
-    assert "teachers.0.path='teacher', teachers.1.path='./other': a directory" in ended.err
-    moved = ("teachers.0.path=moved-teacher", "teachers.1.path=moved-other")
+    assert "teachers.0.path='teacher', teachers.1.path='models/other': a directory" in ended.err
+    moved = ("teachers.0.path=moved", "teachers.1.path=elsewhere/other")
     assert "another place" in done("train", "tiny.yaml", "train.steps=2", *moved).err
 
 
