@@ -218,7 +218,7 @@ def reopen(run_dir: Place, overrides: Sequence[str] = ()) -> Run:
 
     The attention kernel is chosen anew: this may be another kind of machine.
     """
-    config = _config_of(run_dir, overrides)
+    config = config_of(run_dir, overrides)
     check_directories(config)
     return prepare(config, read_measured_maps(config))
 
@@ -229,7 +229,7 @@ def reopen_student(run_dir: Place, overrides: Sequence[str] = ()) -> Run:
     The result's blueprint has no teachers, its config is the run's own. Only a student made from
     random weights, whose tokenizer came with the first teacher, needs that one still.
     """
-    config = _config_of(run_dir, overrides)
+    config = config_of(run_dir, overrides)
     raw = dump_config(config)
     needed = [f"teachers.{index}.path" for index in range(len(config.teachers))]
     if config.student.path is None and config.student.tokenizer is None and needed:
@@ -243,7 +243,7 @@ def reopen_student(run_dir: Place, overrides: Sequence[str] = ()) -> Run:
     return replace(prepare(parse_config(raw)), config=config)
 
 
-def _config_of(run_dir: Place, overrides: Sequence[str]) -> Config:
+def config_of(run_dir: Place, overrides: Sequence[str]) -> Config:
     """The config that a run was started with, at the place where the run lies now."""
     check_access(run_dir, "run")
     chosen = ["train.attention=auto", *overrides]
