@@ -189,6 +189,37 @@ def foreign_folder(workspace: Path) -> None:
     (workspace / "elsewhere" / "thesis.txt").write_text("years of work")
 
 
+def foreign_export(workspace: Path) -> None:
+    foreign_folder(workspace)
+    (workspace / "elsewhere").rename(workspace / "export")
+
+
+def dangling_link(workspace: Path) -> None:
+    (workspace / "link").symlink_to("nowhere")
+
+
+def home(workspace: Path) -> None:
+    (workspace / "home").mkdir()
+
+
+def without(name: str) -> Arrange:
+    """Take a model's directory away."""
+    return lambda workspace: shutil.rmtree(workspace / name)
+
+
+def grid(workspace: Path) -> None:
+    arms = {"kv": {}, "ce": {"teachers": []}}
+    content = {"name": "g", "config": "tiny.yaml", "seeds": [0], "baseline": "ce", "arms": arms}
+    (workspace / "grid.yaml").write_text(json.dumps(content))
+
+
+def foreign_tokenizer(workspace: Path) -> None:
+    """Words, where transformers reads every qwen2 tokenizer as bytes."""
+    write_tokenizer(workspace / "words", words=True)
+    student = {"geometry": GEOMETRY, "tokenizer": "words"}
+    write_config(workspace / "tiny.yaml", student=student, teachers=[])
+
+
 def fresh_student(workspace: Path) -> None:
     write_config(workspace / "tiny.yaml", teachers=[], student={"geometry": GEOMETRY})
 

@@ -5,6 +5,7 @@ before and after.
 """
 
 import gzip
+import json
 import os
 import shutil
 import subprocess
@@ -21,13 +22,18 @@ from tests.spoil import (
     change_row,
     checkpoint_of_nan,
     config,
+    dangling_link,
     differing_head,
+    foreign_export,
     foreign_folder,
+    foreign_tokenizer,
     fresh_student,
     generation,
     geometry,
+    grid,
     grid_in_use,
     hold,
+    home,
     larger_tokenizer,
     long_questions,
     misspelt_geometry,
@@ -41,6 +47,7 @@ from tests.spoil import (
     student_tokenizer_of_another,
     truncate_weights,
     two_teachers,
+    without,
 )
 from tests.tiny import contents, kava, write_rows, write_workspace
 
@@ -460,6 +467,79 @@ FRESH = {
     "run directory that is a file": Case(
         (*TRAIN, "run.dir=data.jsonl"), ("run.dir=data.jsonl", "is a file", "name a directory")
     ),
+    "run under a file": Case(
+        (*TRAIN, "run.dir=data.jsonl/run"),
+        ("run.dir=data.jsonl/run", "data.jsonl is a file", "name a directory"),
+    ),
+    "run at a link to nothing": Case(
+        (*TRAIN, "run.dir=link/run"), ("run.dir=link/run", "link to what does not"), dangling_link
+    ),
+    "run at a link to itself": Case(
+        (*TRAIN, "run.dir=loop"),
+        ("run.dir=loop", "symbolic links", "name a directory"),
+        lambda w: (w / "loop").symlink_to("loop"),
+    ),
+    "run with too long a name": Case(
+        (*TRAIN, f"run.dir=new/{'x' * 250}"), ("run.dir=new/xxx", "longer than", "name a directory")
+    ),
+    "run with too long a path": Case(
+        (*TRAIN, f"run.dir={'new/' * 1000}x"), ("run.dir=new/new", "too long", "name a directory")
+    ),
+    "run where nothing can be made": Case(
+        (*TRAIN, "run.dir=/proc/kava"), ("run.dir=/proc/kava", "/proc: ", "name a directory")
+    ),
+    "run at the home of nobody": Case(
+        (*TRAIN, "run.dir=~no.body/run"), ("run.dir=~no.body/run", "no home", "./~no.body/run")
+    ),
+    "run without a name": Case((*TRAIN, "run.dir=''"), ("run.dir=''", "give a path")),
+    "smoke run under a file": Case(
+        (*TRAIN, "--smoke", "run.dir=data.jsonl/run"), ("run.dir=data.jsonl/run", "is a file")
+    ),
+    "calibration under a file": Case(
+        ("calibrate", "tiny.yaml", "recipe=calibrated", "run.dir=data.jsonl/run"),
+        ("run.dir=data.jsonl/run", "is a file"),
+    ),
+    "demo under a file": Case(
+        ("demo", "--out", "data.jsonl/demo"), ("out=data.jsonl/demo", "is a file")
+    ),
+    "demo over somebody's export": Case(
+        ("demo", "--out", "."), ("out=export", "thesis.txt", "move them away"), foreign_export
+    ),
+    "grid under a file": Case(
+        ("ablate", "grid.yaml", "--out", "data.jsonl/grid"),
+        ("out=data.jsonl/grid", "is a file"),
+        grid,
+    ),
+    "grid at home and not there": Case(
+        ("ablate", "~/absent.yaml"), ("does not exist", "home/absent.yaml'"), home
+    ),
+    "data at home and not there": Case(
+        (*TRAIN, "data.path=~/absent.jsonl"), ("home/absent.jsonl'", "does not exist"), home
+    ),
+    "model at home and not there": Case(
+        (*TRAIN, "teachers.0.path=~/absent"), ("home/absent' is not a directory",), home
+    ),
+    "tokenizer at home and not there": Case(
+        (*TRAIN, "student.tokenizer=~/absent"), ("home/absent' does not exist",), home
+    ),
+    "data with too long a name": Case(
+        (*TRAIN, f"data.path={'x' * 300}"), ("data.path='xxx", "name too long", "another path")
+    ),
+    "model with too long a name": Case(
+        (*TRAIN, f"student.path={'x' * 300}"), ("model path='xxx", "name too long", "another path")
+    ),
+    "set without an answer in reach": Case(
+        (*TRAIN, "eval.sets.long.path=long.jsonl"),
+        ("eval.sets.long", "all 1 rows", "raise data.max_length=64"),
+        lambda w: (w / "long.jsonl").write_text(
+            json.dumps({"question": "why " * 99, "answer": "#### 1"})
+        ),
+    ),
+    "student that could not be exported": Case(
+        TRAIN,
+        ("gives other ids beside a model of family qwen2", "own tokenizer"),
+        foreign_tokenizer,
+    ),
     "smoke with a missing file": Case(
         (*TRAIN, "--smoke", "data.path=absent.jsonl"),
         ("data.path='absent.jsonl'", "does not exist", "give a file"),
@@ -544,7 +624,43 @@ OLD = {
     ),
     "export over a file": Case(
         ("export", "run", "--out", "data.jsonl"),
-        ("out=data.jsonl", "is a file", "give a new directory"),
+        ("out=data.jsonl", "is a file", "name a directory"),
+    ),
+    "export under a file": Case(
+        ("export", "run", "--out", "data.jsonl/out"), ("out=data.jsonl/out", "is a file")
+    ),
+    "export at a link to nothing": Case(
+        ("export", "run", "--out", "link"), ("out=link", "link to what does not"), dangling_link
+    ),
+    "export where nothing can be made": Case(
+        ("export", "run", "--out", "/proc/kava"), ("out=/proc/kava", "/proc: ", "elsewhere")
+    ),
+    "report over a directory": Case(
+        ("report", "run", "--out", "student"), ("out=student is a directory", "name a file")
+    ),
+    "report under a file": Case(
+        ("report", "run", "--samples", "1", "--out", "data.jsonl/a.html"),
+        ("out=data.jsonl/a.html", "is a file"),
+    ),
+    "teacher gone when a run goes on": Case(
+        TRAIN,
+        ("teachers.0.path='teacher'", "gone now", "put it back", "teachers.0.path=DIR"),
+        without("teacher"),
+    ),
+    "teacher gone when it is to answer": Case(
+        ("report", "run", "--samples", "1"),
+        ("teachers.0.path='teacher'", "gone"),
+        without("teacher"),
+    ),
+    "student gone at export": Case(
+        ("export", "run", "--out", "exported"),
+        ("student.path='student'", "gone now", "put it back"),
+        without("student"),
+    ),
+    "record that cannot be read": Case(
+        (*TRAIN, "train.steps=3"),
+        ("run/record.yaml", "cannot be read", "mend or remove it"),
+        lambda w: (w / "run" / "record.yaml").write_text("conclusion: ["),
     ),
     "unknown dtype": Case(
         ("export", "run", "--out", "exported", "--dtype", "int8"),
@@ -563,9 +679,10 @@ def original(tmp_path_factory):
 
 @pytest.fixture
 def fresh(original, tmp_path, monkeypatch):
-    """A copy of the workspace to work in."""
+    """A copy of the workspace to work in, with a home that may be made in it."""
     shutil.copytree(original, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
     return tmp_path
 
 

@@ -28,7 +28,7 @@ def ablate(
     """
     from kava_jax.experiments.ablation import Ablation, Progress
     from kava_jax.experiments.grid import load_grid
-    from kava_jax.storage import local_path
+    from kava_jax.storage import check_target, local_path
 
     where = None if out is None else local_path(out, "out")
     loaded, base = load_grid(grid, overrides or [])
@@ -38,6 +38,7 @@ def ablate(
         say(f"{progress.done}/{progress.of}  {job.arm} seed {job.seed}: {progress.word}")
 
     where = where or Path("runs") / loaded.name
+    check_target(where, "out")
     failed = Ablation(loaded, base, where).run(jobs, tell)
     say(f"results: {where}/*.json; now: kava report {where}")
     if failed:
@@ -65,14 +66,14 @@ def report(
     """
     from kava_jax.experiments.ablation import GRID_NAME
     from kava_jax.experiments.grid_report import write_grid_report
-    from kava_jax.experiments.report import write_report
+    from kava_jax.experiments.report import REPORT_NAME, write_report
     from kava_jax.runs.samples import answer_all
-    from kava_jax.storage import check_access, place
+    from kava_jax.storage import check_access, check_target, place
 
-    run, target = place(directory, "run"), None if out is None else place(out, "out")
-    for where, field in ((run, "run"), (target, "out")):
-        if where is not None:
-            check_access(where, field)
+    run = place(directory, "run")
+    check_access(run, "run")
+    target = run / REPORT_NAME if out is None else place(out, "out")
+    check_target(target, "out", "file")
     if isinstance(run, Path) and (run / GRID_NAME).is_file():
         if samples is not None:
             raise KavaError(

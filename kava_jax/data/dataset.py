@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -12,6 +11,7 @@ from kava_jax.data.example import Example
 from kava_jax.data.sources import fingerprint, load_examples
 from kava_jax.data.text import Encoded, Encoder
 from kava_jax.errors import KavaError
+from kava_jax.storage import reachable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -88,7 +88,7 @@ def split_examples(
 
     Raises KavaError when a single row would have to be both.
     """
-    if eval_path is None and Path(path).is_file():
+    if eval_path is None and reachable(path, "data.path").is_file():
         eval_split = None  # a single file has no splits: asking for one would give its first rows
     if eval_path is None and eval_split is None and path.startswith("builtin:"):
         eval_split = "dev"

@@ -8,7 +8,17 @@ from kava_jax.config_file import parse_config
 from kava_jax.data.dataset import HeldOut
 from kava_jax.errors import KavaError, StoppedError
 from kava_jax.runs.evaluate import answer_notes, choice_note, evaluate
-from kava_jax.runs.prepare import Run, data_loader, prepare, reopen, restore
+from kava_jax.runs.prepare import (
+    Run,
+    config_of,
+    data_loader,
+    gone,
+    prepare,
+    reopen,
+    reopen_student,
+    restore,
+    restore_student,
+)
 from kava_jax.storage import check_access, place
 from kava_jax.training.manifest import MANIFEST_NAME
 
@@ -25,6 +35,7 @@ def assess(
     """Held-out figures of a run directory, a Hugging Face directory or a hub id on ``data``.
 
     ``overrides`` change fields of ``data`` and ``eval`` (format, field names, split, new tokens).
+    A run whose teachers are gone is evaluated without alignment.
     ``say`` is told what is not measured or not scored. ``eval_rows`` are those measured.
     The built-in generator is asked for its test split unless ``data.eval_split`` says otherwise.
     """
@@ -34,16 +45,23 @@ def assess(
     directory = place(model, "model")
     check_access(directory, "model")
     if (directory / MANIFEST_NAME).is_file():
-        run = reopen(directory, overrides)
+        lost = gone(config_of(directory, overrides))
+        run = reopen_student(directory, overrides) if lost else reopen(directory, overrides)
         held = _held_out(run, data, rows)
-        state = restore(run, checkpoint)
+        if lost:
+            params: dict[str, Any] = {"student": restore_student(run, checkpoint)[1]}
+            params["projector"], teachers, statistics = {}, {}, None
+        else:
+            state = restore(run, checkpoint)
+            params, statistics = state.params, state.statistics
+            teachers = run.blueprint.load_teachers()
         _say_of(run, data, held, say)
         chosen = choice_note(run.config)
         if checkpoint == "best" and chosen:
             say(chosen)
-        teachers = run.blueprint.load_teachers()
-        found = evaluate(run, held, state.params, teachers, state.statistics)
-        return _told(held, found, say)
+        for field, path in lost.items():
+            say(f"{field}={path!r} is gone: alignment with the teachers is not measured")
+        return _told(held, evaluate(run, held, params, teachers, statistics), say)
     if checkpoint != "last":
         raise KavaError(
             f"checkpoint={checkpoint!r}: {model!r} is not a run directory; leave it out"

@@ -46,7 +46,7 @@ from kava_jax.runs.prepare import (
     read_measured_maps,
 )
 from kava_jax.runs.resume import FREE_FIELDS, PATH_FIELDS
-from kava_jax.storage import Place, check_access, local_file
+from kava_jax.storage import Place, check_target, local_file
 from kava_jax.training.lock import alone
 from kava_jax.training.manifest import Fingerprints, check_manifest, config_hash, fields_of
 from kava_jax.training.objective import PARTS
@@ -100,7 +100,7 @@ def calibrate(config: Config) -> Calibration:
             "the config measures nothing: set recipe=calibrated, projector.init=calibrated or a "
             "teacher's layer_map to cka or calibrated"
         )
-    check_access(config.run.directory, "run.dir")
+    check_target(config.run.directory, "run.dir")
     with alone(config.run.directory, "run.dir"):
         run = prepare(unmeasured(config))
         dataset = load_dataset(run)

@@ -27,7 +27,7 @@ from kava_jax.hf.names import parameter_shapes
 from kava_jax.models.spec import DecoderSpec, LongRopeScaling
 from kava_jax.parallel.hosts import meet
 from kava_jax.runs.geometry import model_specs
-from kava_jax.storage import check_access, remove
+from kava_jax.storage import absolute, check_target, remove
 from kava_jax.training.lock import alone
 from kava_jax.training.manifest import MANIFEST_NAME
 
@@ -44,8 +44,10 @@ def smoke_config(config: Config) -> Config:
     An earlier smoke run there is removed: smoke runs start over, they do not continue. Of several
     processes the first one removes and writes, and the others wait for it.
     """
-    check_access(config.run.directory, "run.dir")
-    directory = config.run.directory.with_name(f"{config.run.directory.name}-smoke")
+    named = config.run.directory
+    check_target(named, "run.dir")
+    named = absolute(named) if named.name in ("", "..") else named  # `.` has no name of its own
+    directory = named.with_name(f"{named.name}-smoke")
     with alone(directory, "run.dir"):
         if jax.process_index() == 0 and (directory / MANIFEST_NAME).is_file():
             remove(directory)

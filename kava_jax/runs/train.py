@@ -17,19 +17,22 @@ from kava_jax.parallel.hosts import from_first, on_host
 from kava_jax.parallel.sharding import batch_sharding, replicated
 from kava_jax.runs.calibrate import calibrated, place, unmeasured
 from kava_jax.runs.evaluate import evaluation_notes, evaluator
+from kava_jax.runs.export import check_exportable
 from kava_jax.runs.idle import idle_settings
 from kava_jax.runs.prepare import (
     Run,
+    check_directories,
     check_finite,
+    directories_of,
     fingerprints_of,
     load_dataset,
     prepare,
     read_measured_maps,
     restore_target,
 )
-from kava_jax.runs.record import write_record
+from kava_jax.runs.record import check_record, write_record
 from kava_jax.runs.resume import FREE_FIELDS, PATH_FIELDS, changes_in_words, check_steps
-from kava_jax.storage import check_access, local_file
+from kava_jax.storage import check_target, local_file
 from kava_jax.training.ahead import compiled_ahead
 from kava_jax.training.assembly import magnitude_note
 from kava_jax.training.checkpoint import Checkpoints, newest_step
@@ -67,7 +70,9 @@ def train(config: Config, command: Sequence[str]) -> Trained:
     Raises KavaError too when another command writes to the run directory at this moment, and
     PreemptedError when the run was asked to end after its first step.
     """
-    check_access(config.run.directory, "run.dir")
+    check_target(config.run.directory, "run.dir")
+    check_directories(config)
+    check_record(config.run.directory)
     idle = idle_settings(config)
     with alone(config.run.directory, "run.dir") as unlocked, listening() as preemption:
         trained = _train(config, command, [unlocked, *idle] if unlocked else idle, preemption)
@@ -95,6 +100,7 @@ def _train(
     )
     newest = from_first(newest_step(run.directory), "start of training")
     if newest < 0:
+        check_exportable(run)
         run, start = begun(config, run, dataset, fingerprints)
     else:  # a fresh state beside the one that is read would take its room twice
         check_steps(config, newest)
@@ -111,6 +117,7 @@ def _train(
             config=plain,
             fingerprints=fingerprints,
             today=run.encoder.today,
+            directories=directories_of(config),
             hardware=Hardware(
                 jax.process_count(), jax.device_count(), jax.devices()[0].device_kind
             ),
@@ -123,7 +130,7 @@ def _train(
         if resumed is not None:
             notes.append(f"continuing from the checkpoint at step {resumed}")
             start = checkpoints.restore(resumed, restore_target(run))
-            check_finite(run, start)
+            check_finite(run, start.params, int(start.step))
             notes += changes_in_words(earlier, config, start)
         assert start is not None  # what was there a moment ago is intact, or has been refused
         with Monitor(

@@ -111,6 +111,7 @@ def write_manifest(
     fingerprints: Fingerprints,
     today: date,
     hardware: Hardware,
+    directories: Sequence[str] = (),
 ) -> None:
     """Write ``manifest.json``; on an existing one add this start to its list of starts.
 
@@ -118,6 +119,7 @@ def write_manifest(
     that chat templates write, which is that of the first start) stands at the top, in one file so
     that a kill cannot leave two halves that disagree; what may differ from
     start to start (command, versions, git revision, hardware, time) in ``starts``, oldest first.
+    ``directories`` are the models' paths that name local directories and no hub ids.
     ``config.yaml`` is the copy for people; write it first.
     """
     earlier = read_manifest(run_dir) if (run_dir / MANIFEST_NAME).exists() else {}
@@ -132,6 +134,7 @@ def write_manifest(
         "config": _plain(config),
         "config_hash": config_hash(config),
         "fingerprints": fingerprints._asdict() | {"teachers": dict(fingerprints.teachers)},
+        "directories": list(directories),
         "date": str(today),
         "starts": [*earlier.get("starts", []), start],
     }

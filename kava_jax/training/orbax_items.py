@@ -14,7 +14,7 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from kava_jax.storage import place
+from kava_jax.storage import Place, place
 from kava_jax.training.digests import write_digests, write_own_digests
 
 
@@ -49,6 +49,19 @@ class _OwnDigests:
 
     def cancel(self) -> None:
         """Nothing is under way that could be cancelled."""
+
+
+def restore_part(directory: Place, abstract: Any) -> Any:
+    """Of what was saved there, only what ``abstract`` has, with its dtypes and shardings."""
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        return reader.restore(
+            str(directory),
+            args=ocp.args.PyTreeRestore(
+                item=abstract,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+                partial_restore=True,
+            ),
+        )
 
 
 @ocp.args.register_with_handler(DigestedHandler, for_save=True)
