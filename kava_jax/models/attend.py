@@ -163,7 +163,7 @@ def _by_blocks(
 ) -> Float[Array, "B T N H"]:
     """Attend block by block, each over the keys up to its end: about half of all scores."""
     length = q_BTNH.shape[1]
-    if k_BSKH.shape[1] != length:  # with a cache: every query sees all cached keys
+    if k_BSKH.shape[1] != length:  # with a cache: keys of earlier tokens come first
         return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask_BTS)
     size = BLOCK * math.ceil(length / BLOCK / MOST_BLOCKS)
     blocks = [(start, min(start + size, length)) for start in range(0, length, size)]
