@@ -213,9 +213,9 @@ def messages() -> list[str]:
 
 
 def quoted() -> list[str]:
-    """What the first column of troubleshooting says that the program says."""
-    rows = re.findall(r"^\| `([^`]{25,})`", page("troubleshooting.md"), re.M)
-    return [row.removeprefix("collapsed: ") for row in rows]
+    """What troubleshooting says that the program says: what its entries begin with."""
+    heads = re.findall(r"^\* `([^`]{25,})`", page("troubleshooting.md"), re.M)
+    return [" ".join(head.split()).removeprefix("collapsed: ") for head in heads]
 
 
 ALARMS = [
