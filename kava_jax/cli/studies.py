@@ -73,7 +73,8 @@ def report(
     run = place(directory, "run")
     check_access(run, "run")
     target = run / REPORT_NAME if out is None else place(out, "out")
-    check_target(target, "out", "file")
+    if out is not None or run.is_dir():  # what is no run is told below
+        check_target(target, "out", "file")
     if isinstance(run, Path) and (run / GRID_NAME).is_file():
         if samples is not None:
             raise KavaError(
