@@ -114,10 +114,11 @@ class Checkpoints:
                 self._directory / str(step) / "metrics" / "metrics", json.dumps(metrics)
             )
         meet("checkpoint scored")
+        steps = self.steps()  # of memory: the same on all processes, whatever a shared disk shows
         self._manager.reload()
-        kept = {*self.steps()[-self._keep :], self._manager.best_step()}
-        for other in self.steps():
-            if other not in kept:
+        best = from_first(self._manager.best_step() or 0, "best checkpoint")
+        for other in steps[: -self._keep]:
+            if other != best:
                 self._manager.delete(other)
 
     def steps(self) -> list[int]:
