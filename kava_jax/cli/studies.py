@@ -112,21 +112,18 @@ def bench(
     name: Annotated[
         str,
         typer.Argument(
-            help="step, loss, ce, teacher, decode, remat, scaling, input, import, startup, gpu, "
-            "diagnostics or arms."
+            help="step, loss, ce, teacher, decode, remat, scaling, input, startup or gpu."
         ),
     ],
     config: Annotated[
         Path | None,
-        typer.Option(
-            help="YAML file for diagnostics, arms or gpu; when absent, the demo's, "
-            "grids/scratch.yaml or the named pairs beside their peers."
-        ),
+        typer.Option(help="YAML file for gpu; by default that of Qwen2.5-14B to 1.5B."),
     ] = None,
     peer: Annotated[
         str | None,
         typer.Option(
-            help="Beside step: torch (eager and compiled) or torch-eager; beside teacher: tunix."
+            help="Beside step and gpu: torch (eager and compiled) or torch-eager; beside teacher: "
+            "tunix."
         ),
     ] = None,
     overrides: Overrides = None,
@@ -139,13 +136,13 @@ def bench(
 
     Example: kava bench step --peer torch
     """
-    from kava_jax.bench.catalog import Asked, run_benchmark
+    from kava_jax.bench.catalog import run_benchmark, shown
 
-    found, shown = run_benchmark(name, Asked(config, overrides or [], peer))
+    found = run_benchmark(name, config, overrides or [], peer)
     if as_json:
         print(json.dumps(found, indent=2))
     else:
-        print_values(shown, as_json=False)
+        print_values(shown(found), as_json=False)
 
 
 @app.command()
