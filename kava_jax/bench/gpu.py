@@ -91,10 +91,9 @@ def _ours(path: Path, overrides: list[str]) -> Side:
             raise KavaError(f"the loss of step {len(losses)} is not finite")
 
     def last() -> Facts:
-        """With the fullest device's bytes: in use, the most there ever were, and the limit."""
         stats = [device.memory_stats() or {} for device in jax.local_devices()]
         names = {"bytes_in_use", "peak_bytes_in_use", "bytes_limit"} & stats[0].keys()
-        memory = {name: max(own[name] for own in stats) for name in sorted(names)}
+        memory = {name: max(own[name] for own in stats) for name in names}  # the fullest device's
         return {"losses": losses, "device_memory": memory}
 
     return Side(work, facts, last)
@@ -106,7 +105,9 @@ def _torch(path: Path, overrides: list[str], compiled: bool = False) -> Side:
     torch: Any = importlib.import_module("torch")
     on_gpu = torch.cuda.is_available()
     run = random_weights(path, overrides)
-    (teacher,), dtype = run.teachers.values(), run.config.student.dtype
+    (teacher,) = run.teachers.values()
+    # What ``auto`` is on PyTorch's device, not on JAX's.
+    dtype: Any = run.config.student.dtype.replace("auto", "bfloat16" if on_gpu else "float32")
     student, other = (config_from_spec(s, dtype=dtype) for s in (run.student_spec, teacher.spec))
     modules = original.random(student, other, dtype, "cuda" if on_gpu else "cpu")
     layers = [row[0] for row in teacher.layer_map.teacher_layers]
