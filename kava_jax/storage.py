@@ -76,6 +76,8 @@ def reachable(text: str, field: str) -> Path:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
         pass
+    except UnicodeEncodeError:
+        raise  # the command says what helps where a locale has no such letters
     except (OSError, ValueError) as error:  # ValueError: a zero byte
         raise KavaError(
             f"{field}={text[:200]!r} cannot be read ({_reason(error)}); give another path, or the "
@@ -159,6 +161,8 @@ def _obstacle(where: Path) -> str | None:
         except (FileNotFoundError, NotADirectoryError):
             if there.is_symlink():
                 return f"{there} is a link to what does not exist"
+        except UnicodeEncodeError:
+            raise  # the command says what helps where a locale has no such letters
         except (OSError, ValueError) as error:  # ValueError: a zero byte
             return f"{there}: {_reason(error)}"
     else:
