@@ -137,8 +137,8 @@ def test_the_step_beside_the_originals_loop() -> None:
     assert found["seconds"]["kava"]["rounds"] == 2
     # Four layers and the head of 512 x 32 do more than the weights' own bytes.
     assert ours["flops"] == theirs["flops"] > 0
-    # Both hold the two models and the projector in float32. Of the teacher's last layer ours ends at
-    # keys and values: without output projection, feed-forward, its norm, and the norm at the end.
+    # Both hold the two models and the projector in float32. Ours ends at keys and values of the
+    # teacher's last layer: without output projection, feed-forward, its norm, and the last norm.
     assert theirs["weights"] - ours["weights"] == 4 * (32 * 32 + 3 * 32 * 64 + 2 * 32)
     assert ours["above_models"] != theirs["above_models"]
 
