@@ -1,6 +1,7 @@
 """One device layout and one strictness for all tests: eight virtual CPU devices, no hub."""
 
 import os
+import signal
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,6 +22,10 @@ if "KAVA_TEST_OPTIMIZED" not in os.environ:
     os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0" + (
         " --xla_cpu_use_fusion_emitters=false" if version("jaxlib") < "0.11" else ""
     )
+
+# Workers of pytest-xdist ignore Ctrl-C, and so would every process that a test starts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import jax
 import pytest
