@@ -132,7 +132,7 @@ def _check() -> Side:
     return Side(lambda: None, found)
 
 
-def _figures(dtype: str, device: jax.Device) -> list[float]:
+def _figures(dtype: str, device: Any) -> list[float]:
     def run(kind: str) -> Blueprint:
         wanted = {"student.dtype": kind, "teachers.0.dtype": kind, "optimizer.warmup_steps": 0}
         return CHECKED.run(wanted, device=device)

@@ -22,7 +22,8 @@ SHAPE = (28, 4, 256, 2, 128)
 # Hidden states [rows, length, width] and a head [vocabulary, width], float32.
 SIZES = (4, 255, 256, 151_936)
 
-Labels, Counted = Int[Array, "B U"], Bool[Array, "B U"]
+Labels = Int[Array, "B U"]
+Counted = Bool[Array, "B U"]
 CLOSE = 1e-5  # of the largest entry
 
 
@@ -73,7 +74,8 @@ def _ours(shape: tuple[int, ...]) -> Side:
     def loss(student: KVCache, target: KVCache, mask: Bool[Array, "B T"]) -> Any:
         return MercatorKVLoss(1.0, 0.01)(student, target, mask)
 
-    given = jax.tree.map(jnp.asarray, (KVCache(k, v), KVCache(*target), mask_BT))
+    (s_k, s_v, t_k, t_v), mask = jax.tree.map(jnp.asarray, ([k, v, *target], mask_BT))
+    given = KVCache(s_k, s_v), KVCache(t_k, t_v), mask
     program = jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(*given).compile()
 
     def run() -> Any:

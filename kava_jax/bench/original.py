@@ -79,7 +79,8 @@ def loaded(folder: Path, projector: Params) -> Modules:
     mlps = {}
     for part, own in projector.items():
         layers = own["inner"], own["out"]
-        mlps[part] = _mlp(torch, *layers[0]["kernel"].shape, layers[1]["kernel"].shape[1])
+        (width, inner), (_, out) = (layer["kernel"].shape for layer in layers)
+        mlps[part] = _mlp(torch, width, inner, out)
         values = [own["scale"], own["shift"]]
         # Our kernels are [in, out], PyTorch's [out, in].
         values += [array for layer in layers for array in (layer["kernel"].T, layer["bias"])]

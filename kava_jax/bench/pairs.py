@@ -81,7 +81,7 @@ class Pair(NamedTuple):
         self,
         overrides: Mapping[str, Any] | None = None,
         folder: Path | None = None,
-        device: jax.Device | None = None,
+        device: Any = None,
     ) -> Blueprint:
         """A run of the pair on the first device, or another.
 
