@@ -200,7 +200,7 @@ def test_two_processes_put_a_damaged_checkpoint_aside_and_go_on(
     bucket.write(name, bytes(content))
     flags = ["--coordinator", f"127.0.0.1:{free_port()}", "--processes", "2", "--process"]
     arguments = ["train", "run.yaml", f"run.dir={killed}", "mesh.data=1", "mesh.fsdp=2"]
-    # Into files: a pipe that nobody reads fills up with gcsfs's warnings, and then its writer waits.
+    # Into files: a pipe that nobody reads fills up with gcsfs's warnings, and its writer waits.
     said = [bucket.workspace / f"said_{number}.txt" for number in range(2)]
     with said[0].open("w") as first, said[1].open("w") as second:
         pair = [
