@@ -207,9 +207,10 @@ def test_two_processes_put_a_damaged_checkpoint_aside_and_go_on(
             bucket.start(*flags, str(number), *arguments, to=words, JAX_NUM_CPU_DEVICES="1")
             for number, words in enumerate((first, second))
         ]
-        codes = [process.wait() for process in pair]
+        for process in pair:
+            process.communicate()
     words = said[0].read_text()
-    assert codes == [0, 0], words
+    assert [process.returncode for process in pair] == [0, 0], words
     assert "checkpoint 6 is damaged" in words
     assert "continuing from the checkpoint at step 4" in words
     names = bucket.names(killed)
