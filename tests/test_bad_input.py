@@ -528,13 +528,6 @@ FRESH = {
     "model with too long a name": Case(
         (*TRAIN, f"student.path={'x' * 300}"), ("model path='xxx", "name too long", "another path")
     ),
-    "set without an answer in reach": Case(
-        (*TRAIN, "eval.sets.long.path=long.jsonl"),
-        ("eval.sets.long", "all 1 rows", "raise data.max_length=64"),
-        lambda w: (w / "long.jsonl").write_text(
-            json.dumps({"question": "why " * 99, "answer": "#### 1"})
-        ),
-    ),
     "student that could not be exported": Case(
         TRAIN,
         ("gives other ids beside a model of family qwen2", "own tokenizer"),

@@ -6,12 +6,12 @@ Contradictions between fields alone are refused by the config itself.
 
 import math
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from kava_jax.config import Config
 from kava_jax.data.text import Encoded
 from kava_jax.errors import KavaError
+from kava_jax.storage import reachable
 from kava_jax.training.assembly import magnitude_note
 
 # Of these a run does one at its end, however long the interval.
@@ -78,7 +78,7 @@ def _unread(config: Config) -> dict[str, str]:
     every = "eval.exact_match_every"
     unless(config.train.eval_every is not None, "train.eval_every=null", every)
     unless(config.eval.exact_match, "eval.exact_match=false", every)
-    if Path(config.data.path).is_file():
+    if reachable(config.data.path, "data.path").is_file():
         unless(False, "data.path is a file", "data.subset", "data.revision")
         unless(config.data.eval_path is not None, "data.path is a file", "data.eval_split")
     return found

@@ -357,7 +357,7 @@ def restore_student(run: Run, checkpoint: str = "last") -> tuple[int, Params]:
     with Checkpoints(run.directory, keep, read_only=True) as checkpoints:
         step = checkpoints.choose(checkpoint)
         params = checkpoints.restore_student(step, abstract)
-    check_finite(run, params, step)
+    check_finite(run, {"student": params}, step)
     return step, params
 
 
