@@ -5,7 +5,6 @@ before and after.
 """
 
 import gzip
-import json
 import os
 import shutil
 import subprocess
