@@ -12,8 +12,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # others, a piece of work that one of them still needs may find none left, and all wait for ever.
 os.environ.setdefault("NPROC", "32")
 # Eight virtual devices wait for each other on two busy cores; XLA's default is to abort after 40 s.
+# The breadth-first order of XLA's CPU compiler leaves independent collectives side by side. Devices
+# may then begin them in unlike orders, and each waits for the others for ever.
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_cpu_collective_call_terminate_timeout_seconds=600"
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_cpu_collective_call_terminate_timeout_seconds=600"
+    + " --xla_cpu_enable_concurrency_optimized_scheduler=false"
 )
 # Tests compile far more than they compute: no optimisation by LLVM, and no kernels by MLIR while
 # jaxlib still leaves the choice (an unknown flag ends the process). `make test-optimized` leaves
