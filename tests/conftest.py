@@ -13,7 +13,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("NPROC", "32")
 # Eight virtual devices wait for each other on two busy cores; XLA's default is to abort after 40 s.
 # The breadth-first order of XLA's CPU compiler leaves independent collectives side by side. Devices
-# may then begin them in unlike orders, and each waits for the others for ever.
+# may then begin them in unlike orders, and each waits for the others for ever. (Processes that are
+# joined need that order: ``tiny.JOINED``.)
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_cpu_collective_call_terminate_timeout_seconds=600"

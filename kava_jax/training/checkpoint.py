@@ -50,7 +50,7 @@ class Checkpoints:
         self._directory = absolute(run_dir) / "checkpoints"
         self._keep = keep
         self._intact: set[int] = set()
-        self._manager = ocp.CheckpointManager(
+        self._manager = orbax_items.Manager(
             self._directory,
             item_handlers=orbax_items.DigestedHandler(),
             options=ocp.CheckpointManagerOptions(

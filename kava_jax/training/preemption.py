@@ -54,7 +54,7 @@ class Preemption:
         """Whether to save and stop now, the same on all processes.
 
         They all have to ask at the same moments: after every step and before every batch of an
-        evaluation.
+        evaluation. Nothing else in the process may ask (see ``orbax_items.Manager``).
         """
         if jax.process_count() == 1:
             return self._asked

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from kava_jax.training.lock import exclusive
-from tests.tiny import CONFIG, write_config, write_workspace
+from tests.tiny import CONFIG, JOINED, write_config, write_workspace
 from tests.tolerances import TOL
 
 STEPS = 6
@@ -45,6 +45,7 @@ def start(
         "JAX_COMPILATION_CACHE_DIR": str(workspace / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
+    environment |= JOINED if flags else {}
     return subprocess.Popen(
         [sys.executable, *program, *flags, *arguments],
         cwd=workspace,

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental import multihost_utils
 
 from kava_jax.errors import KavaError, StoppedError
 from kava_jax.geometry import Mean
@@ -118,6 +119,17 @@ def test_an_evaluation_that_is_added_counts_as_one_that_was_saved(tmp_path: Path
     assert found == [([3, 4], 4)] * 2
     written = [tmp_path / name / "checkpoints/4/metrics/metrics" for name in ("at_once", "later")]
     assert written[0].read_bytes() == written[1].read_bytes()
+
+
+def test_saving_leaves_the_question_whether_to_stop_to_preemption(tmp_path, monkeypatch):
+    """JAX keeps one count: another caller's number would put the moment to stop into the past."""
+    asked = []
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", asked.append)
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        checkpoints.save(small_state(1), None)
+        checkpoints.save(small_state(2), {"eval_loss": 1.0})
+        checkpoints.wait()
+    assert asked == []
 
 
 def test_saving_a_step_twice_does_nothing(tmp_path: Path) -> None:
