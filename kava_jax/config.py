@@ -14,7 +14,17 @@ from kava_jax.config_alignment import (
     ProjectorConfig,
     RouterConfig,
 )
-from kava_jax.config_values import AutoShare, Dtype, Positive, Ramp, Section, Share, Weight
+from kava_jax.config_values import (
+    Address,
+    AutoShare,
+    Dtype,
+    Positive,
+    Ramp,
+    Section,
+    Share,
+    Weight,
+    is_zero,
+)
 from kava_jax.storage import Place, place
 
 # What our own held-out rows are called beside those of `eval.sets`.
@@ -40,7 +50,7 @@ class RunConfig(Section):
     @field_validator("dir")
     @classmethod
     def _known_place(cls, written: str | None) -> str | None:
-        if written:
+        if written is not None:
             place(written, "run.dir")
         return written
 
@@ -59,7 +69,7 @@ class TeacherConfig(Section):
         pattern=r"^[A-Za-z0-9_-]+$",
         description="what its figures are called; letters, digits and _ -",
     )
-    path: str = Field(description="Hugging Face directory, hub id, or builtin:demo_teacher")
+    path: Address = Field(description="Hugging Face directory, hub id, or builtin:demo_teacher")
     revision: str | None = Field(default=None, description="branch, tag or commit on the hub")
     dtype: Dtype = Field(default="auto", description="auto: float32 on CPU, else bfloat16")
     weight: Weight = Field(default=1.0, description="of its losses among several teachers")
@@ -76,14 +86,14 @@ class TeacherConfig(Section):
 class StudentConfig(Section):
     """The model that learns: an existing one (``path``) or a fresh one (``geometry``)."""
 
-    path: str | None = Field(
+    path: Address | None = Field(
         default=None, description="Hugging Face directory or hub id to start from"
     )
     revision: str | None = Field(default=None, description="branch, tag or commit on the hub")
     geometry: dict[str, Any] | None = Field(
         default=None, description="config.json keys of a student to be trained from random weights"
     )
-    tokenizer: str | None = Field(
+    tokenizer: Address | None = Field(
         default=None, description="where from, when not from student or teacher"
     )
     dtype: Dtype = Field(default="auto", description="it computes in; its weights are float32")
@@ -102,14 +112,14 @@ class StudentConfig(Section):
 class DataConfig(Section):
     """Rows of text, how they become tokens, and which are held out."""
 
-    path: str = Field(
+    path: Address = Field(
         description="JSON, JSONL, parquet or text file (.gz too), - for standard input, hub id, or "
         "builtin:word_problems"
     )
     subset: str | None = Field(default=None, description="name of a hub dataset's configuration")
     revision: str | None = Field(default=None, description="branch, tag or commit on the hub")
     split: str = Field(default="train", description="of the generator, a directory or a hub id")
-    eval_path: str | None = Field(
+    eval_path: Address | None = Field(
         default=None, description="held-out rows; else cut from data.path"
     )
     eval_split: str | None = Field(default=None, description="held-out split of the same source")
@@ -208,7 +218,7 @@ class TrainConfig(Section):
 class EvalSet(Section):
     """More held-out rows, read as ``data`` is; their figures are named ``<set>/...``."""
 
-    path: str = Field(description="as data.path")
+    path: Address = Field(description="as data.path")
     split: str | None = Field(default=None, description="data.eval_split when null")
     rows: Positive = Field(default=256, description="number of rows")
 
@@ -322,8 +332,10 @@ class Config(Section):
                 f"but data.batch_size={self.data.batch_size} with train.grad_accumulation="
                 f"{self.train.grad_accumulation} leaves one row at a time; use two or more"
             )
-        if not self.teachers and self.student.geometry is None and self.loss.ce_weight == 0:
-            raise ValueError("no teachers and loss.ce_weight=0 leaves nothing to learn from")
+        heard = self.teachers and (self.loss.kl_weight > 0 or not is_zero(self.loss.kv_weight))
+        if is_zero(self.loss.ce_weight) and not heard:
+            without = "loss.kv_weight=0 and loss.kl_weight=0" if self.teachers else "no teachers"
+            raise ValueError(f"{without} and loss.ce_weight=0 leaves nothing to learn from")
         if self.optimizer.warmup_steps > self.train.steps:
             raise ValueError(
                 f"optimizer.warmup_steps={self.optimizer.warmup_steps} exceeds "
@@ -348,10 +360,16 @@ class Config(Section):
                 f"router.kind={self.router.kind} with {len(self.teachers)} teachers has nothing to "
                 f"route; use fixed, or name two teachers"
             )
-        if self.router.kind != "fixed" and not any(teacher.weight for teacher in self.teachers):
+        if names and not any(teacher.weight for teacher in self.teachers):
             raise ValueError(
                 f"router.kind={self.router.kind}, but no teacher has a weight above 0; give one to "
                 f"at least one of {names}"
+            )
+        traced = self.profile.first_and_last
+        if traced and traced[0] > self.train.steps:
+            raise ValueError(
+                f"profile.steps={self.profile.steps} begins after the last of train.steps="
+                f"{self.train.steps}; name earlier steps"
             )
         return self
 

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from kava_jax.config_values import KVWeight, Positive, Ramp, Section, Weight
+from kava_jax.config_values import KVWeight, Positive, Ramp, Section, Weight, is_zero
 
 
 class ProjectorConfig(Section):
@@ -100,7 +100,22 @@ class LossConfig(Section):
                 f"divide_by_std=true does nothing for kv={self.kv}; set it to false, or kv to mse, "
                 f"smooth_l1 or structural"
             )
+        if not self._compares:
+            raise ValueError(
+                f"kv={self.kv} with alpha={self.alpha:g}, beta={self.beta:g}"
+                + (", mercator_weight=0, mse_weight=0" if self.kv == "hybrid" else "")
+                + " compares nothing; raise one, or set kv_weight=0 for no KV loss"
+            )
         return self
+
+    @property
+    def _compares(self) -> bool:
+        """Whether any term of the KV loss has a weight."""
+        mercator = self.alpha > 0 or self.beta > 0
+        if self.kv == "hybrid":
+            hears_mercator = mercator and not is_zero(self.mercator_weight)
+            return hears_mercator or not is_zero(self.mse_weight)
+        return mercator or self.kv != "mercator"
 
 
 class RouterConfig(Section):

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 from kava_jax.config import Config
 from kava_jax.errors import KavaError
 from kava_jax.recipes import apply_recipe
+from kava_jax.storage import written_out
 
 
 class _Loader(yaml.SafeLoader):
@@ -82,6 +83,7 @@ def parse_config(raw: dict[str, Any], overrides: Iterable[str] = ()) -> Config:
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file's mapping; numbers and repeated keys as in a config."""
+    path = Path(written_out(str(path)))
     try:
         raw = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:

@@ -3,12 +3,24 @@
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+)
 from pydantic_core import PydanticCustomError
+
+from kava_jax.storage import written_out
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+# What is read: a path, or a name of something else. No shell has seen a ``~`` in a YAML file.
+Address = Annotated[str, AfterValidator(written_out)]
 
 
 def _no_float16(value: Any) -> Any:
@@ -78,3 +90,10 @@ KVWeight = Annotated[
     Discriminator(_kind_of_weight),
     BeforeValidator(_auto),
 ]
+
+
+def is_zero(weight: "float | Ramp | AutoShare") -> bool:
+    """Whether a weight is 0 throughout."""
+    if isinstance(weight, Ramp):
+        return weight.start == weight.end == 0
+    return weight == 0

@@ -18,11 +18,13 @@ from kava_jax.config_file import dump_config, load_config, parse_config, shipped
 from kava_jax.data.dataset import HeldOut
 from kava_jax.evaluation.exact_match import ExactMatch
 from kava_jax.experiments.pictures import alignment_chart, loss_chart, read_log
+from kava_jax.hf.export import check_destination
 from kava_jax.models.decoder import Params
 from kava_jax.runs.evaluate import answer, evaluate
 from kava_jax.runs.export import export
 from kava_jax.runs.prepare import Run, prepare
 from kava_jax.runs.train import Trained, train
+from kava_jax.storage import check_target
 from kava_jax.training.metrics_file import METRICS_NAME
 
 if TYPE_CHECKING:
@@ -75,12 +77,14 @@ def run_demo(out: Path, command: Sequence[str]) -> Demo:
     A second call with the same ``out`` continues where the first one stopped.
     """
     started = time.monotonic()
+    check_target(out, "out")
+    exported = out / "export"
+    check_destination(exported)
     config = load_config(shipped_config("demo.yaml"))
     distilled = train(_placed(config, out / DISTILLED), command)
     ce_only = train(_placed(config, out / CE_ONLY, alone=True), command)
     run, held = distilled.run, distilled.dataset.held_out
-    exported = out / "export"
-    export(run, distilled.state, exported)
+    export(run, distilled.state.params["student"], int(distilled.state.step), exported)
     again = prepare(_of_directory(config, exported))
     answers = answer(run, held, distilled.state.params["student"])
     teacher = prepare(_of_directory(config, config.teachers[0].path))

@@ -9,33 +9,37 @@ Left out on purpose: other stores than Google's. Orbax takes ``s3://`` for a loc
 (``docs/results/object_storage.py`` shows it), and renames of directories there would be no commits.
 """
 
+import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from etils import epath
 
-from kava_jax.errors import KavaError, StoppedError
+from kava_jax.errors import KavaError, StoppedError, is_full_disk
 
 Place = Path | epath.Path
 
 _BUCKET = "gs://"
 # ``gs:/bucket`` too: it is what pathlib makes of a URL, and was surely not meant as a directory.
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+# What our own names add to a directory's: suffixes of its own name, and files below it.
+_LONGER_NAME, _LONGER_PATH = 24, 200
 
 
 def place(text: str, field: str) -> Place:
     """The path that ``text`` names; looks at no file.
 
-    Raises KavaError for a URL that is not ``gs://bucket/folder``.
+    Raises KavaError for a URL that is not ``gs://bucket/folder``, and a ``~`` of nobody.
     """
     if not _SCHEME.match(text):
-        return Path(text)
+        return _local(text, field)
     bucket, _, folder = text.removeprefix(_BUCKET).partition("/")
     if not text.startswith(_BUCKET) or not bucket or not folder.strip("/"):
         raise KavaError(
@@ -47,11 +51,51 @@ def place(text: str, field: str) -> Place:
 def local_path(text: str, field: str) -> Path:
     """The local path that ``text`` names.
 
-    Raises KavaError for a URL.
+    Raises KavaError for a URL, and a ``~`` of nobody.
     """
     if _SCHEME.match(text):
         raise KavaError(f"{field}={text} is no local path; use a local one")
-    return Path(text)
+    return _local(text, field)
+
+
+def written_out(text: str) -> str:
+    """The text with ``~`` or ``~user`` in front as the home directory, where there is one.
+
+    As a shell does it, which sees neither the values of a YAML file nor ``--out=~/x``.
+    """
+    return os.path.expanduser(text)
+
+
+def reachable(text: str, field: str) -> Path:
+    """The local path that ``text`` names, which may be looked at; there need be nothing.
+
+    Raises KavaError when the system does not let us look (no permission, too long a name).
+    """
+    path = Path(written_out(text))
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except UnicodeEncodeError:
+        raise  # the command says what helps where a locale has no such letters
+    except (OSError, ValueError) as error:  # ValueError: a zero byte
+        raise KavaError(
+            f"{field}={text[:200]!r} cannot be read ({_reason(error)}); give another path, or the "
+            f"right to read it"
+        ) from None
+    return path
+
+
+def _local(text: str, field: str) -> Path:
+    found = written_out(text)
+    if not found:
+        raise KavaError(f"{field}={text!r} is empty; give a path")
+    if found.startswith("~"):
+        raise KavaError(
+            f"{field}={text}: no home directory is known for {Path(text).parts[0]}; write the "
+            f"whole path, or ./{text} if that is its name"
+        )
+    return Path(found)
 
 
 def absolute(where: Place) -> Place:
@@ -82,6 +126,62 @@ def check_access(where: Place, field: str) -> None:
             f"{field}={where}: the bucket cannot be reached ({type(error).__name__}: "
             f"{_one_line(error)}); mend its name or your access to it"
         ) from None
+
+
+def check_target(
+    where: Place, field: str, kind: Literal["directory", "file"] = "directory"
+) -> None:
+    """Find out whether something can be written at a place, and leave nothing there.
+
+    To be called before any model is loaded: what is missing is made later, on the way.
+
+    Raises KavaError when a bucket cannot be reached, when a directory cannot be made (a part of
+    the path is a file, a link to nothing, or too long a name) or not written to, and when ``where``
+    is a directory but is to be a file.
+    """
+    check_access(where, field)
+    if not isinstance(where, Path):
+        return
+    if kind == "file" and where.is_dir():
+        raise KavaError(f"{field}={where} is a directory; name a file")
+    problem = _obstacle(where if kind == "directory" else where.parent)
+    if problem is None and kind == "file" and where.exists() and not os.access(where, os.W_OK):
+        problem = "the file may not be changed"
+    if problem is not None:
+        raise KavaError(f"{field}={where} cannot be written: {problem}; name a {kind} elsewhere")
+
+
+def _obstacle(where: Path) -> str | None:
+    """Why no files can be put into a directory, which may have to be made; in a few words."""
+    whole = where.absolute()
+    for there in (whole, *whole.parents):
+        try:
+            mode = there.stat().st_mode
+            break
+        except (FileNotFoundError, NotADirectoryError):
+            if there.is_symlink():
+                return f"{there} is a link to what does not exist"
+        except UnicodeEncodeError:
+            raise  # the command says what helps where a locale has no such letters
+        except (OSError, ValueError) as error:  # ValueError: a zero byte
+            return f"{there}: {_reason(error)}"
+    else:
+        return "the working directory is gone"
+    if not stat.S_ISDIR(mode):
+        return f"{there} is a file"
+    longest = os.pathconf(there, "PC_NAME_MAX") - _LONGER_NAME
+    for name in whole.relative_to(there).parts:
+        if len(os.fsencode(name)) > longest:
+            return f"the name {name[:12]}... is longer than {longest} bytes"
+    if len(os.fsencode(whole)) > os.pathconf(there, "PC_PATH_MAX") - _LONGER_PATH:
+        return "the path is too long"
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            return None
+    except OSError as error:
+        if is_full_disk(error):
+            raise
+        return f"{there}: {_reason(error)}"
 
 
 class Growing:
@@ -139,20 +239,20 @@ def local_file(where: Place) -> Iterator[Path]:
             _upload(path, where)
 
 
-def upload(directory: Path, target: epath.Path, *, first: str = "", last: str = "") -> None:
-    """Put a directory's files on a bucket in the place of those that are there.
+def upload(directory: Path, target: Place, *, first: str = "", last: str = "") -> None:
+    """Put a directory's files into another, or on a bucket, in the place of those that are there.
 
     Args:
-        directory: what is uploaded.
-        target: the folder on the bucket; all that it holds is removed before.
+        directory: what is uploaded, or moved where the target is a directory on the same disk.
+        target: its place; all else that it holds is removed before.
         first: name of the file that says whose folder this is: removed last, uploaded first.
         last: name of the file without which nobody takes the folder for whole: the other way round.
 
     Raises StoppedError when an upload fails.
     """
-    present = list(target.iterdir()) if target.exists() else []
+    present = [path for path in target.iterdir() if path != directory] if target.exists() else []
     for path in sorted(present, key=lambda path: (path.name == first, path.name != last)):
-        path.rmtree() if path.is_dir() else path.unlink()
+        remove(path) if path.is_dir() else path.unlink()
     for path in sorted(_files(directory), key=lambda path: (path.name == last, path.name != first)):
         _upload(path, target / path.relative_to(directory).as_posix())
 
@@ -186,7 +286,10 @@ def _files(directory: Path) -> list[Path]:
     return sorted(path for path in directory.rglob("*") if path.is_file())
 
 
-def _upload(path: Path, target: epath.Path) -> None:
+def _upload(path: Path, target: Place) -> None:
+    if isinstance(target, Path):
+        path.replace(target)
+        return
     try:
         _file_system(target).put_file(str(path), str(target))
     except Exception as error:  # of Google's packages and aiohttp: no base class
@@ -200,6 +303,11 @@ def _file_system(where: epath.Path) -> Any:
     import fsspec
 
     return fsspec.filesystem(str(where).partition("://")[0])
+
+
+def _reason(error: Exception) -> str:
+    """Without the path, which our own lines name."""
+    return getattr(error, "strerror", None) or str(error)
 
 
 def _one_line(error: Exception) -> str:

@@ -1,6 +1,7 @@
 """One device layout and one strictness for all tests: eight virtual CPU devices, no hub."""
 
 import os
+import signal
 from importlib.metadata import version
 from pathlib import Path
 
@@ -11,8 +12,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # others, a piece of work that one of them still needs may find none left, and all wait for ever.
 os.environ.setdefault("NPROC", "32")
 # Eight virtual devices wait for each other on two busy cores; XLA's default is to abort after 40 s.
+# The breadth-first order of XLA's CPU compiler leaves independent collectives side by side. Devices
+# may then begin them in unlike orders, and each waits for the others for ever. (Processes that are
+# joined need that order: ``tiny.JOINED``.)
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_cpu_collective_call_terminate_timeout_seconds=600"
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_cpu_collective_call_terminate_timeout_seconds=600"
+    + " --xla_cpu_enable_concurrency_optimized_scheduler=false"
 )
 # Tests compile far more than they compute: no optimisation by LLVM, and no kernels by MLIR while
 # jaxlib still leaves the choice (an unknown flag ends the process). `make test-optimized` leaves
@@ -21,6 +27,10 @@ if "KAVA_TEST_OPTIMIZED" not in os.environ:
     os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0" + (
         " --xla_cpu_use_fusion_emitters=false" if version("jaxlib") < "0.11" else ""
     )
+
+# Workers of pytest-xdist ignore Ctrl-C, and so would every process that a test starts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import jax
 import pytest

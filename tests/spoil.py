@@ -1,13 +1,19 @@
 """Ways to spoil a workspace of ``tests.tiny``, for the table of bad input."""
 
+import fcntl
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import yaml
 from safetensors.numpy import load_file, save_file
 
+from kava_jax.runs.prepare import reopen, restore
+from kava_jax.training.checkpoint import Checkpoints
+from kava_jax.training.lock import LOCK_NAME
 from tests.tiny import GEOMETRY, write_config, write_rows
 from tests.tiny_models import write_tokenizer
 
@@ -17,6 +23,68 @@ Arrange = Callable[[Path], object]
 def config(text: str) -> Arrange:
     """Replace the config file by this text."""
     return lambda workspace: (workspace / "tiny.yaml").write_text(text)
+
+
+def hold(directory: str) -> Arrange:
+    """Lock a directory as a command at work there does, until this process ends."""
+
+    def arrange(workspace: Path) -> None:
+        place = workspace / directory
+        place.mkdir(exist_ok=True)
+        descriptor = os.open(place / LOCK_NAME, os.O_RDWR | os.O_CREAT)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+
+    return arrange
+
+
+def grid_in_use(workspace: Path) -> None:
+    """A grid of one run whose directory another command holds."""
+    grid = {
+        "name": "small",
+        "config": "tiny.yaml",
+        "seeds": [0],
+        "score": "eval_loss",
+        "baseline": "ce",
+        "contrast": "kv",
+        "arms": {"ce": {"teachers": []}, "kv": {"loss.kv_weight": 2}},
+    }
+    (workspace / "grid.yaml").write_text(yaml.safe_dump(grid))
+    hold("grid")(workspace)
+
+
+def short_eighth_row(workspace: Path) -> None:
+    """The only one of eight rows that a calibration is scored on."""
+    lines = (workspace / "data.jsonl").read_text().splitlines()
+    lines[7] = json.dumps({"question": "1?", "answer": "#### 1"})
+    (workspace / "data.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def long_questions(workspace: Path) -> None:
+    """Two rows with questions longer than a row may be."""
+    row = {"question": "how many? " * 100, "answer": "#### 1"}
+    (workspace / "long.jsonl").write_text(f"{json.dumps(row)}\n" * 2)
+
+
+def spoil_weight(model: str, value: float) -> Arrange:
+    """One number of one tensor of a model's file."""
+
+    def arrange(workspace: Path) -> None:
+        path = workspace / model / "model.safetensors"
+        tensors = load_file(path)
+        tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = value
+        save_file(tensors, path)
+
+    return arrange
+
+
+def checkpoint_of_nan(workspace: Path) -> None:
+    """A third, whole checkpoint of the run, with one weight that is NaN; its config may go on."""
+    run = reopen(workspace / "run")
+    state = restore(run)
+    norm = state.params["student"]["final_norm"]
+    norm["scale"] = norm["scale"].at[2].set(np.nan)
+    with Checkpoints(workspace / "run", 9) as checkpoints:
+        checkpoints.save(state._replace(step=state.step + 1), None)
 
 
 def append(line: bytes) -> Arrange:
@@ -119,6 +187,37 @@ def no_checkpoints(workspace: Path) -> None:
 def foreign_folder(workspace: Path) -> None:
     (workspace / "elsewhere").mkdir()
     (workspace / "elsewhere" / "thesis.txt").write_text("years of work")
+
+
+def foreign_export(workspace: Path) -> None:
+    foreign_folder(workspace)
+    (workspace / "elsewhere").rename(workspace / "export")
+
+
+def dangling_link(workspace: Path) -> None:
+    (workspace / "link").symlink_to("nowhere")
+
+
+def home(workspace: Path) -> None:
+    (workspace / "home").mkdir()
+
+
+def without(name: str) -> Arrange:
+    """Take a model's directory away."""
+    return lambda workspace: shutil.rmtree(workspace / name)
+
+
+def grid(workspace: Path) -> None:
+    arms = {"kv": {}, "ce": {"teachers": []}}
+    content = {"name": "g", "config": "tiny.yaml", "seeds": [0], "baseline": "ce", "arms": arms}
+    (workspace / "grid.yaml").write_text(json.dumps(content))
+
+
+def foreign_tokenizer(workspace: Path) -> None:
+    """Words, where transformers reads every qwen2 tokenizer as bytes."""
+    write_tokenizer(workspace / "words", words=True)
+    student = {"geometry": GEOMETRY, "tokenizer": "words"}
+    write_config(workspace / "tiny.yaml", student=student, teachers=[])
 
 
 def fresh_student(workspace: Path) -> None:

@@ -19,22 +19,34 @@ from tests.spoil import (
     append,
     break_tensors,
     change_row,
+    checkpoint_of_nan,
     config,
+    dangling_link,
     differing_head,
+    foreign_export,
     foreign_folder,
+    foreign_tokenizer,
     fresh_student,
     generation,
     geometry,
+    grid,
+    grid_in_use,
+    hold,
+    home,
     larger_tokenizer,
+    long_questions,
     misspelt_geometry,
     no_checkpoints,
     only_pickle,
     other_vocabulary,
     other_vocabulary_in_two_files,
     other_weights,
+    short_eighth_row,
+    spoil_weight,
     student_tokenizer_of_another,
     truncate_weights,
     two_teachers,
+    without,
 )
 from tests.tiny import contents, kava, write_rows, write_workspace
 
@@ -326,6 +338,90 @@ FRESH = {
         ("teacher/model.safetensors", "truncated or damaged", "download or copy it again"),
         truncate_weights,
     ),
+    "teacher with a weight that is NaN": Case(
+        TRAIN,
+        ("teacher: NaN or infinity in model.layers.1.mlp.up_proj.weight in model.safetensors",),
+        spoil_weight("teacher", float("nan")),
+    ),
+    "student with a weight that is infinite": Case(
+        TRAIN,
+        ("student: NaN or infinity in model.layers.1.mlp.up_proj.weight", "convert it again"),
+        spoil_weight("student", float("-inf")),
+    ),
+    "evaluate a model that is NaN": Case(
+        ("eval", "student", *EVAL, "--json"),
+        ("student: NaN or infinity in model.layers.1.mlp.up_proj.weight",),
+        spoil_weight("student", float("nan")),
+    ),
+    "calibrate with a model that is NaN": Case(
+        ("calibrate", "tiny.yaml", "recipe=calibrated"),
+        ("teacher: NaN or infinity in model.layers.1.mlp.up_proj.weight",),
+        spoil_weight("teacher", float("nan")),
+    ),
+    "a run directory in use": Case(
+        TRAIN, ("run.dir=run is in use by another process", "wait for its end"), hold("run")
+    ),
+    "a smoke run's directory in use": Case(
+        (*TRAIN, "--smoke"), ("run.dir=run-smoke is in use",), hold("run-smoke")
+    ),
+    "calibrate into a directory in use": Case(
+        ("calibrate", "tiny.yaml", "recipe=calibrated"), ("run.dir=run is in use",), hold("run")
+    ),
+    "a grid in use": Case(
+        ("ablate", "grid.yaml", "--out", "grid"), ("out=grid is in use",), grid_in_use
+    ),
+    "a demo in use": Case(("demo", "--out", "demo"), ("out=demo is in use",), hold("demo")),
+    "first tokens left out that are all": Case(
+        (*TRAIN, "loss.sink_tokens=64"),
+        ("loss.sink_tokens=64 leaves no token of the training rows to compare", "lower it"),
+    ),
+    "calibration scored on nothing": Case(
+        (
+            "calibrate",
+            "tiny.yaml",
+            "recipe=calibrated",
+            "calibration.rows=8",
+            "loss.sink_tokens=40",
+        ),
+        ("calibration.rows=8: no row to score on is longer than loss.sink_tokens=40", "or lower"),
+        short_eighth_row,
+    ),
+    "held-out rows that are all prompt": Case(
+        (*TRAIN, "data.eval_path=long.jsonl"),
+        ("data.max_length=64 leaves no held-out row with an answer", "2 rows", "raise it"),
+        long_questions,
+    ),
+    "a set whose rows are all prompt": Case(
+        (*TRAIN, "eval.sets.far.path=long.jsonl"),
+        ("data.max_length=64 leaves no far row with an answer", "give other rows"),
+        long_questions,
+    ),
+    "nothing is weighed": Case(
+        (*TRAIN, "loss.ce_weight=0", "loss.kv_weight=0"),
+        ("loss.kv_weight=0 and loss.kl_weight=0 and loss.ce_weight=0", "nothing to learn from"),
+    ),
+    "nothing is weighed and there is no teacher": Case(
+        (*TRAIN, "loss.ce_weight={start: 0, end: 0}", "teachers=[]", "loss.kl_weight=1"),
+        ("no teachers and loss.ce_weight=0", "nothing to learn from"),
+    ),
+    "teachers of no weight": Case(
+        (*TRAIN, "teachers.0.weight=0"), ("no teacher has a weight above 0", "give one to")
+    ),
+    "a KV loss of no term": Case(
+        (*TRAIN, "loss.alpha=0", "loss.beta=0"),
+        ("loss: kv=mercator with alpha=0, beta=0 compares nothing", "raise one"),
+    ),
+    "a hybrid KV loss of no term": Case(
+        (*TRAIN, "loss.kv=hybrid", "loss.mercator_weight=0", "loss.mse_weight=0"),
+        ("loss: kv=hybrid", "mse_weight=0 compares nothing"),
+    ),
+    "a KV loss whose only term is off": Case(
+        (*TRAIN, "loss.alpha=0"),
+        ("loss.alpha=0 leaves no KV loss", "projector.kind=elastic begins with a norm", "raise"),
+    ),
+    "a trace of steps that never come": Case(
+        (*TRAIN, "profile.steps=3:4"), ("profile.steps=3:4", "train.steps=2", "name earlier steps")
+    ),
     "pickled weights": Case(
         TRAIN, ("'teacher'", "pytorch_model.bin", "convert them to safetensors"), only_pickle
     ),
@@ -369,6 +465,72 @@ FRESH = {
     ),
     "run directory that is a file": Case(
         (*TRAIN, "run.dir=data.jsonl"), ("run.dir=data.jsonl", "is a file", "name a directory")
+    ),
+    "run under a file": Case(
+        (*TRAIN, "run.dir=data.jsonl/run"),
+        ("run.dir=data.jsonl/run", "data.jsonl is a file", "name a directory"),
+    ),
+    "run at a link to nothing": Case(
+        (*TRAIN, "run.dir=link/run"), ("run.dir=link/run", "link to what does not"), dangling_link
+    ),
+    "run at a link to itself": Case(
+        (*TRAIN, "run.dir=loop"),
+        ("run.dir=loop", "symbolic links", "name a directory"),
+        lambda w: (w / "loop").symlink_to("loop"),
+    ),
+    "run with too long a name": Case(
+        (*TRAIN, f"run.dir=new/{'x' * 250}"), ("run.dir=new/xxx", "longer than", "name a directory")
+    ),
+    "run with too long a path": Case(
+        (*TRAIN, f"run.dir={'new/' * 1000}x"), ("run.dir=new/new", "too long", "name a directory")
+    ),
+    "run where nothing can be made": Case(
+        (*TRAIN, "run.dir=/proc/kava"), ("run.dir=/proc/kava", "/proc: ", "name a directory")
+    ),
+    "run at the home of nobody": Case(
+        (*TRAIN, "run.dir=~no.body/run"), ("run.dir=~no.body/run", "no home", "./~no.body/run")
+    ),
+    "run without a name": Case((*TRAIN, "run.dir=''"), ("run.dir=''", "give a path")),
+    "smoke run under a file": Case(
+        (*TRAIN, "--smoke", "run.dir=data.jsonl/run"), ("run.dir=data.jsonl/run", "is a file")
+    ),
+    "calibration under a file": Case(
+        ("calibrate", "tiny.yaml", "recipe=calibrated", "run.dir=data.jsonl/run"),
+        ("run.dir=data.jsonl/run", "is a file"),
+    ),
+    "demo under a file": Case(
+        ("demo", "--out", "data.jsonl/demo"), ("out=data.jsonl/demo", "is a file")
+    ),
+    "demo over somebody's export": Case(
+        ("demo", "--out", "."), ("out=export", "thesis.txt", "move them away"), foreign_export
+    ),
+    "grid under a file": Case(
+        ("ablate", "grid.yaml", "--out", "data.jsonl/grid"),
+        ("out=data.jsonl/grid", "is a file"),
+        grid,
+    ),
+    "grid at home and not there": Case(
+        ("ablate", "~/absent.yaml"), ("does not exist", "home/absent.yaml'"), home
+    ),
+    "data at home and not there": Case(
+        (*TRAIN, "data.path=~/absent.jsonl"), ("home/absent.jsonl'", "does not exist"), home
+    ),
+    "model at home and not there": Case(
+        (*TRAIN, "teachers.0.path=~/absent"), ("home/absent' is not a directory",), home
+    ),
+    "tokenizer at home and not there": Case(
+        (*TRAIN, "student.tokenizer=~/absent"), ("home/absent' does not exist",), home
+    ),
+    "data with too long a name": Case(
+        (*TRAIN, f"data.path={'x' * 300}"), ("data.path='xxx", "name too long", "another path")
+    ),
+    "model with too long a name": Case(
+        (*TRAIN, f"student.path={'x' * 300}"), ("model path='xxx", "name too long", "another path")
+    ),
+    "student that could not be exported": Case(
+        TRAIN,
+        ("gives other ids beside a model of family qwen2", "own tokenizer"),
+        foreign_tokenizer,
     ),
     "smoke with a missing file": Case(
         (*TRAIN, "--smoke", "data.path=absent.jsonl"),
@@ -439,6 +601,14 @@ OLD = {
         ("checkpoint='last'", "train the run first"),
         no_checkpoints,
     ),
+    "export a checkpoint that is NaN": Case(
+        ("export", "run", "--out", "exported"),
+        ("checkpoint=3 of run holds NaN or infinity in student/final_norm/scale", "earlier one"),
+        checkpoint_of_nan,
+    ),
+    "evaluate a checkpoint that is NaN": Case(
+        ("eval", "run", *EVAL, "--json"), ("checkpoint=3 of run holds NaN",), checkpoint_of_nan
+    ),
     "export into a foreign folder": Case(
         ("export", "run", "--out", "elsewhere"),
         ("out=elsewhere", "thesis.txt", "give a new directory"),
@@ -446,7 +616,43 @@ OLD = {
     ),
     "export over a file": Case(
         ("export", "run", "--out", "data.jsonl"),
-        ("out=data.jsonl", "is a file", "give a new directory"),
+        ("out=data.jsonl", "is a file", "name a directory"),
+    ),
+    "export under a file": Case(
+        ("export", "run", "--out", "data.jsonl/out"), ("out=data.jsonl/out", "is a file")
+    ),
+    "export at a link to nothing": Case(
+        ("export", "run", "--out", "link"), ("out=link", "link to what does not"), dangling_link
+    ),
+    "export where nothing can be made": Case(
+        ("export", "run", "--out", "/proc/kava"), ("out=/proc/kava", "/proc: ", "elsewhere")
+    ),
+    "report over a directory": Case(
+        ("report", "run", "--out", "student"), ("out=student is a directory", "name a file")
+    ),
+    "report under a file": Case(
+        ("report", "run", "--samples", "1", "--out", "data.jsonl/a.html"),
+        ("out=data.jsonl/a.html", "is a file"),
+    ),
+    "teacher gone when a run goes on": Case(
+        TRAIN,
+        ("teachers.0.path='teacher'", "gone now", "put it back", "teachers.0.path=DIR"),
+        without("teacher"),
+    ),
+    "teacher gone when it is to answer": Case(
+        ("report", "run", "--samples", "1"),
+        ("teachers.0.path='teacher'", "gone"),
+        without("teacher"),
+    ),
+    "student gone at export": Case(
+        ("export", "run", "--out", "exported"),
+        ("student.path='student'", "gone now", "put it back"),
+        without("student"),
+    ),
+    "record that cannot be read": Case(
+        (*TRAIN, "train.steps=3"),
+        ("run/record.yaml", "cannot be read", "mend or remove it"),
+        lambda w: (w / "run" / "record.yaml").write_text("conclusion: ["),
     ),
     "unknown dtype": Case(
         ("export", "run", "--out", "exported", "--dtype", "int8"),
@@ -465,9 +671,10 @@ def original(tmp_path_factory):
 
 @pytest.fixture
 def fresh(original, tmp_path, monkeypatch):
-    """A copy of the workspace to work in."""
+    """A copy of the workspace to work in, with a home that may be made in it."""
     shutil.copytree(original, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
     return tmp_path
 
 

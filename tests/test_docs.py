@@ -14,7 +14,8 @@ import pytest
 import typer
 import yaml
 
-from kava_jax.cli import app
+from kava_jax.cli import runs, studies
+from kava_jax.cli.app import app
 from kava_jax.config import Config
 from kava_jax.config_file import load_config, parse_config
 from kava_jax.experiments.grid import load_grid
@@ -147,6 +148,7 @@ SHELL = [
 
 
 def test_the_guide_uses_every_command():
+    assert runs.app is studies.app is app  # both add their commands to it
     names = set(typer.main.get_command(app).commands)  # pyright: ignore  (a group)
     assert {words[0] for name, words in SHELL if name == "guide.md"} >= names - {"bench", "verify"}
 
@@ -211,9 +213,9 @@ def messages() -> list[str]:
 
 
 def quoted() -> list[str]:
-    """What the first column of troubleshooting says that the program says."""
-    rows = re.findall(r"^\| `([^`]{25,})`", page("troubleshooting.md"), re.M)
-    return [row.removeprefix("collapsed: ") for row in rows]
+    """What troubleshooting says that the program says: what its entries begin with."""
+    heads = re.findall(r"^\* `([^`]{25,})`", page("troubleshooting.md"), re.M)
+    return [" ".join(head.split()).removeprefix("collapsed: ") for head in heads]
 
 
 ALARMS = [

@@ -4,6 +4,7 @@ Paths inside are relative, so that a workspace can be copied and everything in i
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,13 @@ from kava_jax.hf.export import export_model
 from kava_jax.hf.geometry import spec_from_config
 from kava_jax.hf.names import parameter_shapes
 
+# For several processes: Gloo, which joins them, mixes up the collectives of the depth-first order
+# that conftest sets for the virtual devices of one process.
+JOINED = {
+    "XLA_FLAGS": os.environ["XLA_FLAGS"].replace(
+        "--xla_cpu_enable_concurrency_optimized_scheduler=false", ""
+    )
+}
 GEOMETRY: dict[str, Any] = {
     "model_type": "qwen2",
     "vocab_size": 512,

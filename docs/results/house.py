@@ -66,8 +66,7 @@ def code_lines(text: str, tree: ast.Module) -> set[int]:
     for node in ast.walk(tree):
         # A string that is a statement documents: what it stands under, or the field above it.
         for child in node.body if isinstance(node, documented) else ():
-            value = child.value if isinstance(child, ast.Expr) else None
-            if isinstance(value, ast.Constant) and isinstance(value.value, str):
+            if isinstance(child, ast.Expr) and isinstance(_value(child.value), str):
                 strings |= set(range(child.lineno, (child.end_lineno or child.lineno) + 1))
     spoken = (
         range(token.start[0], token.end[0] + 1)
@@ -95,6 +94,10 @@ def config_fields() -> set[str]:
         else:
             waiting += getattr(kind, "__args__", ())
     return found
+
+
+def _value(node: ast.expr) -> Any:
+    return node.value if isinstance(node, ast.Constant) else None
 
 
 def _files(part: str) -> list[Path]:

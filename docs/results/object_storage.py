@@ -14,6 +14,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from importlib.metadata import version
 from pathlib import Path
@@ -136,16 +137,19 @@ def tried(store: str) -> dict[str, str]:
                 check=True,
             )
         found = {}
-        for name in ATTEMPTS:
-            asked = json.dumps([name, scheme, driver])
-            done = subprocess.run(
-                [sys.executable, __file__, asked],
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                text=True,
-            )
-            found[name] = json.loads(done.stdout.splitlines()[-1])
+        # What takes a URL for a path shall make its folders elsewhere.
+        with tempfile.TemporaryDirectory() as elsewhere:
+            for name in ATTEMPTS:
+                asked = json.dumps([name, scheme, driver])
+                done = subprocess.run(
+                    [sys.executable, Path(__file__).resolve(), asked],
+                    cwd=elsewhere,
+                    env=environment,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.DEVNULL,
+                    text=True,
+                )
+                found[name] = json.loads(done.stdout.splitlines()[-1])
         return found
     finally:
         server.kill()

@@ -6,12 +6,9 @@ from lines import head, row
 
 NAMES = {
     "kava": "kava_jax",
-    "ours": "kava_jax",
     "read_modify": "a pass that reads both caches and writes one",
     "torch_eager": "PyTorch, eager",
     "torch_compiled": "PyTorch, torch.compile",
-    "torch": "PyTorch, eager",
-    "torch_compile": "PyTorch, torch.compile",
     "naive": "all logits at once",
     "transformers": "transformers `generate`",
     "transformers_one_thread": "transformers `generate`, one thread",
@@ -24,16 +21,13 @@ def bench_step(found: dict[str, Any]) -> list[str]:
         " | seconds a step (least to most) | >tokens/s | >times ours | >memory beyond the "
         "models, GB"
     )
-    for side, own in found["sides"].items():
-        if "failed" in own:
-            lines.append(f"| {NAMES[side]} | failed: {own['failed']} | | | |")
-            continue
-        cells = [NAMES[side], _seconds(own["seconds"])]
-        cells += [f"{found['tokens_per_second'][side]:,.0f}"]
-        cells += [f"{found['times_faster_than'].get(side, 1.0):.2f}"]
-        lines.append(f"| {' | '.join(cells)} | {own['above_models'] / 1e9:.2f} |")
-    ours = found["sides"]["ours"]
-    floor, seconds = found["floor_flops"] / 1e9, ours["seconds"]["median"]
+    for side, own in found["seconds"].items():
+        cells = [NAMES[side], _seconds(own), f"{found['tokens_per_second'][side]:,.0f}"]
+        cells += [f"{found['times_ours'][side]:.2f}"]
+        lines.append(f"| {' | '.join(cells)} | {found['facts'][side]['above_models'] / 1e9:.2f} |")
+    lines += [f"| {NAMES[side]} | failed: {said} | | | |" for side, said in found["failed"].items()]
+    ours, seconds = found["facts"]["kava"], found["seconds"]["kava"]["median"]
+    floor = ours["flops"] / 1e9
     return [
         *lines,
         "",
@@ -45,19 +39,19 @@ def bench_step(found: dict[str, Any]) -> list[str]:
 def bench_step_huge_pages(found: dict[str, Any]) -> list[str]:
     """The same with huge pages, in a sentence."""
     sides = [
-        f"{NAMES[side]} {own['seconds']['median']:.2f} s"
-        + (f" ({found['times_faster_than'][side]:.2f} times ours)" if side != "ours" else "")
-        for side, own in found["sides"].items()
-        if "failed" not in own
+        f"{NAMES[side]} {own['median']:.2f} s"
+        + (f" ({found['times_ours'][side]:.2f} times ours)" if side != "kava" else "")
+        for side, own in found["seconds"].items()
     ]
     return [f"A step with huge pages on every side: {'; '.join(sides)}."]
 
 
 def bench_loss(found: dict[str, Any]) -> list[str]:
     """The KV loss beside PyTorch and bare memory."""
+    ours = found["facts"]["kava"]
     rest = [
-        f"Temporaries of the compiled loss and gradient: {found['temporaries_of_inputs']:.3f} of "
-        f"its inputs' bytes."
+        f"Temporaries of the compiled loss and gradient: "
+        f"{ours['temporaries'] / ours['inputs']:.3f} of its inputs' bytes."
     ]
     rest += [f"{words}." for words in found["failed"].values()]
     return [*_beside(found), "", " ".join(rest)]
@@ -69,13 +63,15 @@ def bench_ce(found: dict[str, Any]) -> list[str]:
     for case, own in found["cases"].items():
         for name, seconds in own["seconds"].items():
             cells = [f"{case}", NAMES[name], _seconds(seconds), f"{own['times_ours'][name]:.2f}"]
-            lines.append(f"| {' | '.join(cells)} | {own['temporary_bytes'][name] / 1e6:.0f} |")
+            temporaries = own["facts"][name]["temporaries"] / 1e6
+            lines.append(f"| {' | '.join(cells)} | {temporaries:.0f} |")
     return lines
 
 
 def bench_decode(found: dict[str, Any]) -> list[str]:
     """Decoding beside transformers."""
-    return [*_beside(found), "", f"{found['tokens_per_second']:,.0f} tokens/s, tokens identical."]
+    speed = found["tokens_per_second"]["kava"]
+    return [*_beside(found), "", f"{speed:,.0f} tokens/s, tokens identical."]
 
 
 def bench_teacher(found: dict[str, Any]) -> list[str]:
@@ -87,8 +83,9 @@ def bench_teacher(found: dict[str, Any]) -> list[str]:
         "tunix": "the same by Tunix",
     }
     lines = head(" | seconds (least to most) | >of the whole")
+    whole = found["seconds"]["whole"]["median"]
     for name, own in found["seconds"].items():
-        lines.append(f"| {words[name]} | {_seconds(own)} | {found['of_whole'][name]:.2f} |")
+        lines.append(f"| {words[name]} | {_seconds(own)} | {own['median'] / whole:.2f} |")
     return lines
 
 
@@ -98,14 +95,12 @@ def bench_remat(found: dict[str, Any]) -> list[str]:
         "`student.remat` | seconds a step (least to most) | >times none | >temporaries, MB | "
         ">times none | >FLOPs, times none"
     )
-    times = found["times_none"]
-    for policy, own in found["seconds"].items():
-        cells = [policy, _seconds(own), f"{times['seconds'][policy]:.2f}"]
-        cells += [
-            f"{found['temporaries'][policy] / 1e6:.0f}",
-            f"{times['temporaries'][policy]:.2f}",
-        ]
-        lines.append(f"| {' | '.join(cells)} | {times['flops'][policy]:.2f} |")
+    none = found["facts"]["none"]
+    for policy, own in found["facts"].items():
+        cells = [policy, _seconds(found["seconds"][policy]), f"{found['times_ours'][policy]:.2f}"]
+        temporaries = own["temporaries"]
+        cells += [f"{temporaries / 1e6:.0f}", f"{temporaries / none['temporaries']:.2f}"]
+        lines.append(f"| {' | '.join(cells)} | {own['flops'] / none['flops']:.2f} |")
     return lines
 
 

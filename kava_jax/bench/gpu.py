@@ -1,103 +1,147 @@
-"""``kava bench gpu``: the named jobs on one accelerator, in a few minutes, with random weights.
+"""``kava bench gpu``: a config's own step on this machine's accelerators, with random weights.
 
-First a small run is checked against references; then the real sizes are measured, each in a
-process of its own, so that one side's memory is free again when the other starts. Nothing is read
-or downloaded. What does not fit, fails or has no time left stands in the result with its reason.
+Weights and tokens are random and are made on the devices, so nothing is read or downloaded. No row
+is padded and every token but the first is predicted, which is the most that the step can cost. A
+small step is checked against the CPU's first. What the devices really used stands beside what the
+compiler said of the same program; a step that finds no room has ``failed``.
 """
 
-import json
+import importlib
+import math
 import os
-import subprocess
-import sys
-import time
-from typing import Any, NamedTuple
+from functools import partial
+from pathlib import Path
+from typing import Any
 
+import jax
+
+from kava_jax.bench import original
+from kava_jax.bench.harness import Facts, Side, compare
+from kava_jax.bench.pairs import Pair, Stepping, batch_of, qwen2
+from kava_jax.config_file import dump_config, load_config, parse_config, shipped_config
 from kava_jax.errors import KavaError
-from kava_jax.hf.known import KNOWN_CONFIGS
+from kava_jax.hf.geometry import config_from_spec
+from kava_jax.parallel.mesh import make_mesh
+from kava_jax.parallel.sharding import put_batch
+from kava_jax.plan.chips import chip_of
+from kava_jax.runs.calibrate import unmeasured
+from kava_jax.runs.geometry import models_without_weights
+from kava_jax.training.blueprint import Blueprint, Found, make_blueprint
 
-
-class Job(NamedTuple):
-    """One pair at one length; ``rows`` are tried from the largest down until one fits."""
-
-    name: str
-    teacher: dict[str, Any]
-    student: dict[str, Any]
-    length: int
-    rows: tuple[int, ...] = (32, 16, 8)
-    dtype: str = "bfloat16"
-    steps: int = 5
-
-
-def _named(teacher: str, student: str, length: int) -> Job:
-    of = {"14B": "Qwen/Qwen2.5-14B", "7B": "Qwen/Qwen2.5-7B"}
-    of |= {"1.5B": "Qwen/Qwen2.5-1.5B", "0.5B": "Qwen/Qwen2.5-0.5B"}
-    name = f"{teacher} → {student}, {length} tokens"
-    return Job(name, KNOWN_CONFIGS[of[teacher]], KNOWN_CONFIGS[of[student]], length)
-
-
-JOBS = tuple(
-    _named(*pair, length) for pair in (("14B", "1.5B"), ("7B", "0.5B")) for length in (512, 1024)
-)
-PEERS = ("torch", "torch_compile")
-SIDES = ("ours", *PEERS)
-BUDGET = 530.0
-"""Seconds for everything, so that nine minutes are enough."""
+CHECKED = Pair(*[qwen2(4, 64, 4, 2, 128, vocabulary=512)] * 2, rows=4, length=64)
+# Relative: one float32 program on two devices, and the same in bfloat16.
+CLOSE = {"float32": 1e-3, "bfloat16": 5e-2}
 
 
 def bench_gpu(
-    jobs: tuple[Job, ...] = JOBS, sides: tuple[str, ...] = SIDES, budget: float = BUDGET
-) -> dict[str, Any]:
-    """Checks, then tokens per second, MFU and peak memory of every job and side.
+    config: Path | None = None, overrides: list[str] | None = None, peer: str | None = None
+) -> Facts:
+    """Tokens per second, MFU and memory of a config's step, by default the named job's.
 
-    MFU is ``plan.floor.step_floor`` (model FLOPs, nothing recomputed counted) over seconds and the
-    chip's dense bfloat16 peak (``plan.chips``); None for a device that is not in that table. Ours
-    comes first for every job, then the peers, as long as there is time. Raises KavaError when the
-    checks fail.
+    MFU is ``plan.floor.step_floor`` (model FLOPs, nothing recomputed counted) over seconds, devices
+    and the chip's dense bfloat16 peak (``plan.chips``), or None. Sides are measured one after the
+    other, so that the devices are free for each; ``recipe=original`` makes our step the peer's.
+    Raises KavaError when the check fails, and for a config that does not fit together.
     """
-    started = time.monotonic()
-
-    def left() -> float:
-        return budget - (time.monotonic() - started)
-
-    checks = _worker("check", {}, left())
-    if "failed" in checks:
-        raise KavaError(f"the checks before measuring failed: {checks['failed']}")
-    measured: dict[str, dict[str, Any]] = {job.name: {} for job in jobs}
+    sides = ("kava", *original.peer_sides(peer))
+    given = config or shipped_config("qwen2.5_14b_to_1.5b_gsm8k.yaml"), overrides or []
+    checks = compare({"check": _check})["facts"]
+    cases = {}
     for side in sides:
-        for job in jobs:
-            measured[job.name][side] = _largest_that_fits(side, job, left)
-    return {"name": "gpu", "checks": checks, "jobs": measured, "seconds": budget - left()}
+        make = {"kava": _ours, "torch_eager": _torch}.get(side, partial(_torch, compiled=True))
+        cases[side] = found = compare({side: partial(make, *given)}, optional=(side,))
+        if side == "kava" and not found["facts"]:  # there was no step to be compiled
+            raise KavaError(found["failed"][side])
+        speeds, own = found.get("flops_per_second"), found["facts"].get(side)
+        chip = own and chip_of(own["device"])
+        found["mfu"] = speeds[side] / chip.flops / own["devices"] if chip and speeds else None
+    return {"config": given[0].name, "overrides": given[1], "checks": checks, "cases": cases}
 
 
-def _largest_that_fits(side: str, job: Job, left: Any) -> dict[str, Any]:
-    found: dict[str, Any] = {"failed": "no time was left"}
-    for rows in job.rows:
-        if left() < 10:
-            return found
-        found = _worker(side, job._asdict() | {"rows": rows}, left()) | {"rows": rows}
-        if "failed" not in found:
-            return found
-    return found
+def random_weights(path: Path, overrides: list[str]) -> Blueprint:
+    """The config's run over all devices of this process, every weight of it drawn at random."""
+    raw = dump_config(unmeasured(load_config(path, overrides)))
+    for teacher in raw["teachers"]:
+        teacher["control"] = "random"
+    config = parse_config(raw)
+    models = models_without_weights(config)
+    models = models._replace(student=Found(None, models.student.spec))
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    return make_blueprint(config, mesh, models, {})
 
 
-def _worker(side: str, job: dict[str, Any], limit: float) -> dict[str, Any]:
-    """What one process measured; ``failed`` with the end of its words where it measured nothing."""
-    command = [sys.executable, "-m", "kava_jax.bench.gpu_worker", side, json.dumps(job)]
-    # The GPU belongs to one side: nearly all of it to JAX, which by itself takes three quarters;
-    # and beside PyTorch, where JAX only counts FLOPs, none.
-    own = {"JAX_PLATFORMS": "cpu"} if side in PEERS else {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}
-    try:
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            timeout=max(1.0, limit),
-            env=os.environ | own,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return {"failed": "no time was left"}
-    if done.returncode:
-        words = done.stderr.strip().splitlines() or ["nothing was said"]
-        return {"failed": words[-1][:300]}
-    return json.loads(done.stdout.splitlines()[-1])
+def _ours(path: Path, overrides: list[str]) -> Side:
+    """The config's step over all devices."""
+    run = random_weights(path, overrides)
+    batch, facts = batch_of(run, prompt=1)
+    step = Stepping(run, batch)
+    facts |= {
+        "device": jax.devices()[0].device_kind,
+        "devices": jax.device_count(),
+        "mesh": dict(run.mesh.shape),
+        "attention": run.attending,
+        "environment": {k: v for k, v in os.environ.items() if k.startswith("XLA_PYTHON_CLIENT")},
+        "compiled": step.memory._asdict() | {"peak": step.memory.peak},
+    }
+    losses: list[float] = []
+
+    def work() -> None:
+        losses.append(step())
+        if not math.isfinite(losses[-1]):
+            raise KavaError(f"the loss of step {len(losses)} is not finite")
+
+    def last() -> Facts:
+        stats = [device.memory_stats() or {} for device in jax.local_devices()]
+        names = {"bytes_in_use", "peak_bytes_in_use", "bytes_limit"} & stats[0].keys()
+        memory = {name: max(own[name] for own in stats) for name in names}  # the fullest device's
+        return {"losses": losses, "device_memory": memory}
+
+    return Side(work, facts, last)
+
+
+def _torch(path: Path, overrides: list[str], compiled: bool = False) -> Side:
+    """The original's loop with the config's models, on one device."""
+    jax.config.update("jax_platforms", "cpu")  # the GPU is PyTorch's; JAX only counts FLOPs here
+    torch: Any = importlib.import_module("torch")
+    on_gpu = torch.cuda.is_available()
+    run = random_weights(path, overrides)
+    (teacher,) = run.teachers.values()
+    # What ``auto`` is on PyTorch's device, not on JAX's.
+    dtype: Any = run.config.student.dtype.replace("auto", "bfloat16" if on_gpu else "float32")
+    student, other = (config_from_spec(s, dtype=dtype) for s in (run.student_spec, teacher.spec))
+    modules = original.random(student, other, dtype, "cuda" if on_gpu else "cpu")
+    layers = [row[0] for row in teacher.layer_map.teacher_layers]
+    step = original.train_step(modules, layers, compiled, dtype)
+    batch, facts = batch_of(run, prompt=1)
+    device = torch.cuda.get_device_name() if on_gpu else "cpu"
+
+    def last() -> Facts:
+        return {"peak_bytes": torch.cuda.max_memory_allocated() if on_gpu else None}
+
+    return Side(lambda: step(batch), facts | {"device": device, "devices": 1}, last)
+
+
+def _check() -> Side:
+    """Loss and gradient norms of a small step on this device, against float32 on a CPU."""
+    wanted, found = _figures("float32", jax.devices("cpu")[0]), {}
+    for dtype, close in CLOSE.items():
+        figures = zip(_figures(dtype, jax.devices()[0]), wanted, strict=True)
+        found[dtype] = max(abs(a / b - 1) for a, b in figures)
+        if not found[dtype] < close:
+            raise KavaError(f"{dtype} is off by {found[dtype]:.2e}; {close:g} is allowed")
+    return Side(lambda: None, found)
+
+
+def _figures(dtype: str, device: Any) -> list[float]:
+    def run(kind: str) -> Blueprint:
+        wanted = {"student.dtype": kind, "teachers.0.dtype": kind, "optimizer.warmup_steps": 0}
+        return CHECKED.run(wanted, device=device)
+
+    with jax.default_matmul_precision("float32"):
+        # Weights drawn in another dtype are other weights, so they are drawn in one and cast.
+        teachers = jax.tree.map(lambda x: x.astype(dtype), run("float32").load_teachers())
+        made = run(dtype)
+        batch = put_batch(batch_of(made, prompt=16)[0], made.mesh)
+        _, metrics = made.jitted_step()(made.fresh_state(), teachers, batch)
+    names = ("loss", "ce", "grad_norm_student", "grad_norm_projector")
+    return [float(metrics[name].value) for name in names]

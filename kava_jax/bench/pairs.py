@@ -1,13 +1,12 @@
-"""Made-up models: runs with random weights that need no files, and model directories."""
+"""Made-up models: pairs with random weights that need no files, and model directories."""
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from flax.traverse_util import unflatten_dict
-from jax.sharding import Mesh
 
 from kava_jax.config_file import parse_config
 from kava_jax.data.batches import Batch
@@ -15,23 +14,20 @@ from kava_jax.data.tokenizer import builtin_tokenizer
 from kava_jax.hf.export import export_model
 from kava_jax.hf.geometry import spec_from_config
 from kava_jax.hf.names import parameter_shapes
-from kava_jax.models.spec import DecoderSpec
+from kava_jax.models.decoder import Params
 from kava_jax.parallel.mesh import make_mesh
 from kava_jax.parallel.sharding import put_batch
+from kava_jax.plan.compiled import memory_of
+from kava_jax.plan.floor import step_floor
 from kava_jax.training.blueprint import Blueprint, Found, Models, make_blueprint
 
-Sizes = tuple[int, int, int, int, int]
-"""Layers, width, query heads, KV heads, feed-forward width."""
-
-# The bench pair: Qwen2's shape and vocabulary at a size that a CPU can take.
-TEACHER: Sizes = (8, 512, 8, 4, 1408)
-STUDENT: Sizes = (4, 256, 8, 2, 704)
-VOCABULARY = 151_936
+Geometry = dict[str, Any]
 
 
-def geometry(sizes: Sizes, vocabulary: int) -> dict[str, Any]:
-    """A ``config.json`` of Qwen2's shape, embeddings tied."""
-    layers, width, heads, kv_heads, inner = sizes
+def qwen2(
+    layers: int, width: int, heads: int, kv_heads: int, inner: int, vocabulary: int = 151_936
+) -> Geometry:
+    """A ``config.json`` of Qwen2's shape, embeddings tied; by default with its vocabulary."""
     return {
         "model_type": "qwen2",
         "num_hidden_layers": layers,
@@ -45,14 +41,9 @@ def geometry(sizes: Sizes, vocabulary: int) -> dict[str, Any]:
     }
 
 
-def write_model(
-    directory: Path, config: Mapping[str, Any], rng: np.random.Generator, std: float = 0.02
-) -> DecoderSpec:
-    """A Hugging Face directory of this ``config.json`` with random float32 weights.
-
-    Norms' scales are drawn around 1, all else around 0.
-    """
-    spec = spec_from_config(dict(config), where="bench")
+def write_model(directory: Path, config: Geometry, seed: int, std: float = 0.02) -> None:
+    """A Hugging Face directory with random float32 weights: norms' scales around 1, others 0."""
+    spec, rng = spec_from_config(config, where="bench"), np.random.default_rng(seed)
     flat = {
         path: np.float32(std) * rng.standard_normal(shape, np.float32)
         + np.float32(path.endswith("scale"))
@@ -60,59 +51,79 @@ def write_model(
     }
     params, tokenizer = unflatten_dict(flat, sep="/"), builtin_tokenizer()
     export_model(directory, params, spec, dtype="float32", tokenizer=tokenizer, card="random")
-    return spec
 
 
-def one_device() -> Mesh:
-    """The first device alone, as a mesh."""
-    return make_mesh(1, 1, 1, jax.devices()[:1])
+def batch_of(run: Blueprint, prompt: int) -> tuple[Batch, dict[str, Any]]:
+    """Random rows without padding, and the tokens and floor FLOPs of a step on them.
 
-
-def random_run(
-    teacher: Mapping[str, Any],
-    student: Mapping[str, Any],
-    *,
-    rows: int,
-    overrides: Mapping[str, Any] | None = None,
-    mesh: Mesh | None = None,
-) -> Blueprint:
-    """A run over random models of these geometries, on all devices or a mesh; weights are drawn."""
-    nowhere = Path("random weights")
-    raw: dict[str, Any] = {
-        "run": {"name": "bench"},
-        "teachers": [{"name": "teacher", "path": str(nowhere), "control": "random"}],
-        "student": {"geometry": dict(student)},
-        "data": {"path": "builtin:word_problems", "batch_size": rows},
-        "loss": {"kv_weight": 1.0},
-        "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
-    }
-    written = [f"{field}={value}" for field, value in (overrides or {}).items()]
-    config = parse_config(raw, written)
-    models = Models(
-        Found(None, spec_from_config(dict(student), where="bench")),
-        {"teacher": Found(nowhere, spec_from_config(dict(teacher), where="bench"))},
-    )
-    return make_blueprint(config, mesh or make_mesh(1, -1, 1), models, {})
-
-
-def random_batch(rows: int, length: int, vocabulary: int, prompt: int) -> Batch:
-    """Random tokens without padding, of which the first ``prompt`` are not predicted."""
-    shape = (rows, length)
+    The first ``prompt`` tokens of a row are not predicted.
+    """
+    shape = rows, length = run.config.data.batch_size, run.config.data.max_length
+    specs = [run.student_spec, *(teacher.spec for teacher in run.teachers.values())]
+    vocabulary = min(spec.vocab_size for spec in specs)
     tokens = np.random.default_rng(0).integers(0, vocabulary, shape, dtype=np.int32)
-    answers = np.broadcast_to(np.arange(length) >= max(1, prompt), shape).copy()
+    answers = np.broadcast_to(np.arange(length) >= prompt, shape).copy()
     everywhere = np.ones(shape, bool)
-    return Batch(tokens, everywhere, answers, everywhere)  # pyright: ignore[reportArgumentType]  (host arrays)
+    batch = Batch(tokens, everywhere, answers, everywhere)  # pyright: ignore[reportArgumentType]  (host arrays)
+    flops = step_floor(run, rows, length, rows * (length - prompt)).total
+    return batch, {"tokens": rows * length, "flops": flops}
+
+
+class Pair(NamedTuple):
+    """Two models by their ``config.json``, and what they read; the defaults suit a CPU."""
+
+    teacher: Geometry = qwen2(8, 512, 8, 4, 1408)
+    student: Geometry = qwen2(4, 256, 8, 2, 704)
+    rows: int = 4
+    length: int = 256
+
+    def run(
+        self,
+        overrides: Mapping[str, Any] | None = None,
+        folder: Path | None = None,
+        device: Any = None,
+    ) -> Blueprint:
+        """A run of the pair on the first device, or another.
+
+        All weights are drawn, or the models are ``teacher`` and ``student`` in ``folder``.
+        """
+        where = folder or Path("random weights")
+        control = "none" if folder else "random"
+        raw: dict[str, Any] = {
+            "run": {"name": "bench"},
+            "teachers": [{"name": "teacher", "path": str(where / "teacher"), "control": control}],
+            "student": {"path": str(folder / "student")} if folder else {"geometry": self.student},
+            "data": {"path": "builtin:word_problems"},
+            "loss": {"kv_weight": 1.0},
+            "mesh": {"data": 1, "fsdp": 1, "tensor": 1},
+        }
+        raw["data"] |= {"batch_size": self.rows, "max_length": self.length}
+        config = parse_config(raw, [f"{key}={value}" for key, value in (overrides or {}).items()])
+        found = [spec_from_config(m, where="bench") for m in (self.student, self.teacher)]
+        student = Found(folder and folder / "student", found[0])
+        models = Models(student, {"teacher": Found(where / "teacher", found[1])})
+        return make_blueprint(config, make_mesh(1, 1, 1, [device or jax.devices()[0]]), models, {})
 
 
 class Stepping:
-    """A run's train steps on one batch, one for each call."""
+    """A run's train steps on one batch: a call takes one, waits for it and returns its loss.
 
-    def __init__(self, run: Blueprint, batch: Batch):
-        """Draw weights and put the batch on the devices; the first call compiles."""
-        self._state, self._teachers = run.fresh_state(), run.load_teachers()
-        self._step, self._batch = run.jitted_step(), put_batch(batch, run.mesh)
+    The step is compiled at once, and weights are only drawn or loaded for the first call.
+    """
 
-    def __call__(self) -> None:
-        """Take one step and wait for it."""
-        self._state, _ = self._step(self._state, self._teachers, self._batch)
-        jax.block_until_ready(self._state)
+    def __init__(self, run: Blueprint, batch: Batch, projector: Params | None = None):
+        self._run, self._projector, self._held = run, projector, None
+        self._batch = put_batch(batch, run.mesh)
+        shapes = run.abstract_state(), run.abstract_teachers(), self._batch
+        self._step = run.jitted_step().lower(*shapes).compile()
+        self.memory = memory_of(self._step)
+
+    def __call__(self) -> float:
+        """Take a step."""
+        if self._held is None:
+            self._held = self._run.load_teachers(), self._run.fresh_state(self._projector)
+        teachers, state = self._held
+        self._held = None  # the state's memory becomes that of the next one
+        state, metrics = self._step(state, teachers, self._batch)
+        self._held = teachers, jax.block_until_ready(state)
+        return float(metrics["loss"].value)

@@ -1,149 +1,177 @@
-"""``kava bench step``: the whole train step, beside the original's PyTorch loop.
+"""The whole train step: ``kava bench step``, ``remat`` and ``scaling``."""
 
-Both sides load the same weights from the same Hugging Face directories and take their steps in
-processes of their own, in turns, on the same batch. The losses of the first step have to agree.
-"""
-
-import json
+import ctypes
+import gc
+import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from kava_jax.bench import timing
-from kava_jax.bench.pairs import (
-    STUDENT,
-    TEACHER,
-    VOCABULARY,
-    Sizes,
-    geometry,
-    one_device,
-    write_model,
+from kava_jax.bench import original
+from kava_jax.bench.harness import Facts, Side, compare
+from kava_jax.bench.pairs import Pair, Stepping, batch_of, qwen2, write_model
+from kava_jax.data.batches import Batch
+from kava_jax.models.decoder import Params
+from kava_jax.plan.compiled import compile_step
+
+# The original's recipe in the original's frame: whole post-RoPE vectors, no dropout.
+FRAME = {
+    "recipe": "original",
+    "teachers.0.dtype": "float32",
+    "student.dtype": "float32",
+    "projector.dropout": 0.0,
+    "loss.key_space": "post_rope",
+    "loss.per_head": False,
+    "loss.sink_tokens": 0,
+    "optimizer.schedule": "constant",
+    "optimizer.warmup_steps": 0,
+}
+TOLERANCE = 1e-4  # relative, of the first loss
+# Deep enough that activations, and not the vocabulary, take the memory.
+DEEP = Pair(
+    teacher=qwen2(8, 512, 8, 4, 1408, vocabulary=8192),
+    student=qwen2(16, 256, 8, 2, 704, vocabulary=8192),
+    rows=8,
 )
-from kava_jax.bench.turns import Facts, Taken, take_turns
-from kava_jax.config_file import parse_config
-from kava_jax.errors import KavaError
-from kava_jax.plan.floor import step_floor
-from kava_jax.training.blueprint import find_models, make_blueprint
-
-AGREE = 1e-4
-PEERS = {"torch": ("torch", "torch_compile"), "torch-eager": ("torch",)}
-
-
-class Pair(NamedTuple):
-    """Sizes of what is measured; the defaults are the bench pair's."""
-
-    teacher: Sizes = TEACHER
-    student: Sizes = STUDENT
-    vocabulary: int = VOCABULARY
-    rows: int = 4
-    length: int = 256
-    prompt: int = 128
-    """Tokens of every row that are not predicted."""
+# The sizes that are tried, one axis at a time around the middle.
+MIDDLE = {"rows": 4, "length": 256, "depth": 4, "width": 128, "vocabulary": 4096}
+AXES = {
+    "length": (128, 256, 512, 1024, 2048),
+    "depth": (2, 4, 8, 16, 32),
+    "rows": (1, 4, 16, 64),
+}
 
 
-def bench_step(pair: Pair, peer: str | None) -> dict[str, Any]:
-    """Seconds, tokens per second and memory of the step; with ``peer`` also those of PyTorch.
+def bench_step(peer: str | None = None, pair: Pair = Pair()) -> Facts:  # noqa: B008 (immutable)
+    """Seconds, tokens and FLOPs per second, and memory of the step, beside the original's loop.
 
-    ``floor`` is ``plan.floor.step_floor`` with the predicted tokens alone. Memory is what a process
-    holds at most during its steps, beyond the libraries and the models' weights: gradients,
-    moments, activations. Raises KavaError for an unknown peer, and when the first losses differ by
-    more than 1e-4.
+    All sides load the same weights and read the same batch, so their first losses have to agree.
+    ``above_models`` is what a process holds at most during its steps, beyond the libraries and the
+    models' weights: gradients, moments, activations. ``torch_compiled`` may fail, as torch.compile
+    needs a C++ compiler. Raises KavaError without PyTorch, and when the first losses differ.
     """
-    if peer is not None and peer not in PEERS:
-        raise KavaError(f"--peer={peer!r} is unknown; use {' or '.join(PEERS)}, or leave it out")
-    sides = ("ours", *(PEERS[peer] if peer else ()))
-    with tempfile.TemporaryDirectory() as folder:
-        floor = write_job(Path(folder), pair)
-        measured = _measured(Path(folder), sides)
-    tokens = pair.rows * pair.length
-    medians = {side: own["seconds"]["median"] for side, own in measured.items() if "seconds" in own}
-    return {
-        "name": "step",
-        "pair": pair._asdict(),
-        "floor_flops": floor,
-        "sides": measured,
-        "tokens_per_second": {side: tokens / seconds for side, seconds in medians.items()},
-        "times_faster_than": {
-            side: seconds / medians["ours"] for side, seconds in medians.items() if side != "ours"
-        },
-        "memory_over": {
-            side: measured["ours"]["above_models"] / own["above_models"]
-            for side, own in measured.items()
-            if side != "ours" and "above_models" in own
-        },
-        **timing.circumstances(),
-    }
+    peers = original.peer_sides(peer)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_model(folder / "teacher", pair.teacher, seed=0)
+        write_model(folder / "student", pair.student, seed=1)
+        run = pair.run(FRAME, folder)
+        batch, facts = batch_of(run, pair.length // 2)
+        assert run.projector is not None
+        projector = jax.tree.map(np.asarray, run.projector.fresh(1))
+        layers = [row[0] for row in run.teachers["teacher"].layer_map.teacher_layers]
+        sides = {"kava": partial(_ours, folder, pair, batch, projector, facts)}
+        for side in peers:
+            compiled = side == "torch_compiled"
+            sides[side] = partial(_torch, folder, batch, projector, facts, layers, compiled)
+        found = compare(sides, TOLERANCE, optional=("torch_compiled",))
+    return {"pair": pair._asdict(), **found}
 
 
-def write_job(folder: Path, pair: Pair) -> float:
-    """Models, projector, batch and config into ``folder``; the floor in FLOPs."""
-    rng = np.random.default_rng(0)
-    for name, sizes in (("teacher", pair.teacher), ("student", pair.student)):
-        write_model(folder / name, geometry(sizes, pair.vocabulary), rng)
-    raw = _config(folder, pair)
-    config = parse_config(dict(raw))
-    blueprint = make_blueprint(config, one_device(), find_models(config, 1), {})
-    projector, link = blueprint.projector, blueprint.teachers["teacher"]
-    assert projector is not None
-    nnx.merge(projector.graph, projector.fresh(1)).save(folder / "projector.safetensors")
-    shape = (pair.rows, pair.length)
-    answers = np.broadcast_to(np.arange(pair.length) >= pair.prompt, shape)
-    everywhere = np.ones(shape, bool)
-    tokens = rng.integers(0, pair.vocabulary, shape, dtype=np.int32)
-    masks = {"valid": everywhere, "loss_mask": answers, "kv_mask": everywhere}
-    np.savez(folder / "batch.npz", tokens=tokens, **masks)
-    job = {
-        "config": raw,
-        "layers": [row[0] for row in link.layer_map.teacher_layers],
-        "rates": [config.optimizer.student_lr, config.optimizer.projector_lr],
-        "kv_weight": 1.0,
-    }
-    (folder / "job.json").write_text(json.dumps(job), encoding="utf-8")
-    targets = pair.rows * (pair.length - pair.prompt)
-    return step_floor(blueprint, pair.rows, pair.length, targets).total
+def bench_remat(pair: Pair = DEEP) -> Facts:
+    """Seconds, temporaries (bytes that the program needs) and FLOPs of the step by policy."""
+    sides = {policy: partial(_recomputing, policy, pair) for policy in ("none", "dots", "full")}
+    return {"pair": pair._asdict(), **compare(sides, TOLERANCE)}
 
 
-def _config(folder: Path, pair: Pair) -> dict[str, Any]:
-    """The original's recipe in the original's frame: whole post-RoPE vectors, no dropout."""
-    return {
-        "recipe": "original",
-        "run": {"name": "bench", "dir": str(folder / "run")},
-        "teachers": [{"name": "teacher", "path": str(folder / "teacher"), "dtype": "float32"}],
-        "student": {"path": str(folder / "student"), "dtype": "float32"},
-        "projector": {"dropout": 0.0},
-        "loss": {"kv_weight": 1.0, "key_space": "post_rope", "per_head": False, "sink_tokens": 0},
-        "data": {"path": "builtin:word_problems", "batch_size": pair.rows},
-        "optimizer": {"schedule": "constant", "warmup_steps": 0},
-        "mesh": {"data": 1, "fsdp": 1, "tensor": 1},
-    }
+def bench_scaling(
+    axes: Mapping[str, tuple[int, ...]] = AXES, middle: Mapping[str, int] = MIDDLE
+) -> Facts:
+    """Seconds per token of the train step over each axis, beside the floor's FLOPs per token.
 
-
-def _measured(folder: Path, sides: tuple[str, ...]) -> dict[str, Any]:
-    """What each side took; a compiled peer that cannot be compiled here is left out, with words."""
-    taken = take_turns(
-        "kava_jax.bench.step_sides", sides, folder, _check_same, optional=("torch_compile",)
-    )
-    return {
-        name: {
-            "first_loss": own.first["loss"],
-            "seconds": timing.summary(own.seconds),
-            **own.last,
+    ``exponent`` is the slope of log(seconds per token) over log(size), by least squares: 0 is a
+    cost that does not depend on the size, 1 one in proportion to it. Both models are alike.
+    """
+    curves = {}
+    for axis, sizes in axes.items():
+        found = compare({str(n): partial(_sized, **{**middle, axis: n}) for n in sizes})
+        seconds = [1 / speed for speed in found["tokens_per_second"].values()]
+        flops = [own["flops"] / own["tokens"] for own in found["facts"].values()]
+        curves[axis] = {
+            "sizes": sizes,
+            "seconds_per_token": seconds,
+            "flops_per_token": flops,
+            "exponent": exponent(sizes, seconds),
+            "floor_exponent": exponent(sizes, flops),
         }
-        if isinstance(own, Taken)
-        else {"failed": own}
-        for name, own in taken.items()
-    }
+    return {"middle": dict(middle), "curves": curves}
 
 
-def _check_same(first: Mapping[str, Facts]) -> None:
-    ours = first["ours"]["loss"]
-    for name, facts in first.items():
-        if abs(facts["loss"] / ours - 1) > AGREE:
-            raise KavaError(
-                f"--peer: the first loss of {name} is {facts['loss']:.6f}, ours {ours:.6f}; they "
-                f"do not do the same work, so their times mean nothing"
-            )
+def _ours(folder: Path, pair: Pair, batch: Batch, projector: Params, facts: Facts) -> Side:
+    run = pair.run(FRAME, folder)
+    jax.block_until_ready(jnp.zeros(1))
+    imported = resident()
+    leaves = jax.tree.leaves((run.abstract_teachers(), run.abstract_state().params))
+    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+    return _watched(Stepping(run, batch, projector), facts, imported, weights)
+
+
+def _torch(
+    folder: Path, batch: Batch, projector: Params, facts: Facts, layers: list[int], compiled: bool
+) -> Side:
+    import transformers.models.qwen2.modeling_qwen2  # noqa: F401 (before memory is looked at)
+
+    imported = resident()
+    modules = original.loaded(folder, projector["pairs"]["teacher"])
+    step = original.train_step(modules, layers, compiled)
+    parameters = [p for m in (*modules[:2], *modules[2].values()) for p in m.parameters()]
+    weights = sum(p.numel() * p.element_size() for p in parameters)
+    return _watched(lambda: step(batch), facts, imported, weights)
+
+
+def _watched(step: Callable[[], float], facts: Facts, imported: int, weights: int) -> Side:
+    """The step, and the memory that it takes after the first time."""
+    losses: list[float] = []
+
+    def run() -> Any:
+        losses.append(step())
+        if len(losses) == 1:
+            # Give back what was freed since the start, and begin a new peak.
+            gc.collect()
+            ctypes.CDLL(None).malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+        return losses[0]
+
+    def last() -> Facts:
+        above = resident("VmHWM") - imported - weights
+        return {"first_loss": losses[0], "above_models": above, "weights": weights}
+
+    return Side(run, facts, last)
+
+
+def resident(field: str = "VmRSS") -> int:
+    """Bytes of this process's memory: ``VmRSS`` now, ``VmHWM`` at most since the last reset."""
+    found = re.search(field + r":\s+(\d+)", Path("/proc/self/status").read_text("utf-8"))
+    return 1024 * int(found[1]) if found else 0
+
+
+def _recomputing(policy: str, pair: Pair) -> Side:
+    run = pair.run({"student.remat": policy})
+    program = compile_step(run, pair.rows, pair.length)
+    batch, facts = batch_of(run, pair.length // 2)
+    # The FLOPs that are really done, with what is recomputed.
+    facts |= {"temporaries": program.memory.temporaries, "flops": program.work.flops}
+    return Side(Stepping(run, batch), facts)
+
+
+def exponent(sizes: tuple[int, ...], costs: list[float]) -> float:
+    """Slope of log(cost) over log(size) by least squares."""
+    return float(np.polyfit(np.log(sizes), np.log(costs), 1)[0])
+
+
+def _sized(rows: int, length: int, depth: int, width: int, vocabulary: int) -> Side:
+    model = qwen2(depth, width, 4, 2, 3 * width, vocabulary)
+    run = Pair(model, model, rows, length).run()
+    batch, facts = batch_of(run, length // 2)
+    step = Stepping(run, batch)
+
+    def work() -> None:  # other sizes have other losses
+        step()
+
+    return Side(work, facts)

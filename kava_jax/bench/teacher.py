@@ -1,100 +1,129 @@
 """``kava bench teacher``: the teacher's pass as it is run, beside a whole forward pass."""
 
+import importlib
 import tempfile
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from kava_jax.bench.pairs import (
-    STUDENT,
-    TEACHER,
-    VOCABULARY,
-    Sizes,
-    geometry,
-    one_device,
-    random_batch,
-    random_run,
-    write_model,
-)
-from kava_jax.bench.peers import beside, check_same
-from kava_jax.bench.timing import circumstances
-from kava_jax.bench.tunix import tunix_forward
+from kava_jax.bench.harness import Facts, Side, compare, peer_version
+from kava_jax.bench.pairs import Pair, batch_of, write_model
+from kava_jax.cache import KVCache
 from kava_jax.errors import KavaError
-from kava_jax.hf.load import load_decoder_params
+from kava_jax.hf.load import load_decoder_params, read_spec
 from kava_jax.models.decoder import Decoder
 from kava_jax.parallel.sharding import put_batch
 from kava_jax.plan.floor import step_floor
 from kava_jax.training.comparison import read
 
 TOLERANCE = 1e-4  # of the largest entry
+# Logits of every so many positions are compared: those of all would be files of a gigabyte.
+EVERY = 8
 
 
-class TeacherSizes(NamedTuple):
-    """What is measured; the defaults are the bench pair's."""
-
-    teacher: Sizes = TEACHER
-    student: Sizes = STUDENT
-    vocabulary: int = VOCABULARY
-    rows: int = 4
-    length: int = 256
-
-
-def bench_teacher(sizes: TeacherSizes, peer: str | None = None) -> dict[str, Any]:
+def bench_teacher(peer: str | None = None, pair: Pair = Pair()) -> Facts:  # noqa: B008 (immutable)
     """Seconds of keys and values of the mapped layers, and of logits and cache of the whole model.
 
     The cut teacher ends in the last mapped layer, of which only keys and values are projected, and
     has no head; with the default map that is the model's last layer, ``half`` maps the first half
-    only. ``floor_flops`` is the teachers' part of ``plan.floor.step_floor``. With ``peer="tunix"``
-    also Tunix's whole pass, whose logits, keys and values have to be ours.
-
-    Raises KavaError for another peer, and where it is not installed or gives other numbers.
+    only. FLOPs are the teachers' part of ``plan.floor.step_floor``. With ``peer="tunix"`` also the
+    whole pass of Google's Tunix, a public JAX implementation of the same models (the extra
+    ``bench`` installs it), whose logits, keys and values have to be ours; KavaError without it.
     """
     if peer not in (None, "tunix"):
         raise KavaError(f"--peer={peer!r} is unknown; use tunix, or leave it out")
-    student = geometry(sizes.student, sizes.vocabulary)
-    teacher = geometry(sizes.teacher, sizes.vocabulary)
-    rows, length = sizes.rows, sizes.length
-    depth, mapped = sizes.teacher[0], sizes.student[0]
-    half = [[layer * (depth // 2) // mapped, layer] for layer in range(mapped)]
-    made = partial(random_run, teacher, student, rows=rows, mesh=one_device())
-    runs = {"cut": made(), "half": made(overrides={"teachers.0.layer_map": half})}
-    batch = put_batch(random_batch(rows, length, sizes.vocabulary, 0), runs["cut"].mesh)
-    work: dict[str, Any] = {}
-    for name, run in runs.items():
-        cache = jax.jit(partial(_cache, run.teachers["teacher"].link.graph))
-        work[name] = partial(cache, run.load_teachers()["teacher"], batch)
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder) / "teacher"
-        spec = write_model(directory, teacher, np.random.default_rng(0))
-        graph = nnx.graphdef(nnx.eval_shape(lambda: Decoder(spec, rngs=nnx.Rngs(0))))
-        whole = jax.jit(partial(_logits, graph))
-        work["whole"] = partial(whole, load_decoder_params(directory, spec), batch)
+        sides = {name: partial(_cut, name, pair) for name in ("cut", "half")}
+        sides["whole"] = partial(_whole, directory, pair)
         if peer:
-            work["tunix"] = partial(tunix_forward(directory, spec), batch.tokens)
-            check_same("tunix", work["whole"](), work["tunix"](), TOLERANCE)
-    found = beside(work, "cut")
-    medians = {name: own["median"] for name, own in found["seconds"].items()}
-    floors = {name: step_floor(run, rows, length, 0).teachers for name, run in runs.items()}
-    return {
-        "name": "teacher",
-        "sizes": sizes._asdict(),
-        **found,
-        "of_whole": {name: own / medians["whole"] for name, own in medians.items()},
-        "floor_flops": floors,
-        "flops_per_second": {name: floor / medians[name] for name, floor in floors.items()},
-        "tokens_per_second": {name: rows * length / own for name, own in medians.items()},
-        **circumstances(),
-    }
+            peer_version("google-tunix")
+            sides["tunix"] = partial(_tunix, directory, pair)
+        write_model(directory, pair.teacher, seed=0)
+        return {"pair": pair._asdict(), **compare(sides, TOLERANCE)}
 
 
-def _cache(graph: Any, params: Any, batch: Any) -> Any:
-    return read(graph, params, batch, key_space="post_rope").cache
+def _cut(name: str, pair: Pair) -> Side:
+    """The teacher as a run has it; ``half`` of its layers are mapped, or all."""
+    depth, mapped = (m["num_hidden_layers"] for m in (pair.teacher, pair.student))
+    half = [[layer * (depth // 2) // mapped, layer] for layer in range(mapped)]
+    run = pair.run({"teachers.0.layer_map": half} if name == "half" else {})
+    batch, params = put_batch(batch_of(run, 0)[0], run.mesh), run.load_teachers()["teacher"]
+    graph = run.teachers["teacher"].link.graph
+    cache = jax.jit(lambda params: read(graph, params, batch, key_space="post_rope").cache)
+
+    def work() -> None:
+        jax.block_until_ready(cache(params))
+
+    flops = step_floor(run, pair.rows, pair.length, 0).teachers
+    return Side(work, {"tokens": pair.rows * pair.length, "flops": flops})
 
 
-def _logits(graph: Any, params: Any, batch: Any) -> Any:
-    reading = read(graph, params, batch, key_space="post_rope")
-    return reading.model.logits(reading.hidden), reading.cache
+def _whole(directory: Path, pair: Pair) -> Side:
+    spec = read_spec(directory)
+    graph = nnx.graphdef(nnx.eval_shape(lambda: Decoder(spec, rngs=nnx.Rngs(0))))
+    batch, params = batch_of(pair.run(), 0)[0], load_decoder_params(directory, spec)
+    batch = jax.tree.map(jnp.asarray, batch)
+
+    @jax.jit
+    def forward(params: Any) -> tuple[Any, KVCache]:
+        reading = read(graph, params, batch, key_space="post_rope")
+        return reading.model.logits(reading.hidden), reading.cache
+
+    return _compared(lambda: forward(params), pair)
+
+
+def _tunix(directory: Path, pair: Pair) -> Side:
+    """Its Qwen2 with the weights of a Hugging Face directory, in float32, compiled."""
+    models: Any = importlib.import_module("tunix.models.qwen2")
+    spec = read_spec(directory)
+    config = models.model.ModelConfig(
+        num_layers=spec.num_layers,
+        vocab_size=spec.vocab_size,
+        embed_dim=spec.hidden_size,
+        hidden_dim=spec.intermediate_size,
+        num_heads=spec.num_heads,
+        head_dim=spec.head_dim,
+        num_kv_heads=spec.num_kv_heads,
+        rope_theta=int(spec.rope_theta),
+        norm_eps=spec.norm_eps,
+        use_tied_embedding=spec.tie_embeddings,
+    )
+    auto = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.make_mesh((1, 1), ("fsdp", "tp"), axis_types=auto, devices=jax.devices()[:1])
+    load = models.params.create_model_from_safe_tensors
+    layers = [f"layer_{number}" for number in range(spec.num_layers)]
+    shape, tokens = (pair.rows, pair.length), jnp.asarray(batch_of(pair.run(), 0)[0].tokens)
+    with jax.set_mesh(mesh):
+        graph, state = nnx.split(load(str(directory), config, mesh, dtype=jnp.float32))
+
+        @jax.jit
+        def forward(state: Any, tokens_BT: Any) -> tuple[Any, KVCache]:
+            room = jnp.zeros((*shape, spec.num_kv_heads, spec.head_dim))
+            empty = {"k": room, "v": room, "end_index": jnp.zeros(shape[:1], jnp.int32)}
+            positions = jnp.broadcast_to(jnp.arange(pair.length), shape)
+            mask = jnp.broadcast_to(jnp.tri(pair.length, dtype=bool), (*shape, pair.length))
+            model = nnx.merge(graph, state)
+            logits, cache = model(tokens_BT, positions, dict.fromkeys(layers, empty), mask)
+            parts = (jnp.stack([cache[name][part] for name in layers]) for part in "kv")
+            return logits, KVCache(*parts)
+
+    def run() -> tuple[Any, KVCache]:
+        with jax.set_mesh(mesh):
+            return forward(state, tokens)
+
+    return _compared(run, pair)
+
+
+def _compared(forward: Callable[[], tuple[Any, KVCache]], pair: Pair) -> Side:
+    def run() -> Any:
+        logits, cache = jax.block_until_ready(forward())
+        return np.asarray(logits)[:, ::EVERY], cache  # on a CPU a view, which takes no time
+
+    return Side(run, {"tokens": pair.rows * pair.length})

@@ -162,17 +162,19 @@ def export(
 
     Example: kava export runs/demo --out exported/demo --checkpoint best --dtype bfloat16
     """
+    from kava_jax.hf.export import check_destination
     from kava_jax.runs.evaluate import choice_note
     from kava_jax.runs.export import export as export_run
-    from kava_jax.runs.prepare import reopen, restore
-    from kava_jax.storage import check_access, place
+    from kava_jax.runs.prepare import reopen_student, restore_student
+    from kava_jax.storage import place
 
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise KavaError(f"--dtype={dtype!r} is unknown; use auto, float32, bfloat16 or float16")
     target = place(out, "out")
-    check_access(target, "out")
-    opened = reopen(place(run, "run"))
-    export_run(opened, restore(opened, checkpoint), target, dtype)  # pyright: ignore[reportArgumentType]  (checked above)
+    check_destination(target)
+    opened = reopen_student(place(run, "run"))
+    step, student = restore_student(opened, checkpoint)
+    export_run(opened, student, step, target, dtype)  # pyright: ignore[reportArgumentType]  (checked above)
     if first_process():
         chosen = choice_note(opened.config)
         if checkpoint == "best" and chosen:

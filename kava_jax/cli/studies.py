@@ -29,12 +29,13 @@ def ablate(
     from kava_jax.experiments.ablation import Ablation
     from kava_jax.experiments.grid import load_grid
     from kava_jax.experiments.results import RUNS_NAME
-    from kava_jax.storage import local_path
+    from kava_jax.storage import check_target, local_path
 
     where = None if out is None else local_path(out, "out")
     loaded, base = load_grid(grid, overrides or [])
 
     where = where or Path("runs") / loaded.name
+    check_target(where, "out")
     failed = Ablation(loaded, base, where).run(jobs, say)
     say(f"results: {where}/{RUNS_NAME}; now: kava report {where}")
     if failed:
@@ -60,15 +61,16 @@ def report(
 
     Example: kava report runs/demo/distilled --samples 3
     """
-    from kava_jax.experiments.report import write_grid_report, write_report
+    from kava_jax.experiments.report import REPORT_NAME, write_grid_report, write_report
     from kava_jax.experiments.results import GRID_NAME
     from kava_jax.runs.samples import answer_all
-    from kava_jax.storage import check_access, place
+    from kava_jax.storage import check_access, check_target, place
 
-    run, target = place(directory, "run"), None if out is None else place(out, "out")
-    for where, field in ((run, "run"), (target, "out")):
-        if where is not None:
-            check_access(where, field)
+    run = place(directory, "run")
+    check_access(run, "run")
+    target = run / REPORT_NAME if out is None else place(out, "out")
+    if out is not None or run.is_dir():  # what is no run is told below
+        check_target(target, "out", "file")
     if isinstance(run, Path) and (run / GRID_NAME).is_file():
         if samples is not None:
             raise KavaError(
@@ -106,21 +108,18 @@ def bench(
     name: Annotated[
         str,
         typer.Argument(
-            help="step, loss, ce, teacher, decode, remat, scaling, input, import, startup, gpu, "
-            "diagnostics or arms."
+            help="step, loss, ce, teacher, decode, remat, scaling, input, startup or gpu."
         ),
     ],
     config: Annotated[
         Path | None,
-        typer.Option(
-            help="YAML file for diagnostics, arms or gpu; when absent, the demo's, "
-            "grids/scratch.yaml or the named pairs beside their peers."
-        ),
+        typer.Option(help="YAML file for gpu; by default that of Qwen2.5-14B to 1.5B."),
     ] = None,
     peer: Annotated[
         str | None,
         typer.Option(
-            help="Beside step: torch (eager and compiled) or torch-eager; beside teacher: tunix."
+            help="Beside step and gpu: torch (eager and compiled) or torch-eager; beside teacher: "
+            "tunix."
         ),
     ] = None,
     overrides: Overrides = None,
@@ -133,13 +132,13 @@ def bench(
 
     Example: kava bench step --peer torch
     """
-    from kava_jax.bench.catalog import Asked, run_benchmark
+    from kava_jax.bench.catalog import run_benchmark, shown
 
-    found, shown = run_benchmark(name, Asked(config, overrides or [], peer))
+    found = run_benchmark(name, config, overrides or [], peer)
     if as_json:
         print(json.dumps(found, indent=2))
     else:
-        print_values(shown, as_json=False)
+        print_values(shown(found), as_json=False)
 
 
 @app.command()
@@ -155,8 +154,11 @@ def demo(
     """
     from kava_jax.demo import render, run_demo
     from kava_jax.storage import local_path
+    from kava_jax.training.lock import alone
 
-    result = run_demo(local_path(out, "out"), command())
+    where = local_path(out, "out")
+    with alone(where, "out"):
+        result = run_demo(where, command())
     if as_json:
         print(json.dumps(result.as_dict(), indent=2))
     else:

@@ -1,11 +1,11 @@
-"""Encoded rows to batches of fixed shapes, addressed by step number.
+"""Batches of fixed shapes from encoded rows, addressed by step number.
 
-``BatchStream.batch(step)`` is a pure function of (rows, seed, step), so the step number is the
-whole state of the iterator: nothing to save, and another number of hosts resumes the same stream.
-Batches are numpy; putting them on devices is the caller's job.
+``BatchStream.batch(step)`` is a pure function of (rows, seed, step). The step number is the whole
+state of the iterator: there is nothing else to save, and a run may resume on another number of
+hosts. Batches are numpy arrays; the caller puts them on devices.
 
-Padding is computed like any token. Rows put together at random are padded to the longest of them;
-*bucketed* rows are put together with rows that are padded to the same length.
+Padding costs as much compute as real tokens. A batch of random rows is padded to the longest of
+them. *Bucketed* batches hold rows that pad to the same length.
 
 Left out on purpose: packing several rows into one (it would need segment ids everywhere) and
 background loading (a batch is an index and a copy).
@@ -22,12 +22,12 @@ from jaxtyping import Array, Bool, Int
 from kava_jax.data.text import Encoded
 from kava_jax.errors import KavaError
 
-# Bucketed batches have at most so many lengths: each is a shape that is compiled.
+# Bucketed batches have at most this many padded lengths, because each one is compiled.
 MOST_LENGTHS = 8
 
 
 class Batch(NamedTuple):
-    """One batch, all rows of all processes: numpy on the host, jax on devices.
+    """A global batch (rows of all processes): numpy on the host, jax on devices.
 
     Rows are padded on the right.
     """
@@ -50,14 +50,14 @@ def abstract_batch(rows: int, length: int) -> Batch:
 
 
 class DataReport(NamedTuple):
-    """What became of the rows on their way into batches."""
+    """Counts of rows, tokens and padding in the batches."""
 
     rows: int
-    """Rows in the batches (windows of documents count one by one)."""
+    """Rows in the batches (each window of a document is a row)."""
     truncated: int
     """Of these, rows cut at ``max_length``."""
     dropped: int
-    """Rows left out because nothing of the answer fits behind the prompt."""
+    """Rows left out because no token of the answer fits after the prompt."""
     tokens: int
     """Real tokens of all rows."""
     targets: int
@@ -65,7 +65,7 @@ class DataReport(NamedTuple):
     padding: float
     """Share of padding among all positions of the first epoch's batches, 0 to 1."""
     lengths: int
-    """Padded lengths among these batches; a step is compiled for each."""
+    """Number of padded lengths among these batches; the step is compiled for each."""
     max_length: int
 
     @property
@@ -82,27 +82,29 @@ class DataReport(NamedTuple):
 class BatchStream:
     """An endless, shuffled, resumable stream of batches over encoded rows.
 
-    Every row comes once per epoch, in an order drawn from (seed, epoch); a batch that an epoch
-    cannot fill goes on with the next epoch's order. The number of positions T is the batch's
-    longest row rounded up to a multiple of ``bucket`` (at most ``max_length``), taken over the
-    *global* batch, so that all processes agree and few shapes are compiled.
+    Every row comes once per epoch, in an order drawn from (seed, epoch). If an epoch cannot fill
+    its last batch, the first rows of the next epoch complete it. The number of positions T is the
+    longest row of the *global* batch, rounded up to a multiple of ``bucket`` (at most
+    ``max_length``). So all processes agree on T, and few shapes are compiled.
 
-    ``bucketed``: T is one of at most eight of these multiples, chosen for the least padding, and a
-    batch holds rows of one bucket, which are those with the same T. Which rows of the bucket, and
-    when the batch comes, is drawn anew each epoch. There are three exceptions. Where two buckets
-    meet, one batch holds rows of both. The batch that two epochs share holds the shortest bucket's.
-    And a run begins with one batch of every T, the longest first, so that whatever is compiled, and
-    the most memory that is needed, shows at once.
+    With ``bucketed``, T is one of at most eight of these multiples, chosen for the least padding. A
+    bucket is the rows with the same T, and a batch takes its rows from one bucket. Each epoch draws
+    the rows of each batch and the order of batches again. There are three exceptions:
+
+    * Where two buckets meet, one batch holds rows of both.
+    * The batch that two epochs share holds rows of the shortest bucket.
+    * The first epoch starts with one batch of every T, the longest first. All shapes and the
+      largest memory need then appear at once.
 
     Args:
         rows: encoded rows; those without a target are dropped and counted.
         batch_size: rows of the global batch.
         max_length: longest row, as given to the encoder.
         seed: of the shuffle.
-        bucketed: rows of like length together, as above; else any rows.
+        bucketed: batch rows of similar length, as above; else any rows.
         bucket: T is a multiple of this.
         pad_id: fills the rows; masks, not ids, tell padding apart.
-        sink_tokens: leading tokens of each row that are left out of ``kv_mask``.
+        sink_tokens: number of leading tokens of each row that ``kv_mask`` leaves out.
 
     Raises:
         KavaError: no row has a target, or a size is not positive.
@@ -133,10 +135,11 @@ class BatchStream:
         self._lengths = np.array([len(row.ids) for row in self.rows])
         padded_lengths = np.unique([_rounded(int(n), bucket, max_length) for n in self._lengths])
         if bucketed:
-            # Whole batches are cut from the longest row down: what counts is the first row of each.
+            # Batches take rows in order of length, longest first, so the first row of each batch is
+            # its longest and determines its T.
             longest = -np.sort(-self._lengths)[::batch_size]
             padded_lengths = best_lengths(longest, padded_lengths, MOST_LENGTHS)
-        # T of each row if it stood alone; a batch's is the largest of its rows'.
+        # The T that each row needs; a batch takes the largest of its rows.
         self._padded = padded_lengths[np.searchsorted(padded_lengths, self._lengths)]
         order = self._bucketed_order if bucketed else self._shuffled_order
         self._order = functools.lru_cache(maxsize=2)(order)
@@ -191,14 +194,14 @@ class BatchStream:
         return np.argsort(_mixed(len(self.rows), self.seed, epoch), kind="stable")
 
     def _bucketed_order(self, epoch: int) -> np.ndarray:
-        """The rows that complete the last epoch's batch, whole batches, and those left over."""
+        """Row order: rest of the batch shared with the last epoch, whole batches, the remainder."""
         order = self._shuffled_order(epoch)
-        order = order[np.argsort(-self._padded[order], kind="stable")]  # in a bucket still shuffled
+        order = order[np.argsort(-self._padded[order], kind="stable")]  # still shuffled in a bucket
         head = min(-epoch * len(order) % self.batch_size, len(order))
         whole = (len(order) - head) // self.batch_size
         rows, shared = np.split(order, [whole * self.batch_size])
         rows_WB = rows.reshape(whole, self.batch_size)
-        # A salt of its own: else where a batch comes would hang together with what is in it.
+        # The extra salt makes the order of batches independent of the order of rows in them.
         rows_WB = rows_WB[np.argsort(_mixed(whole, self.seed, epoch, 1), kind="stable")]
         if epoch == 0:
             _, one_of_each = np.unique(-self._padded[rows_WB].max(axis=1), return_index=True)
@@ -216,9 +219,9 @@ def eval_batches(
     pad_id: int = 0,
     sink_tokens: int = 4,
 ) -> Iterator[Batch]:
-    """Held-out rows once, in order, rows without a target left out; see :class:`BatchStream`.
+    """Held-out rows once, in order, without rows that have no target; see :class:`BatchStream`.
 
-    The last batch is filled up with rows that are masked everywhere, so all have the same size.
+    Fully masked rows fill the last batch, so all batches have the same number of rows.
     """
     kept = _with_targets(rows, max_length)
     filler = Encoded(np.zeros(0, np.int32), 0, False)
@@ -247,24 +250,24 @@ def collate(rows: Sequence[Encoded], length: int, pad_id: int, sink_tokens: int)
 def best_lengths(
     lengths: Int[np.ndarray, "R"], allowed: Int[np.ndarray, "M"], most: int
 ) -> Int[np.ndarray, "N"]:
-    """At most ``most`` of the allowed lengths: those that ask for the least padding.
+    """At most ``most`` of the allowed lengths, chosen for the least padding.
 
-    Found exactly, by dynamic programming: the best choice for everything up to some length is that
-    length, and the best choice of one fewer up to a shorter one.
+    Exact, by dynamic programming: the best n lengths up to some length are that length plus the
+    best n - 1 lengths up to a shorter one.
 
     Args:
-        lengths: of what is padded, each to the next length that is kept.
-        allowed: ascending; the last one is the longest's, and is always kept.
+        lengths: the lengths to pad, each to the next kept length.
+        allowed: ascending; the last one holds the longest row and is always kept.
         most: 1 or more.
 
     Returns:
         The lengths that are kept, ascending.
     """
-    held = np.searchsorted(np.sort(lengths), allowed, side="right")  # how many fit into each
+    held = np.searchsorted(np.sort(lengths), allowed, side="right")  # how many fit in each
     positions = held * allowed
     kept: list[tuple[int, ...]] = [(int(length),) for length in allowed]
     for _ in range(most - 1):
-        for j in range(len(allowed) - 1, 0, -1):  # downwards: those below still have one fewer
+        for j in range(len(allowed) - 1, 0, -1):  # downwards: shorter ones still have n - 1
             split = positions[:j] + (held[j] - held[:j]) * allowed[j]
             i = int(split.argmin())
             if split[i] < positions[j]:
@@ -273,7 +276,7 @@ def best_lengths(
 
 
 def padded(batch: Batch, length: int) -> Batch:
-    """The batch with positions added on the right that count nowhere; for one shape only."""
+    """The batch, padded on the right to ``length`` positions; the added ones are masked."""
     missing = ((0, 0), (0, length - batch.tokens.shape[1]))
     arrays: tuple[Any, ...] = tuple(np.pad(array, missing) for array in batch)
     return Batch(*arrays)
@@ -300,7 +303,7 @@ def _rounded(length: int, bucket: int, max_length: int) -> int:
 
 
 def _mixed(count: int, *salts: int) -> np.ndarray:
-    """splitmix64 of (salts, place); numpy's own generators may change between versions."""
+    """splitmix64 of (salts, index), because numpy's generators may change between versions."""
     z = np.arange(count, dtype=np.uint64)
     for salt in salts:
         z = z + np.uint64((salt * 0xD1342543DE82EF95 + 0x9E3779B97F4A7C15) % 2**64)

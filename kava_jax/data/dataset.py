@@ -3,7 +3,6 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -12,6 +11,7 @@ from kava_jax.data.example import Example
 from kava_jax.data.sources import fingerprint, load_examples
 from kava_jax.data.text import Encoded, Encoder
 from kava_jax.errors import KavaError
+from kava_jax.storage import reachable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -88,7 +88,7 @@ def split_examples(
 
     Raises KavaError when a single row would have to be both.
     """
-    if eval_path is None and Path(path).is_file():
+    if eval_path is None and reachable(path, "data.path").is_file():
         eval_split = None  # a single file has no splits: asking for one would give its first rows
     if eval_path is None and eval_split is None and path.startswith("builtin:"):
         eval_split = "dev"
@@ -118,7 +118,10 @@ def make_dataset(
     sink_tokens: int,
     more: Mapping[str, Sequence[Example]] = MappingProxyType({}),
 ) -> Dataset:
-    """Encode everything once. The notes say what was cut, dropped, held out, and stands twice."""
+    """Encode everything once. The notes say what was cut, dropped, held out, and stands twice.
+
+    Raises KavaError for a set of which no row has a target.
+    """
     # Sequences that are generated or read when asked would be so for every use below.
     training, held_out = list(training), list(held_out)
     encoded, held = encoder.encode_all(training), HeldOut.of(held_out, encoder)
@@ -133,6 +136,13 @@ def make_dataset(
         sink_tokens=sink_tokens,
     )
     others = {name: HeldOut.of(list(examples), encoder) for name, examples in more.items()}
+    for name, measured in {"held-out": held, **others}.items():
+        if not measured.measured:
+            raise KavaError(
+                f"data.max_length={encoder.max_length} leaves no {name} row with an answer to "
+                f"measure ({len(measured.rows)} rows, all filled by their prompts); raise it, or "
+                f"give other rows"
+            )
     notes = [f"data: {stream.report.sentence}", f"held out: {held.sentence}"]
     notes += [f"set {name}: {other.sentence}" for name, other in others.items()]
     notes += _overlaps(training, {"held-out": held_out, **more})

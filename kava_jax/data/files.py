@@ -144,8 +144,7 @@ def short_numbers(
 
 @contextmanager
 def _opened(name: str) -> Iterator[IO[bytes]]:
-    file = Path(name).expanduser()
-    with io.BytesIO(_piped(name)) if is_pipe(name) else file.open("rb") as stream:
+    with io.BytesIO(_piped(name)) if is_pipe(name) else Path(name).open("rb") as stream:
         zipped = stream.read(2) == b"\x1f\x8b"
         stream.seek(0)
         yield gzip.GzipFile(fileobj=stream) if zipped else stream  # pyright: ignore[reportReturnType]  (reads as any file)

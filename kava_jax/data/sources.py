@@ -32,6 +32,7 @@ from kava_jax.data.files import (
 from kava_jax.data.problems import WordProblems
 from kava_jax.data.rows import Fields, read_rows
 from kava_jax.errors import KavaError
+from kava_jax.storage import reachable, written_out
 
 BUILTIN_PROBLEMS = "builtin:word_problems"
 
@@ -73,14 +74,14 @@ def load_examples(
         KavaError: the source is missing, unreadable or empty, or rows are broken; names the file
             and the line (or row) numbers, the field, and the fields that are there.
     """
-    name = str(path)
+    name = written_out(str(path))
     if rows is not None and rows < 1:
         raise KavaError(f"data.rows={rows} is not positive; ask for 1 or more, or leave it out")
     if name.split("/")[0] == BUILTIN_PROBLEMS:
         mixture = name.partition("/")[2] or "all"
         return WordProblems(split, seed, rows or _BUILTIN_ROWS.get(split, 1), mixture)
     fields = Fields(prompt_field, answer_field, messages_field)
-    file = Path(name).expanduser()
+    file = reachable(name, "data.path")
     if is_pipe(name):
         return read_rows(name, *json_rows(name), fields, rows)
     _check_exists(name, file)

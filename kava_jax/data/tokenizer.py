@@ -18,6 +18,7 @@ import numpy as np
 
 from kava_jax.data.problems import WordProblems
 from kava_jax.errors import KavaError
+from kava_jax.storage import reachable, written_out
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -54,7 +55,7 @@ def load_tokenizer(
         KavaError: the directory does not exist or holds no tokenizer, or the hub does not have it
             or does not grant access.
     """
-    name = str(path_or_id)
+    name = written_out(str(path_or_id))
     if name == BUILTIN_TOKENIZER:
         return builtin_tokenizer()
     _check_directory(name)
@@ -75,7 +76,7 @@ def load_tokenizer(
 
 
 def _check_directory(name: str) -> None:
-    path = Path(name).expanduser()
+    path = reachable(name, "tokenizer")
     if not name.strip():
         raise KavaError(
             f"tokenizer={name!r} is empty; give a directory, a hub id or {BUILTIN_TOKENIZER}"

@@ -13,17 +13,19 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from queue import Queue
-from typing import Any, NamedTuple
+from threading import Lock
+from typing import IO, Any, NamedTuple
 
 import yaml
 
 from kava_jax.config_file import dump_config
-from kava_jax.errors import KavaError
+from kava_jax.errors import KavaError, PreemptedError
 from kava_jax.experiments.grid import PRETRAINED, Grid, exported, run_config, run_directory
 from kava_jax.experiments.results import GRID_NAME, RUNS_NAME, outcome_of, read_runs, write_runs
+from kava_jax.training.lock import exclusive
 from kava_jax.training.manifest import config_hash, versions, write_atomically
 
 BAD_INPUT = 2
@@ -51,16 +53,21 @@ class Ablation:
     grid: Grid
     base: dict[str, Any]
     out: Path
+    processes: "_Processes" = field(default_factory=lambda: _Processes(), init=False)
 
     def run(self, jobs: int, say: Callable[[str], None]) -> list[Job]:
         """Run what is not finished, ``jobs`` at a time; returns the runs that failed.
 
         ``say`` is told of every run whether it is known (finished before), finished or failed.
-        Raises KavaError: ``jobs`` is not positive, the directory holds results of something else,
-        or a run was refused for bad input (its own words).
+        Raises KavaError: ``jobs`` is not positive, the directory holds results of something else or
+        is another call's at this moment, or a run was refused for bad input (its own words).
         """
         if jobs < 1:
             raise KavaError(f"jobs={jobs} is not positive; use 1 or more")
+        with exclusive(self.out, "out"):
+            return self._run(jobs, say)
+
+    def _run(self, jobs: int, say: Callable[[str], None]) -> list[Job]:
         # Seed by seed, so that a grid that is cut short has whole comparisons.
         wanted = [Job(arm, seed) for seed in self.grid.seeds for arm in self.grid.arms]
         known = [job for job in wanted if self._known(job)]
@@ -105,6 +112,9 @@ class Ablation:
                     elif job.arm != PRETRAINED:
                         self._keep(job)
                     tell(job, "failed" if code else "finished")
+            except KeyboardInterrupt:  # at a terminal the runs hear Ctrl-C too, else only this does
+                self.processes.end()
+                raise
             finally:  # a run that is refused ends the grid: what waits shall not start
                 pool.shutdown(cancel_futures=True)
         return failed
@@ -132,15 +142,9 @@ class Ablation:
         # many days they take.
         today = {"SOURCE_DATE_EPOCH": str(self._started())}
         with log.open("a", encoding="utf-8") as words:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "kava_jax", *arguments],
-                stdout=words,
-                stderr=words,
-                env={**KEEP_MEMORY, **KEEP_COMPILED, **today, **os.environ},
-            )
-            if cores:
-                os.sched_setaffinity(process.pid, cores)
-            return process.wait()
+            command = [sys.executable, "-m", "kava_jax", *arguments]
+            environment = {**KEEP_MEMORY, **KEEP_COMPILED, **today, **os.environ}
+            return self.processes.call(command, words, cores, environment)
 
     def _identity(self, job: Job) -> str:
         """What a run belongs to: all that the files say of it."""
@@ -173,3 +177,33 @@ class Ablation:
             return json.loads((self.out / GRID_NAME).read_text(encoding="utf-8"))["started"]
         except (OSError, ValueError, KeyError, TypeError):
             return int(time.time())
+
+
+class _Processes:
+    """The commands under way, so that they end with the grid."""
+
+    def __init__(self) -> None:
+        self._running: set[subprocess.Popen[bytes]] = set()
+        self._starting, self._ended = Lock(), False
+
+    def call(
+        self, command: list[str], words: IO[str], cores: set[int], environment: dict[str, str]
+    ) -> int:
+        """The command's exit code, when it has ended."""
+        with self._starting:
+            if self._ended:
+                return PreemptedError.exit_code
+            process = subprocess.Popen(command, stdout=words, stderr=words, env=environment)
+            self._running.add(process)
+        if cores:
+            os.sched_setaffinity(process.pid, cores)
+        code = process.wait()
+        self._running.discard(process)
+        return code
+
+    def end(self) -> None:
+        """Ask all to save and end, and start no other."""
+        with self._starting:
+            self._ended = True
+        for process in list(self._running):
+            process.terminate()

@@ -30,6 +30,7 @@ from kava_jax.config import Config
 from kava_jax.config_file import parse_config, read_override, read_yaml, shipped_config
 from kava_jax.config_values import Section
 from kava_jax.errors import KavaError
+from kava_jax.storage import written_out
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
 Fields = dict[str, Any]
@@ -95,18 +96,16 @@ def load_grid(path: Path, overrides: Iterable[str] = ()) -> tuple[Grid, dict[str
     ``overrides`` (``section.field=value``) are put under ``set``. Raises KavaError: file or base
     config missing or broken, or an arm that is no valid run (the arm is named).
     """
+    path = Path(written_out(str(path)))
     raw = read_yaml(path)
     if isinstance(raw.get("set", {}), dict):
         raw["set"] = raw.get("set", {}) | dict(map(read_override, overrides))
     try:
         grid = Grid.model_validate(raw)
     except ValidationError as error:
-        problems = [
-            f"{'.'.join(map(str, e['loc'])) or 'grid'}: {e['msg'].removeprefix('Value error, ')}"
-            for e in error.errors()
-        ]
-        raise KavaError(f"grid={str(path)!r}: {'; '.join(problems)}") from None
-    beside = path.parent / grid.config
+        problems = "; ".join(map(_problem, error.errors()))
+        raise KavaError(f"grid={str(path)!r}: {problems}") from None
+    beside = path.parent / written_out(grid.config)
     base = read_yaml(beside if beside.is_file() else shipped_config(grid.config))
     for arm in (*grid.arms, *([] if grid.pretrain is None else [PRETRAINED])):
         run_config(grid, base, arm, grid.seeds[0], Path("runs"))

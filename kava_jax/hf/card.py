@@ -5,10 +5,10 @@ base model's, which only a person can read. Local paths are reduced to their las
 card tells nothing about the machine it was written on.
 """
 
+import os
 import re
 import shlex
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import yaml
 
@@ -81,7 +81,7 @@ Not stated here: it follows from the licences of the base model, the teachers an
 
 def is_hub_id(text: str) -> bool:
     """Whether a name reads as ``owner/name`` on the hub and is not a directory or file here."""
-    return bool(_HUB_ID.fullmatch(text)) and not text.startswith(".") and not Path(text).exists()
+    return bool(_HUB_ID.fullmatch(text)) and not text.startswith(".") and not os.path.exists(text)
 
 
 def without_machine_path(text: str) -> str:
@@ -89,7 +89,7 @@ def without_machine_path(text: str) -> str:
     local = (
         _PATH_START.match(text)
         or (" " not in text and text.count("/") > 1)
-        or ("/" in text and Path(text).exists())
+        or ("/" in text and os.path.exists(text))
     )
     return re.split(r"[/\\]", text.rstrip("/\\"))[-1] if local else text
 

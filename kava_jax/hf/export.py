@@ -1,9 +1,9 @@
 """Our parameter tree out as a plain Hugging Face directory that transformers 4.x and 5.x load.
 
-Written beside its destination and renamed into place, so a directory is either a whole export or
-not there; on a bucket it has a ``config.json`` once it is whole. A directory that is not a previous
-export is never touched. Weights go through host
-memory one shard at a time, wherever the parameters are sharded.
+Written beside a new destination and renamed into place, so a directory is either a whole export or
+not there; on a bucket, and where there was a directory, it has a ``config.json`` once it is whole.
+A directory that is not a previous export is never touched. Weights go through host memory one shard
+at a time, wherever the parameters are sharded.
 
 With several processes all must call; the first one writes.
 
@@ -32,9 +32,9 @@ from kava_jax.hf.locate import TOKENIZER_FILES, read_json
 from kava_jax.hf.names import Row, parameter_shapes, rows_of
 from kava_jax.models.spec import DecoderSpec
 from kava_jax.parallel.hosts import on_host
-from kava_jax.storage import Place, check_access, upload
+from kava_jax.storage import Place, check_target, upload
 
-_MARKER = "kava_export.json"
+_MARKER, _PARTIAL = "kava_export.json", ".kava-partial-"
 # Keys of a source config that name its machine, point to code that is not copied, or follow from
 # the geometry.
 _NOT_KEPT = ("_name_or_path", "auto_map", "layer_types")
@@ -72,7 +72,7 @@ def export_model(
         KavaError: the destination holds something else, ``params`` do not fit ``spec``, or a value
             does not fit ``dtype``, or the tokenizer would be misread. Nothing is left behind then.
     """
-    _check_destination(directory)
+    check_destination(directory)
     flat = _checked_params(params, spec)
     if jax.process_index() != 0:  # it holds parts of the tensors that the first process writes
         for row, layer in _tensors(spec):
@@ -91,6 +91,17 @@ def export_model(
         _write_json(partial / _MARKER, {"written_by": "kava-jax", "files": names})
 
 
+def check_tokenizer(tokenizer: Any, spec: DecoderSpec, source_dir: Path | None) -> None:
+    """Find out before a training whether its student can be exported with its tokenizer.
+
+    Arguments and errors are those of ``export_model``.
+    """
+    with tempfile.TemporaryDirectory(prefix="kava-") as folder:
+        _write_tokenizer(Path(folder), tokenizer)
+        _write_configs(Path(folder), spec, "float32", tokenizer, source_dir)
+        _check_tokenizer_reads_back(Path(folder), tokenizer, spec)
+
+
 @contextmanager
 def _written_whole(directory: Place) -> Iterator[Path]:
     """An empty local directory that takes the place of ``directory`` when nothing is raised."""
@@ -100,39 +111,39 @@ def _written_whole(directory: Place) -> Iterator[Path]:
             # Without config.json no program takes it for a model.
             upload(Path(folder), directory, first=_MARKER, last="config.json")
         return
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    partial = directory.with_name(f".{directory.name}.partial-{os.getpid()}")
+    directory = directory.resolve()  # through a link, and ``.`` gets a name
+    new = not directory.exists()
+    # One that is there may be another disk, or where the caller stands: it stays the same one.
+    partial = (directory.parent if new else directory) / f"{_PARTIAL}{directory.name}-{os.getpid()}"
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
+    partial.mkdir(parents=True)
     try:
         yield partial
-        _move_into_place(partial, directory)
+        if new:
+            partial.rename(directory)
+        else:
+            upload(partial, directory, first=_MARKER, last="config.json")
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _check_destination(directory: Place) -> None:
-    check_access(directory, "out")
-    if directory.exists() and not directory.is_dir():
-        raise KavaError(f"out={directory.name} is a file; give a new directory")
-    present = {path.name for path in directory.iterdir()} if directory.exists() else set()
+def check_destination(directory: Place) -> None:
+    """Refuse a destination that cannot be written, or holds something else than an export.
+
+    Raises KavaError.
+    """
+    check_target(directory, "out")
+    found = [path.name for path in directory.iterdir()] if directory.exists() else []
+    present = {name for name in found if not name.startswith(_PARTIAL)}
     if not present:
         return
     known = read_json(directory / _MARKER).get("files", []) if _MARKER in present else []
     if foreign := sorted(present - set(known)):
         shown = ", ".join(foreign[:5]) + (", ..." if len(foreign) > 5 else "")
         raise KavaError(
-            f"out={directory.name} is not empty and holds files no export wrote ({shown}); "
+            f"out={directory} is not empty and holds files no export wrote ({shown}); "
             "give a new directory or move them away"
         )
-
-
-def _move_into_place(partial: Path, directory: Path) -> None:
-    old = directory.with_name(f".{directory.name}.old-{os.getpid()}")
-    if directory.exists():
-        directory.rename(old)
-    partial.rename(directory)
-    shutil.rmtree(old, ignore_errors=True)
 
 
 def _checked_params(params: Mapping[str, Any], spec: DecoderSpec) -> dict[str, Any]:

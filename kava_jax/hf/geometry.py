@@ -6,8 +6,8 @@ generations of spellings are understood and written: up to 4.x ``rope_theta``, `
 and ``torch_dtype`` at the top level; from 5.0 ``rope_parameters`` and ``dtype``.
 
 RoPE has a file of its own (``hf.rope``). Left out on purpose: layers of different kinds in one
-model, quantized checkpoints (of fp8 the command that converts them is said), mixture of experts.
-They are refused by name, never guessed.
+model, quantized checkpoints (the command that converts them is said), mixture of experts. They are
+refused by name, never guessed.
 """
 
 from collections.abc import Mapping
@@ -220,19 +220,43 @@ def _refuse_unsupported(config: Mapping[str, Any], name: str, where: str) -> Non
         raise KavaError(f"{where}: config.json: " + "; ".join(faults))
 
 
+# Commands that write a quantized model in bfloat16. DIR is the model and NEW a new directory.
+# Without save_original_format transformers writes fp8 tensors again, and says nothing.
+_FP8 = """python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T, \
+FineGrainedFP8Config as Q; T.from_pretrained('DIR').save_pretrained('NEW'); \
+M.from_pretrained('DIR', dtype='bfloat16', quantization_config=Q(dequantize=True))\
+.save_pretrained('NEW', save_original_format=False)\""""
+_GPTQ = """python -c "from gptqmodel.utils.model_dequant import dequantize_model as d; \
+d('DIR', 'NEW')" (after: pip install gptqmodel)"""
+# Written out, because gptqmodel (7.7.0) reads the eight numbers of a word in the wrong order.
+_AWQ = """python -c "import glob, torch, transformers as T; \
+from safetensors.torch import load_file; \
+t = {n: x for f in glob.glob('DIR/*.safetensors') for n, x in load_file(f).items()}; \
+u = lambda q: (q[..., None] >> torch.tensor([0, 16, 4, 20, 8, 24, 12, 28]) & 15).flatten(-2); \
+d = lambda q, z, s: ((u(q).unflatten(0, (len(s), -1)) - u(z)[:, None]) * s[:, None].float())\
+.flatten(0, 1).T; \
+w = {n[:-7] + 'weight': d(x, t[n[:-7] + 'qzeros'], t[n[:-7] + 'scales']) \
+for n, x in t.items() if n.endswith('.qweight')}; \
+r = {n: x for n, x in t.items() if not n.endswith(('.qweight', '.qzeros', '.scales'))}; \
+c = T.AutoConfig.from_pretrained('DIR'); del c.quantization_config; \
+getattr(T, c.architectures[0]).from_pretrained(None, config=c, state_dict=w | r, \
+dtype='bfloat16').save_pretrained('NEW'); \
+T.AutoTokenizer.from_pretrained('DIR').save_pretrained('NEW')\""""
+
+
 def _quantized(quantization: Any) -> str:
-    method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
-    said = f"quantization_config with quant_method={method!r} is not read"
-    if method != "fp8":
-        return f"{said}; use the checkpoint that this one was quantized from"
-    # Without save_original_format transformers writes the fp8 tensors again, and says nothing.
-    return (
-        f"{said}; use the checkpoint that this one was quantized from, or convert it (DIR: this "
-        'model, NEW: a new directory): python -c "from transformers import AutoModelForCausalLM as '
-        "M, AutoTokenizer as T, FineGrainedFP8Config as Q; T.from_pretrained('DIR').save_pretrained"
-        "('NEW'); M.from_pretrained('DIR', dtype='bfloat16', quantization_config=Q(dequantize=True)"
-        ").save_pretrained('NEW', save_original_format=False)\""
+    known = quantization if isinstance(quantization, Mapping) else {}
+    method = known.get("quant_method")
+    said = (
+        f"quantization_config with quant_method={method!r} is not read; use the checkpoint that "
+        "this one was quantized from"
     )
+    commands = {"fp8": _FP8, "gptq": _GPTQ}
+    if known.get("bits") == 4 and str(known.get("version", "gemm")).lower() == "gemm":
+        commands["awq"] = _AWQ
+    if method not in commands:
+        return said
+    return f"{said}, or convert it (DIR: this model, NEW: a new directory): {commands[method]}"
 
 
 def _sliding_window(config: Mapping[str, Any], name: str, family: Family, where: str) -> int | None:

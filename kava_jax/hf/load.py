@@ -1,8 +1,9 @@
 """Weights from a Hugging Face directory into our parameter tree, by slice and without torch.
 
 Every tensor of the model is checked by name, shape and dtype from the file headers before a byte
-of data is read. Parameters are then read one at a time, each through a ``read(index)`` that touches
-only the part it is asked for, so a sharded load never holds more than one device's slice.
+of data is read, and every number that is read for being finite. Parameters are read one at a time,
+each through a ``read(index)`` that touches only the part it is asked for, so a sharded load never
+holds more than one device's slice.
 
 Left out on purpose: pickled weights, quantized tensors, and renaming guesses for unknown tensors.
 """
@@ -22,6 +23,7 @@ from kava_jax.hf.locate import read_json
 from kava_jax.hf.names import Index, Row, Shape, compact, expected_tensors, rows_of, tail_path
 from kava_jax.hf.tensor_files import HEAD, TensorFiles
 from kava_jax.models.spec import DecoderSpec
+from kava_jax.parallel.hosts import from_all
 
 Read = Callable[[Index], np.ndarray]
 Put = Callable[[str, Shape, np.dtype, Read], jax.Array]
@@ -66,7 +68,8 @@ def load_decoder_params(
 
     Raises:
         KavaError: a file is truncated or missing, or tensors are missing, unexpected, mis-shaped
-            or of a dtype that cannot be read; all of them are listed.
+            or of a dtype that cannot be read, or hold NaN or infinity in what is read; all of them
+            are listed. Every process of a run must ask, and is told what any of them has found.
     """
     depth = spec.num_layers if layers is None else layers
     if not 0 <= depth + tail <= spec.num_layers:
@@ -85,6 +88,7 @@ def load_decoder_params(
         if tail and (path := tail_path(row)) is not None:
             reader = _layer_reader(row, files, spec, depth, dtype)
             _plant(tree, path, put(path, row.our_shape(spec), dtype, reader))
+    _check_finite(files)
     return tree
 
 
@@ -127,6 +131,22 @@ def check_tensors(files: TensorFiles, spec: DecoderSpec, *, head: bool = True) -
         )
 
 
+def _check_finite(files: TensorFiles) -> None:
+    """Raise one ``KavaError`` with the tensors that held NaN or infinity where they were read.
+
+    A process knows of the slices of its own devices alone, so all tell each other.
+    """
+    names = compact(sorted(files.not_finite))
+    where = sorted({files.tensors[name].file.name for name in files.not_finite})
+    own = f"{', '.join(names)} in {', '.join(where)}" if names else ""
+    found = next(filter(None, from_all(own, f"weights of {files.directory.name} read")), "")
+    if found:
+        raise KavaError(
+            f"{files.directory.name}: NaN or infinity in {found}; download or convert it again "
+            f"(float16 turns large numbers to infinity, bfloat16 does not)"
+        )
+
+
 def cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
     """Cast floats; a ``KavaError`` when a finite value would overflow to infinity."""
     if array.dtype == dtype:
@@ -147,7 +167,7 @@ def _layer_reader(
 
     def read(index: Index) -> np.ndarray:
         outer, inner = row.slice_of_theirs(index, spec)
-        part = row.to_ours(files.read(row.name(layer), outer), spec)[inner]
+        part = row.to_ours(files.read_weight(row.name(layer), outer), spec)[inner]
         return cast(np.ascontiguousarray(part), dtype, row.name(layer))
 
     return read

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from kava_jax.errors import KavaError
-from kava_jax.storage import Place
+from kava_jax.storage import Place, reachable, written_out
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 BUILTIN_PREFIX = "builtin:"
@@ -50,11 +50,11 @@ def resolve_model(path_or_id: str | Path, revision: str | None = None) -> Path:
         KavaError: nothing is there, access is gated, the hub cannot be reached, or the weights
             are pickled; the message names what was asked for and the remedy.
     """
-    name = str(path_or_id)
+    name = written_out(str(path_or_id))
     if name.startswith(BUILTIN_PREFIX):
         directory = _builtin(name)
-    elif Path(name).expanduser().is_dir():
-        directory = Path(name).expanduser()
+    elif reachable(name, "model path").is_dir():
+        directory = Path(name)
     elif not _HUB_ID.fullmatch(name) or name.startswith("."):
         raise KavaError(
             f"model path={name!r} is not a directory; give an existing directory or a hub id such "
@@ -224,8 +224,8 @@ def _download(name: str, revision: str | None) -> Path:
         ) from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
         raise KavaError(
-            f"{at} is not in the local cache and the hub cannot be reached; download it first with "
-            f"`hf download {name}`, or give a directory"
+            f"{at} is no directory here, not in the local cache, and the hub cannot be reached; "
+            f"give a directory, or download it first with `hf download {name}`"
         ) from error
 
 

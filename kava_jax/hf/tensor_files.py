@@ -24,6 +24,7 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _BASE = re.compile(r"(embed_tokens|layers|norm)\.")
 # A copy of a tied head is compared in pieces of about so many numbers.
 _PIECE = 1 << 24
+_CACHED = 1 << 18
 
 
 class Tensor(NamedTuple):
@@ -51,6 +52,8 @@ class TensorFiles:
         """
         self.tensors: dict[str, Tensor] = {}
         self.directory = directory
+        self.not_finite: set[str] = set()
+        """Tensors in which ``read_weight`` has met NaN or infinity."""
         index = weight_index(directory)
         for file in weight_files(directory):
             with self._opened(directory / file) as opened:
@@ -76,6 +79,13 @@ class TensorFiles:
         tensor = self.tensors[name]
         with self._opened(tensor.file) as file:
             return file.get_slice(tensor.stored_as)[index]
+
+    def read_weight(self, name: str, index: Index) -> np.ndarray:
+        """One part of one tensor of floats, looked through for NaN and infinity."""
+        part = self.read(name, index)
+        if not _all_finite(part):
+            self.not_finite.add(name)
+        return part
 
     def settle_tied_head(self) -> None:
         """Of a tied model: take a head that is stored alone as the embedding, drop a second copy.
@@ -113,3 +123,18 @@ class TensorFiles:
                 f"{self.directory.name}/{path.name} is truncated or damaged ({error}); "
                 "download or copy it again"
             ) from error
+
+
+def _all_finite(array: np.ndarray) -> bool:
+    """Whether no float is NaN or infinite.
+
+    Of the formats with two bytes numpy converts every number first, which is slow. Without their
+    sign, the bits of infinity are above those of every finite number, and those of NaN above them.
+    """
+    flat = array.reshape(-1)
+    # In pieces that stay in the processor's cache, with what is made of them on the way.
+    pieces = (flat[start : start + _CACHED] for start in range(0, flat.size, _CACHED))
+    if array.dtype.itemsize > 2:
+        return all(np.isfinite(piece).all() for piece in pieces)
+    infinity = np.array(np.inf, array.dtype).view(np.uint16)
+    return all((piece.view(np.uint16) & 0x7FFF).max() < infinity for piece in pieces)

@@ -1,10 +1,10 @@
 """Attention by XLA, by cuDNN or by the splash kernel for TPUs, and the choice between them.
 
-XLA's reads any causal mask and makes a score for every pair of tokens but those that lie well
-ahead. The kernels never do, so memory grows with the length and not with its square; in return they
-know one case only: rows padded on the right and nothing before them. There a query looks back at
-real tokens alone, because padding comes after them all. What comes out at padding differs from one
-to another, is finite, and is for nobody to read.
+XLA takes any causal mask and stores the scores, so its memory grows with the square of the length.
+The kernels do not store scores, and their memory grows with the length. They support one case only:
+rows padded on the right and no cached tokens before them. There, causality keeps real queries from
+seeing padding, because all padding comes after the real tokens. Outputs at padding are finite but
+differ between implementations. Nothing reads them.
 
 Left out on purpose: rows packed with several texts, and kernels for decoding.
 """
@@ -21,19 +21,20 @@ from jaxtyping import Array, Bool, Float
 from kava_jax.errors import KavaError
 from kava_jax.parallel.sharding import RULES
 
-# ``splash_interpreted`` is the TPU's kernel run step by step on any device: very slow, for tests.
+# ``splash_interpreted`` runs the TPU kernel in interpret mode on any device. Slow; for tests.
 Implementation = Literal["xla", "cudnn", "splash", "splash_interpreted"]
 Attend = Callable[..., Float[Array, "B T N H"]]
 
-# Splash works on squares of the scores. A side is a multiple of what a TPU's registers hold.
+# Sides of the square tiles of scores that splash computes: multiples of a TPU register's 128 lanes.
 SPLASH_BLOCKS = (512, 256, 128)
-# XLA attends by blocks of so many queries, or a multiple for long rows: each is written out.
+# Queries per block of XLA's attention. Each block is traced separately, which makes the program
+# longer, so there are at most MOST_BLOCKS: longer rows use a multiple of BLOCK queries per block.
 BLOCK = 128
 MOST_BLOCKS = 16
 
 
 class Choice(NamedTuple):
-    """What a model attends with, and why: the end of a sentence with "because"."""
+    """A model's attention implementation, and the reason: what follows "because"."""
 
     implementation: Implementation
     reason: str
@@ -46,16 +47,18 @@ def choose(
     dtype: Any,
     head_dim: int,
 ) -> Choice:
-    """The implementation for one model: the one asked for, or the device's own where it can run.
+    """The implementation for one model: the requested one, or for ``auto`` the device's kernel.
+
+    ``auto`` falls back to ``xla`` where that kernel cannot run.
 
     Args:
         asked: the config's ``train.attention``.
-        device: one of the mesh (a ``jax.Device``).
-        who: the model, in words.
-        dtype: in which it computes.
+        device: a device of the mesh (``jax.Device``).
+        who: the model's name in messages.
+        dtype: compute dtype.
         head_dim: width of a head.
 
-    Raises KavaError when the one asked for cannot run.
+    Raises KavaError when the requested implementation cannot run.
     """
     own: dict[str, Implementation] = {"gpu": "cudnn", "tpu": "splash"}
     wanted = own.get(device.platform, "xla") if asked == "auto" else asked
@@ -73,7 +76,7 @@ def choose(
 def _obstacle(
     implementation: Implementation, device: Any, dtype: jnp.dtype, head_dim: int
 ) -> str | None:
-    """Why a model cannot use it, or None."""
+    """Why a model cannot use the implementation, or None."""
     if implementation == "xla":
         return None
     if device.platform != ("gpu" if implementation == "cudnn" else "tpu"):
@@ -91,11 +94,11 @@ def _obstacle(
 
 def _at_least_ampere(device: Any) -> bool:
     major = str(device.compute_capability).partition(".")[0]
-    return major.isdecimal() and int(major) >= 8  # AMD's are words: gfx942
+    return major.isdecimal() and int(major) >= 8  # AMD's is a name such as gfx942
 
 
 def in_words(choices: list[tuple[str, Choice]]) -> str:
-    """What the models of a run attend with, in one line."""
+    """The attention implementations of a run's models, in one line."""
     models: dict[Choice, list[str]] = {}
     for who, choice in choices:
         models.setdefault(choice, []).append(who)
@@ -123,20 +126,21 @@ def attend(
         q_BTNH: queries.
         k_BSKH: keys.
         v_BSKH: values.
-        mask_BTS: what a query sees: with S = T, no real one sees a key after its own place. All
-            that XLA's reads beside q, k and v, and nothing to the others: they see the real tokens
-            of rows padded on the right (S = T), each its own and those before, within ``window``.
+        mask_BTS: which keys a query sees; only ``xla`` reads it. With S = T it must be causal. The
+            kernels ignore it. They assume rows padded on the right and S = T, where each query
+            sees its own token and the real ones before it, within ``window``.
         implementation: see ``choose``.
-        valid_BT: the real tokens; read by splash.
-        window: None, or how many tokens a query sees, its own included; read by the kernels.
-        rows: how [B, ...] lies on a mesh of several devices; read by splash, which the partitioner
-            cannot split as it does the others.
+        valid_BT: the real tokens; only splash reads it.
+        window: how many tokens a query sees, including its own, or None for all; only the kernels
+            read it.
+        rows: sharding of [B, ...] on a mesh of several devices; only splash reads it, because the
+            partitioner cannot split that kernel.
     """
     if implementation == "xla":
         return _by_blocks(q_BTNH, k_BSKH, v_BSKH, mask_BTS)
     if implementation == "cudnn":
-        # Neither lengths nor a mask: causality hides the padding already. So no row is empty, and
-        # the kernel is on the path that is surest (with a mask, some backward passes gave NaN).
+        # Causality already hides the padding, so cuDNN gets neither lengths nor a mask. Then no row
+        # is empty. With a mask, some of its backward passes gave NaN.
         return jax.nn.dot_product_attention(
             q_BTNH,
             k_BSKH,
@@ -157,9 +161,9 @@ def _by_blocks(
     v_BSKH: Float[Array, "B S K H"],
     mask_BTS: Bool[Array, "B 1 T S"],
 ) -> Float[Array, "B T N H"]:
-    """A block of queries after the other, each over the keys up to its end: half of all scores."""
+    """Attend block by block, each over the keys up to its end: about half of all scores."""
     length = q_BTNH.shape[1]
-    if k_BSKH.shape[1] != length:  # keys of earlier tokens come first
+    if k_BSKH.shape[1] != length:  # with a cache: keys of earlier tokens come first
         return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask_BTS)
     size = BLOCK * math.ceil(length / BLOCK / MOST_BLOCKS)
     blocks = [(start, min(start + size, length)) for start in range(0, length, size)]
@@ -184,21 +188,21 @@ def _splash(
     rows: NamedSharding | None,
     interpret: bool,
 ) -> Float[Array, "B T N H"]:
-    """The splash kernel, on every device for its own rows and heads."""
+    """Run the splash kernel on every device, for its own rows and heads."""
 
     def local(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, valid_BT: Array) -> Array:
         from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
         length, heads, width = q_BTNH.shape[1:]
-        # Rows are cut into blocks: more padding fills the last one, and is dropped again.
+        # Splash takes whole blocks, so the last one is padded; the padding is dropped at the end.
         filled = length + -length % SPLASH_BLOCKS[-1]
         q_BTNH, k_BTKH, v_BTKH, valid_BT = (
             jnp.pad(x, [(0, 0), (0, filled - length), *[(0, 0)] * (x.ndim - 2)])
             for x in (q_BTNH, k_BTKH, v_BTKH, valid_BT)
         )
-        # Real tokens see real ones and padding sees padding, so that no query sees nothing.
+        # Padding gets a segment of its own and sees itself, so that no query sees zero keys.
         segments_BT = valid_BT.astype(jnp.int32)
-        # It does not scale. In float32, so that bfloat16 queries are rounded once.
+        # Splash does not scale the scores. Scale in float32, so that queries are rounded only once.
         q_BTNH = (q_BTNH.astype(jnp.float32) * width**-0.5).astype(q_BTNH.dtype)
         y_BNTH = jax.vmap(_splash_kernel(filled, heads, window, interpret))(
             *(x.swapaxes(1, 2) for x in (q_BTNH, k_BTKH, v_BTKH)),
@@ -216,13 +220,13 @@ def _splash(
         mesh=rows.mesh,
         in_specs=(by_heads, by_heads, by_heads, rows.spec),
         out_specs=by_heads,
-        check_vma=False,  # a kernel says nothing about what varies over the mesh
+        check_vma=False,  # a Pallas kernel does not declare which outputs vary over the mesh
     )
     return split(q_BTNH, k_BTKH, v_BTKH, valid_BT)
 
 
 def _splash_kernel(length: int, heads: int, window: int | None, interpret: bool) -> Any:
-    """(q [N, T, H], k [K, T, H], v [K, T, H], segments) -> [N, T, H], one row of whole blocks."""
+    """(q [N, T, H], k [K, T, H], v [K, T, H], segments) -> [N, T, H] for one row, whole blocks."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
     block = next(size for size in SPLASH_BLOCKS if length % size == 0)

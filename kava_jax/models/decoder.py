@@ -1,9 +1,11 @@
 """One dense RoPE decoder for Qwen2/2.5, Qwen3, Llama, Mistral and SmolLM.
 
-Layers are built stacked and run by ``lax.scan``, so a 48-layer model compiles as fast as a 2-layer
-one and the keys and values of all layers come out stacked. There are no hooks and no sown values:
-the cache is a return value. A teacher is *cut* by building fewer blocks, a KV-only tail and no
-head. Sampling, beam search and mixture-of-experts layers are left out on purpose.
+Parameters of all layers are stacked and ``lax.scan`` runs over them. A 48-layer model therefore
+compiles as fast as a 2-layer one, and the keys and values of all layers come out stacked. The cache
+is a return value; there are no hooks. A teacher that needs no logits is *cut*: it has fewer blocks,
+a KV-only tail and no head.
+
+Left out on purpose: sampling, beam search and mixture-of-experts layers.
 """
 
 from collections.abc import Callable
@@ -65,9 +67,9 @@ class Decoder(nnx.Module):
     ):
         """Build ``blocks`` full layers (all by default), optionally a KV-only ``tail`` after them.
 
-        ``head=False`` leaves out final norm and LM head: such a decoder has a cache but no logits.
-        ``layouts`` says where hidden states lie on a mesh. ``attention`` is that of calls without a
-        past; where it is not ``xla``, their rows have to be padded on the right.
+        ``head=False`` leaves out the final norm and LM head: the decoder has a cache but no logits.
+        ``layouts`` holds the shardings of hidden states on a mesh. ``attention`` is used by calls
+        without a past; unless it is ``xla``, rows must be padded on the right.
         """
         dtypes = Dtypes(jnp.dtype(param_dtype), jnp.dtype(dtype))
         count = spec.num_layers if blocks is None else blocks
@@ -107,10 +109,10 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], KVCache]:
         """Run the layers over ``tokens``.
 
-        ``past`` holds post-RoPE keys and values [L, B, S - T, K, H] of earlier tokens, read only;
-        the returned cache holds the *new* tokens' [L, B, T, K, H] alone, keys in ``key_space``.
-        With ``layers``, ascending, it holds those layers alone: the others' are never kept.
-        ``lengths_B`` is how long the rows will be (``rope.rope_rotation``); give it with a past.
+        ``past`` holds the post-RoPE keys and values [L, B, S - T, K, H] of earlier tokens. The
+        returned cache holds only the *new* tokens' [L, B, T, K, H], with keys in ``key_space``.
+        If ``layers`` (ascending) is given, only those layers' keys and values are kept.
+        ``lengths_B`` is the final length of each row (``rope.rope_rotation``); pass it with a past.
         Positions and mask come from ``models.masks``.
         """
 
@@ -129,7 +131,7 @@ class Decoder(nnx.Module):
         *,
         key_space: KeySpace = "pre_rope",
     ) -> tuple[Float[Array, "B T D"], KVCache, Float[Array, "L B T N H"]]:
-        """As a call without a past, by XLA's attention, and all layers' post-RoPE queries."""
+        """A call without a past, with XLA attention; also returns all layers' post-RoPE queries."""
 
         def both(new: KeyValue) -> tuple[KVCache, Array | None]:
             return new.cache(key_space), new.q
@@ -141,13 +143,13 @@ class Decoder(nnx.Module):
     def rotation(
         self, positions_BT: Int[Array, "B T"], lengths_B: Int[Array, "B"] | None = None
     ) -> Rotation:
-        """What turns pre-RoPE keys at these positions into post-RoPE ones (``rope.rotate``)."""
+        """Cosines and sines that turn pre-RoPE keys into post-RoPE ones (``rope.rotate``)."""
         return rope_rotation(self.spec, positions_BT, lengths_B)
 
     def key_bias(self) -> Float[Array, "L K H"] | None:
-        """What ``pre_rope`` keys are more than ``pre_bias`` ones, for all layers that write keys.
+        """The bias that ``pre_bias`` keys lack, for all layers that write keys.
 
-        None without a bias, and where a key norm comes after it.
+        None if keys have no bias, or if a key norm follows the projection.
         """
         if self.spec.qk_norm:
             return None
@@ -166,7 +168,7 @@ class Decoder(nnx.Module):
         how: Attend,
         wanted: tuple[int, ...] | None,
     ) -> tuple[Float[Array, "B T D"], Any]:
-        """Hidden states, and what ``keep`` takes of every (wanted) layer, stacked over layers."""
+        """Hidden states, and the results of ``keep`` for the wanted layers, stacked over layers."""
         x_BTD = self._by_rows(self._embedded(tokens_BT))
         kept, depth = [], 0
         if self.blocks is not None:
@@ -192,14 +194,14 @@ class Decoder(nnx.Module):
         return (x_BTD if self.final_norm is None else self.final_norm(x_BTD)), stacked
 
     def _by_kernel(self, positions_BT: Int[Array, "B T"]) -> Attend:
-        """This decoder's attention over rows padded on the right."""
+        """This decoder's attention for calls without a past."""
         if self.attention == "xla":
             return attend
         return partial(
             attend,
             implementation=self.attention,
-            # Padding repeats the position before it. Read off here and not off the mask, which
-            # then is never made.
+            # Padding repeats the position before it. Using positions here leaves the mask unused,
+            # so that XLA never builds it.
             valid_BT=jnp.diff(positions_BT, axis=1, prepend=-1) > 0,
             window=self.spec.sliding_window,
             rows=None if self.layouts is None else self.layouts.rows,
@@ -217,15 +219,16 @@ class Decoder(nnx.Module):
         return jax.lax.with_sharding_constraint(x_BTD, self.layouts.rows)
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """LM head: all V rows, the transposed embedding when tied; float32.
+        """Float32 logits: ``hidden @ head_table().T``.
 
-        Factors are in the compute dtype; a logit rounded to it would tie with its rivals.
+        The factors have the compute dtype. The result is not rounded to it, because close logits
+        would become equal.
         """
         table = self.head_table().astype(self.dtype)
         return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
 
     def head_table(self) -> Float[Array, "V D"]:
-        """The LM head's rows as they are stored: the embedding when tied."""
+        """The LM head's rows in the parameter dtype: the embedding table when tied."""
         if self.head is not None:
             return self.head.kernel[...].T
         return self.embed.embedding[...]
@@ -234,10 +237,10 @@ class Decoder(nnx.Module):
 def _scan_keeping(
     layer: Any, x: Array, xs: Any, depth: int, wanted: tuple[int, ...]
 ) -> tuple[Array, Any]:
-    """``lax.scan`` of which only the ``wanted`` rounds' outputs, ascending, are kept.
+    """``lax.scan`` that keeps only the outputs of the ``wanted`` layers (ascending).
 
-    Every round writes into the place of the next wanted one, which then writes over it; what comes
-    after the last one has a place of its own that is dropped.
+    Every layer writes its output. An unwanted layer writes to the slot of the next wanted one,
+    which then overwrites it. Layers after the last wanted one share a slot that is dropped.
     """
     places = np.searchsorted(wanted, np.arange(depth))
     one = jax.eval_shape(lambda x, xs: layer(x, jax.tree.map(lambda a: a[0], xs))[1], x, xs)
@@ -263,7 +266,7 @@ def _stacked_blocks(spec: DecoderSpec, count: int, dtypes: Dtypes, rngs: nnx.Rng
 
 
 def _remat(layer: Any, policy: Remat) -> Any:
-    """Recompute nothing, everything but matmul results, or everything in the backward pass."""
+    """In the backward pass recompute nothing, all but matmul results (``dots``), or everything."""
     if policy == "none":
         return layer
     saved = {

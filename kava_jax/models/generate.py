@@ -1,7 +1,6 @@
-"""Greedy decoding with a cache: one prefill, then one token a step, all inside one ``jit``.
+"""Greedy decoding with a cache: one prefill, then one token per step, all inside one ``jit``.
 
-The prompt is read once; a new token costs one pass of one token over the cached keys. Sampling is
-left out on purpose: everything this project measures is greedy.
+Left out on purpose: sampling, because every score of this project uses greedy answers.
 """
 
 from functools import partial
@@ -18,7 +17,7 @@ from kava_jax.models.masks import attention_mask, token_positions
 
 
 class _Decoding(NamedTuple):
-    """What one decoding step hands to the next."""
+    """State of the decoding loop."""
 
     step: Int[Array, ""]
     token_B: Int[Array, "B"]
@@ -40,8 +39,8 @@ def generate(
 ) -> Int[Array, "B M"]:
     """Continue left-padded prompts greedily: int32 [B, max_new_tokens].
 
-    A row ends with the first of ``eos_ids`` (kept in the output) and ``pad_id`` after it; decoding
-    stops as soon as every row has ended.
+    A row ends at the first of ``eos_ids``, which stays in the output; ``pad_id`` fills the rest.
+    Decoding stops as soon as every row has ended.
     """
     model = nnx.merge(graph, params)
     window = model.spec.sliding_window
@@ -49,13 +48,15 @@ def generate(
     positions_BT = token_positions(valid_BT)
     mask = attention_mask(positions_BT, positions_BT, valid_BT, window)
     lengths_B = valid_BT.sum(axis=1)
-    # Cached keys stay as they are, so every row's RoPE is that of its full length from the start.
+    # Cached keys are never rotated again, so every row uses the RoPE of its full length from the
+    # start.
     read = partial(model, key_space="post_rope", lengths_B=lengths_B + max_new_tokens)
     hidden_BTD, cache = read(prompt_BT, positions_BT, mask)
     room = [(0, 0), (0, 0), (0, max_new_tokens), (0, 0), (0, 0)]
     cache = jax.tree.map(lambda array: jnp.pad(array, room), cache)
     new_M = jnp.arange(max_new_tokens)
-    # Slot S of the cache is a prompt token, or new token S - T at the position after the prompt's.
+    # The cache has T slots for the prompt, then one for each new token. The position of new token i
+    # is the prompt's number of real tokens plus i.
     slot_positions_BS = jnp.concatenate([positions_BT, lengths_B[:, None] + new_M[None, :]], axis=1)
 
     def next_token(hidden_BTD: Array) -> Int[Array, "B"]:

@@ -1,9 +1,9 @@
 """The parts of a decoder: projection, RMS norm, attention, gated MLP, block, and the KV-only tail.
 
-Every parameter carries the logical names of its axes as metadata (``axes=...``); which mesh axis a
-name is split over is decided in ``parallel``, never here. Parameters are kept in ``param_dtype``
-and used in ``dtype``; norms and softmax are computed in float32. Gradients of biases and scales are
-sums over all tokens and are taken in float32: a bfloat16 sum soon stops growing.
+Every parameter carries the logical names of its axes as metadata (``axes=...``). ``parallel``
+decides which mesh axis each name is split over. Parameters are stored in ``param_dtype`` and used
+in ``dtype``. Norms and softmax are computed in float32. So are the gradients of biases and scales:
+they are sums over all tokens, and a long bfloat16 sum stops growing.
 """
 
 from typing import Literal, NamedTuple
@@ -23,7 +23,7 @@ Rotation = tuple[Float[Array, "B T 1 h"], Float[Array, "B T 1 h"]]
 
 
 class Dtypes(NamedTuple):
-    """How parameters are kept and in what the layers compute."""
+    """The dtype of stored parameters and the dtype of the layers' computation."""
 
     param: jnp.dtype
     compute: jnp.dtype
@@ -42,7 +42,7 @@ class Projection(nnx.Module):
         dtypes: Dtypes,
         rngs: nnx.Rngs,
     ):
-        """Name the axes and their sizes; ``std`` is the standard deviation of the fresh kernel."""
+        """Name the axes and their sizes; ``std`` is that of the initial kernel."""
         shape = (*inputs.values(), *outputs.values())
         kernel = std * jax.random.normal(rngs.params(), shape, dtypes.param)
         self.kernel = nnx.Param(kernel, axes=(*inputs, *outputs))
@@ -63,7 +63,7 @@ class Projection(nnx.Module):
         return jnp.tensordot(x, self.kernel[...].astype(self.dtype), axes=self.contracted)
 
     def biased(self, y: Float[Array, "..."]) -> Float[Array, "..."]:
-        """``y``, a product, with the bias added in float32; ``y`` itself without a bias."""
+        """``y`` plus the bias, added in float32; ``y`` itself if there is no bias."""
         if self.bias is None:
             return y
         bias = self.bias[...].astype(jnp.float32)
@@ -75,7 +75,7 @@ class RMSNorm(nnx.Module):
     """``x / sqrt(mean(x^2) + eps) * scale`` over the last axis; statistics in float32."""
 
     def __init__(self, width: int, axis: str, *, eps: float, dtypes: Dtypes):
-        """Scale of ones, named by the logical ``axis`` it runs along."""
+        """Start with a scale of ones along the logical ``axis``."""
         self.scale = nnx.Param(jnp.ones((width,), dtypes.param), axes=(axis,))
         self.eps = eps
 
@@ -90,7 +90,8 @@ class RMSNorm(nnx.Module):
 def _times(x: Float[Array, "*B D"], scale: Float[Array, "D"]) -> Float[Array, "*B D"]:
     """``x * scale`` in x's dtype; the gradient of ``scale`` is summed over tokens in float32.
 
-    Written out because the plain product in float32 would keep a float32 copy of ``x``.
+    The gradient is written by hand because autodiff of a float32 product would store a float32 copy
+    of ``x``.
     """
     return x * scale.astype(x.dtype).reshape((1,) * (x.ndim - 1) + scale.shape)
 
@@ -109,11 +110,11 @@ _times.defvjp(_times_forward, _times_backward)
 
 
 class KeyValue(NamedTuple):
-    """One layer's keys at three stages, its values, and (where asked for) its queries.
+    """One layer's keys at three stages, its values, and (if requested) its queries.
 
-    ``pre_bias`` keys lack the bias of their projection alone: rounded before it is added, they keep
-    their digits however large it is. Where a key norm follows the projection, or there is no bias,
-    they are the ``pre_rope`` keys.
+    ``pre_bias`` keys are the projection's output before its bias is added. In bfloat16 a large bias
+    costs precision, because rounding follows the magnitude of the sum. If there is no bias, or a
+    key norm follows the projection, they equal the ``pre_rope`` keys.
     """
 
     pre_bias: Float[Array, "B T K H"]
@@ -123,7 +124,7 @@ class KeyValue(NamedTuple):
     q: Float[Array, "B T N H"] | None = None
 
     def cache(self, key_space: KeySpace) -> KVCache:
-        """The keys of one stage with the values."""
+        """The keys of one stage, with the values."""
         return KVCache(getattr(self, key_space), self.v)
 
 
@@ -131,7 +132,7 @@ class Attention(nnx.Module):
     """Grouped-query attention. With ``output=False`` it cannot attend (a cut teacher's tail)."""
 
     def __init__(self, spec: DecoderSpec, *, dtypes: Dtypes, rngs: nnx.Rngs, output: bool = True):
-        """Build the projections; ``std`` is the model's initializer range throughout."""
+        """Build the projections, with the model's initializer range as ``std``."""
         model = {"embed": spec.hidden_size}
         kv_heads = {"kv_heads": spec.num_kv_heads, "head_dim": spec.head_dim}
         heads = {"heads": spec.num_heads, "head_dim": spec.head_dim}
@@ -154,7 +155,7 @@ class Attention(nnx.Module):
             self.o = project(heads, model, spec.output_bias)
 
     def keys_values(self, x_BTD: Float[Array, "B T D"], rotation: Rotation) -> KeyValue:
-        """Project ``x`` to keys, at every stage, and values."""
+        """Project ``x`` to values, and to keys at every stage."""
         bare_BTKH = self.k.product(x_BTD)
         k_BTKH = self.k.biased(bare_BTKH)
         if self.k_norm is not None:
@@ -178,7 +179,7 @@ class Attention(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], KeyValue]:
         """Attend over ``past`` (post-RoPE, one layer) followed by the tokens of ``x``.
 
-        ``how(q, k, v, mask)`` does so: ``attend``, or what is left of it to be given.
+        ``how(q, k, v, mask)`` computes it: ``attend``, or a ``partial`` of it.
         """
         new, q_BTNH = self.keys_values(x_BTD, rotation), self.queries(x_BTD, rotation)
         k_BSKH, v_BSKH = new.post_rope, new.v
@@ -233,14 +234,14 @@ class Block(nnx.Module):
         past: KVCache | None,
         how: Attend = attend,
     ) -> tuple[Float[Array, "B T D"], KeyValue]:
-        """Residual attention, then residual MLP; also what the attention wrote."""
+        """Residual attention, then residual MLP; also returns the new keys and values."""
         y_BTD, new = self.attention(self.attention_norm(x_BTD), rotation, mask_BTS, past, how)
         x_BTD = x_BTD + y_BTD
         return x_BTD + self.mlp(self.mlp_norm(x_BTD)), new
 
 
 class Tail(nnx.Module):
-    """The last layer of a cut teacher: what it writes to the cache and reads it with."""
+    """The last layer of a cut teacher: only what makes its keys, values and queries."""
 
     def __init__(self, spec: DecoderSpec, *, dtypes: Dtypes, rngs: nnx.Rngs):
         """Build the norm and the three projections."""
@@ -248,7 +249,7 @@ class Tail(nnx.Module):
         self.attention = Attention(spec, dtypes=dtypes, rngs=rngs, output=False)
 
     def __call__(self, x_BTD: Float[Array, "B T D"], rotation: Rotation) -> KeyValue:
-        """What the layer writes, without attending; under ``jit`` what is unused costs nothing."""
+        """Keys, values and queries, without attending. ``jit`` removes those that nothing uses."""
         normed = self.attention_norm(x_BTD)
         new = self.attention.keys_values(normed, rotation)
         return new._replace(q=self.attention.queries(normed, rotation))

@@ -1,11 +1,11 @@
-"""Positions and attention masks from the one thing the data knows: which tokens are real."""
+"""Token positions and attention masks, computed from which tokens are real (not padding)."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 
 def token_positions(valid_BT: Bool[Array, "B T"]) -> Int[Array, "B T"]:
-    """Position of every token, counting real tokens only: right under left and right padding."""
+    """Position of every token, counting real tokens only; works with left and right padding."""
     return jnp.maximum(jnp.cumsum(valid_BT.astype(jnp.int32), axis=1) - 1, 0)
 
 
@@ -17,8 +17,8 @@ def attention_mask(
 ) -> Bool[Array, "B 1 T S"]:
     """Causal mask: a query sees real keys at its own position or before, within ``window``.
 
-    The last T of the S keys are the queries' own tokens. Padding shares the position of the token
-    before it, so keys are told apart by validity and not by position alone.
+    The last T of the S keys belong to the queries' own tokens. Padding has the same position as the
+    real token before it, so the mask needs ``key_valid_BS`` as well as positions.
     """
     distance = query_positions_BT[:, :, None] - key_positions_BS[:, None, :]
     visible = (distance >= 0) & key_valid_BS[:, None, :]

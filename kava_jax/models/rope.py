@@ -1,12 +1,12 @@
 """Rotary position embedding in the half-split layout that Hugging Face checkpoints use.
 
-Every scaling is computed as transformers 5.x computes it for one row read at once. ``dynamic`` and
-``longrope`` choose their frequencies by the length of the row. Here that is each row's own length,
-so that a row's result never depends on its neighbours; transformers takes the longest row of the
-batch. When answering, it is prompt plus ``max_new_tokens`` from the first token on. transformers
-starts with the prompt's length instead, goes over to other frequencies when the text outgrows the
-original length, and leaves the keys that it has cached as they are: beyond the original length its
-cached decoding is not what its own uncached reading of the same text gives.
+Every scaling matches transformers 5.x on one row without a cache. ``dynamic`` and ``longrope``
+choose their frequencies by the length of the row. Here that is each row's own length, so a row's
+result never depends on its neighbours; transformers uses the longest row of the batch. During
+generation it is the prompt plus ``max_new_tokens``, from the first token on. transformers starts
+with the prompt's length, changes frequencies when the text outgrows the original length, and keeps
+the old keys in its cache. Beyond the original length its cached decoding therefore differs from its
+own uncached result for the same text.
 """
 
 import math
@@ -28,9 +28,9 @@ from kava_jax.models.spec import (
 def rope_frequencies(spec: DecoderSpec, lengths_B: Int[Array, "B"]) -> Float[Array, "#B h"]:
     """Angular frequency of each rotated pair, in radians per position: float32 [B or 1, H / 2].
 
-    ``theta ** (-2 i / H)``, then scaled as the model asks. Where the scaling goes by length there
-    is a row of frequencies for each of ``lengths_B``, else one for all.
-    Source: RoFormer (arXiv 2104.09864) section 3.2.2; the scalings as in transformers'
+    ``theta ** (-2 i / H)``, then the model's scaling. A scaling that depends on the length gives a
+    row of frequencies for each of ``lengths_B``; the others give one row for all.
+    Source: RoFormer (arXiv 2104.09864) section 3.2.2; scalings: transformers'
     ``modeling_rope_utils``.
     """
     exponent = np.arange(0, spec.head_dim, 2, dtype=np.float64) / spec.head_dim
@@ -66,17 +66,17 @@ def _llama3(frequencies: np.ndarray, scaling: Llama3RopeScaling) -> np.ndarray:
 
 
 def _yarn(frequencies: np.ndarray, scaling: YarnRopeScaling, spec: DecoderSpec) -> np.ndarray:
-    """As llama3, but the blend is linear in the number of the pair (arXiv 2309.00071, 3.2)."""
+    """Like llama3, but the blend is linear in the pair's index (arXiv 2309.00071, 3.2)."""
     dim, context = spec.head_dim, scaling.original_max_position_embeddings
 
     def pair_of(turns: float) -> float:
-        """The pair (no whole number) that turns so often within the original length."""
+        """The (fractional) index of the pair that makes ``turns`` turns in the original length."""
         return dim * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(spec.rope_theta))
 
     low, high = pair_of(scaling.beta_fast), pair_of(scaling.beta_slow)
     if scaling.truncate:
         low, high = math.floor(low), math.ceil(high)
-    # Not H / 2 - 1, which would be the last pair: transformers bounds the pairs by the head dim.
+    # The last pair has index H / 2 - 1, but transformers clips to H - 1. We must match it.
     low, high = max(low, 0), min(high, dim - 1)
     if low == high:
         high += 0.001
@@ -91,7 +91,7 @@ def _dynamic(
     spec: DecoderSpec,
     lengths_B: Int[Array, "B"],
 ) -> Float[Array, "B h"]:
-    """``theta * (factor * length / max - (factor - 1)) ** (H / (H - 2))`` as base, from max on."""
+    """Base beyond max: ``theta * (factor * length / max - (factor - 1)) ** (H / (H - 2))``."""
     longest = spec.max_position_embeddings
     times_B = jnp.maximum(lengths_B, longest).astype(jnp.float32) / longest
     stretch_B = factor * times_B - (factor - 1)
@@ -101,7 +101,7 @@ def _dynamic(
 
 
 def attention_factor(spec: DecoderSpec) -> float:
-    """What yarn and longrope multiply rotated keys and queries by; 1 for everything else."""
+    """The factor by which yarn and longrope scale rotated keys and queries; otherwise 1."""
     scaling = spec.rope_scaling
     if not isinstance(scaling, YarnRopeScaling | LongRopeScaling):
         return 1.0
@@ -120,10 +120,10 @@ def attention_factor(spec: DecoderSpec) -> float:
 def rope_rotation(
     spec: DecoderSpec, positions_BT: Int[Array, "B T"], lengths_B: Int[Array, "B"] | None = None
 ) -> tuple[Float[Array, "B T 1 h"], Float[Array, "B T 1 h"]]:
-    """Cosine and sine of every position's angles, in float32, ready to broadcast over heads.
+    """Float32 cosines and sines of every position's angles, with an axis to broadcast over heads.
 
-    ``lengths_B`` is how long each row will be when it is whole; None: as long as it is, which is
-    its last position and one.
+    ``lengths_B`` is the final length of each row; None means its current length, the last position
+    plus one.
     """
     if lengths_B is None:
         lengths_B = positions_BT.max(axis=1) + 1

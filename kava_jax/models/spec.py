@@ -1,7 +1,7 @@
-"""The geometry of a dense RoPE decoder, as read from a Hugging Face ``config.json``.
+"""The geometry of a dense RoPE decoder: Qwen2/2.5, Qwen3, Llama 2/3, Mistral or SmolLM.
 
-One frozen description covers Qwen2/2.5, Qwen3, Llama 2/3, Mistral and SmolLM; what differs between
-them is data here, not code elsewhere. Reading and writing ``config.json`` is the job of ``hf``.
+Differences between these families are fields here, not branches elsewhere. ``hf`` reads it from a
+Hugging Face ``config.json`` and writes it back.
 """
 
 from dataclasses import dataclass
@@ -16,14 +16,14 @@ class LinearRopeScaling:
 
 @dataclass(frozen=True)
 class DynamicRopeScaling:
-    """A base that grows with rows longer than ``max_position_embeddings`` (``dynamic``, NTK)."""
+    """The base grows with rows longer than ``max_position_embeddings`` (``dynamic``, NTK)."""
 
     factor: float
 
 
 @dataclass(frozen=True)
 class YarnRopeScaling:
-    """Low frequencies divided by ``factor``, high ones kept, longer keys (``yarn``)."""
+    """Low frequencies divided by ``factor``, high ones kept, attention scaled (``yarn``)."""
 
     factor: float
     original_max_position_embeddings: int
@@ -37,7 +37,7 @@ class YarnRopeScaling:
 
 @dataclass(frozen=True)
 class LongRopeScaling:
-    """One divisor for each frequency, others for rows beyond the original length (``longrope``)."""
+    """A divisor per frequency: one list up to the original length, one beyond (``longrope``)."""
 
     short_factor: tuple[float, ...]
     long_factor: tuple[float, ...]
@@ -62,9 +62,9 @@ RopeScaling = (
 
 @dataclass(frozen=True)
 class DecoderSpec:
-    """Static shape of a decoder; every width is explicit and none is derived from another.
+    """Static shape of a decoder; no width is derived from another.
 
-    ``head_dim`` is free of ``hidden_size / num_heads``; KV width is ``num_kv_heads * head_dim``.
+    ``head_dim`` need not be ``hidden_size / num_heads``. KV width is ``num_kv_heads * head_dim``.
     """
 
     family: str

@@ -1,13 +1,24 @@
 """``kava eval``: any student on any data, a run's with its alignment, a directory's without."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from kava_jax.config_file import parse_config
 from kava_jax.data.dataset import HeldOut
-from kava_jax.errors import KavaError
+from kava_jax.errors import KavaError, StoppedError
 from kava_jax.runs.evaluate import answer_notes, choice_note, evaluate
-from kava_jax.runs.prepare import Run, data_loader, prepare, reopen, restore
+from kava_jax.runs.prepare import (
+    Run,
+    config_of,
+    data_loader,
+    gone,
+    prepare,
+    reopen,
+    reopen_student,
+    restore,
+    restore_student,
+)
 from kava_jax.storage import check_access, place
 from kava_jax.training.manifest import MANIFEST_NAME
 
@@ -24,6 +35,7 @@ def assess(
     """Held-out figures of a run directory, a Hugging Face directory or a hub id on ``data``.
 
     ``overrides`` change fields of ``data`` and ``eval`` (format, field names, split, new tokens).
+    A run whose teachers are gone is evaluated without alignment.
     ``say`` is told what is not measured or not scored. ``eval_rows`` are those measured.
     The built-in generator is asked for its test split unless ``data.eval_split`` says otherwise.
     """
@@ -33,16 +45,23 @@ def assess(
     directory = place(model, "model")
     check_access(directory, "model")
     if (directory / MANIFEST_NAME).is_file():
-        run = reopen(directory, overrides)
+        lost = gone(config_of(directory, overrides))
+        run = reopen_student(directory, overrides) if lost else reopen(directory, overrides)
         held = _held_out(run, data, rows)
-        state = restore(run, checkpoint)
+        if lost:
+            params: dict[str, Any] = {"student": restore_student(run, checkpoint)[1]}
+            params["projector"], teachers, statistics = {}, {}, None
+        else:
+            state = restore(run, checkpoint)
+            params, statistics = state.params, state.statistics
+            teachers = run.blueprint.load_teachers()
         _say_of(run, data, held, say)
         chosen = choice_note(run.config)
         if checkpoint == "best" and chosen:
             say(chosen)
-        teachers = run.blueprint.load_teachers()
-        found = evaluate(run, held, state.params, teachers, state.statistics)
-        return {"eval_rows": len(held.measured)} | found
+        for field, path in lost.items():
+            say(f"{field}={path!r} is gone: alignment with the teachers is not measured")
+        return _told(held, evaluate(run, held, params, teachers, statistics), say)
     if checkpoint != "last":
         raise KavaError(
             f"checkpoint={checkpoint!r}: {model!r} is not a run directory; leave it out"
@@ -54,9 +73,25 @@ def assess(
     }
     run = prepare(parse_config(fields, overrides))
     held = _held_out(run, data, rows)
-    _say_of(run, data, held, say)
     params = {"student": run.blueprint.load_student(), "projector": {}}
-    return {"eval_rows": len(held.measured)} | evaluate(run, held, params, {})
+    _say_of(run, data, held, say)
+    return _told(held, evaluate(run, held, params, {}), say)
+
+
+def _told(held: HeldOut, found: dict[str, float], say: Callable[[str], None]) -> dict[str, Any]:
+    """The figures, and what to say of those that are none.
+
+    Raises StoppedError for a loss that is not finite: the weights were, as they were looked at.
+    """
+    if not math.isfinite(found["eval_loss"]):
+        raise StoppedError(
+            f"eval_loss={found['eval_loss']}: the weights are finite, and what is computed with "
+            f"them overflows; use another checkpoint"
+        )
+    none = [name for name, value in found.items() if not math.isfinite(value)]
+    if none:
+        say(f"not measurable on these rows: {', '.join(none)}")
+    return {"eval_rows": len(held.measured)} | found
 
 
 def _held_out(run: Run, data: str, rows: int | None) -> HeldOut:

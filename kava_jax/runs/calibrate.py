@@ -46,7 +46,8 @@ from kava_jax.runs.prepare import (
     read_measured_maps,
 )
 from kava_jax.runs.resume import FREE_FIELDS, PATH_FIELDS
-from kava_jax.storage import Place, check_access, local_file
+from kava_jax.storage import Place, check_target, local_file
+from kava_jax.training.lock import alone
 from kava_jax.training.manifest import Fingerprints, check_manifest, config_hash, fields_of
 from kava_jax.training.objective import PARTS
 
@@ -92,25 +93,26 @@ def calibrate(config: Config) -> Calibration:
     """Measure what the config asks for, write it to the run directory, and return it.
 
     Raises KavaError when the config asks for nothing that is measured, for a combination that has
-    no closed form, and for a run directory that belongs to another run.
+    no closed form, and for a run directory that belongs to another run or that one is at work in.
     """
     if not config.needs_calibration:
         raise KavaError(
             "the config measures nothing: set recipe=calibrated, projector.init=calibrated or a "
             "teacher's layer_map to cka or calibrated"
         )
-    check_access(config.run.directory, "run.dir")
-    run = prepare(unmeasured(config))
-    dataset = load_dataset(run)
-    fingerprints = fingerprints_of(run, dataset)
-    check_manifest(
-        run.directory,
-        config=dump_config(config),
-        fingerprints=fingerprints,
-        free=FREE_FIELDS,
-        paths=PATH_FIELDS,
-    )
-    found = calibrated(config, run, dataset, fingerprints)
+    check_target(config.run.directory, "run.dir")
+    with alone(config.run.directory, "run.dir"):
+        run = prepare(unmeasured(config))
+        dataset = load_dataset(run)
+        fingerprints = fingerprints_of(run, dataset)
+        check_manifest(
+            run.directory,
+            config=dump_config(config),
+            fingerprints=fingerprints,
+            free=FREE_FIELDS,
+            paths=PATH_FIELDS,
+        )
+        found = calibrated(config, run, dataset, fingerprints)
     assert found is not None
     return found
 
@@ -130,6 +132,11 @@ def _measure(config: Config, run: Run, dataset: Dataset, identity: str) -> Calib
         candidates = _candidates(config, run, index)
         moments = Moments(run, teacher.name, student, candidates)
         grams = {split: moments.of(batches[split]) for split in SPLITS}
+        if empty := [split for split in SPLITS if not grams[split]["k"].count]:
+            raise KavaError(
+                f"calibration.rows={config.calibration.rows}: no row to {empty[0]} on is longer "
+                f"than loss.sink_tokens={config.loss.sink_tokens}; give more rows, or lower it"
+            )
         maps[teacher.name] = _layer_map(config, index, candidates, grams)
         found = _fit(config, maps[teacher.name], grams)
         weights[teacher.name], report[teacher.name] = found
@@ -306,7 +313,7 @@ def _write(config: Config, found: Calibration) -> None:
         with local_file(_projector_file(config)) as file:
             module.save(file)
     # Last, so that a file that names maps never stands beside another one's projector.
-    path.write_text(json.dumps(found.report, indent=2) + "\n")
+    path.write_text(json.dumps(found.report, indent=2) + "\n", encoding="utf-8")
 
 
 def _written_identity(path: Place) -> str | None:

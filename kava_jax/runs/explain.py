@@ -15,6 +15,7 @@ from kava_jax.errors import KavaError
 from kava_jax.models.spec import DecoderSpec
 from kava_jax.recipes import RECIPES
 from kava_jax.runs.geometry import specs_at_hand
+from kava_jax.runs.idle import idle_settings
 from kava_jax.training.assembly import magnitude_note
 from kava_jax.training.manifest import config_diff
 
@@ -57,12 +58,12 @@ def explain(config: Config) -> str:
     ]
     if not config.teachers:
         parts.append("No teacher: the student learns by cross-entropy alone.")
-        return "\n\n".join([*parts, _learning(config)])
+        return "\n\n".join([*parts, _learning(config), *_idle(config)])
     specs = _specs(config)
     parts += [f"Recipe {config.recipe}. {_changes(config)}"]
     parts += [_teacher(config, teacher, specs) for teacher in config.teachers]
     parts += [_compared(config), _projected(config, specs), _minimised(config)]
-    parts += [_learning(config), *_warnings(config)]
+    parts += [_learning(config), *_warnings(config), *_idle(config)]
     return "\n\n".join(parts)
 
 
@@ -234,6 +235,12 @@ def _warnings(config: Config) -> list[str]:
             "is nothing to hold on to; start from a trained student (student.path)."
         )
     return found
+
+
+def _idle(config: Config) -> list[str]:
+    """What is set and does nothing."""
+    idle = idle_settings(config)
+    return [f"Beware: {'; '.join(idle)}."] if idle else []
 
 
 def _number(weight: Any) -> str:

@@ -1,33 +1,46 @@
 """The student of a run as a Hugging Face directory with a model card."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from kava_jax.hf.card import model_card
-from kava_jax.hf.export import export_model
+from kava_jax.hf.export import check_tokenizer, export_model
 from kava_jax.hf.locate import read_json
+from kava_jax.models.decoder import Params
 from kava_jax.runs.prepare import Run
 from kava_jax.storage import Place
 from kava_jax.training.manifest import read_manifest
 from kava_jax.training.metrics_file import METRICS_NAME, read_metrics
-from kava_jax.training.step import TrainState
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
 
-def export(run: Run, state: TrainState, out: Place, dtype: DtypeName = "auto") -> None:
-    """The student as a Hugging Face directory. ``auto`` is the dtype it came in, or float32."""
+def export(run: Run, student: Params, step: int, out: Place, dtype: DtypeName = "auto") -> None:
+    """The student at a step as a Hugging Face directory, of the run's student and directory alone.
+
+    ``auto`` is the dtype it came in, or float32.
+    """
     source = run.blueprint.student_dir
-    tokenizer = Path(run.tokenizer_source)
     export_model(
         out,
-        state.params["student"],
+        student,
         run.blueprint.student_spec,
         dtype=_export_dtype(source) if dtype == "auto" else dtype,
-        tokenizer=tokenizer if tokenizer.is_dir() else run.tokenizer,
+        tokenizer=_tokenizer(run),
         source_dir=source,
-        card=_card(run, int(state.step)),
+        card=_card(run, step),
     )
+
+
+def check_exportable(run: Run) -> None:
+    """Refuse, before it is trained, a student that could not be exported with its tokenizer."""
+    check_tokenizer(_tokenizer(run), run.blueprint.student_spec, run.blueprint.student_dir)
+
+
+def _tokenizer(run: Run) -> Any:
+    """The directory whose files are copied, else the tokenizer itself."""
+    directory = Path(run.tokenizer_source)
+    return directory if directory.is_dir() else run.tokenizer
 
 
 def _export_dtype(source: Path | None) -> Literal["float32", "bfloat16", "float16"]:
@@ -41,7 +54,12 @@ def _export_dtype(source: Path | None) -> Literal["float32", "bfloat16", "float1
 
 def _card(run: Run, step: int) -> str:
     config, manifest = run.config, read_manifest(run.directory)
-    start = manifest["starts"][-1]
+    start, local = manifest["starts"][-1], manifest.get("directories", ())
+
+    def named(path: str) -> str:
+        """A directory stays one in the card when it is gone, whatever hub id it looks like."""
+        return str(Path(path).absolute()) if path in local else path
+
     recipe = {
         "KV loss": f"{config.loss.kv} x {config.loss.kv_weight}, {config.loss.key_space} keys",
         "projector": f"{config.projector.kind}, {config.projector.direction}",
@@ -51,8 +69,8 @@ def _card(run: Run, step: int) -> str:
     }
     return model_card(
         name=config.run.name,
-        base_model=config.student.path or "a student trained from random weights",
-        teachers=[teacher.path for teacher in config.teachers],
+        base_model=named(config.student.path or "a student trained from random weights"),
+        teachers=[named(teacher.path) for teacher in config.teachers],
         recipe=recipe if config.teachers else {name: recipe[name] for name in ("steps",)},
         metrics=_last_evaluation(run.directory, step),
         dataset=config.data.path,
@@ -62,11 +80,11 @@ def _card(run: Run, step: int) -> str:
 
 
 def _last_evaluation(run_dir: Place, step: int) -> dict[str, float]:
-    """The held-out figures logged at ``step``; none if the run was not evaluated there."""
+    """The held-out figures logged at ``step``, but those by layer; none if there are none."""
     records = [r for r in read_metrics(run_dir / METRICS_NAME, "eval") if r["step"] == step]
     return {
         name.removeprefix("eval_"): value
         for record in records[-1:]
         for name, value in record.items()
-        if name not in ("step", "kind")
+        if name not in ("step", "kind", "layers")
     }

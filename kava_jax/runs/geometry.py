@@ -16,6 +16,7 @@ from kava_jax.hf.load import read_spec
 from kava_jax.hf.locate import BUILTIN_PREFIX, resolve_model
 from kava_jax.models.spec import DecoderSpec
 from kava_jax.runs.prepare import find_tokenizer
+from kava_jax.storage import reachable
 from kava_jax.training.blueprint import Found, Models
 
 
@@ -70,7 +71,11 @@ def specs_at_hand(raw: Mapping[str, Any]) -> dict[str, DecoderSpec]:
 
 def _at_hand(path: str, revision: str | None) -> str:
     """The path or known name itself, or where the hub's cache keeps the model."""
-    if path in KNOWN_CONFIGS or path.startswith(BUILTIN_PREFIX) or Path(path).expanduser().is_dir():
+    if (
+        path in KNOWN_CONFIGS
+        or path.startswith(BUILTIN_PREFIX)
+        or reachable(path, "model path").is_dir()
+    ):
         return path
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
@@ -88,7 +93,7 @@ def _spec(path: str, revision: str | None) -> DecoderSpec:
     """From the table of known models, else from the model itself; a directory needs no weights."""
     if path in KNOWN_CONFIGS:
         return spec_from_config(KNOWN_CONFIGS[path], where=path)
-    directory = Path(path).expanduser()
+    directory = reachable(path, "model path")
     if directory.is_dir():
         return read_spec(directory)
     return read_spec(resolve_model(path, revision))

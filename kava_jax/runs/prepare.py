@@ -3,17 +3,20 @@
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime
 from functools import cache
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
+import jax
+import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import Mesh
 
 from kava_jax.alignment.layer_map import LayerMap
 from kava_jax.config import Config
-from kava_jax.config_file import parse_config
+from kava_jax.config_file import dump_config, parse_config
 from kava_jax.data.dataset import Dataset, Load, loader, make_dataset, split_examples
 from kava_jax.data.text import Encoder
 from kava_jax.data.tokenizer import (
@@ -29,9 +32,12 @@ from kava_jax.errors import KavaError
 from kava_jax.hf.config_keys import note_unknown
 from kava_jax.hf.generation import end_ids
 from kava_jax.hf.locate import model_fingerprint, read_json, resolve_model
+from kava_jax.models.decoder import Params
 from kava_jax.parallel.hosts import from_first
 from kava_jax.parallel.mesh import make_mesh
-from kava_jax.storage import Place, check_access
+from kava_jax.parallel.sharding import replicated
+from kava_jax.runs.idle import compared_notes
+from kava_jax.storage import Place, check_access, reachable
 from kava_jax.training.blueprint import Blueprint, find_models, make_blueprint
 from kava_jax.training.checkpoint import Checkpoints, abstract_state
 from kava_jax.training.manifest import (
@@ -152,7 +158,9 @@ def load_dataset(run: Run) -> Dataset:
     )
     sets = (dataset.stream.rows, dataset.held_out.rows, *(m.rows for m in dataset.more.values()))
     told = [check_unused(renamed, chain(*sets), who) for who, renamed in run.renamed.items()]
-    return dataset._replace(notes=(*run.notes, *filter(None, told), *dataset.notes))
+    compared = {"training": dataset.stream.rows, "held-out": dataset.held_out.measured}
+    short = compared_notes(compared if run.config.teachers else {}, run.config.loss.sink_tokens)
+    return dataset._replace(notes=(*run.notes, *filter(None, told), *dataset.notes, *short))
 
 
 def today_of(run_dir: Place) -> date:
@@ -216,12 +224,75 @@ def reopen(run_dir: Place, overrides: Sequence[str] = ()) -> Run:
 
     The attention kernel is chosen anew: this may be another kind of machine.
     """
+    config = config_of(run_dir, overrides)
+    check_directories(config)
+    return prepare(config, read_measured_maps(config))
+
+
+def reopen_student(run_dir: Place, overrides: Sequence[str] = ()) -> Run:
+    """A run directory opened for its student alone; the teachers need not be there.
+
+    The result's blueprint has no teachers, its config is the run's own. Only a student made from
+    random weights, whose tokenizer came with the first teacher, needs that one still.
+    """
+    config = config_of(run_dir, overrides)
+    raw = dump_config(config)
+    needed = [f"teachers.{index}.path" for index in range(len(config.teachers))]
+    if config.student.path is None and config.student.tokenizer is None and needed:
+        check_directories(config, besides=needed[1:])
+        raw["student"]["tokenizer"] = find_tokenizer(config)[1]
+    else:
+        check_directories(config, besides=needed)
+    # What routes or weighs teachers is refused without any.
+    raw |= {"teachers": [], "router": {}}
+    raw["loss"] |= {"ce_weight": 1.0, "kv_weight": 1.0}
+    return replace(prepare(parse_config(raw)), config=config)
+
+
+def config_of(run_dir: Place, overrides: Sequence[str]) -> Config:
+    """The config that a run was started with, at the place where the run lies now."""
     check_access(run_dir, "run")
     chosen = ["train.attention=auto", *overrides]
     config = parse_config(read_manifest(run_dir)["config"], chosen)
     located = config.run.model_copy(update={"dir": str(run_dir)})
-    located_config = config.model_copy(update={"run": located})
-    return prepare(located_config, read_measured_maps(located_config))
+    return config.model_copy(update={"run": located})
+
+
+def model_paths(config: Config) -> dict[str, str]:
+    """Where the models and the tokenizer lie or come from, by field."""
+    paths = {f"teachers.{index}.path": one.path for index, one in enumerate(config.teachers)}
+    paths |= {"student.path": config.student.path, "student.tokenizer": config.student.tokenizer}
+    return {field: path for field, path in paths.items() if path is not None}
+
+
+def directories_of(config: Config) -> list[str]:
+    """Those of the ``model_paths`` that are directories, for the manifest."""
+    return [path for field, path in model_paths(config).items() if reachable(path, field).is_dir()]
+
+
+def gone(config: Config) -> dict[str, str]:
+    """The ``model_paths`` that were directories when the run was made, and are not there now."""
+    known = set()
+    if (config.run.directory / MANIFEST_NAME).is_file():
+        known.update(read_manifest(config.run.directory).get("directories", ()))
+    return {
+        field: path
+        for field, path in model_paths(config).items()
+        if path in known and not reachable(path, field).is_dir()
+    }
+
+
+def check_directories(config: Config, besides: Sequence[str] = ()) -> None:
+    """Refuse a run whose model directories are gone; their names might be taken for hub ids.
+
+    ``besides`` are fields that do not matter. Raises KavaError.
+    """
+    lost = [f"{field}={path!r}" for field, path in gone(config).items() if field not in besides]
+    if lost:
+        raise KavaError(
+            f"{', '.join(lost)}: a directory when the run was made, and gone now; put it back, or "
+            f"a link to where it is (kava train also takes {lost[0].partition('=')[0]}=DIR)"
+        )
 
 
 def calibration_path(run_dir: Place) -> Place:
@@ -260,10 +331,45 @@ def read_measured_maps(config: Config) -> dict[str, LayerMap]:
 
 
 def restore(run: Run, checkpoint: str = "last") -> TrainState:
-    """The state at ``last``, ``best`` or a step number."""
+    """The state at ``last``, ``best`` or a step number.
+
+    Raises KavaError when its weights are not finite.
+    """
     keep = run.config.train.keep_checkpoints
     with Checkpoints(run.directory, keep, read_only=True) as checkpoints:
-        return checkpoints.restore(checkpoints.choose(checkpoint), restore_target(run))
+        state = checkpoints.restore(checkpoints.choose(checkpoint), restore_target(run))
+    check_finite(run, state.params, int(state.step))
+    return state
+
+
+def check_finite(run: Run, params: Params, step: int) -> None:
+    """Raises KavaError with the restored weights that hold NaN or infinity."""
+    every = jax.jit(
+        lambda params: jax.tree.map(lambda x: jnp.isfinite(x).all(), params),
+        out_shardings=replicated(run.mesh),
+    )(params)
+    flat, _ = jax.tree.flatten_with_path(every)
+    wrong = [jax.tree_util.keystr(path, simple=True, separator="/") for path, x in flat if not x]
+    if wrong:
+        raise KavaError(
+            f"checkpoint={step} of {run.directory} holds NaN or infinity in "
+            f"{', '.join(wrong)}; use an earlier one, or train again"
+        )
+
+
+def restore_student(run: Run, checkpoint: str = "last") -> tuple[int, Params]:
+    """The student at ``last``, ``best`` or a step number, and that number.
+
+    Raises KavaError when its weights are not finite.
+    """
+    keep = run.config.train.keep_checkpoints
+    student = run.blueprint.student
+    abstract = abstract_state(nnx.to_pure_dict(student.abstract), student.shardings)
+    with Checkpoints(run.directory, keep, read_only=True) as checkpoints:
+        step = checkpoints.choose(checkpoint)
+        params = checkpoints.restore_student(step, abstract)
+    check_finite(run, {"student": params}, step)
+    return step, params
 
 
 def restore_target(run: Run) -> Any:

@@ -77,6 +77,14 @@ def write_record(run: Run, dataset: Dataset, evaluation: Mapping[str, float]) ->
     return path
 
 
+def check_record(run_dir: Place) -> None:
+    """Find out before a run whether its record can be written without losing a conclusion.
+
+    Raises KavaError when a record that is there already cannot be read.
+    """
+    _conclusion(run_dir / RECORD_NAME)
+
+
 def _setup(run: Run, fingerprints: Mapping[str, Any]) -> dict[str, Any]:
     """Models, and what stands between them."""
     config, blueprint = run.config, run.blueprint

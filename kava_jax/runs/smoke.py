@@ -27,7 +27,8 @@ from kava_jax.hf.names import parameter_shapes
 from kava_jax.models.spec import DecoderSpec, LongRopeScaling
 from kava_jax.parallel.hosts import meet
 from kava_jax.runs.geometry import model_specs
-from kava_jax.storage import check_access, remove
+from kava_jax.storage import absolute, check_target, remove
+from kava_jax.training.lock import alone
 from kava_jax.training.manifest import MANIFEST_NAME
 
 # Two rows are the fewest with a shuffled cosine. Every other length of a batch is compiled anew,
@@ -43,10 +44,13 @@ def smoke_config(config: Config) -> Config:
     An earlier smoke run there is removed: smoke runs start over, they do not continue. Of several
     processes the first one removes and writes, and the others wait for it.
     """
-    check_access(config.run.directory, "run.dir")
-    directory = config.run.directory.with_name(f"{config.run.directory.name}-smoke")
-    if jax.process_index() == 0 and (directory / MANIFEST_NAME).is_file():
-        remove(directory)
+    named = config.run.directory
+    check_target(named, "run.dir")
+    named = absolute(named) if named.name in ("", "..") else named  # `.` has no name of its own
+    directory = named.with_name(f"{named.name}-smoke")
+    with alone(directory, "run.dir"):
+        if jax.process_index() == 0 and (directory / MANIFEST_NAME).is_file():
+            remove(directory)
     raw = dump_config(config)
     specs = model_specs(raw)
     tokenizer, source = _tokenizer(raw)
@@ -70,8 +74,10 @@ def smoke_config(config: Config) -> Config:
     rows = math.lcm(BATCH_ROWS, jax.device_count())
     raw["data"]["batch_size"] = rows * config.train.grad_accumulation
     raw["train"] |= {"steps": STEPS, "log_every": 1, "eval_every": None, "checkpoint_every": STEPS}
+    raw["profile"]["steps"] = None
     raw["calibration"]["rows"] = CALIBRATION_ROWS
     raw["eval"] |= {"max_new_tokens": NEW_TOKENS, "batch_size": HELD_OUT_ROWS}
+    raw["eval"]["exact_match_every"] = None
     if raw["projector"]["training"] == "warmup":
         raw["projector"]["warmup_steps"] = 1
     raw["optimizer"]["warmup_steps"] = min(1, raw["optimizer"]["warmup_steps"])

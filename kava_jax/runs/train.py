@@ -12,24 +12,31 @@ from kava_jax.alignment.projector import KVDimensionProjector
 from kava_jax.config import AutoShare, Config
 from kava_jax.config_file import dump_config
 from kava_jax.data.dataset import Dataset
+from kava_jax.errors import PreemptedError
 from kava_jax.parallel.hosts import from_first, on_host
 from kava_jax.parallel.sharding import batch_sharding, replicated
 from kava_jax.runs.calibrate import calibrated, place, unmeasured
 from kava_jax.runs.evaluate import evaluation_notes, evaluator
+from kava_jax.runs.export import check_exportable
+from kava_jax.runs.idle import idle_settings
 from kava_jax.runs.prepare import (
     Run,
+    check_directories,
+    check_finite,
+    directories_of,
     fingerprints_of,
     load_dataset,
     prepare,
     read_measured_maps,
     restore_target,
 )
-from kava_jax.runs.record import write_record
+from kava_jax.runs.record import check_record, write_record
 from kava_jax.runs.resume import FREE_FIELDS, PATH_FIELDS, changes_in_words, check_steps
-from kava_jax.storage import check_access, local_file
+from kava_jax.storage import check_target, local_file
 from kava_jax.training.ahead import compiled_ahead
 from kava_jax.training.assembly import magnitude_note
 from kava_jax.training.checkpoint import Checkpoints, newest_step
+from kava_jax.training.lock import alone
 from kava_jax.training.loop import Cadence, projector_path, run_steps
 from kava_jax.training.manifest import (
     Fingerprints,
@@ -39,7 +46,7 @@ from kava_jax.training.manifest import (
     write_manifest,
 )
 from kava_jax.training.monitor import Monitor
-from kava_jax.training.preemption import listening
+from kava_jax.training.preemption import Preemption, listening
 from kava_jax.training.probe import make_probe
 from kava_jax.training.profiling import Profile
 from kava_jax.training.step import TrainState
@@ -59,8 +66,28 @@ def train(config: Config, command: Sequence[str]) -> Trained:
     """Run, or continue, the training that ``config`` describes.
 
     Everything that can be wrong with the input is found before anything is written.
+
+    Raises KavaError too when another command writes to the run directory at this moment, and
+    PreemptedError when the run was asked to end after its first step.
     """
-    check_access(config.run.directory, "run.dir")
+    check_target(config.run.directory, "run.dir")
+    check_directories(config)
+    check_record(config.run.directory)
+    idle = idle_settings(config)
+    with alone(config.run.directory, "run.dir") as unlocked, listening() as preemption:
+        trained = _train(config, command, [unlocked, *idle] if unlocked else idle, preemption)
+        # Asked while the last things were being written: who trains on shall not go on either.
+        if preemption.asked():
+            raise PreemptedError(
+                f"saved at step {config.train.steps}, the last; the same command finds it finished"
+            )
+    return trained
+
+
+def _train(
+    config: Config, command: Sequence[str], told: Sequence[str], preemption: Preemption
+) -> Trained:
+    """``train`` in a run directory that nobody else writes to; ``told`` are lines to begin with."""
     run = prepare(unmeasured(config))
     dataset = load_dataset(run)
     plain, fingerprints = dump_config(config), fingerprints_of(run, dataset)
@@ -73,6 +100,7 @@ def train(config: Config, command: Sequence[str]) -> Trained:
     )
     newest = from_first(newest_step(run.directory), "start of training")
     if newest < 0:
+        check_exportable(run)
         run, start = begun(config, run, dataset, fingerprints)
     else:  # a fresh state beside the one that is read would take its room twice
         check_steps(config, newest)
@@ -89,29 +117,28 @@ def train(config: Config, command: Sequence[str]) -> Trained:
             config=plain,
             fingerprints=fingerprints,
             today=run.encoder.today,
+            directories=directories_of(config),
             hardware=Hardware(
                 jax.process_count(), jax.device_count(), jax.devices()[0].device_kind
             ),
         )
     share = _share(config)
     with Checkpoints(run.directory, config.train.keep_checkpoints) as checkpoints:
-        notes = [*dataset.notes, *evaluation_notes(run, dataset), run.blueprint.attending]
+        notes = [*told, *dataset.notes, *evaluation_notes(run, dataset), run.blueprint.attending]
         notes += filter(None, [run.blueprint.repeated, magnitude_note(config)])
         resumed = checkpoints.newest_intact(notes.append)
         if resumed is not None:
             notes.append(f"continuing from the checkpoint at step {resumed}")
             start = checkpoints.restore(resumed, restore_target(run))
+            check_finite(run, start.params, int(start.step))
             notes += changes_in_words(earlier, config, start)
         assert start is not None  # what was there a moment ago is intact, or has been refused
-        with (
-            listening() as preemption,
-            Monitor(
-                run.directory,
-                total_steps=config.train.steps,
-                start_step=int(start.step),
-                write=write,
-            ) as monitor,
-        ):
+        with Monitor(
+            run.directory,
+            total_steps=config.train.steps,
+            start_step=int(start.step),
+            write=write,
+        ) as monitor:
             for note in notes:
                 monitor.note(note)
             step = run.blueprint.jitted_step()

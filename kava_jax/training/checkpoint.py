@@ -5,6 +5,7 @@ complete checkpoint; digests written before that tell whether it still is what w
 teachers are not in it; their fingerprints are in the manifest.
 """
 
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,9 +15,11 @@ from typing import Any
 import jax
 
 from kava_jax.errors import KavaError, StoppedError, is_full_disk
-from kava_jax.parallel.hosts import absent, from_all, meet
+from kava_jax.models.decoder import Params
+from kava_jax.parallel.hosts import absent, from_all, from_first, meet
 from kava_jax.storage import Place, absolute, move
 from kava_jax.training.digests import damage
+from kava_jax.training.manifest import write_atomically
 from kava_jax.training.step import TrainState
 
 BEST_METRIC = "eval_loss"
@@ -45,8 +48,9 @@ class Checkpoints:
         policy = keeping.AnyPreservationPolicy([keeping.LatestN(n=keep), best])
         self._items = orbax_items
         self._directory = absolute(run_dir) / "checkpoints"
+        self._keep = keep
         self._intact: set[int] = set()
-        self._manager = ocp.CheckpointManager(
+        self._manager = orbax_items.Manager(
             self._directory,
             item_handlers=orbax_items.DigestedHandler(),
             options=ocp.CheckpointManagerOptions(
@@ -92,6 +96,30 @@ class Checkpoints:
         """Until everything is written; raises as ``save``."""
         with self._stops_told():
             self._manager.wait_until_finished()
+
+    def score(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Add the evaluation at a step to its checkpoint, which was written without one.
+
+        A checkpoint that has an evaluation, or is not there, is left as it is. Deletes what is
+        then neither among the newest nor the best; raises as ``save``.
+        """
+        self.wait()
+        scored = step in self._manager.all_steps() and self._manager.metrics(step) is not None
+        missing = from_first(step in self._manager.all_steps() and not scored, "unscored")
+        if not missing or not math.isfinite(metrics.get(BEST_METRIC, math.nan)):
+            return
+        if jax.process_index() == 0:
+            # Where and how Orbax writes the metrics that ``save`` is given.
+            write_atomically(
+                self._directory / str(step) / "metrics" / "metrics", json.dumps(metrics)
+            )
+        meet("checkpoint scored")
+        steps = self.steps()  # of memory: the same on all processes, whatever a shared disk shows
+        self._manager.reload()
+        best = from_first(self._manager.best_step() or 0, "best checkpoint")
+        for other in steps[: -self._keep]:
+            if other != best:
+                self._manager.delete(other)
 
     def steps(self) -> list[int]:
         """Steps of all complete checkpoints, oldest first."""
@@ -154,12 +182,24 @@ class Checkpoints:
         listed = ", ".join(map(str, steps))
         raise KavaError(f"checkpoint={which!r} does not exist; use last, best or one of {listed}")
 
+    def restore_student(self, step: int, abstract: Params) -> Params:
+        """The student's parameters alone, whatever stands beside them; as ``restore``."""
+        found = self._restored(
+            step, lambda place: self._items.restore_part(place, {"params": {"student": abstract}})
+        )
+        return found["params"]["student"]
+
     def restore(self, step: int, abstract: Any) -> TrainState:
         """Read a checkpoint into the shapes, dtypes and shardings of ``abstract``.
 
         Raises KavaError when it is damaged, or holds another state than that, as one by another
         version does.
         """
+        arguments = self._items.DigestedRestore(abstract)
+        return self._restored(step, lambda _: self._manager.restore(step, args=arguments))
+
+    def _restored(self, step: int, read: Callable[[Place], Any]) -> Any:
+        """What ``read`` finds in a step's directory, once that is known to be whole."""
         if problem := self._problem(step):
             others = ", ".join(str(other) for other in self.steps() if other != step)
             raise KavaError(
@@ -168,14 +208,13 @@ class Checkpoints:
             )
         try:
             with self._stops_told():
-                found: Any = self._manager.restore(step, args=self._items.DigestedRestore(abstract))
+                return read(self._directory / str(step) / "default")
         except (ValueError, KeyError) as error:
             reason = " ".join(str(error).split())[:200]
             raise KavaError(
                 f"checkpoint={step}: {self._name()} does not hold the state that this run has "
                 f"({reason}); use the version of kava_jax that wrote it (see manifest.json)"
             ) from error
-        return found
 
     def _problem(self, step: int) -> str:
         """What is wrong with a step's files, the same on all processes; "" when they are intact.

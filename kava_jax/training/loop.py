@@ -66,8 +66,9 @@ def run_steps(
     steps and at the end; and before the first step of a resumed run where the evaluation due there
     was cut short (``evaluated`` is False). A checkpoint is written every ``checkpoint_every``
     steps, at the first logged step after ``checkpoint_minutes`` without one, at the end, and when
-    the run is asked to end. ``probe`` (None without teachers) is called before a step, every
-    ``diagnose_every`` and whenever a share is due.
+    the run is asked to end. The last one is whole before the last evaluation begins, so that
+    whatever fails from there on costs no step. ``probe`` (None without teachers) is called before a
+    step, every ``diagnose_every`` and whenever a share is due.
 
     Raises:
         StoppedError: ``most_skipped`` steps in a row were not finite.
@@ -84,6 +85,8 @@ def run_steps(
             evaluation = _evaluated(evaluate, state, start, monitor)
         elif start >= cadence.steps:
             evaluation = evaluate(state, start)
+        if start > 0 and evaluation.values:
+            checkpoints.score(start, evaluation.values)
         lines.restart_clock(start)
         for number in range(start, cadence.steps):
             rows, batch = upcoming.take(number)
@@ -97,6 +100,8 @@ def run_steps(
             done = number + 1
             profile.before(done, state)
             state, metrics = step(state, teachers, batch)
+            if number == start:
+                preemption.begin()  # now there is something to save
             upcoming.fetch(done)
             profile.after(done, state)
             lines.step(done, metrics, int(rows.valid.sum()))
@@ -104,6 +109,10 @@ def run_steps(
             if last or logged:
                 lines.add(done, metrics)
             measured = None  # until this step's evaluation is whole
+            if last:
+                _settled(lines, skips, monitor, done)
+                checkpoints.save(state, None)
+                checkpoints.wait()
             if last or _due(done, cadence.eval_every):
                 lines.settle()
                 evaluation = _evaluated(evaluate, state, done, monitor)
@@ -112,7 +121,9 @@ def run_steps(
             asked = preemption.asked()
             late = logged and _overdue(saved, cadence.checkpoint_minutes)
             due = late or done % cadence.checkpoint_every == 0
-            if last or (due and not asked):
+            if last:
+                checkpoints.score(done, evaluation.values)
+            elif due and not asked:
                 _settled(lines, skips, monitor, done)
                 checkpoints.save(state, measured)
                 saved = time.monotonic()

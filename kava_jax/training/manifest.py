@@ -25,6 +25,7 @@ import yaml
 
 from kava_jax.errors import KavaError
 from kava_jax.storage import Place
+from kava_jax.training.lock import LOCK_NAME
 
 CONFIG_NAME = "config.yaml"
 MANIFEST_NAME = "manifest.json"
@@ -110,6 +111,7 @@ def write_manifest(
     fingerprints: Fingerprints,
     today: date,
     hardware: Hardware,
+    directories: Sequence[str] = (),
 ) -> None:
     """Write ``manifest.json``; on an existing one add this start to its list of starts.
 
@@ -117,6 +119,7 @@ def write_manifest(
     that chat templates write, which is that of the first start) stands at the top, in one file so
     that a kill cannot leave two halves that disagree; what may differ from
     start to start (command, versions, git revision, hardware, time) in ``starts``, oldest first.
+    ``directories`` are the models' paths that name local directories and no hub ids.
     ``config.yaml`` is the copy for people; write it first.
     """
     earlier = read_manifest(run_dir) if (run_dir / MANIFEST_NAME).exists() else {}
@@ -131,6 +134,7 @@ def write_manifest(
         "config": _plain(config),
         "config_hash": config_hash(config),
         "fingerprints": fingerprints._asdict() | {"teachers": dict(fingerprints.teachers)},
+        "directories": list(directories),
         "date": str(today),
         "starts": [*earlier.get("starts", []), start],
     }
@@ -201,7 +205,8 @@ def _check_fresh(run_dir: Place) -> None:
         raise KavaError(f"run.dir={run_dir} is a file; name a directory")
     # manifest.json too: the first process may be writing it while another one looks.
     ours = [Path(CONFIG_NAME), Path(MANIFEST_NAME)]
-    known = {path.name for name in ours for path in (name, _temporary(name))} | {CALIBRATION_NAME}
+    known = {path.name for name in ours for path in (name, _temporary(name))}
+    known |= {CALIBRATION_NAME, LOCK_NAME}
     if run_dir.is_dir() and {path.name for path in run_dir.iterdir()} - known:
         raise KavaError(
             f"run.dir={run_dir} is not empty and has no {MANIFEST_NAME}, so it is not a run;"

@@ -1,4 +1,4 @@
-"""Orbax's standard item with digests beside its files, written before the checkpoint is committed.
+"""Orbax's manager and its standard item, with digests written before a checkpoint is committed.
 
 Orbax writes a step under a temporary name, in the background on every process; when all have
 written, it calls ``finalize`` on the first one and then renames the directory. Apart from
@@ -14,8 +14,22 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
-from kava_jax.storage import place
+from kava_jax.storage import Place, place
 from kava_jax.training.digests import write_digests, write_own_digests
+
+
+class Manager(ocp.CheckpointManager):
+    """Orbax's, except that it leaves the question whether to stop to ``preemption``.
+
+    Orbax asks JAX's sync point with the step, ``preemption`` with a count of its own. JAX keeps the
+    last number of either: the moment that it then agrees on might be one already passed, at which
+    no process would ever stop.
+    """
+
+    def reached_preemption(self, step: int) -> bool:
+        """Nobody is asked."""
+        del step
+        return False
 
 
 class DigestedHandler(ocp.StandardCheckpointHandler):
@@ -49,6 +63,19 @@ class _OwnDigests:
 
     def cancel(self) -> None:
         """Nothing is under way that could be cancelled."""
+
+
+def restore_part(directory: Place, abstract: Any) -> Any:
+    """Of what was saved there, only what ``abstract`` has, with its dtypes and shardings."""
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        return reader.restore(
+            str(directory),
+            args=ocp.args.PyTreeRestore(
+                item=abstract,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
+                partial_restore=True,
+            ),
+        )
 
 
 @ocp.args.register_with_handler(DigestedHandler, for_save=True)

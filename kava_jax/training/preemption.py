@@ -1,17 +1,20 @@
-"""Being asked to end: SIGTERM or Ctrl-C with one process, JAX's sync point with several.
+"""Being asked to end: by a signal with one process, at JAX's sync point with several.
 
 With several processes all must stop after the same step. ``jax.distributed`` catches SIGTERM on
 every host then, and agrees on a step; with one process it does nothing, so this module listens.
+Before the first step is done there is nothing to save, and signals act as they did before.
 """
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 import jax
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class AskedToEndError(Exception):
@@ -23,12 +26,35 @@ class Preemption:
 
     def __init__(self) -> None:
         self._asked, self._moments = False, 0
+        self._before: dict[int, Any] = {}
+
+    def begin(self) -> None:
+        """From here on a signal is a question that ``asked`` answers, and ends nothing.
+
+        Signals that are ignored, as SIGHUP is under nohup, stay ignored. Only the main thread may
+        set handlers; elsewhere nothing is heard.
+        """
+        several = jax.process_count() > 1
+        for number in SIGNALS:
+            if several and number == signal.SIGTERM:
+                continue  # JAX listens
+            if signal.getsignal(number) is signal.SIG_IGN:
+                continue
+            try:
+                self._before[number] = signal.signal(number, self.notice)
+            except ValueError:  # not the main thread
+                return
+
+    def end(self) -> None:
+        """Leave the handlers as they were found."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def asked(self) -> bool:
         """Whether to save and stop now, the same on all processes.
 
         They all have to ask at the same moments: after every step and before every batch of an
-        evaluation.
+        evaluation. Nothing else in the process may ask (see ``orbax_items.Manager``).
         """
         if jax.process_count() == 1:
             return self._asked
@@ -47,23 +73,28 @@ class Preemption:
         del frame
         self._asked = True
         signal.signal(number, signal.SIG_DFL)
+        if number == signal.SIGHUP:
+            _leave_terminal()
+        if jax.process_count() > 1:  # JAX tells the other processes
+            signal.raise_signal(signal.SIGTERM)
 
 
 @contextmanager
 def listening() -> Iterator[Preemption]:
-    """Listen for the length of a training, and leave the handlers as they were found.
-
-    Only the main thread may set handlers; elsewhere nothing is heard.
-    """
-    preemption, before = Preemption(), {}
-    if jax.process_count() == 1:
-        for number in SIGNALS:
-            try:
-                before[number] = signal.signal(number, preemption.notice)
-            except ValueError:  # not the main thread
-                break
+    """What a training asks; it listens from ``Preemption.begin`` to the end of the block."""
+    preemption = Preemption()
     try:
         yield preemption
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        preemption.end()
+
+
+def _leave_terminal() -> None:
+    """Writing to a terminal that was closed is an error, which must not keep a run from saving."""
+    for stream in (1, 2):
+        try:
+            os.write(stream, b"")
+        except OSError:
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, stream)
+            os.close(null)

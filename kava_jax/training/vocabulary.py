@@ -1,9 +1,9 @@
-"""Losses on logits, token by token, without ever holding the logits of a whole batch.
+"""Losses per token on logits, without storing the logits of a whole batch.
 
-[B, T, V] in float32 would be the largest array of the step by far, so the LM heads run over chunks
-of tokens. Tokens that weigh nothing (prompts, padding) are sorted to the end and never reach a
-head. What a token weighs is known before its logits are, so its gradient is computed in the same
-pass: nothing is kept of the logits, and nothing is computed twice.
+Float32 logits [B, T, V] would be by far the largest array of the step, so the LM heads run over
+chunks of tokens. Tokens without a loss (prompts, padding) are sorted to the end and never reach a
+head. Each token's weight is known before its logits are computed, so one pass gives both the loss
+and its gradient. No logits are stored, and none are computed twice.
 """
 
 import math
@@ -17,31 +17,32 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kava_jax.parallel.sharding import Layouts
 
-# Logits that a chunk may always have, per shard of the batch: 2**25 float32 are 128 MiB.
+# A chunk may have at least this many logits per shard of the batch: 2**25 float32 are 128 MiB.
 CHUNK_LOGITS = 2**25
-# At least so many chunks, so that few tokens without weight share one with the last that have some.
+# Use at least this many chunks. The chunk where the counted tokens end also computes some uncounted
+# ones, and smaller chunks waste less there.
 CHUNKS = 4
-# Long chunks are multiples of this, which is what matrix units like.
+# Longer chunks are rounded up to a multiple of this, which matrix units handle best.
 CHUNK_UNIT = 128
 
 LossOfLogits = Callable[[dict[str, Array], Array], Array]
 
 
 class Head(NamedTuple):
-    """One model's way to logits: ``hidden @ table.T``, multiplied in the hidden states' dtype."""
+    """One model's logits: ``hidden @ table.T``, multiplied in the dtype of ``hidden``."""
 
     hidden: Float[Array, "B U D"]
     table: Float[Array, "V D"]
 
 
 class _Sorted(NamedTuple):
-    """Tokens of each shard [S, N], those that weigh something first."""
+    """Token indices of each shard [S, N], counted tokens first."""
 
     order: Int[Array, "S N"]
     needed: Int[Array, ""]
-    """The most that any shard has."""
+    """The largest number of counted tokens of any shard."""
     size: int
-    """Tokens of a chunk, which divides N."""
+    """Tokens per chunk; it divides N."""
 
     @property
     def chunks(self) -> int:
@@ -59,20 +60,19 @@ def weighted_losses(
     shards: int = 1,
     layouts: Layouts | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, "B U K"]]:
-    """``sum(weights * losses)`` over counted tokens, and the losses themselves, elsewhere 0.
+    """``sum(weights * losses)`` over counted tokens, and the losses (0 for uncounted tokens).
 
-    The sum is differentiable in the learner and the weights; others are constants, and no gradient
-    goes through the losses.
+    Only the sum has gradients, in ``learner`` and ``weights_BUK``. The returned losses have none.
 
     Args:
-        learner: the model that learns; its logits are called ``student``.
-        others: further models that the loss compares with, by name.
+        learner: the student; ``loss_of_logits`` gets its logits as ``student``.
+        others: other models for the loss to compare with, by name.
         labels_BU: the ids to predict.
         counted_BU: which tokens have losses.
-        weights_BUK: of every token's K losses.
+        weights_BUK: the weight of each of a token's K losses.
         loss_of_logits: from every model's logits [S, n, V] and labels [S, n] to losses [S, n, K].
-        shards: over how many devices the rows are split.
-        layouts: where arrays lie on the mesh.
+        shards: the number of devices that the rows are split over.
+        layouts: shardings on the mesh.
     """
     shards = math.gcd(shards, labels_BU.shape[0])
     run = partial(_run, loss_of_logits, shards, layouts)
@@ -107,7 +107,7 @@ def _run(
     counted_BU: Array,
     with_gradient: bool,
 ) -> tuple[Array, Head | None]:
-    """Losses of all tokens, and the gradient of their weighted sum in the learner."""
+    """Losses of all tokens, and the gradient of their weighted sum with respect to the learner."""
 
     def by_shard(x: Array) -> Array:
         return _lying(x.reshape(shards, -1, *x.shape[2:]), layouts and layouts.rows)
@@ -128,7 +128,7 @@ def _run(
         places = jax.lax.dynamic_slice_in_dim(tokens.order, start, tokens.size, axis=1)
         taken = {name: _take(hidden, places) for name, hidden in hiddens.items()}
         logits = {name: _logits(taken[name], tables[name]) for name in taken}
-        # A place beyond the last token repeats one, and counts for nothing.
+        # Padding of the last chunk repeats token 0; its loss must not count.
         inside = start + jnp.arange(tokens.size) < student.shape[1]
         kept = _take(counted, places) & inside[None, :]
 
@@ -150,7 +150,8 @@ def _run(
         return number + 1, _written(losses, found, start), *gradient
 
     def unfinished(state: tuple[Any, ...]) -> Array:
-        # The second limit never bites: it says to whoever reads the program how long it may get.
+        # The second condition is always true before the first one fails. It gives the loop a static
+        # bound, which plan.program reads to count the FLOPs.
         return (state[0] * tokens.size < tokens.needed) & (state[0] < tokens.chunks)
 
     room = tokens.order.shape
@@ -162,7 +163,7 @@ def _run(
             _lying(of_table, layouts and layouts.head_gradients),
         )
     _, losses, *gradient = jax.lax.while_loop(unfinished, chunk, state)
-    # Where each token's chunk wrote; what was never reached stays 0.
+    # Back to the original order of tokens. Chunks that never ran left zeros.
     back = jnp.argsort(tokens.order[:, : student.shape[1]], axis=1)
     losses = _take(losses, back).reshape(weights_BUK.shape)
     if not with_gradient:
@@ -173,11 +174,12 @@ def _run(
 
 
 def _sorted(counted_SN: Array, vocabulary: int, width: int) -> _Sorted:
-    """Tokens that count first, in chunks.
+    """Sort counted tokens first and choose the chunk size.
 
-    A chunk has as many tokens as the learner is wide, or more: each adds to the gradient of the
-    whole table, which with fewer would cost more than its products. Its logits are then no larger
-    than that gradient.
+    A chunk has at least ``width`` tokens, if the batch is long enough. Each chunk adds to the
+    gradient of the whole table [V, width]; with fewer tokens, reading and writing that array would
+    cost more than the chunk's matrix products. A chunk of ``width`` tokens has V * width logits, as
+    many as the gradient has entries.
     """
     length = counted_SN.shape[1]
     size = min(max(1, width, CHUNK_LOGITS // vocabulary), math.ceil(length / CHUNKS))

@@ -453,7 +453,7 @@ def test_what_is_no_run_is_refused(finished, tmp_path, capsys):
     run = make_run(tmp_path / "run", [], teachers=())
     ended = kava(capsys, "report", str(run), "--out", str(tmp_path))
     assert ended.code == 2
-    assert "cannot be written (Is a directory); name another file" in ended.err
+    assert f"out={tmp_path} is a directory; name a file" in ended.err
     broken = make_run(tmp_path / "broken", [])
     (broken / "metrics.jsonl").write_text("no json\n{}\n")
     ended = kava(capsys, "report", str(broken))

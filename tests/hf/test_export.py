@@ -1,6 +1,7 @@
 """Weights out: bit-identical round trips, transformers as reader, nothing lost or half written."""
 
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -286,6 +287,25 @@ def test_a_previous_export_is_replaced_unless_something_was_added(tmp_path, toke
     with pytest.raises(KavaError, match=r"notes\.txt"):
         export(source, out, tokenizer_dir)
     assert (out / "notes.txt").exists()
+
+
+def test_a_directory_that_is_there_stays_the_same_one(tmp_path, tokenizer_dir, monkeypatch):
+    """It may be another disk, where somebody stands, or behind a link: it is never renamed."""
+    source = write_directory(tmp_path / "source", "qwen2")
+    there = tmp_path / "large_disk"
+    there.mkdir()
+    (tmp_path / "link").symlink_to("large_disk")
+    before = there.stat().st_ino
+    export(source, tmp_path / "new", tokenizer_dir)
+    export(source, tmp_path / "link", tokenizer_dir, max_shard_bytes=60_000)
+    monkeypatch.chdir(there)
+    export(source, Path("."), tokenizer_dir)
+    assert there.stat().st_ino == before
+    assert (tmp_path / "link").is_symlink()
+    assert Path.cwd() == there
+    new = {path.name: path.read_bytes() for path in (tmp_path / "new").iterdir()}
+    assert {path.name: path.read_bytes() for path in there.iterdir()} == new
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "new", "large_disk", "link"}
 
 
 def test_a_failed_export_leaves_the_old_one_and_nothing_else(tmp_path, tokenizer_dir):

@@ -322,3 +322,21 @@ def test_overflow_to_half_precision_is_refused_by_name(directory):
     message = refusal(directory, param_dtype="float16")
     assert "model.layers.2.mlp.up_proj.weight" in message
     load(directory, param_dtype="bfloat16")
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("value", [np.nan, -np.nan, np.inf, -np.inf])
+def test_the_one_number_that_is_not_finite_is_found_in_the_files_own_dtype(tmp_path, dtype, value):
+    largest = float(ml_dtypes.finfo(dtype).max)
+    finite = np.array([0.0, -0.0, largest, -largest, 1e-40], np.float64).astype(dtype)
+    rows = np.tile(finite, (2, 1 << 16))  # more than is looked at in one piece
+    spoilt = rows.copy()
+    spoilt[1, -1] = value
+    save_file({"whole": rows, "spoilt": spoilt}, tmp_path / "model.safetensors")
+    files = TensorFiles(tmp_path)
+    everything = (slice(0, 2), slice(0, rows.shape[1]))
+    assert files.read_weight("whole", everything).dtype == dtype
+    files.read_weight("spoilt", (slice(0, 1), everything[1]))  # only what is read counts
+    assert files.not_finite == set()
+    files.read_weight("spoilt", everything)
+    assert files.not_finite == {"spoilt"}

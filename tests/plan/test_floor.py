@@ -5,8 +5,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from kava_jax.bench.pairs import geometry
-from kava_jax.bench.step import Pair
+from kava_jax.bench.pairs import Pair
 from kava_jax.config_file import parse_config
 from kava_jax.hf.geometry import spec_from_config
 from kava_jax.parallel.mesh import make_mesh
@@ -23,8 +22,7 @@ def blueprint(*overrides: str) -> Blueprint:
     raw = {"recipe": "original", **CONFIG, "data": {"path": "builtin:word_problems"}}
     config = parse_config(raw, ["data.batch_size=4", "mesh.data=1", *overrides])
     teacher, student = (
-        spec_from_config(geometry(sizes, PAIR.vocabulary), where="bench")
-        for sizes in (PAIR.teacher, PAIR.student)
+        spec_from_config(model, where="bench") for model in (PAIR.teacher, PAIR.student)
     )
     somewhere = Path("nowhere")
     models = Models(Found(somewhere, student), {"big": Found(somewhere, teacher)})

@@ -1,15 +1,17 @@
 """``assess``: the held-out figures of a model on any data, against transformers' own."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from kava_jax.config_file import load_config, parse_config
 from kava_jax.data.problems import WordProblems
 from kava_jax.data.tokenizer import builtin_tokenizer
-from kava_jax.errors import KavaError
+from kava_jax.errors import KavaError, StoppedError
 from kava_jax.runs.assess import assess
 from kava_jax.runs.evaluate import choice_note
 from tests.tiny import write_model, write_rows
@@ -43,6 +45,17 @@ def test_the_generator_gives_rows_that_are_never_trained_on(model, on_builtin, t
     fields = ("data.prompt_field=q", "data.answer_field=a")
     assert figures(model, path, *fields) == on_builtin
     assert figures(model, "builtin:word_problems", "data.eval_split=train") != on_builtin
+
+
+def test_a_loss_that_overflows_is_no_result(model, tmp_path):
+    shutil.copytree(model, tmp_path / "huge")
+    path = tmp_path / "huge" / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"][:] = 3e38  # a finite float32, and ten times it is none
+    tensors["model.embed_tokens.weight"] *= 10
+    save_file(tensors, path)
+    with pytest.raises(StoppedError, match=r"eval_loss=(nan|inf): the weights are finite"):
+        figures(tmp_path / "huge", "builtin:word_problems", "eval.exact_match=false")
 
 
 def test_figures_of_a_plain_model(on_builtin):

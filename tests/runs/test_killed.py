@@ -139,7 +139,9 @@ def test_a_full_disk_ends_the_run_with_its_checkpoints_whole(
 
 def test_a_term_signal_saves_and_the_same_command_goes_on(workspace: Path) -> None:
     process = command(workspace, "asked")
-    began(process, workspace / "asked", 120)
+    metrics = workspace / "asked" / "metrics.jsonl"
+    while not (metrics.exists() and '"kind": "train"' in metrics.read_text()):
+        began(process, workspace / "asked", 120)  # before a step there is nothing to save
     process.send_signal(signal.SIGTERM)
     said = process.communicate()[1]
     assert process.returncode == 75, said

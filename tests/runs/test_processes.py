@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from tests.tiny import CONFIG, write_config, write_workspace
+from tests.tiny import CONFIG, JOINED, write_config, write_workspace
 from tests.tolerances import TOL
 
 ROOT = Path(__file__).parents[2]
@@ -69,6 +69,7 @@ def run_group(
         "JAX_COMPILATION_CACHE_DIR": str(workspace / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
+    environment |= JOINED if processes > 1 else {}
     started = [
         subprocess.Popen(
             [

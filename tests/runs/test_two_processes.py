@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny import CONFIG, write_config, write_workspace
+from kava_jax.training.lock import exclusive
+from tests.tiny import CONFIG, JOINED, write_config, write_workspace
 from tests.tolerances import TOL
 
 STEPS = 6
@@ -44,6 +45,7 @@ def start(
         "JAX_COMPILATION_CACHE_DIR": str(workspace / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
+    environment |= JOINED if flags else {}
     return subprocess.Popen(
         [sys.executable, *program, *flags, *arguments],
         cwd=workspace,
@@ -149,6 +151,16 @@ def test_a_damaged_file_of_the_second_process_is_told_by_both(workspace: Path) -
         assert f"is damaged ({name} has changed since it was written)" in words
 
 
+def test_a_pair_that_finds_the_directory_in_use_ends_with_one_line_each(workspace: Path) -> None:
+    with exclusive(workspace / "held", "run.dir"):
+        for process in pair(workspace, "train", "run.yaml", "run.dir=held"):
+            _, words = process.communicate(timeout=LIMIT)
+            assert process.returncode == 2, words
+            told = [line for line in words.splitlines() if line.startswith("error: ")]
+            assert told == [words.splitlines()[-1]]
+            assert f"run.dir=held is in use by process {os.getpid()} on " in told[0]
+
+
 def test_when_one_is_killed_the_other_ends_and_the_pair_resumes(workspace: Path) -> None:
     arguments = ["train", "run.yaml", "run.dir=killed"]
     first, second = pair(workspace, *arguments, program=("-c", IMPATIENT))
@@ -162,3 +174,21 @@ def test_when_one_is_killed_the_other_ends_and_the_pair_resumes(workspace: Path)
     both(workspace, "train", "run.yaml", "run.dir=killed")
     # Not bit for bit: sums over processes come in no fixed order.
     assert_same_lines(lines(workspace / "killed"), lines(workspace / "double"))
+
+
+def test_ctrl_c_on_one_saves_the_same_step_on_both(workspace: Path) -> None:
+    first, second = pair(workspace, "train", "run.yaml", "run.dir=asked", "train.steps=100000")
+    metrics = workspace / "asked" / "metrics.jsonl"
+    while first.poll() is None and not (metrics.exists() and '"step": 2' in metrics.read_text()):
+        time.sleep(0.02)
+    second.send_signal(signal.SIGINT)
+    ended = [(*process.communicate(timeout=300), process.returncode) for process in (first, second)]
+    assert [code for _, _, code in ended] == [75, 75], ended
+    # Beside our line stand those of JAX's own threads.
+    told = [line for _, words, _ in ended for line in words.splitlines() if "preempted: " in line]
+    (said,) = set(told)
+    assert len(told) == 2
+    step = said.removeprefix("preempted: saved at step ").split(";")[0]
+    written = workspace / "asked" / "checkpoints" / step / "default"
+    found = {path.name for path in written.glob("sha256.?.json")}
+    assert found == {"sha256.0.json", "sha256.1.json"}

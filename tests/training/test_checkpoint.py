@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.experimental import multihost_utils
 
 from kava_jax.errors import KavaError, StoppedError
 from kava_jax.geometry import Mean
@@ -100,6 +101,35 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     with Checkpoints(tmp_path, 2) as checkpoints:
         assert checkpoints.steps() == [6, 7]
         assert checkpoints.choose("best") == 7
+
+
+def test_an_evaluation_that_is_added_counts_as_one_that_was_saved(tmp_path: Path) -> None:
+    """As Orbax writes it, kept by the same rule, and never added twice."""
+    save_all(tmp_path / "at_once", {1: 1.0, 2: 3.0, 3: 2.0, 4: 0.5})
+    save_all(tmp_path / "later", {1: 1.0, 2: 3.0, 3: 2.0, 4: None})
+    with Checkpoints(tmp_path / "later", 2) as checkpoints:
+        assert checkpoints.steps() == [1, 3, 4]
+        for loss in (float("nan"), 0.5, 9.0):
+            checkpoints.score(4, {"eval_loss": loss, "eval_cos_sim": 0.5})
+        checkpoints.score(7, {"eval_loss": 0.1})  # there is no such step
+    found = []
+    for name in ("at_once", "later"):
+        with Checkpoints(tmp_path / name, 2, read_only=True) as checkpoints:
+            found.append((checkpoints.steps(), checkpoints.choose("best")))
+    assert found == [([3, 4], 4)] * 2
+    written = [tmp_path / name / "checkpoints/4/metrics/metrics" for name in ("at_once", "later")]
+    assert written[0].read_bytes() == written[1].read_bytes()
+
+
+def test_saving_leaves_the_question_whether_to_stop_to_preemption(tmp_path, monkeypatch):
+    """JAX keeps one count: another caller's number would put the moment to stop into the past."""
+    asked = []
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", asked.append)
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        checkpoints.save(small_state(1), None)
+        checkpoints.save(small_state(2), {"eval_loss": 1.0})
+        checkpoints.wait()
+    assert asked == []
 
 
 def test_saving_a_step_twice_does_nothing(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 """The loop: what happens when, and a resumed run that is the uninterrupted one, bit for bit."""
 
 import json
-import os
 import signal
 from pathlib import Path
 
@@ -68,6 +67,13 @@ class Record:
         return Figures({"eval_loss": loss}, {"big/cka_k": [loss, 1.0]})
 
 
+class Silent(Preemption):
+    """Hears no signal, so that the tests' own handlers stay."""
+
+    def begin(self) -> None:
+        pass
+
+
 def train(
     directory: Path,
     made,
@@ -109,7 +115,7 @@ def train(
                     share_every=share_every,
                     most_skipped=2,
                 ),
-                preemption=preemption or Preemption(),
+                preemption=preemption or Silent(),
                 profile=Profile(directory, profiled),
                 evaluated=evaluated,
             )
@@ -251,7 +257,7 @@ def test_too_many_in_a_row_stop_the_run_with_its_checkpoint_whole(tmp_path, made
 
 
 def test_a_run_that_is_asked_to_end_saves_and_goes_on_exactly(tmp_path, made, step):
-    class Asked(Preemption):
+    class Asked(Silent):
         moments = 0
 
         def asked(self) -> bool:
@@ -286,7 +292,7 @@ def test_an_evaluation_can_be_cut_short_and_is_made_up_for(tmp_path, made, step,
 
 
 def test_asked_again_before_another_step_the_checkpoint_is_named(tmp_path, made, step):
-    class AtOnce(Preemption):
+    class AtOnce(Silent):
         def asked(self) -> bool:
             return True
 
@@ -349,14 +355,28 @@ def test_a_first_step_that_is_skipped_has_the_first_rate(tmp_path):
     assert line["lr_student"] == pytest.approx(float(RATES["student"](0)))
 
 
-def test_a_first_signal_asks_and_a_second_one_ends():
-    before = signal.getsignal(signal.SIGTERM)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_from_the_first_step_on_a_signal_asks_and_a_second_one_ends(number):
+    before = signal.getsignal(number)
     with listening() as preemption:
+        assert signal.getsignal(number) is before
+        preemption.begin()
         assert not preemption.asked()
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(number)
         assert preemption.asked()
-        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
-    assert signal.getsignal(signal.SIGTERM) is before
+        assert signal.getsignal(number) is signal.SIG_DFL
+    assert signal.getsignal(number) is before
+
+
+def test_what_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with listening() as preemption:
+            preemption.begin()
+            signal.raise_signal(signal.SIGHUP)
+            assert not preemption.asked()
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_few_steps_are_traced_and_nothing_else_changes(tmp_path, made, step):

@@ -1,0 +1,116 @@
+"""What was asked for and would do nothing: settings that no one reads, tokens that no one compares.
+
+Some of it is refused, where nothing at all would be left; the rest is said before a run starts.
+Contradictions between fields alone are refused by the config itself.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from kava_jax.config import Config
+from kava_jax.data.text import Encoded
+from kava_jax.errors import KavaError
+from kava_jax.storage import reachable
+from kava_jax.training.assembly import magnitude_note
+
+# Of these a run does one at its end, however long the interval.
+INTERVALS = ("log_every", "eval_every", "checkpoint_every")
+
+
+def idle_settings(config: Config) -> list[str]:
+    """Every field that is not at its default and does nothing beside the others, and why.
+
+    Raises KavaError when what is left of the KV loss is 0.
+    """
+    loss = config.loss
+    if loss.kv == "mercator" and loss.alpha == 0 and (off := magnitude_note(config)):
+        raise KavaError(f"loss.alpha=0 leaves no KV loss, since {off}; raise loss.alpha")
+    notes = [
+        f"{field}={_value(config, field)} does nothing: {why}"
+        for field, why in _unread(config).items()
+        if _value(config, field) != _default(config, field)
+    ]
+    steps = config.train.steps
+    for name in INTERVALS:
+        every = getattr(config.train, name)
+        if every is not None and every > steps and every != _default(config, f"train.{name}"):
+            notes.append(f"train.{name}={every} is more than train.steps={steps}: only at the end")
+    often, every = config.train.eval_every, config.eval.exact_match_every
+    if config.eval.exact_match and often and every and math.lcm(often, every) >= steps:
+        notes.append(
+            f"eval.exact_match_every={every} and train.eval_every={often} have no multiple in "
+            f"common below train.steps={steps}: only at the end"
+        )
+    return notes
+
+
+def _unread(config: Config) -> dict[str, str]:
+    """Fields that no part of such a run reads, by dotted name, and why not."""
+    found: dict[str, str] = {}
+
+    def unless(read: bool, why: str, *fields: str) -> None:
+        found.update({} if read else dict.fromkeys(fields, why))
+
+    loss, projector, router = config.loss, config.projector, config.router
+    if config.teachers:
+        kv, kind = f"loss.kv={loss.kv}", f"projector.kind={projector.kind}"
+        unless(loss.kv in ("mercator", "hybrid"), kv, "loss.alpha", "loss.beta")
+        unless(loss.kv == "hybrid", kv, "loss.mercator_weight", "loss.mse_weight")
+        unless(loss.kv == "structural", kv, "loss.attention_weight")
+        unless(loss.kv == "infonce", kv, "loss.temperature")
+        unless(loss.kl_weight > 0, "loss.kl_weight=0", "loss.kl_temperature")
+        unless(projector.kind == "elastic", kind, "projector.mlp_ratio", "projector.dropout")
+        unless(projector.kind == "headwise", kind, "projector.per_head")
+        training = f"projector.training={projector.training}"
+        unless(projector.training == "warmup", training, "projector.warmup_steps")
+        learns = projector.training != "frozen" or router.kind == "learned"
+        unless(learns, training, "optimizer.projector_lr")
+        unless(router.kind == "learned", f"router.kind={router.kind}", "router.entropy_weight")
+        fits = config.needs_calibration
+        unless(fits, "nothing is calibrated", "calibration.rows", "calibration.ridge")
+        mixed = any(teacher.layer_map == "calibrated" for teacher in config.teachers)
+        unless(mixed, "no layer_map is calibrated", "calibration.layers")
+    else:
+        unless(False, "there is no teacher", "loss.kl_weight", "projector.warmup_steps")
+    schedule = config.optimizer.schedule
+    unless(schedule == "cosine", f"optimizer.schedule={schedule}", "optimizer.final_lr_share")
+    every = "eval.exact_match_every"
+    unless(config.train.eval_every is not None, "train.eval_every=null", every)
+    unless(config.eval.exact_match, "eval.exact_match=false", every)
+    if reachable(config.data.path, "data.path").is_file():
+        unless(False, "data.path is a file", "data.subset", "data.revision")
+        unless(config.data.eval_path is not None, "data.path is a file", "data.eval_split")
+    return found
+
+
+def _value(config: Config, field: str) -> Any:
+    section, name = field.split(".")
+    return getattr(getattr(config, section), name)
+
+
+def _default(config: Config, field: str) -> Any:
+    section, name = field.split(".")
+    return type(getattr(config, section)).model_fields[name].default
+
+
+def compared_notes(sets: Mapping[str, Sequence[Encoded]], sink_tokens: int) -> list[str]:
+    """What to say of rows of which no token is compared with a teacher's, by set.
+
+    Raises KavaError for a set in which that is so of all rows.
+    """
+    notes = []
+    for name, rows in sets.items():
+        short = sum(len(row.ids) <= sink_tokens for row in rows)
+        longest = max((len(row.ids) for row in rows), default=0)
+        if rows and short == len(rows):
+            raise KavaError(
+                f"loss.sink_tokens={sink_tokens} leaves no token of the {name} rows to compare: "
+                f"the longest has {longest}; lower it"
+            )
+        if short:
+            notes.append(
+                f"{name}: {short} of {len(rows)} rows are no longer than loss.sink_tokens="
+                f"{sink_tokens}, so nothing of them is compared with a teacher"
+            )
+    return notes
