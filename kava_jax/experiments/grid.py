@@ -103,8 +103,11 @@ def load_grid(path: Path, overrides: Iterable[str] = ()) -> tuple[Grid, dict[str
     try:
         grid = Grid.model_validate(raw)
     except ValidationError as error:
-        problems = "; ".join(map(_problem, error.errors()))
-        raise KavaError(f"grid={str(path)!r}: {problems}") from None
+        problems = [
+            f"{'.'.join(map(str, e['loc'])) or 'grid'}: {e['msg'].removeprefix('Value error, ')}"
+            for e in error.errors()
+        ]
+        raise KavaError(f"grid={str(path)!r}: {'; '.join(problems)}") from None
     beside = path.parent / written_out(grid.config)
     base = read_yaml(beside if beside.is_file() else shipped_config(grid.config))
     for arm in (*grid.arms, *([] if grid.pretrain is None else [PRETRAINED])):
