@@ -70,8 +70,6 @@ WHEN: dict[str, dict[str, str]] = {
         "mercator_weight": "`kv=hybrid`; a ramp moves from one term to the other",
         "mse_weight": "`kv=hybrid`",
         "attention_weight": "`kv=structural`",
-        "temperature": "`kv=infonce`: lower asks for sharper distinction",
-        "divide_by_std": "layers of very different scale share one MSE",
         "ce_weight": "0 to see what KV does alone; a ramp from 0 lets KV go first",
         "kl_weight": "logit KL is wanted, alone or with KV; the whole teacher is loaded then",
         "kl_temperature": "the teacher is very sure of itself: raise it",

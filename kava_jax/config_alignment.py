@@ -52,7 +52,7 @@ class LossConfig(Section):
     ``remove_key_bias`` to ``per_head`` say in which frame keys and values are compared.
     """
 
-    kv: Literal["mercator", "mse", "smooth_l1", "hybrid", "structural", "infonce", "gram"] = Field(
+    kv: Literal["mercator", "mse", "smooth_l1", "hybrid", "structural"] = Field(
         default="mercator", description="how far two keys (or values) are from each other"
     )
     kv_weight: KVWeight = Field(
@@ -66,10 +66,6 @@ class LossConfig(Section):
     mercator_weight: Weight | Ramp = Field(default=0.8, description="hybrid: of Mercator")
     mse_weight: Weight | Ramp = Field(default=0.2, description="hybrid: of MSE")
     attention_weight: Weight = Field(default=1.0, description="structural: of the attention KL")
-    temperature: float = Field(default=0.1, gt=0, description="infonce: of its softmax")
-    divide_by_std: bool = Field(
-        default=False, description="mse, smooth_l1, structural: in units of the layer's std"
-    )
     ce_weight: Weight | Ramp = Field(default=1.0, description="of cross-entropy")
     kl_weight: Weight = Field(default=0.0, description="of logit KL")
     kl_temperature: float = Field(default=1.0, gt=0, description="of both softmaxes in logit KL")
@@ -94,11 +90,6 @@ class LossConfig(Section):
             raise ValueError(
                 "remove_key_bias=true with key_space=post_rope: RoPE has turned the bias by then; "
                 "set key_space=pre_rope"
-            )
-        if self.divide_by_std and self.kv not in ("mse", "smooth_l1", "structural"):
-            raise ValueError(
-                f"divide_by_std=true does nothing for kv={self.kv}; set it to false, or kv to mse, "
-                f"smooth_l1 or structural"
             )
         if not self._compares:
             raise ValueError(

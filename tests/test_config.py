@@ -203,7 +203,6 @@ def test_a_recipe_sets_what_the_config_does_not_say():
             ["loss.remove_key_bias=true", "loss.key_space=post_rope"],
             "loss: remove_key_bias=true with key_space=post_rope",
         ),
-        (["loss.divide_by_std=true"], "loss: divide_by_std=true does nothing for kv=mercator"),
         (["router.kind=learned"], "router.kind=learned with 0 teachers"),
         (
             [

@@ -26,9 +26,6 @@ LOSSES = {
     "hybrid": "Hybrid: {mercator_weight} x Mercator (beta {beta:g}) + {mse_weight} x MSE",
     "structural": "Structural: Smooth-L1 of keys and values, and {attention_weight:g} x the KL of "
     "what the space's queries attend to",
-    "infonce": "InfoNCE: each token's vector must find its own target among its row's tokens "
-    "(temperature {temperature:g})",
-    "gram": "Gram: cosines between the tokens of a row must agree; no common space is needed",
 }
 MAPS = {
     "ratio": "the one at its own relative depth (first meets first, last meets last)",
@@ -139,8 +136,6 @@ def _compared(config: Config) -> str:
         steps.append(f"means per layer, head and dimension ({source}) are subtracted on both sides")
     if loss.standardize:
         steps.append("every dimension is divided by its standard deviation")
-    if loss.divide_by_std:
-        steps.append("differences count in units of the target layer's standard deviation")
     frame = f" Frame: {'; '.join(steps)}." if steps else " Frame: raw vectors."
     what = {"both": f"keys {where} and values", "keys": f"keys {where}", "values": "values"}
     return (

@@ -58,7 +58,6 @@ def _unread(config: Config) -> dict[str, str]:
         unless(loss.kv in ("mercator", "hybrid"), kv, "loss.alpha", "loss.beta")
         unless(loss.kv == "hybrid", kv, "loss.mercator_weight", "loss.mse_weight")
         unless(loss.kv == "structural", kv, "loss.attention_weight")
-        unless(loss.kv == "infonce", kv, "loss.temperature")
         unless(loss.kl_weight > 0, "loss.kl_weight=0", "loss.kl_temperature")
         unless(projector.kind == "elastic", kind, "projector.mlp_ratio", "projector.dropout")
         unless(projector.kind == "headwise", kind, "projector.per_head")

@@ -38,8 +38,6 @@ def make_objective(
             beta=0.0 if magnitude_note(config) else loss.beta,
             mercator_weight=_weight(loss.mercator_weight, steps),
             mse_weight=_weight(loss.mse_weight, steps),
-            temperature=loss.temperature,
-            divide_by_std=loss.divide_by_std,
         ),
         frame=Frame(loss.center, loss.standardize, loss.per_head),
         parts=loss.parts,

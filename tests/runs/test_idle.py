@@ -14,11 +14,6 @@ from tests.tiny import CONFIG
 
 # What is set; the words it is said with; what makes it count.
 IDLE: dict[str, tuple[list[str], str, list[str]]] = {
-    "temperature": (
-        ["loss.temperature=0.5"],
-        "loss.temperature=0.5 does nothing: loss.kv=mercator",
-        ["loss.kv=infonce"],
-    ),
     "beta": (["loss.kv=mse", "loss.beta=0.1"], "does nothing: loss.kv=mse", ["loss.kv=hybrid"]),
     "mix": (["loss.mse_weight=0.5"], "loss.mse_weight=0.5", ["loss.kv=hybrid"]),
     "attention": (["loss.attention_weight=2"], "loss.kv=mercator", ["loss.kv=structural"]),

@@ -87,7 +87,6 @@ def setting(
     dropout: float = 0.0,
     trainable: bool = True,
     kv: str = "mercator",
-    divide_by_std: bool = False,
     kv_weight: float = 0.7,
     ce_weight: float = 1.0,
     kl_weight: float = 0.0,
@@ -159,7 +158,7 @@ def setting(
             for name in names
         },
         router=Router(router, weights, modules["router"].graph if router == "learned" else None),
-        kv_loss=kv_loss(kv, beta=beta, divide_by_std=divide_by_std),
+        kv_loss=kv_loss(kv, beta=beta),
         frame=Frame(center, standardize, per_head),
         parts=parts,
         direction=direction,

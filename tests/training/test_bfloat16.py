@@ -54,8 +54,8 @@ CASES = (
     Case("original", "smooth_l1", "skip"),
     Case("calibrated", "hybrid", "last"),
     Case("original", "structural", "interpolated"),
-    Case("anchored", "infonce", "cka"),
-    Case("calibrated", "gram", PAIRS),
+    Case("anchored", layer_map="cka"),
+    Case("calibrated", layer_map=PAIRS),
 )
 
 

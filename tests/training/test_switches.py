@@ -40,16 +40,11 @@ SWITCHES = {
     "remove_key_bias": (False, True),
     "standardize": (False, True),
     "per_head": (True, False),
-    "divide_by_std": (False, True),
     "kl_weight": (0.0, 0.5),
 }
 # Switch by switch: what a configuration refuses, or a map without queries of its own.
 REFUSED = (
     {"remove_key_bias": (True,), "key_space": ("post_rope",)},
-    {
-        "divide_by_std": (True,),
-        "kv": tuple(k for k in KINDS if k not in ("mse", "smooth_l1", "structural")),
-    },
     {"router": ("similarity", "learned"), "teachers": (1,)},
     {
         "kv": ("structural",),
@@ -113,7 +108,7 @@ def test_the_rows_hold_every_pair_that_is_not_refused() -> None:
 
 
 def test_what_is_left_out_is_what_a_configuration_refuses() -> None:
-    names = ("kv", "divide_by_std", "key_space", "remove_key_bias")
+    names = ("kv", "key_space", "remove_key_bias")
     for values in itertools.product(*(SWITCHES[name] for name in names)):
         row = dict(zip(names, values, strict=True))
         try:
