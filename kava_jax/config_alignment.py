@@ -14,7 +14,7 @@ class ProjectorConfig(Section):
     for the first ``warmup_steps``, then beside the student; ``frozen`` stays as it was initialised.
     """
 
-    kind: Literal["elastic", "linear", "headwise"] = Field(
+    kind: Literal["elastic", "linear"] = Field(
         default="elastic", description="what an adapter is made of"
     )
     direction: Literal["student_to_teacher", "teacher_to_student"] = Field(
@@ -28,9 +28,6 @@ class ProjectorConfig(Section):
         default="xavier", description="calibrated: fitted in closed form before training"
     )
     per_layer: bool = Field(default=False, description="one map per layer, not shared by all")
-    per_head: bool = Field(
-        default=False, description="headwise only: one dim map per head, not shared"
-    )
     training: Literal["joint", "warmup", "frozen"] = Field(
         default="joint", description="how the projector learns"
     )

@@ -5,7 +5,6 @@ float32. Factors of products are in the dtype of what is passed in; sums, biases
 the result are float32: what is compared may be a small rest of a large sum.
 """
 
-import math
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -15,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 InitMethod = Literal["xavier", "kaiming", "normal"]
-Kind = Literal["elastic", "linear", "headwise"]
+Kind = Literal["elastic", "linear"]
 # Kinds whose result does not depend on the length of what comes in.
 NORM_FIRST: tuple[Kind, ...] = ("elastic",)
 
@@ -130,48 +129,3 @@ class ElasticAdapter(nnx.Module):
             kept = jax.random.bernoulli(key, 1.0 - self.dropout, hidden.shape)
             hidden = jnp.where(kept, hidden / (1.0 - self.dropout), 0)
         return self.out(hidden)
-
-
-class HeadwiseAdapter(nnx.Module):
-    """Mix heads, then map the head dim: ``y_k = sum_j mixer[j, k] * x_j @ kernel_k + bias_k``.
-
-    The kernel is shared by all target heads, or one per head (``per_head``). It starts with every
-    target head reading the mean of its own group of source heads, as grouped-query attention does.
-    """
-
-    def __init__(
-        self,
-        source: HeadShape,
-        target: HeadShape,
-        init: InitMethod,
-        rngs: nnx.Rngs,
-        *,
-        per_head: bool,
-    ):
-        """Build mixer, dim map and bias."""
-        maps = target.heads if per_head else 1
-        shape = (maps, source.head_dim, target.head_dim)
-        kernels = [initial_kernel(init, rngs.params(), shape[1:]) for _ in range(maps)]
-        self.mixer_kernel = nnx.Param(_grouped_mixer(source.heads, target.heads), axes=(None, None))
-        self.kernel = nnx.Param(jnp.stack(kernels), axes=(None, None, None))
-        self.bias = nnx.Param(jnp.zeros(tuple(target)), axes=(None, None))
-        self.source, self.target = source, target
-
-    def __call__(self, x: Float[Array, "*B I"], key: Key[Array, ""] | None) -> Float[Array, "*B O"]:
-        """Map; ``key`` is for dropout, of which there is none here."""
-        del key
-        heads = x.reshape(*x.shape[:-1], *self.source)
-        mixed = jnp.einsum("...jh,jk->...kh", heads, self.mixer_kernel[...].astype(x.dtype))
-        shape = (self.target.heads, self.source.head_dim, self.target.head_dim)
-        y: Array = _product("...kh,khd->...kd", mixed, jnp.broadcast_to(self.kernel[...], shape))
-        y = y + self.bias[...].reshape((1,) * (y.ndim - 2) + tuple(self.target))
-        return y.reshape(*x.shape[:-1], self.target.width)
-
-
-def _grouped_mixer(source_heads: int, target_heads: int) -> Float[Array, "J K"]:
-    """Column k averages the source heads whose relative place overlaps that of target head k."""
-    common = math.lcm(source_heads, target_heads)
-    slots = jnp.arange(common)
-    source = jax.nn.one_hot(slots * source_heads // common, source_heads)
-    target = jax.nn.one_hot(slots * target_heads // common, target_heads)
-    return source.T @ target / (common // target_heads)

@@ -20,7 +20,6 @@ from kava_jax.alignment.adapters import (
     NORM_FIRST,
     ElasticAdapter,
     HeadShape,
-    HeadwiseAdapter,
     InitMethod,
     Kind,
     LinearAdapter,
@@ -56,7 +55,6 @@ class ProjectorShape(NamedTuple):
     mlp_ratio: float = 1.0
     dropout: float = 0.1
     init: InitMethod = "xavier"
-    per_head: bool = False
 
 
 class KVDimensionProjector(nnx.Module):
@@ -72,11 +70,10 @@ class KVDimensionProjector(nnx.Module):
         dropout: rate inside the elastic adapter, applied only when a key is given.
         init_method: ``xavier``, ``kaiming`` or ``normal``.
         trainable: when False no gradient reaches the adapters' weights (it still passes through).
-        kind: ``elastic`` (LayerNorm, Linear, SiLU, Dropout, Linear), ``linear`` or ``headwise``.
+        kind: ``elastic`` (LayerNorm, Linear, SiLU, Dropout, Linear) or ``linear``.
         direction: which side is mapped onto the other.
         student_heads: KV heads within ``student_d_model``.
         per_layer: one set of weights per mapped layer, instead of one shared by all.
-        per_head: headwise only: a dim map per target head.
         rngs: source of the initial weights; seed 0 when absent.
 
     Raises KavaError for widths that heads do not divide and for ``per_layer`` without layers.
@@ -95,13 +92,12 @@ class KVDimensionProjector(nnx.Module):
         direction: Direction = "teacher_to_student",
         student_heads: int = 1,
         per_layer: bool = False,
-        per_head: bool = False,
         rngs: nnx.Rngs | None = None,
     ):
         """Build one adapter pair per teacher."""
         rngs = nnx.Rngs(0) if rngs is None else rngs
         student = _head_shape("student_d_model", student_d_model, student_heads)
-        shape = ProjectorShape(kind, mlp_ratio, dropout, init_method, per_head)
+        shape = ProjectorShape(kind, mlp_ratio, dropout, init_method)
         self.trainable, self.per_layer = trainable, per_layer
         self.direction: Direction = direction
         self.student, self.teachers = student, {}
@@ -231,7 +227,6 @@ class KVDimensionProjector(nnx.Module):
             "kind": self.shape.kind,
             "direction": self.direction,
             "per_layer": self.per_layer,
-            "per_head": self.shape.per_head,
         }
 
 
@@ -257,8 +252,6 @@ def _adapter(
     def build(rngs: nnx.Rngs) -> nnx.Module:
         if shape.kind == "linear":
             return LinearAdapter(source, target, shape.init, rngs)
-        if shape.kind == "headwise":
-            return HeadwiseAdapter(source, target, shape.init, rngs, per_head=shape.per_head)
         return ElasticAdapter(
             source, target, shape.init, rngs, mlp_ratio=shape.mlp_ratio, dropout=shape.dropout
         )

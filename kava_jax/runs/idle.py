@@ -60,7 +60,6 @@ def _unread(config: Config) -> dict[str, str]:
         unless(loss.kv == "structural", kv, "loss.attention_weight")
         unless(loss.kl_weight > 0, "loss.kl_weight=0", "loss.kl_temperature")
         unless(projector.kind == "elastic", kind, "projector.mlp_ratio", "projector.dropout")
-        unless(projector.kind == "headwise", kind, "projector.per_head")
         training = f"projector.training={projector.training}"
         unless(projector.training == "warmup", training, "projector.warmup_steps")
         learns = projector.training != "frozen" or router.kind == "learned"

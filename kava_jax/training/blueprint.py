@@ -343,7 +343,6 @@ def _projector(
             direction=settings.direction,
             student_heads=student.num_kv_heads,
             per_layer=settings.per_layer,
-            per_head=settings.per_head,
             rngs=rngs,
         )
 

@@ -9,7 +9,6 @@ from flax import nnx
 from kava_jax.alignment.adapters import (
     ElasticAdapter,
     HeadShape,
-    HeadwiseAdapter,
     LinearAdapter,
     initial_kernel,
 )
@@ -64,37 +63,6 @@ def test_elastic_survives_vectors_that_are_all_offset() -> None:
     np.testing.assert_allclose(adapter(jnp.asarray(x), None), want, atol=TOL["offset_norm"])
 
 
-@pytest.mark.parametrize("per_head", [False, True])
-def test_headwise_mixes_heads_and_maps_the_head_dim(per_head: bool) -> None:
-    adapter = HeadwiseAdapter(SOURCE, TARGET, "xavier", nnx.Rngs(0), per_head=per_head)
-    w, x = noisy(adapter), vectors(SOURCE.width, 3, 4)
-    want = np.zeros((3, 4, 2, 5))
-    for k in range(2):
-        kernel = w["kernel"][k if per_head else 0]
-        for j in range(4):
-            head = x[..., 6 * j : 6 * (j + 1)].astype(np.float64)
-            want[..., k, :] += w["mixer_kernel"][j, k] * (head @ kernel)
-        want[..., k, :] += w["bias"][k]
-    got = adapter(jnp.asarray(x), None)
-    np.testing.assert_allclose(got, want.reshape(3, 4, 10), atol=TOL["float32"])
-
-
-@pytest.mark.parametrize(
-    ("source", "target", "mixer"),
-    [
-        (4, 2, [[0.5, 0], [0.5, 0], [0, 0.5], [0, 0.5]]),
-        (2, 4, [[1, 1, 0, 0], [0, 0, 1, 1]]),
-        (3, 3, [[1, 0, 0], [0, 1, 0], [0, 0, 1]]),
-        (3, 2, [[2 / 3, 0], [1 / 3, 1 / 3], [0, 2 / 3]]),
-    ],
-)
-def test_headwise_starts_as_the_mean_of_each_heads_group(source, target, mixer) -> None:
-    adapter = HeadwiseAdapter(
-        HeadShape(source, 6), HeadShape(target, 6), "xavier", nnx.Rngs(0), per_head=False
-    )
-    np.testing.assert_allclose(adapter.mixer_kernel[...], mixer, rtol=TOL["float32"])
-
-
 def test_dropout_needs_a_key_and_keeps_the_mean() -> None:
     adapter = ElasticAdapter(SOURCE, TARGET, "xavier", nnx.Rngs(0), mlp_ratio=1.0, dropout=0.25)
     x = jnp.asarray(vectors(SOURCE.width, 1))
@@ -126,7 +94,6 @@ def test_bf16_in_float32_out_with_float32_weights() -> None:
     for adapter in (
         LinearAdapter(SOURCE, TARGET, "xavier", nnx.Rngs(0)),
         ElasticAdapter(SOURCE, TARGET, "xavier", nnx.Rngs(0), mlp_ratio=1.0, dropout=0.1),
-        HeadwiseAdapter(SOURCE, TARGET, "xavier", nnx.Rngs(0), per_head=True),
     ):
         x = jnp.asarray(vectors(SOURCE.width, 2, 3))
         got = adapter(x.astype(jnp.bfloat16), jax.random.key(0))

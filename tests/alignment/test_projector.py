@@ -20,15 +20,12 @@ TEACHERS = {
 }
 FORWARD, BACKWARD = "teacher_to_student", "student_to_teacher"
 VARIANTS = [
-    {"kind": kind, "direction": direction, "per_layer": per_layer, "per_head": per_head}
-    for kind, direction, per_layer, per_head in (
-        ("elastic", FORWARD, False, False),
-        ("elastic", BACKWARD, True, False),
-        ("linear", BACKWARD, False, False),
-        ("linear", FORWARD, True, False),
-        ("headwise", FORWARD, False, False),
-        ("headwise", BACKWARD, False, True),
-        ("headwise", FORWARD, True, True),
+    {"kind": kind, "direction": direction, "per_layer": per_layer}
+    for kind, direction, per_layer in (
+        ("elastic", FORWARD, False),
+        ("elastic", BACKWARD, True),
+        ("linear", BACKWARD, False),
+        ("linear", FORWARD, True),
     )
 ]
 
@@ -103,7 +100,7 @@ def test_teachers_keys_and_values_share_nothing() -> None:
                 assert not np.array_equal(leaf[0], leaf[1])
 
 
-@pytest.mark.parametrize("kind", ["elastic", "linear", "headwise"])
+@pytest.mark.parametrize("kind", ["elastic", "linear"])
 def test_per_layer_is_each_layers_own_adapter(kind) -> None:
     projector, shared = make(kind=kind, per_layer=True), make(kind=kind)
     k, v = vectors(3, 2, 5, 24), vectors(3, 2, 5, 24, seed=1)
@@ -174,10 +171,6 @@ def test_parameters_counted_by_hand() -> None:
     assert make(kind="linear", per_layer=True).count_parameters() == 3 * linear
     back = 2 * (10 * 24 + 24) + 2 * (10 * 16 + 16)
     assert make(kind="linear", direction=BACKWARD).count_parameters() == back
-    # Mixer 4 * 2 and 2 * 2, dim map 6 * 5 and 8 * 5 (times two heads), bias 2 * 5.
-    assert make(kind="headwise").count_parameters() == 2 * (8 + 30 + 10) + 2 * (4 + 40 + 10)
-    per_head = 2 * (8 + 60 + 10) + 2 * (4 + 80 + 10)
-    assert make(kind="headwise", per_head=True).count_parameters() == per_head
     half = 2 * (48 + 24 * 12 + 12 + 12 * 10 + 10) + 2 * (32 + 16 * 8 + 8 + 8 * 10 + 10)
     assert make(mlp_ratio=0.5).count_parameters() == half
 

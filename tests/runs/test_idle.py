@@ -27,7 +27,6 @@ IDLE: dict[str, tuple[list[str], str, list[str]]] = {
         "projector.dropout=0.3 does nothing: projector.kind=linear",
         ["projector.kind=elastic"],
     ),
-    "per head": (["projector.per_head=true"], "kind=elastic", ["projector.kind=headwise"]),
     "projector warm-up": (
         ["projector.warmup_steps=1"],
         "projector.warmup_steps=1 does nothing: projector.training=joint",

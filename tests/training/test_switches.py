@@ -26,7 +26,6 @@ MAPS = {"single": MAP, "side_by_side": SIDE_BY_SIDE, "weighted": WEIGHTED}
 PROJECTORS = {
     "elastic": {"kind": "elastic"},
     "linear_per_layer": {"kind": "linear", "per_layer": True},
-    "headwise": {"kind": "headwise"},
 }
 SWITCHES = {
     "kv": KINDS,
