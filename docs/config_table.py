@@ -76,7 +76,6 @@ WHEN: dict[str, dict[str, str]] = {
         "sink_tokens": "prompts begin with a long common header: raise it",
         "remove_key_bias": "keys carry a bias (Qwen2) and the shuffled cosine is high",
         "center": "the shuffled cosine is high: take out what all tokens share",
-        "standardize": "few dimensions own the cosine (`target_top3` near 1)",
         "per_head": "heads of the two models shall not be matched one by one",
     },
     "router": {

@@ -78,7 +78,6 @@ class LossConfig(Section):
     center: Literal["none", "batch", "running"] = Field(
         default="none", description="subtract means per layer and head, on both sides"
     )
-    standardize: bool = Field(default=False, description="divide every dimension by its std")
     per_head: bool = Field(default=True, description="false: one vector per token, all heads")
 
     @model_validator(mode="after")

@@ -134,8 +134,6 @@ def _compared(config: Config) -> str:
     if loss.center != "none":
         source = "of the batch" if loss.center == "batch" else "running over past steps"
         steps.append(f"means per layer, head and dimension ({source}) are subtracted on both sides")
-    if loss.standardize:
-        steps.append("every dimension is divided by its standard deviation")
     frame = f" Frame: {'; '.join(steps)}." if steps else " Frame: raw vectors."
     what = {"both": f"keys {where} and values", "keys": f"keys {where}", "values": "values"}
     return (

@@ -12,7 +12,7 @@ from kava_jax.alignment.projector import forgets_length
 from kava_jax.alignment.router import Router, empty_prototypes
 from kava_jax.config import AutoShare, Config, Ramp
 from kava_jax.models.spec import DecoderSpec
-from kava_jax.training.objective import PARTS, Objective, SideMoments, Statistics, TeacherLink
+from kava_jax.training.objective import PARTS, Objective, SideMeans, Statistics, TeacherLink
 from kava_jax.training.optimizer import Rate, make_optimizer
 
 
@@ -39,7 +39,7 @@ def make_objective(
             mercator_weight=_weight(loss.mercator_weight, steps),
             mse_weight=_weight(loss.mse_weight, steps),
         ),
-        frame=Frame(loss.center, loss.standardize, loss.per_head),
+        frame=Frame(loss.center, loss.per_head),
         parts=loss.parts,
         direction=config.projector.direction,
         attention_weight=loss.attention_weight if loss.kv == "structural" else 0.0,
@@ -65,7 +65,7 @@ def magnitude_note(config: Config) -> str | None:
 
 def empty_statistics(objective: Objective, student: DecoderSpec) -> Statistics:
     """Statistics of no step yet, for whatever the frame and the router keep."""
-    moments = {}
+    means = {}
     if objective.frame.center == "running":
         for name, link in objective.teachers.items():
             layer_map = link.comparison.layer_map
@@ -73,10 +73,10 @@ def empty_statistics(objective: Objective, student: DecoderSpec) -> Statistics:
             heads = student.num_kv_heads if forward else link.spec.num_kv_heads * layer_map.sources
             head_dim = student.head_dim if forward else link.spec.head_dim
             none = empty(len(layer_map), heads, head_dim)
-            moments[name] = {part: SideMoments(none, none) for part in PARTS}
+            means[name] = {part: SideMeans(none, none) for part in PARTS}
     similarity = objective.router.kind == "similarity"
     width, teachers = student.hidden_size, len(objective.teachers)
-    return Statistics(moments, empty_prototypes(teachers, width) if similarity else None)
+    return Statistics(means, empty_prototypes(teachers, width) if similarity else None)
 
 
 def kv_weight(config: Config) -> optax.Schedule:

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from kava_jax.alignment.attention import attention_kl
 from kava_jax.alignment.controls import Control, controlled
-from kava_jax.alignment.frame import Frame, Moments, measure
+from kava_jax.alignment.frame import Frame, TokenMean, measure
 from kava_jax.alignment.kv_losses import TokenLoss
 from kava_jax.alignment.projector import Direction, KVDimensionProjector
 from kava_jax.alignment.router import Router, entropy, served
@@ -55,21 +55,21 @@ class Share(NamedTuple):
     kv: Float[Array, ""]
 
 
-class SideMoments(NamedTuple):
-    """Statistics of one part (keys or values) of both sides."""
+class SideMeans(NamedTuple):
+    """The running mean of one part (keys or values) of both sides."""
 
-    student: Moments
-    target: Moments
+    student: TokenMean
+    target: TokenMean
 
 
 class Statistics(NamedTuple):
     """What the objective reads from the train state, and measures anew for it.
 
-    ``moments``: of the running frame, by teacher and part; ``prototypes``: of the similarity
+    ``means``: of the running frame, by teacher and part; ``prototypes``: of the similarity
     router. Each is empty or None when nothing asks for it.
     """
 
-    moments: dict[str, dict[str, SideMoments]]
+    means: dict[str, dict[str, SideMeans]]
     prototypes: Mean | None
 
 
@@ -88,7 +88,7 @@ class _OfTeacher(NamedTuple):
     mask: Bool[Array, "B T"]
     """The tokens that have a target: fewer than count under the shuffled control."""
     metrics: Metrics
-    moments: dict[str, SideMoments]
+    means: dict[str, SideMeans]
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,7 @@ class Objective:
         found, metrics = {}, {}
         for index, name in enumerate(self.teachers):
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
-            running = statistics.moments.get(name)
+            running = statistics.means.get(name)
             found[name] = self._of_teacher(
                 name, params, teachers[name], student, batch, step, running, key
             )
@@ -155,7 +155,7 @@ class Objective:
         metrics |= of_language
         bonus, routing = self._routing(shares_BTM, batch)
         new = Statistics(
-            {name: one.moments for name, one in found.items() if one.moments},
+            {name: one.means for name, one in found.items() if one.means},
             served(student.hidden, kv_BTM, batch.kv_mask) if statistics.prototypes else None,
         )
         losses = Losses(language, share.kv * (kv - bonus))
@@ -197,7 +197,7 @@ class Objective:
         student: Reading,
         batch: Batch,
         step: Int[Array, ""],
-        running: Mapping[str, SideMoments] | None,
+        running: Mapping[str, SideMeans] | None,
         dropout_key: Key[Array, ""] | None,
     ) -> _OfTeacher:
         """One teacher's part in the losses."""
@@ -210,7 +210,7 @@ class Objective:
         if link.control in ("shuffled", "constant"):
             theirs, mask = controlled(link.control, theirs, mask)
             aimed = link.comparison.projected(projector, ours, theirs, dropout_key)
-        kv, metrics, moments = self._kv(aimed, mask, batch, step, running)
+        kv, metrics, means = self._kv(aimed, mask, batch, step, running)
         metrics |= _alignment(compared, projector, batch.kv_mask)
         if self.attention_weight > 0:
             attended = link.comparison.attended(aimed, self.direction, student, teacher)
@@ -223,7 +223,7 @@ class Objective:
             )
             kv = kv + self.attention_weight * attention
             metrics["attention_kl"] = masked_mean(attention, mask)
-        return _OfTeacher(teacher, kv, mask, metrics, moments)
+        return _OfTeacher(teacher, kv, mask, metrics, means)
 
     def _language(
         self,
@@ -269,13 +269,13 @@ class Objective:
         mask_BT: Bool[Array, "B T"],
         batch: Batch,
         step: Int[Array, ""],
-        running: Mapping[str, SideMoments] | None,
-    ) -> tuple[Float[Array, "B T"], Metrics, dict[str, SideMoments]]:
-        """Loss of every token, the mean of keys' and values'; both as metrics; moments.
+        running: Mapping[str, SideMeans] | None,
+    ) -> tuple[Float[Array, "B T"], Metrics, dict[str, SideMeans]]:
+        """Loss of every token, the mean of keys' and values'; both as metrics; means.
 
         Tokens outside of ``mask_BT`` have no target.
         """
-        tokens, metrics, moments = jnp.zeros(batch.tokens.shape), {}, {}
+        tokens, metrics, means = jnp.zeros(batch.tokens.shape), {}, {}
         for part in PARTS:
             sides: list[Array] = [getattr(side, part) for side in (aimed.student, aimed.target)]
             known = running[part] if running else (None, None)
@@ -288,8 +288,8 @@ class Objective:
             metrics[f"kv_{part}"] = masked_mean(losses, mask_BT)
             if running:
                 s, t = jax.lax.stop_gradient(sides)
-                moments[part] = SideMoments(measure(s, mask_BT), measure(t, mask_BT))
-        return tokens, metrics, moments
+                means[part] = SideMeans(measure(s, mask_BT), measure(t, mask_BT))
+        return tokens, metrics, means
 
     def _routing(self, shares_BTM: Float[Array, "B T M"], batch: Batch) -> tuple[Array, Metrics]:
         """The router's entropy bonus and, where it chooses, what it chose."""

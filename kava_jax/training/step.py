@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, UInt32
 
-from kava_jax.alignment.frame import Moments, decay, merge, merge_stacked
+from kava_jax.alignment.frame import TokenMean, decay, merge, merge_stacked
 from kava_jax.alignment.router import remember
 from kava_jax.data.batches import Batch
 from kava_jax.geometry import Mean
@@ -17,7 +17,7 @@ from kava_jax.models.decoder import Params
 from kava_jax.training.objective import Metrics, Objective, Share, Statistics
 
 RUNNING_DECAY = 0.95
-# Running moments of the frame forget one hundredth a step: about a hundred batches count.
+# Running means of the frame forget one hundredth a step: about a hundred batches count.
 MEMORY = 0.99
 
 
@@ -58,7 +58,7 @@ class TrainState(NamedTuple):
     running: Metrics
     """Decayed means for the display."""
     statistics: Statistics
-    """Running moments of the frame and prototypes of the router."""
+    """Running means of the frame and prototypes of the router."""
     kv_scale: LossScale
     """Times the scheduled KV weight: 1, or as measured for a share of the gradient."""
     skips: Skips
@@ -151,18 +151,18 @@ def make_train_step(
 def remembered(old: Statistics, seen: Statistics) -> Statistics:
     """The statistics after one more step; ``seen`` has a leading axis of microbatches."""
 
-    def moments(before: Moments, parts: Moments) -> Moments:
+    def mean(before: TokenMean, parts: TokenMean) -> TokenMean:
         return merge(decay(before, MEMORY), merge_stacked(parts))
 
-    def is_moments(x: Any) -> bool:
-        return isinstance(x, Moments)
+    def is_mean(x: Any) -> bool:
+        return isinstance(x, TokenMean)
 
     prototypes = old.prototypes
     if prototypes is not None:
         assert seen.prototypes is not None
         new = jax.tree.map(lambda parts: parts.sum(axis=0), seen.prototypes)
         prototypes = remember(prototypes, new)
-    merged = jax.tree.map(moments, old.moments, seen.moments, is_leaf=is_moments)
+    merged = jax.tree.map(mean, old.means, seen.means, is_leaf=is_mean)
     return Statistics(merged, prototypes)
 
 

@@ -77,7 +77,7 @@ def test_the_named_job_in_words() -> None:
         ),
         (["loss.kv=hybrid", "loss.mse_weight={start: 0, end: 1}"], ["(0 rising to 1) x MSE"]),
         (["loss.kl_weight=0.5"], ["+ 0.5 x logit KL +"]),
-        (["loss.standardize=true", "loss.per_head=false"], ["standard deviation", "one vector"]),
+        (["loss.per_head=false"], ["one vector"]),
         (["loss.key_space=post_rope", "loss.sink_tokens=0"], ["keys after RoPE", "first 0 of"]),
         (["projector.training=warmup"], ["alone for the first 100 steps"]),
         (["teachers.0.layer_map=interpolated"], ["0.259 x 1 + 0.741 x 2"]),

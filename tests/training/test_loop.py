@@ -167,7 +167,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, made, step) -> N
 
 
 def test_what_is_measured_along_the_way_resumes_exactly(tmp_path: Path) -> None:
-    """Running moments, prototypes and a measured share: all of them in the state and its file."""
+    """Running means, prototypes and a measured share: all of them in the state and its file."""
     made = setting(names=("big", "other"), center="running", router="similarity", kv_weight=1.0)
     step = jax.jit(
         make_train_step(made.objective, OPTIMIZER, kv_weight=made.kv_weight, microbatches=2)
@@ -180,7 +180,7 @@ def test_what_is_measured_along_the_way_resumes_exactly(tmp_path: Path) -> None:
     assert sorted(resumed.metrics) == [3, 4, 5]
     for left, right in zip(jax.tree.leaves(again), jax.tree.leaves(whole), strict=True):
         np.testing.assert_array_equal(left, right)
-    assert whole.statistics.moments
+    assert whole.statistics.means
     assert float(whole.statistics.prototypes.count.sum()) > 0
     assert float(whole.kv_scale.value) not in (0.0, 1.0)
     # Looked at before steps 0 and 5; measured before 0, 3 and, being early, 1 and 2.

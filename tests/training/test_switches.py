@@ -37,7 +37,6 @@ SWITCHES = {
     "direction": ("student_to_teacher", "teacher_to_student"),
     "key_space": ("pre_rope", "post_rope"),
     "remove_key_bias": (False, True),
-    "standardize": (False, True),
     "per_head": (True, False),
     "kl_weight": (0.0, 0.5),
 }
