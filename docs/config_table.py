@@ -78,10 +78,6 @@ WHEN: dict[str, dict[str, str]] = {
         "center": "the shuffled cosine is high: take out what all tokens share",
         "per_head": "heads of the two models shall not be matched one by one",
     },
-    "router": {
-        "kind": "several teachers, each good at something else",
-        "entropy_weight": "a learned gate goes to one teacher: raise it",
-    },
     "calibration": {
         "rows": "the fit's held-out R² is low (more), or fitting takes long (fewer)",
         "layers": "one source layer is enough, or none is",

@@ -12,7 +12,6 @@ from kava_jax.config_alignment import (
     CalibrationConfig,
     LossConfig,
     ProjectorConfig,
-    RouterConfig,
 )
 from kava_jax.config_values import (
     Address,
@@ -175,7 +174,7 @@ class OptimizerConfig(Section):
     """AdamW with two learning rates, clipped per group."""
 
     student_lr: Weight = Field(default=5e-5, description="peak rate of the student")
-    projector_lr: Weight = Field(default=1e-3, description="peak rate of projector and router")
+    projector_lr: Weight = Field(default=1e-3, description="peak rate of the projector")
     weight_decay: Weight = Field(default=0.01, description="of matrices, not of norms and biases")
     clip_norm: float = Field(default=1.0, gt=0, description="largest gradient norm of each group")
     b1: float = Field(default=0.9, ge=0, lt=1, description="AdamW: decay of the mean gradient")
@@ -303,7 +302,6 @@ class Config(Section):
     student: StudentConfig
     projector: ProjectorConfig = ProjectorConfig()
     loss: LossConfig = LossConfig()
-    router: RouterConfig = RouterConfig()
     calibration: CalibrationConfig = CalibrationConfig()
     data: DataConfig
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -355,15 +353,9 @@ class Config(Section):
                 f"loss.kv_weight=auto({self.loss.kv_weight.share:g}) is a share of the "
                 f"cross-entropy gradient, but loss.ce_weight={written}; give kv_weight a number"
             )
-        if self.router.kind != "fixed" and len(self.teachers) < 2:
-            raise ValueError(
-                f"router.kind={self.router.kind} with {len(self.teachers)} teachers has nothing to "
-                f"route; use fixed, or name two teachers"
-            )
         if names and not any(teacher.weight for teacher in self.teachers):
             raise ValueError(
-                f"router.kind={self.router.kind}, but no teacher has a weight above 0; give one to "
-                f"at least one of {names}"
+                f"no teacher has a weight above 0; give one to at least one of {names}"
             )
         traced = self.profile.first_and_last
         if traced and traced[0] > self.train.steps:

@@ -1,4 +1,4 @@
-"""The config's sections about alignment: projector, losses, router and calibration."""
+"""The config's sections about alignment: projector, losses and calibration."""
 
 from typing import Literal
 
@@ -103,20 +103,6 @@ class LossConfig(Section):
             hears_mercator = mercator and not is_zero(self.mercator_weight)
             return hears_mercator or not is_zero(self.mse_weight)
         return mercator or self.kv != "mercator"
-
-
-class RouterConfig(Section):
-    """How much each of several teachers counts, token by token.
-
-    ``fixed``: the teachers' weights. ``similarity``: by the cosines between the student's hidden
-    state and each teacher's prototype. ``learned``: a linear gate on that hidden state, whose
-    entropy is rewarded by ``entropy_weight``. The shares of the two last ones sum to 1.
-    """
-
-    kind: Literal["fixed", "similarity", "learned"] = Field(
-        default="fixed", description="how several teachers share a token"
-    )
-    entropy_weight: Weight = Field(default=0.01, description="learned: reward of its entropy")
 
 
 class CalibrationConfig(Section):

@@ -15,7 +15,7 @@ from kava_jax.runs.resume import FREE_FIELDS, PATH_FIELDS
 from tests.tiny import write_config
 
 CONFIGS = sorted((Path(__file__).resolve().parents[1] / "configs").glob("*.yaml"))
-# The design says about 70; the switches of frame, router and calibration came on top, then the
+# The design says about 70; the switches of frame and calibration came on top, then the
 # few that pods need (minutes between checkpoints, skipped steps, indivisible axes, traces).
 LARGEST = 102
 
@@ -203,12 +203,8 @@ def test_a_recipe_sets_what_the_config_does_not_say():
             ["loss.remove_key_bias=true", "loss.key_space=post_rope"],
             "loss: remove_key_bias=true with key_space=post_rope",
         ),
-        (["router.kind=learned"], "router.kind=learned with 0 teachers"),
         (
-            [
-                "router.kind=learned",
-                "teachers=[{path: t, weight: 0}, {path: u, name: u, weight: 0}]",
-            ],
+            ["teachers=[{path: t, weight: 0}, {path: u, name: u, weight: 0}]"],
             "no teacher has a weight above 0",
         ),
         (

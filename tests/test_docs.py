@@ -60,7 +60,6 @@ def records(tmp_path_factory):
         student={"path": str(workspace / "student")},
         projector={"kind": "linear"},  # with a norm first there is no magnitude loss
         loss={"kv": "structural", "kl_weight": 0.5, "kv_weight": {"share": 0.2}},
-        router={"kind": "learned"},
         data={
             "path": str(workspace / "data.jsonl"),
             "eval_rows": 8,

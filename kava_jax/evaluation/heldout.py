@@ -61,7 +61,7 @@ def held_out(
     """Token-weighted means over all batches: ``eval_loss`` (cross-entropy) and the alignment.
 
     Alignment figures, when there is a teacher, are named as in training with ``eval_`` before.
-    ``statistics`` are the train state's (the router may need them). ``batches`` are called for one
+    ``statistics`` are the train state's, for the running frame. ``batches`` are called for one
     after the other, so that one is on the devices at a time. Without ``examine`` nothing is figured
     on a whole sample.
     """

@@ -84,13 +84,10 @@ def held(blueprint: Blueprint, rows: int, length: int) -> Mapping[str, int]:
     rest = {"params": {}, "opt_state": ()}
     batch = abstract_batch(rows, length)
     of_batch = jax.tree.map(lambda _: batch_sharding(blueprint.mesh), batch)
-    helpers = ("projector", "router")
     return {
         "teachers": bytes_of_device(blueprint.abstract_teachers(), blueprint.teacher_shardings()),
         "student": bytes_of_device(state.params["student"], places.params["student"]),
-        "projector": sum(
-            bytes_of_device(state.params[name], places.params[name]) for name in helpers
-        ),
+        "projector": bytes_of_device(state.params["projector"], places.params["projector"]),
         "optimizer": bytes_of_device(state.opt_state, places.opt_state),
         "statistics": bytes_of_device(state._replace(**rest), places._replace(**rest)),
         "batch": bytes_of_device(batch, of_batch),

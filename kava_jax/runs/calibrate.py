@@ -239,7 +239,7 @@ def _score(
     """
     run = prepare(config, maps)
     objective = run.blueprint.objective
-    params = {"student": student, "projector": place(run, projector), "router": {}}
+    params = {"student": student, "projector": place(run, projector)}
     found = held_out(
         make_measure(objective, run.mesh),
         make_examine(objective, run.mesh),

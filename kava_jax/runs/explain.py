@@ -183,13 +183,7 @@ def _minimised(config: Config) -> str:
     if len(config.teachers) == 1:
         return text
     weights = ", ".join(f"{teacher.name} {teacher.weight:g}" for teacher in config.teachers)
-    routed = {
-        "fixed": f"with fixed weights ({weights})",
-        "similarity": f"token by token, by similarity to prototypes (priors {weights})",
-        "learned": f"token by token, by a learned gate (priors {weights}; its entropy is rewarded "
-        f"by {config.router.entropy_weight:g})",
-    }[config.router.kind]
-    return f"{text} The teachers' terms are added {routed}."
+    return f"{text} The teachers' terms are added with fixed weights ({weights})."
 
 
 def _learning(config: Config) -> str:
@@ -215,11 +209,6 @@ def _warnings(config: Config) -> list[str]:
         found.append(
             "Beware: student and target learn together and can drift to one common direction; "
             "a high cosine proves nothing here, look at the alignment gap."
-        )
-    if config.router.kind == "learned":
-        found.append(
-            "Beware: the gate learns from the KV loss, so it goes to the teacher that is easiest "
-            "to match, not to the best one; raise router.entropy_weight or fix the weights."
         )
     fitted = settings.init == "calibrated" and settings.direction == "teacher_to_student"
     if fitted and config.student.geometry is not None:

@@ -52,7 +52,7 @@ def _unread(config: Config) -> dict[str, str]:
     def unless(read: bool, why: str, *fields: str) -> None:
         found.update({} if read else dict.fromkeys(fields, why))
 
-    loss, projector, router = config.loss, config.projector, config.router
+    loss, projector = config.loss, config.projector
     if config.teachers:
         kv, kind = f"loss.kv={loss.kv}", f"projector.kind={projector.kind}"
         unless(loss.kv in ("mercator", "hybrid"), kv, "loss.alpha", "loss.beta")
@@ -62,9 +62,7 @@ def _unread(config: Config) -> dict[str, str]:
         unless(projector.kind == "elastic", kind, "projector.mlp_ratio", "projector.dropout")
         training = f"projector.training={projector.training}"
         unless(projector.training == "warmup", training, "projector.warmup_steps")
-        learns = projector.training != "frozen" or router.kind == "learned"
-        unless(learns, training, "optimizer.projector_lr")
-        unless(router.kind == "learned", f"router.kind={router.kind}", "router.entropy_weight")
+        unless(projector.training != "frozen", training, "optimizer.projector_lr")
         fits = config.needs_calibration
         unless(fits, "nothing is calibrated", "calibration.rows", "calibration.ridge")
         mixed = any(teacher.layer_map == "calibrated" for teacher in config.teachers)

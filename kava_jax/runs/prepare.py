@@ -243,8 +243,8 @@ def reopen_student(run_dir: Place, overrides: Sequence[str] = ()) -> Run:
         raw["student"]["tokenizer"] = find_tokenizer(config)[1]
     else:
         check_directories(config, besides=needed)
-    # What routes or weighs teachers is refused without any.
-    raw |= {"teachers": [], "router": {}}
+    # What weighs teachers is refused without any.
+    raw |= {"teachers": []}
     raw["loss"] |= {"ce_weight": 1.0, "kv_weight": 1.0}
     return replace(prepare(parse_config(raw)), config=config)
 

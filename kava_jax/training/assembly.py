@@ -9,7 +9,6 @@ from flax import nnx
 from kava_jax.alignment.frame import Frame, empty
 from kava_jax.alignment.kv_losses import kv_loss
 from kava_jax.alignment.projector import forgets_length
-from kava_jax.alignment.router import Router, empty_prototypes
 from kava_jax.config import AutoShare, Config, Ramp
 from kava_jax.models.spec import DecoderSpec
 from kava_jax.training.objective import PARTS, Objective, SideMeans, Statistics, TeacherLink
@@ -21,17 +20,14 @@ def make_objective(
     student: nnx.GraphDef[Any],
     teachers: Mapping[str, TeacherLink],
     projector: nnx.GraphDef[Any] | None,
-    gate: nnx.GraphDef[Any] | None,
     batch_shards: int,
 ) -> Objective:
     """The objective that the config describes, over modules that are already built."""
     loss, steps = config.loss, config.train.steps
-    weights = tuple(teacher.weight for teacher in config.teachers)
     return Objective(
         student=student,
         projector=projector,
         teachers=teachers,
-        router=Router(config.router.kind, weights, gate),
         kv_loss=kv_loss(
             loss.kv,
             alpha=loss.alpha,
@@ -46,7 +42,6 @@ def make_objective(
         ce_weight=_weight(loss.ce_weight, steps),
         kl_weight=loss.kl_weight,
         kl_temperature=loss.kl_temperature,
-        entropy_weight=config.router.entropy_weight,
         batch_shards=batch_shards,
     )
 
@@ -64,8 +59,8 @@ def magnitude_note(config: Config) -> str | None:
 
 
 def empty_statistics(objective: Objective, student: DecoderSpec) -> Statistics:
-    """Statistics of no step yet, for whatever the frame and the router keep."""
-    means = {}
+    """Statistics of no step yet, for whatever the frame keeps."""
+    means: Statistics = {}
     if objective.frame.center == "running":
         for name, link in objective.teachers.items():
             layer_map = link.comparison.layer_map
@@ -74,9 +69,7 @@ def empty_statistics(objective: Objective, student: DecoderSpec) -> Statistics:
             head_dim = student.head_dim if forward else link.spec.head_dim
             none = empty(len(layer_map), heads, head_dim)
             means[name] = {part: SideMeans(none, none) for part in PARTS}
-    similarity = objective.router.kind == "similarity"
-    width, teachers = student.hidden_size, len(objective.teachers)
-    return Statistics(means, empty_prototypes(teachers, width) if similarity else None)
+    return means
 
 
 def kv_weight(config: Config) -> optax.Schedule:
@@ -99,7 +92,7 @@ def schedules(config: Config) -> dict[str, optax.Schedule]:
 
 
 def learning_rates(config: Config) -> dict[str, optax.Schedule]:
-    """Rates of the student and of the projector (and router).
+    """Rates of the student and of the projector.
 
     With ``projector.training=warmup`` the student's rate is 0 until the projector has had its
     steps, and its schedule is what is left of the run.
@@ -127,7 +120,6 @@ def optimizer_of(
         {
             "student": rates["student"],
             "projector": None if frozen else rates["projector"],
-            "router": rates["projector"],
         },
         weight_decay=config.optimizer.weight_decay,
         clip_norm=config.optimizer.clip_norm,

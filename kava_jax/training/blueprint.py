@@ -20,7 +20,6 @@ from jaxtyping import Array
 
 from kava_jax.alignment.layer_map import LayerMap, make_layer_map
 from kava_jax.alignment.projector import KVDimensionProjector
-from kava_jax.alignment.router import Gate
 from kava_jax.config import Config, TeacherConfig
 from kava_jax.errors import KavaError
 from kava_jax.hf.config_keys import refuse_unknown
@@ -111,7 +110,6 @@ class Blueprint:
     student_dir: Path | None
     teachers: dict[str, TeacherPart]
     projector: Part | None
-    router: Part | None
     objective: Objective
     kv_weight: optax.Schedule
     rates: dict[str, optax.Schedule]
@@ -141,15 +139,14 @@ class Blueprint:
         return {name: teacher.load() for name, teacher in self.teachers.items()}
 
     def fresh_state(self, projector: Params | None = None) -> TrainState:
-        """Step 0: the student as it came (or random), empty moments, and a projector.
+        """Step 0: the student as it came (or random), empty means, and a projector.
 
         The projector is random unless one is given (a calibrated one).
         """
         seed, student = self.config.run.seed, self.student_start()
         if projector is None:
             projector = self.projector.fresh(seed + 1) if self.projector else {}
-        router = self.router.fresh(seed + 2) if self.router else {}
-        params = {"student": student, "projector": projector, "router": router}
+        params = {"student": student, "projector": projector}
         start = jax.jit(self._state_of, out_shardings=self.state_shardings())
         return start(params, jnp.uint32(seed))
 
@@ -166,7 +163,7 @@ class Blueprint:
     def abstract_state(self) -> TrainState:
         """Shapes and dtypes of the state."""
 
-        parts = {"student": self.student, "projector": self.projector, "router": self.router}
+        parts = {"student": self.student, "projector": self.projector}
 
         def build() -> TrainState:
             params = {name: _initial(part) for name, part in parts.items()}
@@ -210,7 +207,7 @@ class Blueprint:
 
     def state_shardings(self) -> Any:
         """Where every leaf of the state lies."""
-        parts = {"student": self.student, "projector": self.projector, "router": self.router}
+        parts = {"student": self.student, "projector": self.projector}
         params = {name: part.shardings if part else {} for name, part in parts.items()}
         return matching_shardings(self.abstract_state(), params, self.mesh)
 
@@ -250,9 +247,6 @@ def make_blueprint(
     }
     _check_frame(config, student_spec, teachers)
     projector = _projector(config, student_spec, teachers, mesh) if teachers else None
-    learned = config.router.kind == "learned"
-    gate = partial(_build_gate, student_spec.hidden_size, len(teachers))
-    router = Part.of(gate, mesh) if learned else None
     rates = learning_rates(config)
     return Blueprint(
         config=config,
@@ -262,13 +256,11 @@ def make_blueprint(
         student_dir=student_dir,
         teachers=teachers,
         projector=projector,
-        router=router,
         objective=make_objective(
             config,
             of_batches.graph,
             {name: teacher.link for name, teacher in teachers.items()},
             projector.graph if projector else None,
-            router.graph if router else None,
             batch_shards(mesh),
         ),
         kv_weight=kv_weight(config),
@@ -312,7 +304,7 @@ def _teacher(
     comparison = Comparison(
         teacher.name, layer_map, config.loss.key_space, config.loss.remove_key_bias
     )
-    link = TeacherLink(part.graph, comparison, spec, teacher.control)
+    link = TeacherLink(part.graph, comparison, spec, teacher.weight, teacher.control)
     seed = config.run.seed + RANDOM_TEACHER + index
     return TeacherPart(part, spec, directory, link, blocks, headless, dtype, seed)
 
@@ -385,11 +377,6 @@ def _dtype(name: str) -> Any:
 
 def _build_decoder(spec: DecoderSpec, rngs: nnx.Rngs, **options: Any) -> Decoder:
     return Decoder(spec, rngs=rngs, **options)
-
-
-def _build_gate(width: int, teachers: int, rngs: nnx.Rngs) -> Gate:
-    del rngs  # it starts at zero
-    return Gate(width, teachers)
 
 
 def _initial(part: Part | None) -> Params:

@@ -20,7 +20,6 @@ from kava_jax.alignment.controls import Control, controlled
 from kava_jax.alignment.frame import Frame, TokenMean, measure
 from kava_jax.alignment.kv_losses import TokenLoss
 from kava_jax.alignment.projector import Direction, KVDimensionProjector
-from kava_jax.alignment.router import Router, entropy, served
 from kava_jax.data.batches import Batch
 from kava_jax.diagnostics import alignment
 from kava_jax.geometry import Mean, masked_mean
@@ -45,6 +44,8 @@ class TeacherLink(NamedTuple):
     graph: nnx.GraphDef[Decoder]
     comparison: Comparison
     spec: DecoderSpec
+    weight: float = 1.0
+    """Of its terms in the loss."""
     control: Control = "none"
 
 
@@ -62,15 +63,9 @@ class SideMeans(NamedTuple):
     target: TokenMean
 
 
-class Statistics(NamedTuple):
-    """What the objective reads from the train state, and measures anew for it.
-
-    ``means``: of the running frame, by teacher and part; ``prototypes``: of the similarity
-    router. Each is empty or None when nothing asks for it.
-    """
-
-    means: dict[str, dict[str, SideMeans]]
-    prototypes: Mean | None
+# Running means of the frame, by teacher and part: what the objective reads from the train state,
+# and measures for its next step. Empty when the frame keeps none.
+Statistics = dict[str, dict[str, SideMeans]]
 
 
 class Losses(NamedTuple):
@@ -96,15 +91,13 @@ class Objective:
     """``ce_weight * CE + kl_weight * KL``, and KV, to which the caller gives its weight.
 
     KV is the mean of keys' and values' losses, or one of them (``parts``), plus
-    ``attention_weight`` times the attention KL, summed over teachers by the router's shares, token
-    by token, minus ``entropy_weight`` times the router's entropy where it learns. KL is routed
-    likewise. ``projector`` is None without teachers.
+    ``attention_weight`` times the attention KL. KV and KL are summed over teachers, each times its
+    weight. ``projector`` is None without teachers.
     """
 
     student: nnx.GraphDef[Decoder]
     projector: nnx.GraphDef[KVDimensionProjector] | None
     teachers: Mapping[str, TeacherLink]
-    router: Router
     kv_loss: TokenLoss
     frame: Frame
     ce_weight: optax.Schedule
@@ -113,7 +106,6 @@ class Objective:
     attention_weight: float = 0.0
     kl_weight: float = 0.0
     kl_temperature: float = 1.0
-    entropy_weight: float = 0.0
     batch_shards: int = 1
 
     def __call__(
@@ -133,33 +125,26 @@ class Objective:
         """
         student = self._read(self.student, params["student"], batch)
         if not self.teachers:
-            language, metrics = self._language(batch, student, {}, step, share, None)
-            return Losses(language, jnp.zeros(())), (metrics, Statistics({}, None))
+            language, metrics = self._language(batch, student, {}, step, share)
+            return Losses(language, jnp.zeros(())), (metrics, {})
         found, metrics = {}, {}
         for index, name in enumerate(self.teachers):
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
-            running = statistics.means.get(name)
+            running = statistics.get(name)
             found[name] = self._of_teacher(
                 name, params, teachers[name], student, batch, step, running, key
             )
             metrics |= {f"{name}/{term}": mean for term, mean in found[name].metrics.items()}
-        kv_BTM = jnp.stack([one.kv for one in found.values()], axis=-1)
-        shares_BTM = self.router.shares(student.hidden, params.get("router"), statistics.prototypes)
         # Each teacher's mean is over its own targets.
         kv = sum(
-            masked_mean(shares_BTM[..., index] * one.kv, one.mask).value
-            for index, one in enumerate(found.values())
+            self.teachers[name].weight * masked_mean(one.kv, one.mask).value
+            for name, one in found.items()
         )
         readings = {name: one.reading for name, one in found.items()} if self.kl_weight > 0 else {}
-        language, of_language = self._language(batch, student, readings, step, share, shares_BTM)
-        metrics |= of_language
-        bonus, routing = self._routing(shares_BTM, batch)
-        new = Statistics(
-            {name: one.means for name, one in found.items() if one.means},
-            served(student.hidden, kv_BTM, batch.kv_mask) if statistics.prototypes else None,
-        )
-        losses = Losses(language, share.kv * (kv - bonus))
-        return losses, (metrics | routing, jax.lax.stop_gradient(new))
+        language, of_language = self._language(batch, student, readings, step, share)
+        new = {name: one.means for name, one in found.items() if one.means}
+        losses = Losses(language, share.kv * kv)
+        return losses, (metrics | of_language, jax.lax.stop_gradient(new))
 
     def compared(
         self, params: Mapping[str, Params], teachers: Mapping[str, Params], batch: Batch
@@ -232,15 +217,14 @@ class Objective:
         teachers: Mapping[str, Reading],
         step: Int[Array, ""],
         share: Share,
-        shares_BTM: Float[Array, "B T M"] | None,
     ) -> tuple[Float[Array, ""], Metrics]:
         """Weighted cross-entropy, and KL to every teacher that is given; their means as metrics."""
         mask_BU = batch.loss_mask[:, 1:]
         of_mean = mask_BU / jnp.maximum(mask_BU.sum(), 1) * share.targets
         weights_BUK = (jnp.asarray(self.ce_weight(step)) * of_mean)[..., None]
         if teachers:
-            assert shares_BTM is not None
-            of_kl = self.kl_weight * of_mean[..., None] * shares_BTM[:, :-1]
+            weights = jnp.asarray([self.teachers[name].weight for name in teachers])
+            of_kl = self.kl_weight * of_mean[..., None] * weights.reshape(1, 1, -1)
             weights_BUK = jnp.concatenate([weights_BUK, of_kl], axis=-1)
 
         def losses(logits: dict[str, Array], labels: Array) -> Array:
@@ -290,19 +274,6 @@ class Objective:
                 s, t = jax.lax.stop_gradient(sides)
                 means[part] = SideMeans(measure(s, mask_BT), measure(t, mask_BT))
         return tokens, metrics, means
-
-    def _routing(self, shares_BTM: Float[Array, "B T M"], batch: Batch) -> tuple[Array, Metrics]:
-        """The router's entropy bonus and, where it chooses, what it chose."""
-        if self.router.kind == "fixed":
-            return jnp.zeros(()), {}
-        spread = masked_mean(entropy(shares_BTM), batch.kv_mask)
-        chosen = {
-            f"{name}/route": masked_mean(shares_BTM[..., index], batch.kv_mask)
-            for index, name in enumerate(self.teachers)
-        }
-        learned = self.router.kind == "learned"
-        bonus = self.entropy_weight * spread.value if learned else jnp.zeros(())
-        return bonus, chosen | {"router_entropy": spread}
 
     def _divergence(self, student: Array, teacher: Array) -> Array:
         def of_token(student: Array, teacher: Array) -> Array:

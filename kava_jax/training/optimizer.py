@@ -46,7 +46,7 @@ def make_optimizer(
     b2: float,
     mean_dtype: str = "float32",
 ) -> optax.GradientTransformation:
-    """One chain per group (``student``, ``projector``, ``router``), each with its own rate.
+    """One chain per group (``student``, ``projector``), each with its own rate.
 
     Each group's gradient is clipped by its own global norm. Weight decay leaves out norms and
     biases. A rate of None freezes its group. ``mean_dtype`` is that of AdamW's first moment.

@@ -10,7 +10,6 @@ import optax
 from jaxtyping import Array, Float, Int, UInt32
 
 from kava_jax.alignment.frame import TokenMean, decay, merge, merge_stacked
-from kava_jax.alignment.router import remember
 from kava_jax.data.batches import Batch
 from kava_jax.geometry import Mean
 from kava_jax.models.decoder import Params
@@ -53,12 +52,12 @@ class TrainState(NamedTuple):
     step: Int[Array, ""]
     seed: UInt32[Array, ""]
     params: dict[str, Params]
-    """``student``, ``projector`` and ``router``; the last two may be empty."""
+    """``student`` and ``projector``, which may be empty."""
     opt_state: Any
     running: Metrics
     """Decayed means for the display."""
     statistics: Statistics
-    """Running means of the frame and prototypes of the router."""
+    """Running means of the frame."""
     kv_scale: LossScale
     """Times the scheduled KV weight: 1, or as measured for a share of the gradient."""
     skips: Skips
@@ -70,7 +69,7 @@ def initial_state(
     statistics: Statistics,
     seed: int | Array = 0,
 ) -> TrainState:
-    """Step 0 of a run over ``{"student": ..., "projector": ..., "router": ...}``."""
+    """Step 0 of a run over ``{"student": ..., "projector": ...}``."""
     zero = Mean(jnp.zeros(()), jnp.zeros(()))
     running = {"cos": zero, "cos_shuffled": zero} if params["projector"] else {}
     return TrainState(
@@ -157,13 +156,7 @@ def remembered(old: Statistics, seen: Statistics) -> Statistics:
     def is_mean(x: Any) -> bool:
         return isinstance(x, TokenMean)
 
-    prototypes = old.prototypes
-    if prototypes is not None:
-        assert seen.prototypes is not None
-        new = jax.tree.map(lambda parts: parts.sum(axis=0), seen.prototypes)
-        prototypes = remember(prototypes, new)
-    merged = jax.tree.map(mean, old.means, seen.means, is_leaf=is_mean)
-    return Statistics(merged, prototypes)
+    return jax.tree.map(mean, old, seen, is_leaf=is_mean)
 
 
 def compiler_options(platform: str) -> dict[str, str]:

@@ -68,7 +68,6 @@ def _over_teachers(parts: Mapping[str, Mapping[str, float]]) -> dict[str, float]
     result = {
         name: float(np.mean([own[name] for own in parts.values() if name in own])) for name in names
     }
-    result.pop("route", None)  # its mean over teachers says nothing
     if len(parts) > 1:
         for teacher, own in parts.items():
             result |= {f"{teacher}/{name}": value for name, value in own.items()}
@@ -87,7 +86,7 @@ def _of_teacher(own: Mapping[str, float]) -> dict[str, float]:
     result["dir_loss"] = 1.0 - result["cos_sim"]
     ratios = [own[f"s_magnitude_{p}"] / max(own[f"t_magnitude_{p}"], 1e-30) for p in ("k", "v")]
     result["mag_ratio"] = float(np.mean(ratios))
-    return result | {name: own[name] for name in ("kl", "attention_kl", "route") if name in own}
+    return result | {name: own[name] for name in ("kl", "attention_kl") if name in own}
 
 
 def _divide(mean: Mean) -> float:

@@ -79,7 +79,7 @@ def test_moments_lie_where_their_parameters_lie() -> None:
     made = setting(mesh)
     rate = optax.constant_schedule(1e-3)
     optimizer = make_optimizer(
-        dict.fromkeys(("student", "projector", "router"), rate),
+        dict.fromkeys(("student", "projector"), rate),
         weight_decay=0.1,
         clip_norm=1.0,
         b1=0.9,

@@ -60,7 +60,7 @@ def test_planned_bytes_are_those_of_the_live_arrays(workspace) -> None:
     live = {
         "teachers": teachers,
         "student": state.params["student"],
-        "projector": (state.params["projector"], state.params["router"]),
+        "projector": state.params["projector"],
         "optimizer": state.opt_state,
         "statistics": state._replace(params={}, opt_state=()),
         "batch": batch,

@@ -82,8 +82,8 @@ def test_the_named_job_in_words() -> None:
         (["projector.training=warmup"], ["alone for the first 100 steps"]),
         (["teachers.0.layer_map=interpolated"], ["0.259 x 1 + 0.741 x 2"]),
         (
-            ["teachers.1={name: b, path: Qwen/Qwen2.5-7B, weight: 0.5}", "router.kind=learned"],
-            ["Teacher b", "by a learned gate", "qwen14b 1, b 0.5", "easiest to match"],
+            ["teachers.1={name: b, path: Qwen/Qwen2.5-7B, weight: 0.5}"],
+            ["Teacher b", "with fixed weights (qwen14b 1, b 0.5)"],
         ),
         (["teachers=[]"], ["cross-entropy alone"]),
         (["teachers.0.path=nowhere/at-all"], ["Its geometry is not at hand"]),

@@ -15,13 +15,12 @@ from tests.tolerances import TOL
 
 @pytest.fixture(scope="module")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two teachers, a gate between them, and a run that learns from nothing else."""
+    """Two teachers, and a run that learns from nothing else."""
     place = write_workspace(tmp_path_factory.mktemp("gone"))
     write_model(place / "models" / "other", seed=3)  # reads as a hub id
     write_config(
         place / "tiny.yaml",
         teachers=[{"name": "big", "path": "teacher"}, {"name": "other", "path": "models/other"}],
-        router={"kind": "learned"},
         loss={"ce_weight": 0.0},
         train={"steps": 1, "log_every": 1},
     )

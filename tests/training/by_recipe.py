@@ -55,7 +55,6 @@ def made(
     params = {
         "student": random_values(blueprint.student.build, 1),
         "projector": random_values(blueprint.projector.build, 2),
-        "router": {},
     }
     teacher = random_values(blueprint.teachers["big"].part.build, 3)
     return Made(blueprint, params, {"big": teacher})

@@ -14,7 +14,6 @@ from kava_jax.alignment.frame import Frame
 from kava_jax.alignment.kv_losses import kv_loss
 from kava_jax.alignment.layer_map import LayerMap
 from kava_jax.alignment.projector import KVDimensionProjector
-from kava_jax.alignment.router import Gate, Router
 from kava_jax.data.batches import Batch, collate
 from kava_jax.data.text import Encoded
 from kava_jax.models.decoder import Decoder
@@ -95,7 +94,6 @@ def setting(
     per_head: bool = True,
     remove_key_bias: bool = False,
     key_space: str = "pre_rope",
-    router: str = "fixed",
     weights: tuple[float, ...] | None = None,
     control: str = "none",
     parts: str = "both",
@@ -130,20 +128,13 @@ def setting(
             rngs=rngs,
         )
 
-    def gate(rngs: nnx.Rngs) -> Gate:
-        del rngs
-        return Gate(STUDENT.hidden_size, len(names))
-
     builds = {"student": student, "projector": projector}
-    builds |= {"router": gate} if router == "learned" else {}
     modules = {name: Part.of(build, mesh) for name, build in builds.items()}
     teacher_part = Part.of(teacher, mesh)
     shardings = {name: module.shardings for name, module in modules.items()}
     teacher_shardings = dict.fromkeys(names, teacher_part.shardings)
     values = {name: random_values(build, 1 + i) for i, (name, build) in enumerate(builds.items())}
     teachers = {name: random_values(teacher, 3 + i) for i, name in enumerate(names)}
-    if router != "learned":
-        shardings["router"], values["router"] = {}, {}
     objective = Objective(
         student=modules["student"].graph,
         projector=modules["projector"].graph,
@@ -152,11 +143,11 @@ def setting(
                 teacher_part.graph,
                 Comparison(name, layer_map, key_space, remove_key_bias),
                 TEACHER,
+                weight,
                 control,
             )
-            for name in names
+            for name, weight in zip(names, weights, strict=True)
         },
-        router=Router(router, weights, modules["router"].graph if router == "learned" else None),
         kv_loss=kv_loss(kv, beta=beta),
         frame=Frame(center, per_head),
         parts=parts,
@@ -165,7 +156,6 @@ def setting(
         ce_weight=optax.constant_schedule(ce_weight),
         kl_weight=kl_weight,
         kl_temperature=2.0,
-        entropy_weight=0.01,
         batch_shards=batch_shards(mesh),
     )
     return Setting(

@@ -25,7 +25,7 @@ from tests.training.small import one_device, setting
 
 RATE = optax.constant_schedule(1e-3)
 OPTIMIZER = make_optimizer(
-    dict.fromkeys(("student", "projector", "router"), RATE),
+    dict.fromkeys(("student", "projector"), RATE),
     weight_decay=0.1,
     clip_norm=1.0,
     b1=0.9,
@@ -35,7 +35,7 @@ OPTIMIZER = make_optimizer(
 
 def full_state(mesh):
     """A state with noise in every moment, and where it lies."""
-    made = setting(mesh, names=("big", "other"), center="running", router="similarity")
+    made = setting(mesh, names=("big", "other"), center="running")
     abstract = jax.eval_shape(lambda: initial_state(made.params, OPTIMIZER, made.statistics))
     places = matching_shardings(abstract, made.shardings, mesh)
     rng = np.random.default_rng(0)
@@ -50,7 +50,7 @@ def full_state(mesh):
 
 def small_state(step: int) -> TrainState:
     params = {"x": jnp.full((3,), float(step))}
-    none = Statistics({}, None)
+    none: Statistics = {}
     scale = LossScale(jnp.ones(()), Mean(jnp.zeros(()), jnp.zeros(())))
     number, skips = jnp.asarray(step, jnp.int32), Skips(jnp.int32(0), jnp.int32(0))
     return TrainState(number, jnp.uint32(0), params, {}, {}, none, scale, skips)

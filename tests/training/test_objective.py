@@ -91,8 +91,8 @@ def reference(made: Setting, params, data: Batch, np_=jnp):
     total = -(wide((log_softmax(logits) * one_hot).sum(axis=-1)) * weight).sum() / weight.sum()
     kept = np.asarray(data.valid) & (np.arange(data.tokens.shape[1]) >= SINKS)[None]
     kept = kept[..., None].astype(np.float32)
-    weights = made.objective.router.weights
-    for (name, link), part in zip(made.objective.teachers.items(), weights, strict=True):
+    for name, link in made.objective.teachers.items():
+        part = link.weight
         teacher_logits, teacher = outputs(link.graph, made.teachers[name], data)
         for pairs in aligned(made, params, cache, teacher, name).values():
             terms = []

@@ -18,7 +18,7 @@ PLAIN = optax.sgd(0.1)
 
 
 def rates(student: float, projector: float) -> dict:
-    groups = {"student": student, "projector": projector, "router": projector}
+    groups = {"student": student, "projector": projector}
     return {name: optax.constant_schedule(rate) for name, rate in groups.items()}
 
 
@@ -68,7 +68,7 @@ def test_microbatches_take_the_step_of_the_whole_batch() -> None:
 def test_a_frozen_projector_stays_bitwise_and_the_rates_are_the_groups_own() -> None:
     made = setting(trainable=False)
     optimizer = make_optimizer(
-        {"student": optax.constant_schedule(1e-3), "projector": None, "router": None},
+        {"student": optax.constant_schedule(1e-3), "projector": None},
         weight_decay=0.1,
         clip_norm=1.0,
         b1=0.9,

@@ -30,7 +30,6 @@ PROJECTORS = {
 SWITCHES = {
     "kv": KINDS,
     "center": ("none", "batch", "running"),
-    "router": ("fixed", "similarity", "learned"),
     "layer_map": tuple(MAPS),
     "projector": tuple(PROJECTORS),
     "teachers": (1, 2),
@@ -43,7 +42,6 @@ SWITCHES = {
 # Switch by switch: what a configuration refuses, or a map without queries of its own.
 REFUSED = (
     {"remove_key_bias": (True,), "key_space": ("post_rope",)},
-    {"router": ("similarity", "learned"), "teachers": (1,)},
     {
         "kv": ("structural",),
         "direction": ("student_to_teacher",),

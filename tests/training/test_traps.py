@@ -28,7 +28,7 @@ def trained(made: Setting, *, random: bool) -> dict[str, float]:
     """Held-out figures after training on the KV loss alone, on random or on real targets."""
     rate = optax.constant_schedule(1e-2)
     optimizer = make_optimizer(
-        dict.fromkeys(("student", "projector", "router"), rate),
+        dict.fromkeys(("student", "projector"), rate),
         weight_decay=0.0,
         clip_norm=1.0,
         b1=0.9,
