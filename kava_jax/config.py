@@ -29,7 +29,7 @@ from kava_jax.storage import Place, place
 # What our own held-out rows are called beside those of `eval.sets`.
 MAIN_SET = "held_out"
 SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
-LayerMapName = Literal["ratio", "uniform", "skip", "last", "interpolated", "cka", "calibrated"]
+LayerMapName = Literal["ratio", "last", "cka", "calibrated"]
 
 
 class RunConfig(Section):

@@ -24,21 +24,17 @@ class LayerMap:
     """Which teacher layers each mapped student layer is compared with, in student order.
 
     Layers are counted from 0. ``teacher_layers`` has one row per student layer, all rows equally
-    long. Without ``weights`` the layers of a row stand side by side in the target, their heads
-    concatenated; with ``weights`` the target is their weighted mean, and a row's weights sum to 1.
+    long: the layers of a row are side by side in the target, their heads concatenated.
 
     Raises KavaError, naming every wrong row, for anything else: maps are read from files too.
     """
 
     student_layers: tuple[int, ...]
     teacher_layers: tuple[tuple[int, ...], ...]
-    weights: tuple[tuple[float, ...], ...] | None = None
 
     def __post_init__(self) -> None:
         """Refuse what the class does not describe."""
         problem = _problem_of_layers(self.student_layers, self.teacher_layers)
-        if problem is None and self.weights is not None:
-            problem = _problem_of_weights(self.teacher_layers, self.weights)
         if problem is not None:
             raise KavaError(f"layer map: {problem}")
 
@@ -53,8 +49,8 @@ class LayerMap:
 
     @property
     def sources(self) -> int:
-        """How many teacher layers stand side by side in the target; 1 where they are averaged."""
-        return 1 if self.weights is not None else len(self.teacher_layers[0])
+        """How many teacher layers are side by side in the target."""
+        return len(self.teacher_layers[0])
 
     @property
     def read_layers(self) -> tuple[int, ...]:
@@ -65,7 +61,7 @@ class LayerMap:
         """The same map where the teacher's layers are counted among these alone."""
         place = {layer: number for number, layer in enumerate(layers)}
         rows = tuple(tuple(place[layer] for layer in row) for row in self.teacher_layers)
-        return LayerMap(self.student_layers, rows, self.weights)
+        return LayerMap(self.student_layers, rows)
 
     def student_cache(self, cache: KVCache) -> KVCache:
         """The mapped layers [P, B, T, K, H] of the student's cache [L, B, T, K, H].
@@ -78,9 +74,8 @@ class LayerMap:
     def teacher_cache(self, cache: KVCache) -> KVCache:
         """The teacher's side of every row [P, B, T, sources * K, H] from its [L, B, T, K, H].
 
-        Side by side: all heads of a row's first layer, then all of its second. Weighted: the mean
-        ``sum_j weights[p][j] * layer teacher_layers[p][j]`` in float32, cast to the cache's dtype.
-        Raises KavaError for a cache with fewer layers than the map reads.
+        All heads of a row's first layer, then all of its second. Raises KavaError for a cache with
+        fewer layers than the map reads.
         """
         return KVCache(*(self._target(x_LBTKH) for x_LBTKH in cache))
 
@@ -88,64 +83,45 @@ class LayerMap:
         """One of the cache's two arrays as the target; J = sources * K."""
         by_column = zip(*self.teacher_layers, strict=True)
         columns = [_take(x_LBTKH, column, "teacher") for column in by_column]
-        if self.weights is None:
-            return columns[0] if len(columns) == 1 else jnp.concatenate(columns, axis=3)
-        total = jnp.zeros(columns[0].shape, jnp.float32)
-        for column, weights in zip(columns, zip(*self.weights, strict=True), strict=True):
-            w_P = np.array(weights, np.float32).reshape(-1, 1, 1, 1, 1)
-            total = total + w_P * column.astype(jnp.float32)
-        return total.astype(x_LBTKH.dtype)
+        return columns[0] if len(columns) == 1 else jnp.concatenate(columns, axis=3)
 
     def rows(self) -> list[tuple[int, str]]:
-        """(student layer, its teacher layers in words) for printing.
-
-        ``"7"``, side by side ``"7 + 8 + 9"``, or weighted ``"0.25 x 7 + 0.75 x 8"``; layers of
-        weight 0 are left out.
-        """
-        if self.weights is None:
-            texts = [" + ".join(map(str, row)) for row in self.teacher_layers]
-        else:
-            texts = list(map(_weighted_text, self.teacher_layers, self.weights))
+        """(student layer, its teacher layers in words, ``"7"`` or ``"7 + 8 + 9"``) for printing."""
+        texts = [" + ".join(map(str, row)) for row in self.teacher_layers]
         return list(zip(self.student_layers, texts, strict=True))
 
     def table(self, field: str) -> list[str]:
         """The map as lines of text for a terminal: ``field``, headings, one line per row."""
-        kind = "weighted mean" if self.weights is not None else "side by side"
         wide = len(self.teacher_layers[0]) > 1
-        heading = "student layer", "teacher layers, " + kind if wide else "teacher layer"
+        heading = "student layer", "teacher layers, side by side" if wide else "teacher layer"
         width = len(heading[0])
         lines = [f"{student:>{width}} | {text}" for student, text in self.rows()]
         return [field, " | ".join(heading), *lines]
 
     def as_dict(self) -> dict[str, Any]:
         """The map as plain data for a JSON file; ``from_dict`` reads it back."""
-        weights = None if self.weights is None else [list(row) for row in self.weights]
         return {
             "student_layers": list(self.student_layers),
             "teacher_layers": [list(row) for row in self.teacher_layers],
-            "weights": weights,
         }
 
     @classmethod
     def from_dict(cls, raw: Any, where: str) -> "LayerMap":
-        """The map that ``as_dict`` wrote, ``weights`` being optional.
+        """The map that ``as_dict`` wrote.
 
         Raises KavaError, naming ``where`` (a file, or a field of one), for anything else.
         """
-        keys = ("student_layers", "teacher_layers", "weights")
-        if not isinstance(raw, dict) or not set(keys[:2]) <= set(raw) <= set(keys):
+        keys = ("student_layers", "teacher_layers")
+        if not isinstance(raw, dict) or set(raw) != set(keys):
             found = sorted(map(str, raw)) if isinstance(raw, dict) else raw
             raise KavaError(
                 f"{where}: a layer map has the keys {', '.join(keys)}, found {shortened(found)}; "
                 f"make it anew with `kava calibrate CONFIG`"
             )
         try:
-            students = _read(raw["student_layers"], "student_layers", 1, whole=True)
-            teachers = _read(raw["teacher_layers"], "teacher_layers", 2, whole=True)
-            weights = raw.get("weights")
-            if weights is not None:
-                weights = _read(weights, "weights", 2, whole=False)
-            return cls(students, teachers, weights)
+            return cls(
+                *(_read(raw[key], key, levels) for key, levels in zip(keys, (1, 2), strict=True))
+            )
         except KavaError as error:
             raise KavaError(f"{where}: {error}") from None
 
@@ -215,17 +191,6 @@ def _ratio(teacher_layers: int, student_layers: int) -> LayerMap:
     return _one_each(_nearest(teacher_layers, student_layers, s) for s in range(student_layers))
 
 
-def _uniform(teacher_layers: int, student_layers: int) -> LayerMap:
-    """The last layer of each student layer's equal share: ``ceil((s + 1) * Lt / Ls) - 1``."""
-    ends = ((s + 1) * teacher_layers for s in range(student_layers))
-    return _one_each(-(-end // student_layers) - 1 for end in ends)
-
-
-def _skip(teacher_layers: int, student_layers: int) -> LayerMap:
-    """Every (Lt / Ls)-th layer from the first: ``floor(s * Lt / Ls)``."""
-    return _one_each(s * teacher_layers // student_layers for s in range(student_layers))
-
-
 def _last(teacher_layers: int, student_layers: int) -> LayerMap:
     """The teacher's last layers: ``Lt - Ls + s``."""
     if teacher_layers < student_layers:
@@ -236,26 +201,10 @@ def _last(teacher_layers: int, student_layers: int) -> LayerMap:
     return _one_each(range(teacher_layers - student_layers, teacher_layers))
 
 
-def _interpolated(teacher_layers: int, student_layers: int) -> LayerMap:
-    """Between the two layers around the same relative depth x: weights (1 - frac(x), frac(x)).
-
-    The second layer is ``ceil(x)``: at a whole x the layer itself, which always exists.
-    """
-    depths = [_depth(teacher_layers, student_layers, s) for s in range(student_layers)]
-    return LayerMap(
-        tuple(range(student_layers)),
-        tuple((x // 1, -(-x // 1)) for x in depths),
-        tuple((float(1 - x % 1), float(x % 1)) for x in depths),
-    )
-
-
 # Makers of maps between a teacher and a student of given depths, by the name they have in a config.
 _MAKERS: dict[str, Callable[[int, int], LayerMap]] = {
     "ratio": _ratio,
-    "uniform": _uniform,
-    "skip": _skip,
     "last": _last,
-    "interpolated": _interpolated,
 }
 NAMED_MAPS = tuple(_MAKERS)
 CALIBRATED_MAPS = ("cka", "calibrated")
@@ -322,38 +271,14 @@ def _problem_of_layers(
     return f"layers {negative} are negative; count layers from 0" if negative else None
 
 
-def _problem_of_weights(
-    teachers: tuple[tuple[int, ...], ...], weights: tuple[tuple[float, ...], ...]
-) -> str | None:
-    """What is wrong with the weights of a map whose layers are right."""
-    if [len(row) for row in weights] != [len(row) for row in teachers]:
-        return (
-            f"rows of weights hold {[len(row) for row in weights]} numbers, rows of teacher_layers "
-            f"{[len(row) for row in teachers]}; give one weight per teacher layer"
-        )
-    # Written so that NaN is wrong too.
-    wrong = {p: sum(row) for p, row in enumerate(weights) if not abs(sum(row) - 1.0) <= 1e-6}
-    sums = ", ".join(f"row {p} sums to {total:g}" for p, total in wrong.items())
-    return f"weights: {sums}; make every row sum to 1" if wrong else None
-
-
-def _read(raw: Any, name: str, levels: int, *, whole: bool) -> Any:
-    """Nested lists of numbers from JSON as tuples of int (``whole``) or float."""
+def _read(raw: Any, name: str, levels: int) -> Any:
+    """Nested lists of whole numbers from JSON as tuples."""
     if levels > 0 and isinstance(raw, list):
-        return tuple(_read(item, name, levels - 1, whole=whole) for item in raw)
-    kinds = int if whole else (int, float)
-    # A JSON true is an int to Python, and an int of 400 digits is no float.
-    if levels > 0 or not isinstance(raw, kinds) or isinstance(raw, bool) or abs(raw) > 2**31:
-        kind = "a list" if levels > 0 else "a whole number" if whole else "a number"
+        return tuple(_read(item, name, levels - 1) for item in raw)
+    # A JSON true is an int to Python.
+    if levels > 0 or not isinstance(raw, int) or isinstance(raw, bool) or abs(raw) > 2**31:
+        kind = "a list" if levels > 0 else "a whole number"
         raise KavaError(
             f"layer map: {name} holds {shortened(raw)}, which is not {kind}; correct it"
         )
-    return raw if whole else float(raw)
-
-
-def _weighted_text(layers: tuple[int, ...], weights: tuple[float, ...]) -> str:
-    """``"0.25 x 7 + 0.75 x 8"``, or the layer alone where one carries all the weight."""
-    terms = [(layer, w) for layer, w in zip(layers, weights, strict=True) if w != 0]
-    if len(terms) == 1:
-        return str(terms[0][0])
-    return " + ".join(f"{w:.3g} x {layer}" for layer, w in terms)
+    return raw

@@ -169,11 +169,6 @@ def _candidates(config: Config, run: Run, index: int) -> Candidates:
         students = run.blueprint.student_spec.num_layers
         return Candidates(tuple(range(students)), window(teacher.spec.num_layers, students))
     # The map is given and only the projector is fitted: every window is the layer itself.
-    if teacher.layer_map.weights is not None:
-        raise KavaError(
-            f"teachers.{index}.layer_map={setting} with projector.init=calibrated: a weighted mean "
-            f"of layers is not fitted; set layer_map=calibrated, which fits the mixture"
-        )
     return Candidates(teacher.layer_map.student_layers, teacher.layer_map.teacher_layers)
 
 

@@ -29,10 +29,7 @@ LOSSES = {
 }
 MAPS = {
     "ratio": "the one at its own relative depth (first meets first, last meets last)",
-    "uniform": "the last layer of each equal share of the teacher",
-    "skip": "the first layer of each equal share of the teacher",
     "last": "the teacher's last layers, one by one",
-    "interpolated": "a weighted mean of the two teacher layers nearest in relative depth",
     "cka": "the one with the highest CKA of the 8 nearest teacher layers, measured before training",
     "calibrated": "the {layers} of the 8 nearest teacher layers that fit best together, measured "
     "before training",

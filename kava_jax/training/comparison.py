@@ -143,9 +143,8 @@ class Comparison:
         )
 
     def can_attend(self, direction: str) -> bool:
-        """Whether the space has queries of its own: not where it joins or mixes teacher layers."""
-        single = self.layer_map.sources == 1 and self.layer_map.weights is None
-        return direction == "teacher_to_student" or single
+        """Whether the space has queries of its own: not where it joins teacher layers."""
+        return direction == "teacher_to_student" or self.layer_map.sources == 1
 
     def attended(
         self, compared: Compared, direction: str, student: Reading, teacher: Reading

@@ -1,7 +1,6 @@
 """Layer maps against lists written by hand, and their caches against numpy's gathers."""
 
 import json
-import math
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,6 @@ from kava_jax.alignment.layer_map import (
 )
 from kava_jax.cache import KVCache
 from kava_jax.errors import KavaError
-from tests.tolerances import TOL
 
 # s * 47 / 27 and s * 27 / 23, rounded by hand.
 FROM_48_TO_28 = [0, 2, 3, 5, 7, 9, 10, 12, 14, 16, 17, 19, 21, 23]
@@ -27,10 +25,6 @@ FROM_28_TO_24 = [0, 1, 2, 4, 5, 6, 7, 8, 9, 11, 12, 13, 14, 15, 16, 18, 19, 20, 
 FROM_28_TO_24 += [27]
 
 SIDE_BY_SIDE = LayerMap((0, 2), ((3, 1, 4), (0, 4, 2)))
-# Thirds do not sum to 1 in every rounding, and a weight may be negative.
-WEIGHTED = LayerMap(
-    (0, 1, 3), ((0, 1), (4, 2), (3, 3)), ((0.25, 0.75), (1 / 3, 2 / 3), (-1.0, 2.0))
-)
 GATHERED = LayerMap((1, 2), ((4,), (0,)))
 
 
@@ -55,7 +49,6 @@ def test_ratio(teacher: int, student: int, layers: list[int]) -> None:
     found = make_layer_map("ratio", teacher, student)
     assert found.teacher_layers == tuple((layer,) for layer in layers)
     assert found.student_layers == tuple(range(student))
-    assert found.weights is None
     assert found.last_teacher_layer == teacher - 1
     assert (len(found), found.sources) == (student, 1)
 
@@ -63,66 +56,16 @@ def test_ratio(teacher: int, student: int, layers: list[int]) -> None:
 @pytest.mark.parametrize(
     ("name", "teacher", "student", "layers"),
     [
-        ("uniform", 12, 6, [1, 3, 5, 7, 9, 11]),
-        ("uniform", 5, 3, [1, 3, 4]),  # shares end at 1.67, 3.33 and 5
-        ("uniform", 4, 2, [1, 3]),
-        ("uniform", 3, 1, [2]),
-        ("uniform", 2, 4, [0, 0, 1, 1]),
-        ("skip", 12, 6, [0, 2, 4, 6, 8, 10]),
-        ("skip", 5, 3, [0, 1, 3]),
-        ("skip", 4, 2, [0, 2]),
-        ("skip", 3, 1, [0]),
-        ("skip", 2, 4, [0, 0, 1, 1]),
         ("last", 12, 6, [6, 7, 8, 9, 10, 11]),
         ("last", 48, 28, list(range(20, 48))),
         ("last", 4, 2, [2, 3]),
         ("last", 3, 1, [2]),
-        *((name, 5, 5, [0, 1, 2, 3, 4]) for name in ("ratio", "uniform", "skip", "last")),
+        *((name, 5, 5, [0, 1, 2, 3, 4]) for name in ("ratio", "last")),
     ],
 )
 def test_one_layer_each(name: str, teacher: int, student: int, layers: list[int]) -> None:
     found = make_layer_map(name, teacher, student)
     assert found == LayerMap(tuple(range(student)), tuple((layer,) for layer in layers))
-
-
-@pytest.mark.parametrize(("name", "ends"), [("uniform", (1, 47)), ("skip", (0, 46))])
-def test_the_ends_of_28_layers_in_48(name: str, ends: tuple[int, int]) -> None:
-    layers = make_layer_map(name, 48, 28).teacher_layers
-    assert (layers[0], layers[-1]) == ((ends[0],), (ends[1],))
-    # Every student layer moves on by one or two of 48 / 28 = 1.7 teacher layers.
-    assert set(np.diff(np.array(layers)[:, 0])) == {1, 2}
-
-
-@pytest.mark.parametrize(
-    ("teacher", "student", "layers", "second_weights"),
-    [
-        (12, 6, [(0, 0), (2, 3), (4, 5), (6, 7), (8, 9), (11, 11)], [0, 0.2, 0.4, 0.6, 0.8, 0]),
-        (4, 2, [(0, 0), (3, 3)], [0, 0]),
-        (3, 1, [(2, 2)], [0]),
-        (5, 5, [(s, s) for s in range(5)], [0] * 5),
-        (2, 4, [(0, 0), (0, 1), (0, 1), (1, 1)], [0, 1 / 3, 2 / 3, 0]),
-        (1, 2, [(0, 0), (0, 0)], [0, 0]),
-    ],
-)
-def test_interpolated(teacher: int, student: int, layers, second_weights: list) -> None:
-    found = make_layer_map("interpolated", teacher, student)
-    assert found.teacher_layers == tuple(layers)
-    # Exact: the fractions are whole-number arithmetic until they become floats.
-    assert found.weights is not None
-    assert [second for _, second in found.weights] == second_weights
-    assert [first for first, _ in found.weights] == pytest.approx([1 - w for w in second_weights])
-    assert found.sources == 1
-
-
-def test_interpolated_28_in_48_meets_both_ends_and_is_evenly_spaced() -> None:
-    found = make_layer_map("interpolated", 48, 28)
-    assert found.teacher_layers[:2] == ((0, 0), (1, 2))
-    assert found.teacher_layers[-1] == (47, 47)
-    assert found.weights is not None
-    assert found.weights[1] == (7 / 27, 20 / 27)
-    assert found.weights[-1] == (1.0, 0.0)
-    depths = np.sum(np.array(found.teacher_layers) * np.array(found.weights), axis=1)
-    np.testing.assert_allclose(depths, np.linspace(0, 47, 28), rtol=1e-14)
 
 
 def test_explicit_pairs_are_put_in_student_order() -> None:
@@ -159,7 +102,7 @@ def test_last_needs_a_teacher_as_deep_as_the_student() -> None:
 
 
 def test_the_named_maps_are_the_ones_described() -> None:
-    assert NAMED_MAPS == ("ratio", "uniform", "skip", "last", "interpolated")
+    assert NAMED_MAPS == ("ratio", "last")
     assert CALIBRATED_MAPS == ("cka", "calibrated")
 
 
@@ -228,7 +171,7 @@ def test_side_by_side_are_all_heads_of_the_first_then_of_the_second() -> None:
 
 
 def test_a_map_among_the_layers_that_are_kept_takes_the_same() -> None:
-    layer_map = LayerMap((0, 1), ((4, 1), (3, 4)), ((0.5, 0.5), (0.25, 0.75)))
+    layer_map = LayerMap((0, 1), ((4, 1), (3, 4)))
     assert layer_map.read_layers == (1, 3, 4)
     whole = caches()
     kept = KVCache(*(array[np.array([1, 3, 4])] for array in whole))
@@ -238,39 +181,12 @@ def test_a_map_among_the_layers_that_are_kept_takes_the_same() -> None:
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_weighted_means_are_numpys_and_so_is_their_gradient() -> None:
-    cache = caches()
-    found = teacher_side(WEIGHTED, cache)
-    table = np.zeros((3, 5))
-    table[[0, 0, 1, 1, 2], [0, 1, 4, 2, 3]] = 0.25, 0.75, 1 / 3, 2 / 3, 1.0
-    for part in ("k", "v"):
-        want = np.einsum("pl,lbtkh->pbtkh", table, wide(getattr(cache, part)))
-        np.testing.assert_allclose(getattr(found, part), want, atol=TOL["float32"])
-    row_P = np.array([1.0, 10.0, 100.0])
-    weigh = jnp.asarray(row_P, jnp.float32).reshape(-1, 1, 1, 1, 1)
-    gradient = jax.jit(jax.grad(lambda c: jnp.sum(weigh * WEIGHTED.teacher_cache(c).v)))(cache)
-    want = np.broadcast_to((row_P @ table).reshape(-1, 1, 1, 1, 1), cache.v.shape)
-    np.testing.assert_allclose(gradient.v, want, rtol=TOL["float32"])
-    assert not np.any(gradient.k)
-
-
-def test_a_mean_of_bfloat16_is_rounded_once() -> None:
-    # Whole numbers up to 255 are exact in bfloat16, their quarters only in float32.
-    whole = np.random.default_rng(0).integers(-255, 256, (2, 2, 8, 3, 2, 4))
-    cache = KVCache(*(jnp.asarray(x, jnp.bfloat16) for x in whole))
-    found = teacher_side(LayerMap((0,), ((0, 1),), ((0.25, 0.75),)), cache)
-    want = jnp.asarray(0.25 * whole[0, 0] + 0.75 * whole[0, 1], jnp.bfloat16)[None]
-    assert found.k.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(wide(found.k), wide(want))
-
-
 def test_vectors_that_hold_nan_stay_where_they_are() -> None:
     cache = caches()
     cache = KVCache(*(x.at[:, 1, 2].set(jnp.nan) for x in cache))
-    for layer_map in (SIDE_BY_SIDE, WEIGHTED):
-        bad = np.isnan(np.asarray(teacher_side(layer_map, cache).k))
-        assert bad[:, 1, 2].all()
-        assert bad.sum() == bad[:, 1, 2].size
+    bad = np.isnan(np.asarray(teacher_side(SIDE_BY_SIDE, cache).k))
+    assert bad[:, 1, 2].all()
+    assert bad.sum() == bad[:, 1, 2].size
 
 
 def test_all_layers_in_order_are_the_arrays_themselves() -> None:
@@ -286,12 +202,11 @@ def test_a_sharded_batch_stays_where_it_is() -> None:
     cache = caches(rows=8)
     batch = NamedSharding(Mesh(np.array(jax.devices()), ("data",)), PartitionSpec(None, "data"))
     sharded = jax.device_put(cache, batch)
-    for layer_map in (SIDE_BY_SIDE, WEIGHTED):
-        program = teacher_side.lower(layer_map, sharded).compile()
-        assert "all-" not in program.as_text()  # neither gather, reduce nor to-all
-        found, want = program(sharded), teacher_side(layer_map, cache)
-        assert found.k.sharding.is_equivalent_to(batch, 5)
-        np.testing.assert_allclose(found.k, want.k, atol=TOL["rearranged"])
+    program = teacher_side.lower(SIDE_BY_SIDE, sharded).compile()
+    assert "all-" not in program.as_text()  # neither gather, reduce nor to-all
+    found, want = program(sharded), teacher_side(SIDE_BY_SIDE, cache)
+    assert found.k.sharding.is_equivalent_to(batch, 5)
+    np.testing.assert_array_equal(found.k, want.k)
 
 
 def test_a_cache_that_is_too_short_is_refused_while_tracing() -> None:
@@ -306,7 +221,7 @@ def test_a_cache_that_is_too_short_is_refused_while_tracing() -> None:
         teacher_side(deeper, caches())
 
 
-@pytest.mark.parametrize("layer_map", [SIDE_BY_SIDE, WEIGHTED, GATHERED])
+@pytest.mark.parametrize("layer_map", [SIDE_BY_SIDE, GATHERED])
 def test_a_map_survives_its_file(layer_map: LayerMap) -> None:
     text = json.dumps(layer_map.as_dict(), allow_nan=False)
     found = LayerMap.from_dict(json.loads(text), "map.json")
@@ -314,18 +229,10 @@ def test_a_map_survives_its_file(layer_map: LayerMap) -> None:
     assert hash(found) == hash(layer_map)
 
 
-def test_the_file_is_plain_and_forgiving_where_it_can_be() -> None:
-    assert WEIGHTED.as_dict() == {
-        "student_layers": [0, 1, 3],
-        "teacher_layers": [[0, 1], [4, 2], [3, 3]],
-        "weights": [[0.25, 0.75], [1 / 3, 2 / 3], [-1.0, 2.0]],
-    }
+def test_the_file_is_plain() -> None:
     raw = {"student_layers": [2], "teacher_layers": [[4, 5]]}
+    assert LayerMap((2,), ((4, 5),)).as_dict() == raw
     assert LayerMap.from_dict(raw, "x") == LayerMap((2,), ((4, 5),))
-    found = LayerMap.from_dict({**raw, "weights": [[1, 0]]}, "x")
-    assert found == LayerMap((2,), ((4, 5),), ((1.0, 0.0),))
-    assert found.weights is not None
-    assert isinstance(found.weights[0][0], float)
 
 
 @pytest.mark.parametrize(
@@ -340,27 +247,17 @@ def test_the_file_is_plain_and_forgiving_where_it_can_be() -> None:
         ({"student_layers": [1, 1], "teacher_layers": [[1], [2]]}, ["[1, 1] do not increase"]),
         ({"student_layers": [-1]}, ["layers [-1] are negative", "from 0"]),
         ({"teacher_layers": [[3, -2]]}, ["layers [-2] are negative"]),
-        ({"weights": []}, ["weights hold [] numbers", "[2]"]),
-        ({"weights": [[1.0]]}, ["weights hold [1] numbers", "[2]", "one weight per"]),
-        ({"weights": [[0.5, 0.50001]]}, ["row 0 sums to 1.00001", "make every row sum to 1"]),
-        ({"weights": [[math.nan, 1.0]]}, ["row 0 sums to nan"]),
-        ({"weights": [[math.inf, -math.inf]]}, ["weights holds inf"]),
-        ({"weights": [[10**400, 1]]}, ["not a number"]),
-        ({"weights": [[True, 0.0]]}, ["weights holds True", "not a number"]),
-        ({"weights": [["1", 0]]}, ["weights holds '1'", "not a number"]),
-        ({"weights": [0.5, 0.5]}, ["weights holds 0.5", "not a list"]),
-        ({"weights": {"0": 1}}, ["weights holds {'0': 1}", "not a list"]),
         ({"student_layers": 0}, ["student_layers holds 0", "not a list"]),
         ({"student_layers": [True]}, ["student_layers holds True", "not a whole number"]),
         ({"teacher_layers": [[1, 2.0]]}, ["teacher_layers holds 2.0", "not a whole number"]),
         ({"teacher_layers": [[1, None]]}, ["teacher_layers holds None"]),
         ({"teacher_layers": [[[1], 2]]}, ["teacher_layers holds [1]", "not a whole number"]),
         ({"teacher_layers": None}, ["teacher_layers holds None", "not a list"]),
-        ({"weight": [[0.5, 0.5]]}, ["'weight'", "student_layers, teacher_layers, weights"]),
+        ({"weights": [[0.5, 0.5]]}, ["'weights'", "student_layers, teacher_layers"]),
     ],
 )
 def test_a_malformed_file_is_named(change: dict, words: list[str]) -> None:
-    raw = {"student_layers": [0], "teacher_layers": [[1, 2]], "weights": None} | change
+    raw = {"student_layers": [0], "teacher_layers": [[1, 2]]} | change
     with pytest.raises(KavaError) as caught:
         LayerMap.from_dict(raw, "runs/a/map.json")
     message = str(caught.value)
@@ -379,18 +276,11 @@ def test_something_else_than_a_map_is_named(raw) -> None:
 def test_the_class_checks_itself() -> None:
     with pytest.raises(KavaError, match=r"^layer map: .*do not increase"):
         LayerMap((1, 0), ((0,), (1,)))
-    with pytest.raises(KavaError, match=r"^layer map: weights: row 1 sums to 0.5"):
-        LayerMap((0, 1), ((0,), (1,)), ((1.0,), (0.5,)))
-    # Weights of a fit are rounded: a sum within 1e-6 of 1 counts as 1.
-    assert LayerMap((0,), ((0, 1),), ((0.5, 0.5000009),)).sources == 1
 
 
 def test_rows_are_words() -> None:
     assert GATHERED.rows() == [(1, "4"), (2, "0")]
     assert SIDE_BY_SIDE.rows() == [(0, "3 + 1 + 4"), (2, "0 + 4 + 2")]
-    assert WEIGHTED.rows()[:2] == [(0, "0.25 x 0 + 0.75 x 1"), (1, "0.333 x 4 + 0.667 x 2")]
-    ends = make_layer_map("interpolated", 4, 3).rows()
-    assert ends == [(0, "0"), (1, "0.5 x 1 + 0.5 x 2"), (2, "3")]
 
 
 def test_the_table_is_two_columns_of_plain_text() -> None:
@@ -401,4 +291,3 @@ def test_the_table_is_two_columns_of_plain_text() -> None:
         "           11 | 11 + 12",
     ]
     assert GATHERED.table("x")[1] == "student layer | teacher layer"
-    assert WEIGHTED.table("x")[1] == "student layer | teacher layers, weighted mean"

@@ -374,13 +374,6 @@ def test_a_teacher_whose_logits_are_used_is_not_cut(tmp_path):
     assert "cut after" not in report(whole).words
 
 
-def test_a_weighted_map_says_its_weights(tmp_path):
-    mixed = [{"name": "big", "path": "builtin:demo_teacher", "layer_map": "interpolated"}]
-    geometry = GEOMETRY | {"num_hidden_layers": 3}
-    page = report(make_run(tmp_path, [], teachers=mixed, student={"geometry": geometry}))
-    assert "| 0.5 x 1 + 0.5 x 2" in page.words
-
-
 def of_models(student, layer_map="ratio"):
     teacher = {"name": "big", "path": "builtin:demo_teacher", "layer_map": layer_map}
     return {"student": {"path": student}, "teachers": [teacher]}

@@ -80,7 +80,6 @@ def test_the_named_job_in_words() -> None:
         (["loss.per_head=false"], ["one vector"]),
         (["loss.key_space=post_rope", "loss.sink_tokens=0"], ["keys after RoPE", "first 0 of"]),
         (["projector.training=warmup"], ["alone for the first 100 steps"]),
-        (["teachers.0.layer_map=interpolated"], ["0.259 x 1 + 0.741 x 2"]),
         (
             ["teachers.1={name: b, path: Qwen/Qwen2.5-7B, weight: 0.5}"],
             ["Teacher b", "with fixed weights (qwen14b 1, b 0.5)"],

@@ -50,10 +50,10 @@ CASES = (
     Case("original"),
     Case("anchored"),
     Case("calibrated", layer_map="calibrated"),
-    Case("anchored", "mse", "uniform", 0.5),
-    Case("original", "smooth_l1", "skip"),
+    Case("anchored", "mse", kl_weight=0.5),
+    Case("original", "smooth_l1"),
     Case("calibrated", "hybrid", "last"),
-    Case("original", "structural", "interpolated"),
+    Case("original", "structural"),
     Case("anchored", layer_map="cka"),
     Case("calibrated", layer_map=PAIRS),
 )

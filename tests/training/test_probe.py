@@ -132,9 +132,8 @@ def shape_of(made: Setting, *, share: float | None = None, rows: Batch = BATCH) 
 def test_which_figures_there_are(direction) -> None:
     wanted = {f"big/{figure}_{part}" for figure in FIGURES for part in "kv"}
     attention = {"big/attention_cos"}
-    weighted = LayerMap((0, 2), ((0, 1), (2, 3)), ((0.25, 0.75), (0.5, 0.5)))
     three = LayerMap((0, 1, 2), ((0,), (1,), (3,)))
-    for layer_map in (three, SIDE_BY_SIDE, weighted):
+    for layer_map in (three, SIDE_BY_SIDE):
         made = setting(direction=direction, layer_map=layer_map)
         layers = shape_of(made).layers
         reads = direction == "teacher_to_student" or layer_map is three

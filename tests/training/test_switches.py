@@ -21,8 +21,7 @@ from kava_jax.training.objective import Share
 from tests.training.small import MAP, TEACHER, batch, setting
 
 SIDE_BY_SIDE = LayerMap((0, 2), ((0, 1), (1, 2)))
-WEIGHTED = LayerMap((0, 2), ((0, 1), (2, 3)), ((0.25, 0.75), (0.5, 0.5)))
-MAPS = {"single": MAP, "side_by_side": SIDE_BY_SIDE, "weighted": WEIGHTED}
+MAPS = {"single": MAP, "side_by_side": SIDE_BY_SIDE}
 PROJECTORS = {
     "elastic": {"kind": "elastic"},
     "linear_per_layer": {"kind": "linear", "per_layer": True},
@@ -45,7 +44,7 @@ REFUSED = (
     {
         "kv": ("structural",),
         "direction": ("student_to_teacher",),
-        "layer_map": ("side_by_side", "weighted"),
+        "layer_map": ("side_by_side",),
     },
 )
 Row = dict[str, Any]
