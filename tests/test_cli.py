@@ -130,3 +130,18 @@ def test_figures_for_people(workspace, capsys):
     )
     assert ended.code == 0, ended.err
     assert re.search(r"^eval_loss +\d+\.\d{4}$", ended.out, re.M)
+
+
+@pytest.mark.parametrize(
+    "arguments", [("export", "--out", "exported"), ("eval", "--data", "data.jsonl"), ("report",)]
+)
+def test_a_run_of_an_earlier_version_is_told(arguments, tmp_path, capsys):
+    config = {"student": {"path": "s"}, "data": {"path": "d"}, "router": {"kind": "fixed"}}
+    starts = [{"versions": {"kava_jax": "0.1.0"}}]
+    manifest = {"config": config, "fingerprints": {}, "starts": starts}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    ended = kava(capsys, arguments[0], str(tmp_path), *arguments[1:])
+    assert ended.code == 2
+    (line,) = ended.err.splitlines()
+    assert "is a run of kava_jax 0.1.0, whose config had other fields; commit 1c99f0a ex" in line
+    assert "(router is not a known field" in line

@@ -8,7 +8,6 @@ templates among the package's assets. Left out on purpose: what a difference is 
 
 import base64
 import io
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,6 @@ import yaml
 
 from kava_jax.alignment.layer_map import LayerMap
 from kava_jax.config import AutoShare, Config, TeacherConfig
-from kava_jax.config_file import parse_config
 from kava_jax.errors import KavaError
 from kava_jax.experiments import pictures, tables
 from kava_jax.experiments.comparison import COSINE, EXACT_MATCH, GAP, LOSS, compare
@@ -28,7 +26,7 @@ from kava_jax.experiments.results import Results, read_results
 from kava_jax.experiments.statistics import in_words, student_interval
 from kava_jax.runs.evaluate import read_answers
 from kava_jax.runs.explain import explain
-from kava_jax.runs.prepare import calibration_path, read_calibration
+from kava_jax.runs.prepare import calibration_path, read_calibration, recorded_config
 from kava_jax.runs.samples import Answered
 from kava_jax.storage import Place
 from kava_jax.training.manifest import read_manifest
@@ -63,8 +61,7 @@ def write_report(
     if not run_dir.is_dir():
         raise KavaError(f"run={str(run_dir)!r} is no directory; name one made by `kava train`")
     manifest, log = read_manifest(run_dir), pictures.read_log(run_dir / METRICS_NAME)
-    # Overrides and recipes are filled in in place: the manifest's own config is shown as it is.
-    config = parse_config(json.loads(json.dumps(manifest["config"])))
+    config = recorded_config(run_dir)
     kept = config.needs_calibration and calibration_path(run_dir).is_file()
     evaluations, calibration = log["eval"], read_calibration(run_dir) if kept else {}
     first, last = (evaluations[0], evaluations[-1]) if evaluations else ({}, {})

@@ -249,11 +249,34 @@ def reopen_student(run_dir: Place, overrides: Sequence[str] = ()) -> Run:
     return replace(prepare(parse_config(raw)), config=config)
 
 
+# The last commit whose config has the fields named in docs/findings.md, "Options that went".
+LAST_WITH_ALL_FIELDS = "1c99f0a"
+
+
+def recorded_config(run_dir: Place, overrides: Sequence[str] = ()) -> Config:
+    """The config that a run's manifest holds.
+
+    Raises KavaError: there is no manifest, an override is wrong, or the run is of an earlier
+    version with other fields; the version and a commit that reads such a run are named.
+    """
+    manifest = read_manifest(run_dir)
+    text = json.dumps(manifest["config"])  # parsing fills in overrides and recipes in place
+    try:
+        parse_config(json.loads(text))
+    except KavaError as error:
+        made = manifest["starts"][-1]["versions"]["kava_jax"]
+        raise KavaError(
+            f"{run_dir} is a run of kava_jax {made}, whose config had other fields; "
+            f"commit {LAST_WITH_ALL_FIELDS} exports, evaluates and reports it ({error})"
+        ) from None
+    return parse_config(json.loads(text), overrides)
+
+
 def config_of(run_dir: Place, overrides: Sequence[str]) -> Config:
     """The config that a run was started with, at the place where the run lies now."""
     check_access(run_dir, "run")
     chosen = ["train.attention=auto", *overrides]
-    config = parse_config(read_manifest(run_dir)["config"], chosen)
+    config = recorded_config(run_dir, chosen)
     located = config.run.model_copy(update={"dir": str(run_dir)})
     return config.model_copy(update={"run": located})
 
