@@ -352,17 +352,27 @@ def test_a_first_step_that_is_skipped_has_the_first_rate(tmp_path):
     assert line["lr_student"] == pytest.approx(float(RATES["student"](0)))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_from_the_first_step_on_a_signal_asks_and_a_second_one_ends(number):
-    before = signal.getsignal(number)
+@pytest.fixture
+def heard(request):
+    """A signal that is not ignored, as SIGHUP is where the tests run under nohup."""
+    found = signal.getsignal(request.param)
+    if found is signal.SIG_IGN:
+        signal.signal(request.param, signal.SIG_DFL)
+    yield request.param
+    signal.signal(request.param, found)
+
+
+@pytest.mark.parametrize("heard", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP], indirect=True)
+def test_from_the_first_step_on_a_signal_asks_and_a_second_one_ends(heard):
+    before = signal.getsignal(heard)
     with listening() as preemption:
-        assert signal.getsignal(number) is before
+        assert signal.getsignal(heard) is before
         preemption.begin()
         assert not preemption.asked()
-        signal.raise_signal(number)
+        signal.raise_signal(heard)
         assert preemption.asked()
-        assert signal.getsignal(number) is signal.SIG_DFL
-    assert signal.getsignal(number) is before
+        assert signal.getsignal(heard) is signal.SIG_DFL
+    assert signal.getsignal(heard) is before
 
 
 def test_what_nohup_ignores_stays_ignored():
