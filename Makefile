@@ -21,7 +21,7 @@ test-all: $(VENV)/.installed-test
 # the test: trained, resumed, evaluated, exported, by one process and by two, and held against
 # transformers.
 test-optimized: $(VENV)/.installed-test
-	KAVA_TEST_OPTIMIZED=1 $(BIN)/python -m pytest --numprocesses auto tests/test_cli.py tests/training/test_loop.py \
+	KAVA_TEST_OPTIMIZED=1 $(BIN)/python -m pytest --numprocesses auto tests/test_cli.py tests/runs/test_loop.py \
 	  tests/runs/test_two_processes.py tests/models/test_parity.py
 
 lint: $(VENV)/.installed-test

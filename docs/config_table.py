@@ -3,7 +3,7 @@
     python docs/config_table.py          rewrite the tables in docs/config.md
     python docs/config_table.py loss     print one section's table
 
-Type, default, range and meaning come from kava_jax/config.py; the last column, when to touch a
+Type, default, range and meaning come from kava_jax/config/run.py; the last column, when to touch a
 field, is kept here. A field without its line here, or a line without its field, is an error.
 """
 
@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from kava_jax.config import Config
+from kava_jax.config.run import Config
 
 PAGE = Path(__file__).resolve().parent / "config.md"
 
@@ -167,12 +167,12 @@ def table(section: str) -> str:
     """The Markdown table of one section."""
     fields = _own_fields(section)
     if wrong := set(fields) ^ set(WHEN[section]):
-        raise SystemExit(f"WHEN[{section!r}] and kava_jax/config.py differ in {sorted(wrong)}")
+        raise SystemExit(f"WHEN[{section!r}] and kava_jax/config/run.py differ in {sorted(wrong)}")
     heads = ("field", "value", "default", "meaning", "touch it when")
     rows = [heads, ("---",) * len(heads)]
     for name, field in fields.items():
         if not field.description:
-            raise SystemExit(f"{section}.{name} has no description in kava_jax/config.py")
+            raise SystemExit(f"{section}.{name} has no description in kava_jax/config/run.py")
         meaning = field.description.replace("<", "&lt;")  # else taken for a tag
         when = WHEN[section][name]
         rows.append((f"`{name}`", _value(field), _default(field), meaning, when))

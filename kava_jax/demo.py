@@ -13,19 +13,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 
-from kava_jax.config import Config
-from kava_jax.config_file import dump_config, load_config, parse_config, shipped_config
+from kava_jax.config.file import dump_config, load_config, parse_config, shipped_config
+from kava_jax.config.run import Config
 from kava_jax.data.dataset import HeldOut
 from kava_jax.evaluation.exact_match import ExactMatch
 from kava_jax.experiments.pictures import alignment_chart, loss_chart, read_log
 from kava_jax.hf.export import check_destination
+from kava_jax.journal.metrics_file import METRICS_NAME
 from kava_jax.models.decoder import Params
 from kava_jax.runs.evaluate import answer, evaluate
 from kava_jax.runs.export import export
 from kava_jax.runs.prepare import Run, prepare
 from kava_jax.runs.train import Trained, train
 from kava_jax.storage import check_target
-from kava_jax.training.metrics_file import METRICS_NAME
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

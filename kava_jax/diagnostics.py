@@ -9,6 +9,7 @@ counts and holds NaN gives NaN (retrieval and quantiles excepted: it is not foun
 Left out on purpose: what is good or bad (``verdict``), choosing and averaging layers.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -341,3 +342,10 @@ def _unit_tree(
 def _total(tree: PyTree[Float[Array, ""]]) -> Float[Array, ""]:
     """The sum of the scalars in a tree."""
     return jnp.sum(jnp.stack(jax.tree.leaves(tree)))
+
+
+def alignment_gap(cos: float, cos_shuffled: float | None) -> float | None:
+    """``cos - cos_shuffled``, the headline; None where there is no baseline (None or NaN)."""
+    if cos_shuffled is None or math.isnan(cos_shuffled):
+        return None
+    return cos - cos_shuffled

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kava_jax.geometry import angular_distance, cosine, geodesic_rotate, unit
+from kava_jax.journal.verdict import verdict
 from kava_jax.losses import MercatorKVLoss, mse
-from kava_jax.verdict import verdict
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -11,9 +11,9 @@ import numpy as np
 import yaml
 from safetensors.numpy import load_file, save_file
 
-from kava_jax.runs.prepare import reopen, restore
-from kava_jax.training.checkpoint import Checkpoints
-from kava_jax.training.lock import LOCK_NAME
+from kava_jax.journal.checkpoint import Checkpoints
+from kava_jax.journal.lock import LOCK_NAME
+from kava_jax.runs.reopen import reopen, restore
 from tests.tiny import GEOMETRY, write_config, write_rows
 from tests.tiny_models import write_tokenizer
 

@@ -8,8 +8,8 @@ import pytest
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from kava_jax.config import AutoShare, Config, Ramp
-from kava_jax.config_file import dump_config, load_config, parse_config, shipped_config
+from kava_jax.config.file import dump_config, load_config, parse_config, shipped_config
+from kava_jax.config.run import AutoShare, Config, Ramp
 from kava_jax.errors import KavaError
 from kava_jax.runs.resume import FREE_FIELDS, PATH_FIELDS
 from tests.tiny import write_config

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from kava_jax import demo
-from kava_jax.config_file import load_config, shipped_config
+from kava_jax.config.file import load_config, shipped_config
 
 SHORT = (
     "train.steps=3",

@@ -14,7 +14,7 @@ from kava_jax.diagnostics import (
     diagnose,
     sample_tokens,
 )
-from kava_jax.verdict import collapse_signs, verdict
+from kava_jax.journal.verdict import collapse_signs, verdict
 from tests.tolerances import TOL
 
 CLOSE = TOL["float32"]

@@ -16,10 +16,10 @@ import yaml
 
 from kava_jax.cli import runs, studies
 from kava_jax.cli.app import app
-from kava_jax.config import Config
-from kava_jax.config_file import load_config, parse_config
+from kava_jax.config.file import load_config, parse_config
+from kava_jax.config.run import Config
 from kava_jax.experiments.grid import load_grid
-from kava_jax.verdict import alarms, collapse_signs
+from kava_jax.journal.verdict import alarms, collapse_signs
 from tests.tiny import write_config, write_workspace
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import pytest
 import yaml
 
-from kava_jax.training.checkpoint import Checkpoints
+from kava_jax.journal.checkpoint import Checkpoints
 from tests.tiny import CONFIG, contents, write_config, write_workspace
 
 ROOT = Path(__file__).parents[1]
@@ -188,7 +188,7 @@ def signalled(
         (STUCK, ""),
         (SWALLOWED, ""),
         (DISGUISED, ""),
-        (AT_A_CALL, "kava_jax.config_file:load_config"),
+        (AT_A_CALL, "kava_jax.config.file:load_config"),
         (AT_A_CALL, "kava_jax.data.text:Encoder.encode_all"),
         (AT_A_CALL, "jax.stages:Lowered.compile"),
     ],
@@ -214,9 +214,9 @@ def test_before_there_is_anything_to_save_ctrl_c_is_130(workspace, way, moment):
 @pytest.mark.parametrize(
     "moment",
     [
-        "kava_jax.training.lines:Lines.step",
-        "kava_jax.training.loop:_evaluated#2",
-        "kava_jax.training.checkpoint:Checkpoints.save",
+        "kava_jax.journal.lines:Lines.step",
+        "kava_jax.runs.loop:_evaluated#2",
+        "kava_jax.journal.checkpoint:Checkpoints.save",
     ],
     ids=["step", "evaluation", "checkpoint"],
 )
@@ -249,7 +249,7 @@ def test_while_the_last_things_are_written_nothing_is_lost(workspace, last):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_other_signals_before_a_step_mean_call_again(workspace, number):
-    moment, command = "kava_jax.config_file:load_config", ("train", "long.yaml", "run.dir=none")
+    moment, command = "kava_jax.config.file:load_config", ("train", "long.yaml", "run.dir=none")
     ended = signalled(workspace, AT_A_CALL, moment, *command, number=number)
     assert ended == (
         75,
@@ -259,7 +259,7 @@ def test_other_signals_before_a_step_mean_call_again(workspace, number):
 
 def test_what_nohup_ignores_stays_ignored(workspace):
     program = "import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)" + PROGRAM % AT_A_CALL
-    command = ("-c", program, str(int(signal.SIGHUP)), "kava_jax.config_file:load_config")
+    command = ("-c", program, str(int(signal.SIGHUP)), "kava_jax.config.file:load_config")
     ended = end(begin(workspace, *command, "train", "absent.yaml"))
     assert ended.code == 2
     assert ended.lines[-1].startswith("error: config='absent.yaml'")

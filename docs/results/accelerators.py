@@ -45,7 +45,7 @@ PROGRAMS = [
     ("v5e", 64, "fsdp=32,tensor=2", 256, 512),
 ]
 PLANS = [("h100", 1, "fsdp=1"), ("h100", 8, "fsdp=8"), ("h200", 1, "fsdp=1")]
-# The LM head's products, as training/vocabulary.py writes them: logits and both gradients.
+# The LM head's products, as training/lm_head.py writes them: logits and both gradients.
 HEAD = {"logits": "snd,vd->snv", "of_hidden": "snv,vd->snd", "of_table": "snv,snd->svd"}
 KERNELS = re.compile(r'custom_call_target="(__cudnn\$fmha\w*|tpu_custom_call)"')
 PACKAGES = ("jax", "jaxlib", "jax-cuda12-plugin", "nvidia-cudnn-cu12", "libtpu")
@@ -83,7 +83,7 @@ def compiled(chip: str, devices: int, mesh: str, rows: int, length: int) -> dict
     from kava_jax.plan.planning import compile_for, virtual_devices
 
     virtual_devices(devices)
-    from kava_jax.config_file import load_config
+    from kava_jax.config.file import load_config
     from kava_jax.plan.chips import find_chip
     from kava_jax.plan.compiled import memory_of
 

@@ -11,9 +11,9 @@ import json
 import statistics
 import tempfile
 
-from kava_jax.config_file import load_config, shipped_config
+from kava_jax.config.file import load_config, shipped_config
+from kava_jax.journal.metrics_file import METRICS_NAME, read_metrics
 from kava_jax.runs.train import train
-from kava_jax.training.metrics_file import METRICS_NAME, read_metrics
 
 SHARE, STEPS, WINDOW = 0.2, 500, 50
 

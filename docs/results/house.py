@@ -80,7 +80,7 @@ def config_fields() -> set[str]:
     """Every field that a config file may set, as ``Section.field``."""
     from pydantic import BaseModel
 
-    from kava_jax.config import Config
+    from kava_jax.config.run import Config
 
     found: set[str] = set()
     waiting: list[Any] = [Config]

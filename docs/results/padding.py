@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from kava_jax.config_file import load_config
+from kava_jax.config.file import load_config
 from kava_jax.data.batches import BatchStream
 from kava_jax.data.dataset import split_examples
 from kava_jax.data.sources import load_examples

@@ -14,14 +14,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from kava_jax.config import Config
-from kava_jax.config_file import load_config, shipped_config
-from kava_jax.recipes import RECIPES
+from kava_jax.config.file import load_config, shipped_config
+from kava_jax.config.recipes import RECIPES
+from kava_jax.config.run import Config
+from kava_jax.journal.metrics_file import METRICS_NAME, read_metrics
+from kava_jax.journal.verdict import verdict
 from kava_jax.runs.calibrate import calibrate
 from kava_jax.runs.export import export
 from kava_jax.runs.train import train
-from kava_jax.training.metrics_file import METRICS_NAME, read_metrics
-from kava_jax.verdict import verdict
 
 STEPS, TEACHER = 400, "stories260k"
 FITTED = ("projector.kind=linear", "projector.per_layer=true", "projector.init=calibrated")

@@ -31,7 +31,7 @@ from kava_jax.experiments.tables import (
     score_table,
     sets_table,
 )
-from kava_jax.verdict import collapsed_layers
+from kava_jax.journal.verdict import collapsed_layers
 
 HERE = Path(__file__).resolve().parent
 PAGES = HERE.parent

@@ -11,12 +11,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-from kava_jax.config import Config
-from kava_jax.config_file import dump_config, load_config, parse_config, shipped_config
+from kava_jax.config.file import dump_config, load_config, parse_config, shipped_config
+from kava_jax.config.run import Config
+from kava_jax.journal.metrics_file import METRICS_NAME, read_metrics
 from kava_jax.runs.assess import assess
 from kava_jax.runs.export import export
 from kava_jax.runs.train import Trained, train
-from kava_jax.training.metrics_file import METRICS_NAME, read_metrics
 
 
 def main(model: str, text: str) -> None:

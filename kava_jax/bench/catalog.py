@@ -9,7 +9,7 @@ import jax
 
 from kava_jax.bench.harness import Facts
 from kava_jax.errors import KavaError
-from kava_jax.training.manifest import versions
+from kava_jax.journal.manifest import versions
 
 # The modules of this package, and which of their ``bench_NAME`` there are.
 MODULES = {"step": "step", "loss": "losses", "ce": "losses", "teacher": "teacher"}

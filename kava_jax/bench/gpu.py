@@ -18,15 +18,15 @@ import jax
 from kava_jax.bench import original
 from kava_jax.bench.harness import Facts, Side, compare
 from kava_jax.bench.pairs import Pair, Stepping, batch_of, qwen2
-from kava_jax.config_file import dump_config, load_config, parse_config, shipped_config
+from kava_jax.config.file import dump_config, load_config, parse_config, shipped_config
 from kava_jax.errors import KavaError
 from kava_jax.hf.geometry import config_from_spec
 from kava_jax.parallel.mesh import make_mesh
 from kava_jax.parallel.sharding import put_batch
 from kava_jax.plan.chips import chip_of
+from kava_jax.runs.blueprint import Blueprint, Found, make_blueprint
 from kava_jax.runs.calibrate import unmeasured
 from kava_jax.runs.geometry import models_without_weights
-from kava_jax.training.blueprint import Blueprint, Found, make_blueprint
 
 CHECKED = Pair(*[qwen2(4, 64, 4, 2, 128, vocabulary=512)] * 2, rows=4, length=64)
 # Relative: one float32 program on two devices, and the same in bfloat16.

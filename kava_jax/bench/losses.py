@@ -14,7 +14,7 @@ from kava_jax.bench.original import mercator
 from kava_jax.cache import KVCache
 from kava_jax.losses import MercatorKVLoss, cross_entropy
 from kava_jax.plan.compiled import memory_of
-from kava_jax.training.vocabulary import Head, weighted_losses
+from kava_jax.training.lm_head import Head, weighted_losses
 
 TOLERANCE = 1e-4  # of the largest entry: float32 sums in other orders
 # Of the cache: layers, rows, length, heads, width. Float32 for keys and for values.

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from kava_jax.config_file import parse_config
+from kava_jax.config.file import parse_config
 from kava_jax.data.batches import Batch
 from kava_jax.data.tokenizer import builtin_tokenizer
 from kava_jax.hf.export import export_model
@@ -19,7 +19,7 @@ from kava_jax.parallel.mesh import make_mesh
 from kava_jax.parallel.sharding import put_batch
 from kava_jax.plan.compiled import memory_of
 from kava_jax.plan.floor import step_floor
-from kava_jax.training.blueprint import Blueprint, Found, Models, make_blueprint
+from kava_jax.runs.blueprint import Blueprint, Found, Models, make_blueprint
 
 Geometry = dict[str, Any]
 

@@ -11,15 +11,15 @@ from pathlib import Path
 import jax
 
 from kava_jax.bench.harness import Facts, Side, compare
-from kava_jax.config_file import shipped_config
+from kava_jax.config.file import shipped_config
 from kava_jax.data.batches import BatchStream
 from kava_jax.data.problems import WordProblems
 from kava_jax.data.text import Encoder
 from kava_jax.data.tokenizer import builtin_tokenizer
 from kava_jax.errors import KavaError
+from kava_jax.journal.metrics_file import METRICS_NAME
 from kava_jax.parallel.mesh import make_mesh
 from kava_jax.parallel.sharding import put_batch
-from kava_jax.training.metrics_file import METRICS_NAME
 
 LIMIT = 300.0
 LENGTH = 128

@@ -23,7 +23,7 @@ def train(
 
     Example: kava train configs/demo.yaml train.steps=200 run.dir=runs/short
     """
-    from kava_jax.config_file import load_config
+    from kava_jax.config.file import load_config
     from kava_jax.runs.train import train as train_run
 
     loaded = load_config(config, overrides or [])
@@ -45,7 +45,7 @@ def explain(
 
     Example: kava explain configs/qwen2.5_14b_to_1.5b_gsm8k.yaml recipe=original
     """
-    from kava_jax.config_file import load_config
+    from kava_jax.config.file import load_config
     from kava_jax.runs.explain import explain as explain_config
 
     print(explain_config(load_config(config, overrides or [])))
@@ -72,7 +72,7 @@ def plan(
 
     Example: kava plan configs/qwen2.5_14b_to_1.5b_gsm8k.yaml --devices 8 --mesh fsdp=8 --chip h100
     """
-    from kava_jax.config_file import load_config
+    from kava_jax.config.file import load_config
     from kava_jax.plan.chips import find_chip
     from kava_jax.plan.planning import make_plan, search, virtual_devices
     from kava_jax.plan.show import render, render_search
@@ -104,7 +104,7 @@ def calibrate(
 
     Example: kava calibrate configs/tinystories_260k.yaml recipe=calibrated student.path=DIR
     """
-    from kava_jax.config_file import load_config
+    from kava_jax.config.file import load_config
     from kava_jax.runs.calibrate import calibrate as calibrate_run
     from kava_jax.runs.calibrate import describe
 
@@ -165,7 +165,7 @@ def export(
     from kava_jax.hf.export import check_destination
     from kava_jax.runs.evaluate import choice_note
     from kava_jax.runs.export import export as export_run
-    from kava_jax.runs.prepare import reopen_student, restore_student
+    from kava_jax.runs.reopen import reopen_student, restore_student
     from kava_jax.storage import place
 
     if dtype not in ("auto", "float32", "bfloat16", "float16"):

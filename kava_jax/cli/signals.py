@@ -2,7 +2,7 @@
 
 A command that is asked to end unwinds at once, so that nothing half-written looks whole, says one
 line and exits with 130 (Ctrl-C) or 75 (the others: call it again). A training takes the signals
-over after its first step, when there is something to save (``training/preemption.py``).
+over after its first step, when there is something to save (``runs/preemption.py``).
 """
 
 import os

@@ -153,8 +153,8 @@ def demo(
     Example: kava demo --out runs/demo
     """
     from kava_jax.demo import render, run_demo
+    from kava_jax.journal.lock import alone
     from kava_jax.storage import local_path
-    from kava_jax.training.lock import alone
 
     where = local_path(out, "out")
     with alone(where, "out"):

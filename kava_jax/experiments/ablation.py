@@ -21,12 +21,12 @@ from typing import IO, Any, NamedTuple
 
 import yaml
 
-from kava_jax.config_file import dump_config
+from kava_jax.config.file import dump_config
 from kava_jax.errors import KavaError, PreemptedError
 from kava_jax.experiments.grid import PRETRAINED, Grid, exported, run_config, run_directory
 from kava_jax.experiments.results import GRID_NAME, RUNS_NAME, outcome_of, read_runs, write_runs
-from kava_jax.training.lock import exclusive
-from kava_jax.training.manifest import config_hash, versions, write_atomically
+from kava_jax.journal.lock import exclusive
+from kava_jax.journal.manifest import config_hash, versions, write_atomically
 
 BAD_INPUT = 2
 # glibc hands XLA's buffers back to the system after every step and fetches them anew, page by page:

@@ -26,9 +26,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
-from kava_jax.config import Config
-from kava_jax.config_file import parse_config, read_override, read_yaml, shipped_config
-from kava_jax.config_values import Section
+from kava_jax.config.file import parse_config, read_override, read_yaml, shipped_config
+from kava_jax.config.run import Config
+from kava_jax.config.values import Section
 from kava_jax.errors import KavaError
 from kava_jax.storage import written_out
 

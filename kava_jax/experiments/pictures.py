@@ -8,9 +8,9 @@ no display, no window. Nothing is smoothed.
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from kava_jax.journal.metrics_file import Kind, read_metrics
+from kava_jax.journal.verdict import ACCEPTABLE, EXCELLENT, GOOD, LEAST_GAP
 from kava_jax.storage import Place
-from kava_jax.training.metrics_file import Kind, read_metrics
-from kava_jax.verdict import ACCEPTABLE, EXCELLENT, GOOD, LEAST_GAP
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

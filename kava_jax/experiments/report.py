@@ -16,7 +16,8 @@ import numpy as np
 import yaml
 
 from kava_jax.alignment.layer_map import LayerMap
-from kava_jax.config import AutoShare, Config, TeacherConfig
+from kava_jax.config.run import AutoShare, Config, TeacherConfig
+from kava_jax.diagnostics import alignment_gap
 from kava_jax.errors import KavaError
 from kava_jax.experiments import pictures, tables
 from kava_jax.experiments.comparison import COSINE, EXACT_MATCH, GAP, LOSS, compare
@@ -24,14 +25,14 @@ from kava_jax.experiments.grid import run_config
 from kava_jax.experiments.pictures import Chart, Line, number
 from kava_jax.experiments.results import Results, read_results
 from kava_jax.experiments.statistics import in_words, student_interval
+from kava_jax.journal.manifest import read_manifest
+from kava_jax.journal.metrics_file import METRICS_NAME
+from kava_jax.journal.verdict import collapse_signs, collapsed_layers, verdict
 from kava_jax.runs.evaluate import read_answers
 from kava_jax.runs.explain import explain
-from kava_jax.runs.prepare import calibration_path, read_calibration, recorded_config
+from kava_jax.runs.reopen import calibration_path, read_calibration, recorded_config
 from kava_jax.runs.samples import Answered
 from kava_jax.storage import Place
-from kava_jax.training.manifest import read_manifest
-from kava_jax.training.metrics_file import METRICS_NAME
-from kava_jax.verdict import alignment_gap, collapse_signs, collapsed_layers, verdict
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

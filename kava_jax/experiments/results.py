@@ -14,10 +14,10 @@ from jaxtyping import Bool
 
 from kava_jax.errors import KavaError
 from kava_jax.experiments.grid import Grid
+from kava_jax.journal.manifest import read_manifest, write_atomically
+from kava_jax.journal.metrics_file import METRICS_NAME, read_metrics
 from kava_jax.runs.evaluate import MAIN_SET, read_answers
 from kava_jax.runs.record import six_digits
-from kava_jax.training.manifest import read_manifest, write_atomically
-from kava_jax.training.metrics_file import METRICS_NAME, read_metrics
 
 GRID_NAME, RUNS_NAME = "grid.json", "runs.jsonl"
 CURVE = ("eval_loss", "exact_match_strict", "eval_cos_sim", "eval_alignment_gap")

@@ -14,7 +14,7 @@ import jax
 from kava_jax.plan.chips import Chip, topology_name
 from kava_jax.plan.compiled import Memory, held, lowered, memory_of
 from kava_jax.plan.gpus import GPUS, target_config
-from kava_jax.training.blueprint import Blueprint
+from kava_jax.runs.blueprint import Blueprint
 
 # JAX's plugins for CUDA, of which one is installed at a time.
 CUDA_PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")

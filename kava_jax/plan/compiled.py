@@ -13,7 +13,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from kava_jax.data.batches import abstract_batch
 from kava_jax.parallel.sharding import batch_sharding
 from kava_jax.plan.program import Work, work_of
-from kava_jax.training.blueprint import Blueprint
+from kava_jax.runs.blueprint import Blueprint
 
 # Only memory and messages are asked for: no machine code has to be good.
 _QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from flax import nnx
 
 from kava_jax.models.spec import DecoderSpec
-from kava_jax.training.blueprint import Blueprint
+from kava_jax.runs.blueprint import Blueprint
 
 
 class Floor(NamedTuple):

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import jax
 
-from kava_jax.config import Config
-from kava_jax.config_file import dump_config, parse_config
+from kava_jax.config.file import dump_config, parse_config
+from kava_jax.config.run import Config
 from kava_jax.errors import KavaError
 from kava_jax.parallel.mesh import AXES, batch_shards, check_slices, make_mesh
 from kava_jax.plan.accelerators import described_devices, own_memory
@@ -17,9 +17,9 @@ from kava_jax.plan.floor import step_floor
 from kava_jax.plan.gpus import GPUS
 from kava_jax.plan.most_rows import Boundary, RowSearch, Tried
 from kava_jax.plan.roofline import Roofline, roofline
+from kava_jax.runs.blueprint import Blueprint, make_blueprint
 from kava_jax.runs.calibrate import unmeasured
 from kava_jax.runs.geometry import models_without_weights
-from kava_jax.training.blueprint import Blueprint, make_blueprint
 
 # The compiler for CPUs widens bfloat16 and keeps wide copies of whole models, so temporaries are
 # those of a program that is float32 throughout: an accelerator's are at most that, and about this

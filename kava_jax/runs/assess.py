@@ -4,23 +4,14 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from kava_jax.config_file import parse_config
+from kava_jax.config.file import parse_config
 from kava_jax.data.dataset import HeldOut
 from kava_jax.errors import KavaError, StoppedError
+from kava_jax.journal.manifest import MANIFEST_NAME
 from kava_jax.runs.evaluate import answer_notes, choice_note, evaluate
-from kava_jax.runs.prepare import (
-    Run,
-    config_of,
-    data_loader,
-    gone,
-    prepare,
-    reopen,
-    reopen_student,
-    restore,
-    restore_student,
-)
+from kava_jax.runs.prepare import Run, data_loader, prepare
+from kava_jax.runs.reopen import config_of, gone, reopen, reopen_student, restore, restore_student
 from kava_jax.storage import check_access, place
-from kava_jax.training.manifest import MANIFEST_NAME
 
 
 def assess(

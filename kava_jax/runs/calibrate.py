@@ -27,28 +27,22 @@ from kava_jax.alignment.calibrate import (
 from kava_jax.alignment.grams import Grams
 from kava_jax.alignment.layer_map import LayerMap, window
 from kava_jax.alignment.projector import KVDimensionProjector
-from kava_jax.config import Config
-from kava_jax.config_file import dump_config, parse_config
+from kava_jax.config.file import dump_config, parse_config
+from kava_jax.config.run import Config
 from kava_jax.data.batches import Batch, eval_batches
 from kava_jax.data.dataset import Dataset
 from kava_jax.data.tokenizer import pad_id
 from kava_jax.errors import KavaError
 from kava_jax.evaluation.heldout import held_out, make_examine, make_measure
+from kava_jax.journal.lock import alone
+from kava_jax.journal.manifest import Fingerprints, check_manifest, config_hash, fields_of
 from kava_jax.models.decoder import Params
 from kava_jax.parallel.sharding import put_batch
 from kava_jax.runs.moments import Candidates, Moments
-from kava_jax.runs.prepare import (
-    Run,
-    calibration_path,
-    fingerprints_of,
-    load_dataset,
-    prepare,
-    read_measured_maps,
-)
+from kava_jax.runs.prepare import Run, fingerprints_of, load_dataset, prepare
+from kava_jax.runs.reopen import calibration_path, read_measured_maps
 from kava_jax.runs.resume import FREE_FIELDS, PATH_FIELDS
 from kava_jax.storage import Place, check_target, local_file
-from kava_jax.training.lock import alone
-from kava_jax.training.manifest import Fingerprints, check_manifest, config_hash, fields_of
 from kava_jax.training.objective import PARTS
 
 # Of every eight rows: six to fit on, one to choose layers by, one to score.

@@ -8,7 +8,7 @@ from functools import partial
 import jax
 import numpy as np
 
-from kava_jax.config import MAIN_SET, Config
+from kava_jax.config.run import MAIN_SET, Config
 from kava_jax.data.batches import Batch, eval_batches
 from kava_jax.data.dataset import Dataset, HeldOut
 from kava_jax.data.tokenizer import pad_id
@@ -16,13 +16,13 @@ from kava_jax.errors import KavaError
 from kava_jax.evaluation.answers import can_be_met, gold_answer
 from kava_jax.evaluation.exact_match import ExactMatch, Generate, Sample, exact_match
 from kava_jax.evaluation.heldout import held_out, make_examine, make_measure
+from kava_jax.journal.manifest import write_atomically
 from kava_jax.models.decoder import Params
 from kava_jax.models.generate import generate
 from kava_jax.parallel.hosts import on_host
 from kava_jax.parallel.sharding import put_batch, spread_rows
 from kava_jax.runs.prepare import Run
 from kava_jax.storage import Place
-from kava_jax.training.manifest import write_atomically
 from kava_jax.training.objective import Statistics
 from kava_jax.training.step import TrainState
 from kava_jax.training.summary import Figures

@@ -9,15 +9,15 @@ from typing import Any
 import yaml
 
 from kava_jax.alignment.layer_map import make_layer_map
-from kava_jax.config import AutoShare, Config, Ramp, TeacherConfig
-from kava_jax.config_file import dump_config
+from kava_jax.config.file import dump_config
+from kava_jax.config.recipes import RECIPES
+from kava_jax.config.run import AutoShare, Config, Ramp, TeacherConfig
 from kava_jax.errors import KavaError
+from kava_jax.journal.manifest import config_diff
 from kava_jax.models.spec import DecoderSpec
-from kava_jax.recipes import RECIPES
+from kava_jax.runs.assembly import magnitude_note
 from kava_jax.runs.geometry import specs_at_hand
 from kava_jax.runs.idle import idle_settings
-from kava_jax.training.assembly import magnitude_note
-from kava_jax.training.manifest import config_diff
 
 LOSSES = {
     "mercator": "Mercator: {alpha:g} x (1 - cosine) + {beta:g} x (difference of log lengths)^2",

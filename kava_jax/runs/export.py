@@ -6,11 +6,11 @@ from typing import Any, Literal
 from kava_jax.hf.card import model_card
 from kava_jax.hf.export import check_tokenizer, export_model
 from kava_jax.hf.locate import read_json
+from kava_jax.journal.manifest import read_manifest
+from kava_jax.journal.metrics_file import METRICS_NAME, read_metrics
 from kava_jax.models.decoder import Params
 from kava_jax.runs.prepare import Run
 from kava_jax.storage import Place
-from kava_jax.training.manifest import read_manifest
-from kava_jax.training.metrics_file import METRICS_NAME, read_metrics
 
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 

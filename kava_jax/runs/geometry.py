@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kava_jax.config import Config
-from kava_jax.config_file import dump_config
+from kava_jax.config.file import dump_config
+from kava_jax.config.run import Config
 from kava_jax.data.tokenizer import vocabulary_size
 from kava_jax.errors import KavaError
 from kava_jax.hf.config_keys import refuse_unknown
@@ -15,9 +15,9 @@ from kava_jax.hf.known import KNOWN_CONFIGS
 from kava_jax.hf.load import read_spec
 from kava_jax.hf.locate import BUILTIN_PREFIX, resolve_model
 from kava_jax.models.spec import DecoderSpec
+from kava_jax.runs.blueprint import Found, Models
 from kava_jax.runs.prepare import find_tokenizer
 from kava_jax.storage import reachable
-from kava_jax.training.blueprint import Found, Models
 
 
 def model_specs(raw: Mapping[str, Any]) -> dict[str, DecoderSpec]:

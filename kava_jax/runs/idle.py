@@ -8,11 +8,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kava_jax.config import Config
+from kava_jax.config.run import Config
 from kava_jax.data.text import Encoded
 from kava_jax.errors import KavaError
+from kava_jax.runs.assembly import magnitude_note
 from kava_jax.storage import reachable
-from kava_jax.training.assembly import magnitude_note
 
 # Of these a run does one at its end, however long the interval.
 INTERVALS = ("log_every", "eval_every", "checkpoint_every")

@@ -13,16 +13,16 @@ from typing import Any
 
 import yaml
 
-from kava_jax.config import Config
-from kava_jax.config_file import dump_config
+from kava_jax.config.file import dump_config
+from kava_jax.config.run import Config
 from kava_jax.data.dataset import Dataset
 from kava_jax.errors import KavaError
+from kava_jax.journal.manifest import read_manifest, write_atomically
+from kava_jax.journal.verdict import verdict
 from kava_jax.models.spec import DecoderSpec
+from kava_jax.runs.parts import TeacherPart
 from kava_jax.runs.prepare import Run
 from kava_jax.storage import Place
-from kava_jax.training.manifest import read_manifest, write_atomically
-from kava_jax.training.parts import TeacherPart
-from kava_jax.verdict import verdict
 
 RECORD_NAME = "record.yaml"
 HEADER = "# Written by kava train at the end of a run; the conclusion is yours, and is kept.\n"

@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from kava_jax.config import Config
-from kava_jax.config_file import dump_config, parse_config
+from kava_jax.config.file import dump_config, parse_config
+from kava_jax.config.run import Config
 from kava_jax.errors import KavaError
-from kava_jax.training.assembly import schedules
-from kava_jax.training.manifest import config_diff, fields_of
+from kava_jax.journal.manifest import config_diff, fields_of
+from kava_jax.runs.assembly import schedules
 from kava_jax.training.step import TrainState
 
 # Fields that may change between a run and its continuation without changing what was learnt.

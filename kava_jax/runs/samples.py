@@ -7,12 +7,13 @@ none of this.
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from kava_jax.config_file import dump_config, parse_config
+from kava_jax.config.file import dump_config, parse_config
 from kava_jax.data.dataset import HeldOut
 from kava_jax.errors import KavaError
 from kava_jax.evaluation.exact_match import ExactMatch
 from kava_jax.runs.evaluate import answer
-from kava_jax.runs.prepare import Run, load_dataset, prepare, reopen, restore
+from kava_jax.runs.prepare import Run, load_dataset, prepare
+from kava_jax.runs.reopen import reopen, restore
 from kava_jax.storage import Place
 
 

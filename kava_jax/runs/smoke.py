@@ -16,20 +16,20 @@ from typing import Any
 import jax
 import numpy as np
 
-from kava_jax.config import Config
-from kava_jax.config_file import dump_config, parse_config
+from kava_jax.config.file import dump_config, parse_config
+from kava_jax.config.run import Config
 from kava_jax.data.sources import BUILTIN_PROBLEMS, load_examples
 from kava_jax.data.tokenizer import BUILTIN_TOKENIZER, load_tokenizer, vocabulary_size
 from kava_jax.errors import KavaError
 from kava_jax.hf.card import model_card
 from kava_jax.hf.export import export_model
 from kava_jax.hf.names import parameter_shapes
+from kava_jax.journal.lock import alone
+from kava_jax.journal.manifest import MANIFEST_NAME
 from kava_jax.models.spec import DecoderSpec, LongRopeScaling
 from kava_jax.parallel.hosts import meet
 from kava_jax.runs.geometry import model_specs
 from kava_jax.storage import absolute, check_target, remove
-from kava_jax.training.lock import alone
-from kava_jax.training.manifest import MANIFEST_NAME
 
 # Two rows are the fewest with a shuffled cosine. Every other length of a batch is compiled anew,
 # and that, with a vocabulary of full size, is what a smoke run spends its time on.

@@ -9,46 +9,43 @@ import jax
 from flax import nnx
 
 from kava_jax.alignment.projector import KVDimensionProjector
-from kava_jax.config import AutoShare, Config
-from kava_jax.config_file import dump_config
+from kava_jax.config.file import dump_config
+from kava_jax.config.run import AutoShare, Config
 from kava_jax.data.dataset import Dataset
 from kava_jax.errors import PreemptedError
-from kava_jax.parallel.hosts import from_first, on_host
-from kava_jax.parallel.sharding import batch_sharding, replicated
-from kava_jax.runs.calibrate import calibrated, place, unmeasured
-from kava_jax.runs.evaluate import evaluation_notes, evaluator
-from kava_jax.runs.export import check_exportable
-from kava_jax.runs.idle import idle_settings
-from kava_jax.runs.prepare import (
-    Run,
-    check_directories,
-    check_finite,
-    directories_of,
-    fingerprints_of,
-    load_dataset,
-    prepare,
-    read_measured_maps,
-    restore_target,
-)
-from kava_jax.runs.record import check_record, write_record
-from kava_jax.runs.resume import FREE_FIELDS, PATH_FIELDS, changes_in_words, check_steps
-from kava_jax.storage import check_target, local_file
-from kava_jax.training.ahead import compiled_ahead
-from kava_jax.training.assembly import magnitude_note
-from kava_jax.training.checkpoint import Checkpoints, newest_step
-from kava_jax.training.lock import alone
-from kava_jax.training.loop import Cadence, projector_path, run_steps
-from kava_jax.training.manifest import (
+from kava_jax.journal.checkpoint import Checkpoints, newest_step
+from kava_jax.journal.lock import alone
+from kava_jax.journal.manifest import (
     Fingerprints,
     Hardware,
     check_manifest,
     write_config,
     write_manifest,
 )
-from kava_jax.training.monitor import Monitor
-from kava_jax.training.preemption import Preemption, listening
+from kava_jax.journal.monitor import Monitor
+from kava_jax.parallel.hosts import from_first, on_host
+from kava_jax.parallel.sharding import batch_sharding, replicated
+from kava_jax.runs.ahead import compiled_ahead
+from kava_jax.runs.assembly import magnitude_note
+from kava_jax.runs.calibrate import calibrated, place, unmeasured
+from kava_jax.runs.evaluate import evaluation_notes, evaluator
+from kava_jax.runs.export import check_exportable
+from kava_jax.runs.idle import idle_settings
+from kava_jax.runs.loop import Cadence, projector_path, run_steps
+from kava_jax.runs.preemption import Preemption, listening
+from kava_jax.runs.prepare import Run, fingerprints_of, load_dataset, prepare
+from kava_jax.runs.profiling import Profile
+from kava_jax.runs.record import check_record, write_record
+from kava_jax.runs.reopen import (
+    check_directories,
+    check_finite,
+    directories_of,
+    read_measured_maps,
+    restore_target,
+)
+from kava_jax.runs.resume import FREE_FIELDS, PATH_FIELDS, changes_in_words, check_steps
+from kava_jax.storage import check_target, local_file
 from kava_jax.training.probe import make_probe
-from kava_jax.training.profiling import Profile
 from kava_jax.training.step import TrainState
 
 

@@ -27,7 +27,7 @@ from kava_jax.losses import cross_entropy, logit_kl, mercator
 from kava_jax.models.decoder import Decoder, Params
 from kava_jax.models.spec import DecoderSpec
 from kava_jax.training.comparison import Compared, Comparison, Reading, read
-from kava_jax.training.vocabulary import Head, weighted_losses
+from kava_jax.training.lm_head import Head, weighted_losses
 
 Metrics = dict[str, Mean]
 PARTS = ("k", "v")

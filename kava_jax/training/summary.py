@@ -7,8 +7,8 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
+from kava_jax.diagnostics import alignment_gap
 from kava_jax.geometry import Mean
-from kava_jax.verdict import alignment_gap
 
 _PAIRED = ("kv", "cos", "cos_shuffled", "mag_loss")
 

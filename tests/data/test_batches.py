@@ -4,7 +4,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from kava_jax.config_file import parse_config
+from kava_jax.config.file import parse_config
 from kava_jax.data.batches import BatchStream, best_lengths, collate, eval_batches
 from kava_jax.data.sources import load_examples
 from kava_jax.data.text import Encoded, Encoder

@@ -16,8 +16,8 @@ import pytest
 import yaml
 
 import kava_jax
-from kava_jax.config import EvalConfig
-from kava_jax.config_file import parse_config
+from kava_jax.config.file import parse_config
+from kava_jax.config.run import EvalConfig
 from kava_jax.data.dataset import HeldOut
 from kava_jax.data.problems import WordProblems
 from kava_jax.data.sources import load_examples

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from kava_jax.alignment.layer_map import LayerMap
-from kava_jax.config_file import dump_config, parse_config
+from kava_jax.config.file import dump_config, parse_config
 from kava_jax.errors import KavaError
 from kava_jax.experiments.report import write_report
-from kava_jax.training.manifest import Fingerprints, Hardware, write_manifest
+from kava_jax.journal.manifest import Fingerprints, Hardware, write_manifest
 from tests.experiments.pages import Page, check_stands_alone, ids_and_labels
 from tests.tiny import GEOMETRY, kava
 from tests.tiny_models import write_directory

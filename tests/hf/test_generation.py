@@ -5,7 +5,7 @@ import re
 
 import pytest
 
-from kava_jax.config_file import load_config
+from kava_jax.config.file import load_config
 from kava_jax.errors import KavaError
 from kava_jax.hf.generation import end_ids
 from kava_jax.runs.prepare import prepare

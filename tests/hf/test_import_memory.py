@@ -35,7 +35,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 from kava_jax.hf.load import load_decoder_params, read_spec
 from kava_jax.models.decoder import Decoder
 from kava_jax.parallel.mesh import make_mesh
-from kava_jax.training.parts import Part, place_slices
+from kava_jax.runs.parts import Part, place_slices
 
 def kilobytes(field):
     return int(re.search(field + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])

@@ -23,7 +23,7 @@ import pytest
 from flax import nnx
 
 from kava_jax.cache import KVCache
-from kava_jax.config_file import parse_config
+from kava_jax.config.file import parse_config
 from kava_jax.errors import KavaError
 from kava_jax.models import attend as attend_module
 from kava_jax.models.attend import Choice, attend, choose, in_words
@@ -32,8 +32,8 @@ from kava_jax.parallel.mesh import make_mesh
 from kava_jax.parallel.sharding import layouts
 from kava_jax.plan.accelerators import described_devices
 from kava_jax.plan.chips import CHIPS
+from kava_jax.runs import blueprint
 from kava_jax.runs.geometry import models_without_weights
-from kava_jax.training import blueprint
 from tests.models.test_decoder import SPEC, build
 from tests.tiny import CONFIG, write_workspace
 from tests.tolerances import TOL

@@ -13,11 +13,11 @@ import numpy as np
 import optax
 import pytest
 
-from kava_jax.config_file import parse_config, read_yaml, shipped_config
+from kava_jax.config.file import parse_config, read_yaml, shipped_config
 from kava_jax.parallel.mesh import make_mesh
 from kava_jax.parallel.sharding import put_batch
+from kava_jax.runs.blueprint import find_models, make_blueprint
 from kava_jax.runs.prepare import load_dataset, prepare
-from kava_jax.training.blueprint import find_models, make_blueprint
 from tests.tolerances import TOL
 
 STEPS = 50

@@ -7,8 +7,8 @@ import sys
 import jax
 import pytest
 
-from kava_jax.config import Config
-from kava_jax.config_file import parse_config
+from kava_jax.config.file import parse_config
+from kava_jax.config.run import Config
 from kava_jax.errors import KavaError
 from kava_jax.plan import accelerators, planning
 from kava_jax.plan.accelerators import CUDA_PLUGINS, described_devices
@@ -110,7 +110,7 @@ def test_a_gpu_s_compiler_lays_the_step_out(chip: str) -> None:
         "import sys\n"
         "from kava_jax.plan.planning import compile_for, virtual_devices\n"
         "virtual_devices(16)\n"
-        "from kava_jax.config_file import load_config\n"
+        "from kava_jax.config.file import load_config\n"
         "from kava_jax.plan.chips import find_chip\n"
         "from kava_jax.plan.compiled import memory_of\n"
         "from kava_jax.plan.program import work_of\n"

@@ -11,8 +11,8 @@ import jax
 import pytest
 import yaml
 
-from kava_jax.config import Config
-from kava_jax.config_file import parse_config
+from kava_jax.config.file import parse_config
+from kava_jax.config.run import Config
 from kava_jax.errors import KavaError
 from kava_jax.parallel.mesh import make_mesh
 from kava_jax.parallel.sharding import put_batch
@@ -22,9 +22,9 @@ from kava_jax.plan.compiled import compile_step, compiled_memory, held
 from kava_jax.plan.floor import layer_flops, step_floor
 from kava_jax.plan.planning import Plan, make_plan, search
 from kava_jax.plan.show import render, render_search
+from kava_jax.runs.blueprint import make_blueprint
 from kava_jax.runs.geometry import models_without_weights
 from kava_jax.runs.prepare import load_dataset, prepare
-from kava_jax.training.blueprint import make_blueprint
 from tests.tiny import CONFIG, kava, write_workspace
 
 H100 = find_chip("H100")
@@ -215,11 +215,11 @@ def test_weights_and_moments_of_the_named_job_shrink_with_the_devices() -> None:
         "import sys, jax\n"
         "from kava_jax.plan.planning import virtual_devices\n"
         "virtual_devices(int(sys.argv[1]))\n"
-        "from kava_jax.config_file import load_config\n"
+        "from kava_jax.config.file import load_config\n"
         "from kava_jax.parallel.mesh import make_mesh\n"
         "from kava_jax.plan.compiled import held\n"
         "from kava_jax.runs.geometry import models_without_weights\n"
-        "from kava_jax.training.blueprint import make_blueprint\n"
+        "from kava_jax.runs.blueprint import make_blueprint\n"
         f"config = load_config({str(NAMED)!r}, ['data.batch_size=256'])\n"
         "models = models_without_weights(config)\n"
         "found = held(make_blueprint(config, make_mesh(1, -1, 1), models, {}), 256, 512)\n"

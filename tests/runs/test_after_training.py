@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from kava_jax.journal.checkpoint import Checkpoints
+from kava_jax.journal.monitor import Monitor
 from kava_jax.runs import evaluate as evaluating
 from kava_jax.runs import train as training
-from kava_jax.training.blueprint import Blueprint
-from kava_jax.training.checkpoint import Checkpoints
-from kava_jax.training.monitor import Monitor
+from kava_jax.runs.blueprint import Blueprint
 from tests.tiny import kava, write_config, write_workspace
 
 STEPS = 3

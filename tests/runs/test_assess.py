@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from kava_jax.config_file import load_config, parse_config
+from kava_jax.config.file import load_config, parse_config
 from kava_jax.data.problems import WordProblems
 from kava_jax.data.tokenizer import builtin_tokenizer
 from kava_jax.errors import KavaError, StoppedError

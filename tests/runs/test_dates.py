@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kava_jax.config_file import load_config
+from kava_jax.config.file import load_config
 from kava_jax.data.tokenizer import builtin_tokenizer
 from kava_jax.errors import KavaError
 from kava_jax.runs import prepare

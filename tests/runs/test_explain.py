@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from kava_jax.config_file import load_config, shipped_config
+from kava_jax.config.file import load_config, shipped_config
 from kava_jax.runs.explain import explain
 from tests.tiny import kava
 

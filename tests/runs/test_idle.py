@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kava_jax.config_file import parse_config
+from kava_jax.config.file import parse_config
 from kava_jax.data.text import Encoded
 from kava_jax.errors import KavaError
 from kava_jax.runs.explain import explain

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from kava_jax.training.checkpoint import Checkpoints
+from kava_jax.journal.checkpoint import Checkpoints
 from tests.tiny import write_config, write_workspace
 
 STEPS, KILLS = 12, 10

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from kava_jax.config_file import load_config, parse_config
+from kava_jax.config.file import load_config, parse_config
 from kava_jax.runs.smoke import smoke_config
 from kava_jax.storage import place
 from tests.tiny import CONFIG, contents, kava, write_config, write_workspace

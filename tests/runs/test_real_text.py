@@ -3,9 +3,9 @@
 import json
 from pathlib import Path
 
-from kava_jax.config_file import parse_config
+from kava_jax.config.file import parse_config
+from kava_jax.journal.metrics_file import METRICS_NAME, read_metrics
 from kava_jax.runs.train import train
-from kava_jax.training.metrics_file import METRICS_NAME, read_metrics
 
 
 def test_gap_rises_and_nothing_is_nan(shared: Path, tmp_path: Path) -> None:

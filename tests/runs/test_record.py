@@ -6,11 +6,11 @@ from datetime import date
 import pytest
 import yaml
 
-from kava_jax.config_file import dump_config, parse_config
+from kava_jax.config.file import dump_config, parse_config
 from kava_jax.errors import KavaError
+from kava_jax.journal.manifest import Hardware, write_manifest
 from kava_jax.runs.prepare import fingerprints_of, load_dataset, prepare
 from kava_jax.runs.record import write_record
-from kava_jax.training.manifest import Hardware, write_manifest
 from tests.tiny import CONFIG, kava, write_config, write_workspace
 
 EVALUATION = {

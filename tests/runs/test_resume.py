@@ -11,12 +11,13 @@ import jax
 import numpy as np
 import pytest
 
-from kava_jax.config_file import dump_config, load_config
-from kava_jax.runs.prepare import fingerprints_of, load_dataset, prepare, reopen, restore
+from kava_jax.config.file import dump_config, load_config
+from kava_jax.journal.checkpoint import Checkpoints
+from kava_jax.journal.manifest import check_manifest
+from kava_jax.runs.prepare import fingerprints_of, load_dataset, prepare
+from kava_jax.runs.reopen import reopen, restore
 from kava_jax.runs.resume import FREE_FIELDS, PATH_FIELDS
 from kava_jax.runs.train import train
-from kava_jax.training.checkpoint import Checkpoints
-from kava_jax.training.manifest import check_manifest
 from tests.tiny import (
     CONFIG,
     contents,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from kava_jax.config_file import load_config
+from kava_jax.config.file import load_config
 from kava_jax.hf.load import read_spec
 from kava_jax.models.masks import attention_mask, token_positions
 from kava_jax.runs.smoke import smoke_config

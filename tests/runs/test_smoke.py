@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from kava_jax.config import Config
-from kava_jax.config_file import load_config, parse_config
+from kava_jax.config.file import load_config, parse_config
+from kava_jax.config.run import Config
 from kava_jax.data.sources import BUILTIN_PROBLEMS
 from kava_jax.data.tokenizer import BUILTIN_TOKENIZER
 from kava_jax.hf.geometry import spec_from_config

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from kava_jax.runs.prepare import reopen, reopen_student, restore, restore_student
+from kava_jax.runs.reopen import reopen, reopen_student, restore, restore_student
 from tests.tiny import contents, kava, write_config, write_model, write_workspace
 from tests.tolerances import TOL
 

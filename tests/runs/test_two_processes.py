@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from kava_jax.training.lock import exclusive
+from kava_jax.journal.lock import exclusive
 from tests.tiny import CONFIG, JOINED, write_config, write_workspace
 from tests.tolerances import TOL
 

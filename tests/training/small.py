@@ -19,10 +19,10 @@ from kava_jax.data.text import Encoded
 from kava_jax.models.decoder import Decoder
 from kava_jax.models.spec import DecoderSpec
 from kava_jax.parallel.mesh import AXES, batch_shards
-from kava_jax.training.assembly import empty_statistics
+from kava_jax.runs.assembly import empty_statistics
+from kava_jax.runs.parts import Part
 from kava_jax.training.comparison import Comparison
 from kava_jax.training.objective import Objective, Statistics, TeacherLink
-from kava_jax.training.parts import Part
 
 SINKS = 2
 PAIRS = ((1, 0), (2, 2))

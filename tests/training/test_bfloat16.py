@@ -16,9 +16,9 @@ from flax import nnx
 from kava_jax.alignment.kv_losses import KINDS, kv_loss
 from kava_jax.alignment.layer_map import CALIBRATED_MAPS, NAMED_MAPS
 from kava_jax.cache import KVCache
+from kava_jax.config.recipes import RECIPES
 from kava_jax.geometry import masked_mean
 from kava_jax.models.layers import Dtypes, Projection, RMSNorm
-from kava_jax.recipes import RECIPES
 from kava_jax.training.comparison import Comparison, read
 from kava_jax.training.step import initial_state, make_train_step
 from tests.tolerances import TOL

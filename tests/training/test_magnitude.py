@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kava_jax.recipes import RECIPES
+from kava_jax.config.recipes import RECIPES
 from kava_jax.training.objective import Share
 from kava_jax.training.probe import examine, figures
 from kava_jax.training.summary import summarize

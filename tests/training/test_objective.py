@@ -10,7 +10,6 @@ import pytest
 from flax import nnx
 
 from kava_jax.data.batches import Batch
-from kava_jax.training import vocabulary
 from kava_jax.training.objective import Share
 from tests.tolerances import TOL
 from tests.training.small import (
@@ -144,7 +143,7 @@ def test_chunks_of_the_vocabulary_change_nothing(monkeypatch) -> None:
     made = setting(kl_weight=0.5)
     whole = compiled(made)()
     for tokens in (4, 1):  # 11 predictions in 3 chunks of 4, the last one padded, or 11 of 1
-        monkeypatch.setattr(vocabulary, "CHUNK_LOGITS", 8 * 48 * tokens)
+        monkeypatch.setattr(lm_head, "CHUNK_LOGITS", 8 * 48 * tokens)
         assert_trees_close(compiled(made)(), whole, TOL["float32"])
     jaxpr = jax.make_jaxpr(lambda p: total_loss(made)(p, made.teachers, BATCH, STEP, WHOLE))
     shapes = [out.aval.shape for eqn in jaxpr(made.params).eqns for out in eqn.outvars]

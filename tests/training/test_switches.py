@@ -16,7 +16,7 @@ import pytest
 
 from kava_jax.alignment.kv_losses import KINDS
 from kava_jax.alignment.layer_map import LayerMap
-from kava_jax.config_alignment import LossConfig
+from kava_jax.config.alignment import LossConfig
 from kava_jax.training.objective import Share
 from tests.training.small import MAP, TEACHER, batch, setting
 

@@ -6,9 +6,9 @@ import numpy as np
 import optax
 
 from kava_jax.evaluation.heldout import held_out, make_examine, make_measure
+from kava_jax.journal.verdict import collapse_signs, verdict
 from kava_jax.training.optimizer import make_optimizer
 from kava_jax.training.step import initial_state, make_train_step
-from kava_jax.verdict import collapse_signs, verdict
 from tests.training.small import Setting, batch, one_device, setting
 
 STEPS = 150

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from kava_jax.config_file import parse_config
-from kava_jax.training.assembly import kv_weight
+from kava_jax.config.file import parse_config
+from kava_jax.runs.assembly import kv_weight
 from kava_jax.training.objective import Share
 from tests.tiny import CONFIG
 from tests.tolerances import TOL

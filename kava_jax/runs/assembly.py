@@ -9,7 +9,7 @@ from flax import nnx
 from kava_jax.alignment.frame import Frame, empty
 from kava_jax.alignment.kv_losses import kv_loss
 from kava_jax.alignment.projector import forgets_length
-from kava_jax.config import AutoShare, Config, Ramp
+from kava_jax.config.run import AutoShare, Config, Ramp
 from kava_jax.models.spec import DecoderSpec
 from kava_jax.training.objective import PARTS, Objective, SideMeans, Statistics, TeacherLink
 from kava_jax.training.optimizer import Rate, make_optimizer

@@ -9,7 +9,7 @@ import jax
 from kava_jax.data.batches import BatchStream
 from kava_jax.errors import StoppedError
 from kava_jax.geometry import Mean
-from kava_jax.training.monitor import Monitor
+from kava_jax.journal.monitor import Monitor
 from kava_jax.training.step import Skips
 
 

@@ -14,9 +14,9 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from kava_jax.config import Config
+from kava_jax.config.recipes import apply_recipe
+from kava_jax.config.run import Config
 from kava_jax.errors import KavaError
-from kava_jax.recipes import apply_recipe
 from kava_jax.storage import written_out
 
 

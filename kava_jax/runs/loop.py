@@ -10,18 +10,18 @@ from jax.sharding import Mesh
 
 from kava_jax.data.batches import Batch, BatchStream, padded
 from kava_jax.errors import PreemptedError
+from kava_jax.journal.checkpoint import Checkpoints
+from kava_jax.journal.lines import Clock, Lines
+from kava_jax.journal.monitor import Monitor
+from kava_jax.journal.skips import SkipLog
 from kava_jax.models.decoder import Params
 from kava_jax.parallel.hosts import from_first
 from kava_jax.parallel.sharding import put_batch
+from kava_jax.runs.preemption import AskedToEndError, Preemption
+from kava_jax.runs.profiling import Profile
 from kava_jax.storage import Place
-from kava_jax.training.checkpoint import Checkpoints
-from kava_jax.training.lines import Clock, Lines
-from kava_jax.training.monitor import Monitor
 from kava_jax.training.objective import Metrics
-from kava_jax.training.preemption import AskedToEndError, Preemption
 from kava_jax.training.probe import Probed, share_is_due
-from kava_jax.training.profiling import Profile
-from kava_jax.training.skips import SkipLog
 from kava_jax.training.step import LossScale, TrainState
 from kava_jax.training.summary import Figures, summarize_layers
 

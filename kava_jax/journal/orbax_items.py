@@ -14,8 +14,8 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from kava_jax.journal.digests import write_digests, write_own_digests
 from kava_jax.storage import Place, place
-from kava_jax.training.digests import write_digests, write_own_digests
 
 
 class Manager(ocp.CheckpointManager):

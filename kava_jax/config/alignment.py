@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from kava_jax.config_values import KVWeight, Positive, Ramp, Section, Weight, is_zero
+from kava_jax.config.values import KVWeight, Positive, Ramp, Section, Weight, is_zero
 
 
 class ProjectorConfig(Section):

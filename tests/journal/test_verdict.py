@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from kava_jax.verdict import (
+from kava_jax.journal.verdict import (
     alarms,
     alignment_gap,
     collapse_signs,

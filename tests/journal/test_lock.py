@@ -14,7 +14,7 @@ import pytest
 from etils import epath
 
 from kava_jax.errors import KavaError
-from kava_jax.training.lock import LOCK_NAME, exclusive
+from kava_jax.journal.lock import LOCK_NAME, exclusive
 from tests.tiny import contents, kava, write_config, write_workspace
 
 STEPS = 24

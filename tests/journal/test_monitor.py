@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import pytest
 
 from kava_jax.errors import KavaError
-from kava_jax.training import monitor as monitor_module
-from kava_jax.training.metrics_file import read_metrics
-from kava_jax.training.monitor import Monitor, shown
-from kava_jax.verdict import verdict
+from kava_jax.journal import monitor as monitor_module
+from kava_jax.journal.metrics_file import read_metrics
+from kava_jax.journal.monitor import Monitor, shown
+from kava_jax.journal.verdict import verdict
 
 METRICS = {
     "loss": 2.5,

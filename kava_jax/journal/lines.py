@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from kava_jax.training.monitor import Monitor
+from kava_jax.journal.monitor import Monitor
+from kava_jax.journal.skips import SkipLog
 from kava_jax.training.objective import Metrics
-from kava_jax.training.skips import SkipLog
 from kava_jax.training.summary import summarize
 
 

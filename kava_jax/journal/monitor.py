@@ -26,9 +26,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
 
+from kava_jax.journal.metrics_file import METRICS_NAME, Kind, cut, read_metrics
+from kava_jax.journal.verdict import alarms, collapse_signs, collapsed_layers, verdict
 from kava_jax.storage import Place, growing
-from kava_jax.training.metrics_file import METRICS_NAME, Kind, cut, read_metrics
-from kava_jax.verdict import alarms, collapse_signs, collapsed_layers, verdict
 
 TENSORBOARD_NAME = "tensorboard"
 

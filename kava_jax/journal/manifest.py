@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 import yaml
 
 from kava_jax.errors import KavaError
+from kava_jax.journal.lock import LOCK_NAME
 from kava_jax.storage import Place
-from kava_jax.training.lock import LOCK_NAME
 
 CONFIG_NAME = "config.yaml"
 MANIFEST_NAME = "manifest.json"

@@ -8,12 +8,12 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from kava_jax.config_alignment import (
+from kava_jax.config.alignment import (
     CalibrationConfig,
     LossConfig,
     ProjectorConfig,
 )
-from kava_jax.config_values import (
+from kava_jax.config.values import (
     Address,
     AutoShare,
     Dtype,

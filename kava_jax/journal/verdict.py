@@ -9,6 +9,8 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 
+from kava_jax.diagnostics import alignment_gap
+
 # Lower ends of the original method's bands; below the last one it is "Poor".
 EXCELLENT, GOOD, ACCEPTABLE = 0.95, 0.80, 0.50
 # The word is withdrawn when the gap, or its share of what was left to gain, is below these.
@@ -19,13 +21,6 @@ LEAST_GAP, LEAST_GAP_SHARE = 0.05, 0.1
 LEAST_COS_CENTERED = 0.1
 MOST_TIMES_CHANCE = 3.0
 LEAST_RANK_SHARE = 0.1
-
-
-def alignment_gap(cos: float, cos_shuffled: float | None) -> float | None:
-    """``cos - cos_shuffled``, the headline; None where there is no baseline (None or NaN)."""
-    if cos_shuffled is None or math.isnan(cos_shuffled):
-        return None
-    return cos - cos_shuffled
 
 
 def verdict(cos: float, cos_shuffled: float | None = None) -> str:

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from kava_jax.errors import KavaError
-from kava_jax.training.manifest import (
+from kava_jax.journal.manifest import (
     Change,
     Fingerprints,
     Hardware,
@@ -240,7 +240,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch)
     def full(_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("kava_jax.training.manifest.os.fsync", full)
+    monkeypatch.setattr("kava_jax.journal.manifest.os.fsync", full)
     with pytest.raises(OSError, match="No space left"):
         write_config(tmp_path, changed(steps=200))
     assert (tmp_path / "config.yaml").read_bytes() == before

@@ -8,7 +8,7 @@ from typing import Any
 
 from kava_jax.data.batches import Batch, abstract_batch
 from kava_jax.models.decoder import Params
-from kava_jax.training.loop import Step
+from kava_jax.runs.loop import Step
 from kava_jax.training.objective import Metrics
 from kava_jax.training.step import TrainState
 

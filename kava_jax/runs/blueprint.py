@@ -20,7 +20,7 @@ from jaxtyping import Array
 
 from kava_jax.alignment.layer_map import LayerMap, make_layer_map
 from kava_jax.alignment.projector import KVDimensionProjector
-from kava_jax.config import Config, TeacherConfig
+from kava_jax.config.run import Config, TeacherConfig
 from kava_jax.errors import KavaError
 from kava_jax.hf.config_keys import refuse_unknown
 from kava_jax.hf.geometry import spec_from_config
@@ -31,16 +31,16 @@ from kava_jax.models.decoder import Decoder, Params
 from kava_jax.models.spec import DecoderSpec
 from kava_jax.parallel.mesh import batch_shards
 from kava_jax.parallel.sharding import batch_sharding, layouts, matching_shardings, replicated
-from kava_jax.training.assembly import (
+from kava_jax.runs.assembly import (
     empty_statistics,
     kv_weight,
     learning_rates,
     make_objective,
     optimizer_of,
 )
+from kava_jax.runs.parts import Part, TeacherPart, place_slices
 from kava_jax.training.comparison import Comparison
 from kava_jax.training.objective import Objective, Statistics, TeacherLink
-from kava_jax.training.parts import Part, TeacherPart, place_slices
 from kava_jax.training.step import (
     TrainState,
     compiler_options,

@@ -15,11 +15,11 @@ from typing import Any
 import jax
 
 from kava_jax.errors import KavaError, StoppedError, is_full_disk
+from kava_jax.journal.digests import damage
+from kava_jax.journal.manifest import write_atomically
 from kava_jax.models.decoder import Params
 from kava_jax.parallel.hosts import absent, from_all, from_first, meet
 from kava_jax.storage import Place, absolute, move
-from kava_jax.training.digests import damage
-from kava_jax.training.manifest import write_atomically
 from kava_jax.training.step import TrainState
 
 BEST_METRIC = "eval_loss"
@@ -38,7 +38,7 @@ class Checkpoints:
         import orbax.checkpoint as ocp
         from orbax.checkpoint.checkpoint_managers import preservation_policy as keeping
 
-        from kava_jax.training import orbax_items
+        from kava_jax.journal import orbax_items
 
         best = keeping.BestN(
             get_metric_fn=lambda metrics: -metrics[BEST_METRIC],

@@ -1,0 +1,207 @@
+"""A run directory opened again: its config as it was recorded, its calibration, its checkpoints."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from kava_jax.alignment.layer_map import LayerMap
+from kava_jax.config.file import dump_config, parse_config
+from kava_jax.config.run import Config
+from kava_jax.errors import KavaError
+from kava_jax.journal.checkpoint import Checkpoints, abstract_state
+from kava_jax.journal.manifest import (
+    CALIBRATION_NAME,
+    MANIFEST_NAME,
+    read_manifest,
+)
+from kava_jax.models.decoder import Params
+from kava_jax.parallel.sharding import replicated
+from kava_jax.runs.prepare import Run, find_tokenizer, prepare
+from kava_jax.storage import Place, check_access, reachable
+from kava_jax.training.step import TrainState
+
+
+def reopen(run_dir: Place, overrides: Sequence[str] = ()) -> Run:
+    """A run directory that ``train`` made, prepared again from the config it was started with.
+
+    The attention kernel is chosen anew: this may be another kind of machine.
+    """
+    config = config_of(run_dir, overrides)
+    check_directories(config)
+    return prepare(config, read_measured_maps(config))
+
+
+def reopen_student(run_dir: Place, overrides: Sequence[str] = ()) -> Run:
+    """A run directory opened for its student alone; the teachers need not be there.
+
+    The result's blueprint has no teachers, its config is the run's own. Only a student made from
+    random weights, whose tokenizer came with the first teacher, needs that one still.
+    """
+    config = config_of(run_dir, overrides)
+    raw = dump_config(config)
+    needed = [f"teachers.{index}.path" for index in range(len(config.teachers))]
+    if config.student.path is None and config.student.tokenizer is None and needed:
+        check_directories(config, besides=needed[1:])
+        raw["student"]["tokenizer"] = find_tokenizer(config)[1]
+    else:
+        check_directories(config, besides=needed)
+    # What weighs teachers is refused without any.
+    raw |= {"teachers": []}
+    raw["loss"] |= {"ce_weight": 1.0, "kv_weight": 1.0}
+    return replace(prepare(parse_config(raw)), config=config)
+
+
+# The last commit whose config has the fields named in docs/findings.md, "Options that went".
+LAST_WITH_ALL_FIELDS = "1c99f0a"
+
+
+def recorded_config(run_dir: Place, overrides: Sequence[str] = ()) -> Config:
+    """The config that a run's manifest holds.
+
+    Raises KavaError: there is no manifest, an override is wrong, or the run is of an earlier
+    version with other fields; the version and a commit that reads such a run are named.
+    """
+    manifest = read_manifest(run_dir)
+    text = json.dumps(manifest["config"])  # parsing fills in overrides and recipes in place
+    try:
+        parse_config(json.loads(text))
+    except KavaError as error:
+        made = manifest["starts"][-1]["versions"]["kava_jax"]
+        raise KavaError(
+            f"{run_dir} is a run of kava_jax {made}, whose config had other fields; "
+            f"commit {LAST_WITH_ALL_FIELDS} exports, evaluates and reports it ({error})"
+        ) from None
+    return parse_config(json.loads(text), overrides)
+
+
+def config_of(run_dir: Place, overrides: Sequence[str]) -> Config:
+    """The config that a run was started with, at the place where the run lies now."""
+    check_access(run_dir, "run")
+    chosen = ["train.attention=auto", *overrides]
+    config = recorded_config(run_dir, chosen)
+    located = config.run.model_copy(update={"dir": str(run_dir)})
+    return config.model_copy(update={"run": located})
+
+
+def model_paths(config: Config) -> dict[str, str]:
+    """Where the models and the tokenizer lie or come from, by field."""
+    paths = {f"teachers.{index}.path": one.path for index, one in enumerate(config.teachers)}
+    paths |= {"student.path": config.student.path, "student.tokenizer": config.student.tokenizer}
+    return {field: path for field, path in paths.items() if path is not None}
+
+
+def directories_of(config: Config) -> list[str]:
+    """Those of the ``model_paths`` that are directories, for the manifest."""
+    return [path for field, path in model_paths(config).items() if reachable(path, field).is_dir()]
+
+
+def gone(config: Config) -> dict[str, str]:
+    """The ``model_paths`` that were directories when the run was made, and are not there now."""
+    known = set()
+    if (config.run.directory / MANIFEST_NAME).is_file():
+        known.update(read_manifest(config.run.directory).get("directories", ()))
+    return {
+        field: path
+        for field, path in model_paths(config).items()
+        if path in known and not reachable(path, field).is_dir()
+    }
+
+
+def check_directories(config: Config, besides: Sequence[str] = ()) -> None:
+    """Refuse a run whose model directories are gone; their names might be taken for hub ids.
+
+    ``besides`` are fields that do not matter. Raises KavaError.
+    """
+    lost = [f"{field}={path!r}" for field, path in gone(config).items() if field not in besides]
+    if lost:
+        raise KavaError(
+            f"{', '.join(lost)}: a directory when the run was made, and gone now; put it back, or "
+            f"a link to where it is (kava train also takes {lost[0].partition('=')[0]}=DIR)"
+        )
+
+
+def calibration_path(run_dir: Place) -> Place:
+    """Where a run keeps what its calibration found."""
+    return run_dir / CALIBRATION_NAME / "calibration.json"
+
+
+def read_calibration(run_dir: Place) -> dict[str, Any]:
+    """What a run's calibration found, by teacher: ``layer_map`` and scores.
+
+    Raises KavaError when there is none, or its file is not whole.
+    """
+    path = calibration_path(run_dir)
+    try:
+        teachers = json.loads(path.read_text(encoding="utf-8"))["teachers"]
+        return {
+            name: {"layer_map": found["layer_map"], **found} for name, found in teachers.items()
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise KavaError(
+            f"calibration={str(path)!r} cannot be read ({type(error).__name__}); run `kava "
+            f"calibrate` with the run's config.yaml"
+        ) from None
+
+
+def read_measured_maps(config: Config) -> dict[str, LayerMap]:
+    """The layer maps in the run's calibration; none where the config asks for none.
+
+    Raises KavaError when there is no calibration, or its file is not whole.
+    """
+    if not config.needs_calibration:
+        return {}
+    where, found = config.run.directory, read_calibration(config.run.directory)
+    path = str(calibration_path(where))
+    return {name: LayerMap.from_dict(own["layer_map"], path) for name, own in found.items()}
+
+
+def restore(run: Run, checkpoint: str = "last") -> TrainState:
+    """The state at ``last``, ``best`` or a step number.
+
+    Raises KavaError when its weights are not finite.
+    """
+    keep = run.config.train.keep_checkpoints
+    with Checkpoints(run.directory, keep, read_only=True) as checkpoints:
+        state = checkpoints.restore(checkpoints.choose(checkpoint), restore_target(run))
+    check_finite(run, state.params, int(state.step))
+    return state
+
+
+def check_finite(run: Run, params: Params, step: int) -> None:
+    """Raises KavaError with the restored weights that hold NaN or infinity."""
+    every = jax.jit(
+        lambda params: jax.tree.map(lambda x: jnp.isfinite(x).all(), params),
+        out_shardings=replicated(run.mesh),
+    )(params)
+    flat, _ = jax.tree.flatten_with_path(every)
+    wrong = [jax.tree_util.keystr(path, simple=True, separator="/") for path, x in flat if not x]
+    if wrong:
+        raise KavaError(
+            f"checkpoint={step} of {run.directory} holds NaN or infinity in "
+            f"{', '.join(wrong)}; use an earlier one, or train again"
+        )
+
+
+def restore_student(run: Run, checkpoint: str = "last") -> tuple[int, Params]:
+    """The student at ``last``, ``best`` or a step number, and that number.
+
+    Raises KavaError when its weights are not finite.
+    """
+    keep = run.config.train.keep_checkpoints
+    student = run.blueprint.student
+    abstract = abstract_state(nnx.to_pure_dict(student.abstract), student.shardings)
+    with Checkpoints(run.directory, keep, read_only=True) as checkpoints:
+        step = checkpoints.choose(checkpoint)
+        params = checkpoints.restore_student(step, abstract)
+    check_finite(run, {"student": params}, step)
+    return step, params
+
+
+def restore_target(run: Run) -> Any:
+    """Shapes, dtypes and places of the run's state, for reading a checkpoint into."""
+    return abstract_state(run.blueprint.abstract_state(), run.blueprint.state_shardings())
