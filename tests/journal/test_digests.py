@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from kava_jax.journal.digests import damage, write_digests, write_own_digests
-from kava_jax.training import digests
+from kava_jax.journal import digests
 
 # As Orbax names them with three processes.
 OWN = {
