@@ -13,10 +13,10 @@ from jax.experimental import multihost_utils
 
 from kava_jax.errors import KavaError, StoppedError
 from kava_jax.geometry import Mean
+from kava_jax.journal import orbax_items
 from kava_jax.journal.checkpoint import Checkpoints, abstract_state
 from kava_jax.parallel.mesh import make_mesh
 from kava_jax.parallel.sharding import matching_shardings
-from kava_jax.journal import orbax_items
 from kava_jax.training.objective import Statistics
 from kava_jax.training.optimizer import make_optimizer
 from kava_jax.training.step import LossScale, Skips, TrainState, initial_state

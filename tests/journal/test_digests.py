@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from kava_jax.journal.digests import damage, write_digests, write_own_digests
 from kava_jax.journal import digests
+from kava_jax.journal.digests import damage, write_digests, write_own_digests
 
 # As Orbax names them with three processes.
 OWN = {

@@ -13,6 +13,7 @@ import pytest
 from kava_jax.data.batches import BatchStream
 from kava_jax.errors import PreemptedError, StoppedError
 from kava_jax.geometry import Mean
+from kava_jax.journal import lines as lines_module
 from kava_jax.journal.checkpoint import Checkpoints, abstract_state
 from kava_jax.journal.lines import Lines
 from kava_jax.journal.monitor import Monitor
@@ -20,7 +21,6 @@ from kava_jax.journal.skips import SkipLog
 from kava_jax.runs.loop import Cadence, run_steps
 from kava_jax.runs.preemption import AskedToEndError, Preemption, listening
 from kava_jax.runs.profiling import PROFILE_NAME, Profile
-from kava_jax.training import lines as lines_module
 from kava_jax.training.optimizer import Rate, make_optimizer
 from kava_jax.training.probe import make_probe
 from kava_jax.training.step import Skips, initial_state, make_train_step
