@@ -97,7 +97,7 @@ def test_a_finished_run_continues_into_nothing(workspace, capsys):
     assert ended.code == 0, ended.err
     assert ended.out == ""
     assert "continuing from the checkpoint at step 2" in ended.err
-    assert "loss.beta=0.01 is off: projector.kind=elastic begins with a norm" in ended.err
+    assert "loss.kv.beta=0.01 is off: projector.kind=elastic begins with a norm" in ended.err
     after = contents(workspace / "run")
     changed = {name for name in after if after[name] != before.get(name)}
     assert before.keys() <= after.keys()

@@ -59,7 +59,7 @@ def records(tmp_path_factory):
         teachers=teachers,
         student={"path": str(workspace / "student")},
         projector={"kind": "linear"},  # with a norm first there is no magnitude loss
-        loss={"kv": "structural", "kl_weight": 0.5, "kv_weight": {"share": 0.2}},
+        loss={"match": "attention", "kl_weight": 0.5, "kv_weight": {"share": 0.2}},
         data={
             "path": str(workspace / "data.jsonl"),
             "eval_rows": 8,
@@ -99,7 +99,7 @@ def test_every_metric_is_explained_and_no_other(records):
 # Config
 
 
-def test_every_config_field_is_in_a_table_written_from_the_models(monkeypatch):
+def test_every_config_field_is_in_a_list_written_from_the_models(monkeypatch):
     monkeypatch.syspath_prepend(str(DOCS))
     import config_table
 
@@ -108,7 +108,7 @@ def test_every_config_field_is_in_a_table_written_from_the_models(monkeypatch):
         "python docs/config_table.py brings the page up to date"
     )
     for name in config_table.sections():
-        assert config_table.table(name) in text, f"config.md has no table of {name}"
+        assert config_table.listed(name) in text, f"config.md has no list of {name}"
     fields = sections_and_fields(Config.model_json_schema())
     assert {"share", "every", "start", "end", "kv_weight", "tensor"} <= fields
     missing = [name for name in fields if not re.search(rf"(`|{{|, |## ){name}\b", text)]

@@ -120,7 +120,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "data": CONFIG["data"] | {"batching": "bucketed", "bucket": 64},
         "teachers": [],
         "student": {"path": "student", "tokenizer": "student"},
-        "eval": {"exact_match": False, "batch_size": 8},
+        "eval": {"max_new_tokens": 0, "batch_size": 8},
     }
     train = {"log_every": 1, "checkpoint_every": 3, "eval_every": 2}
     write_config(place / "long.yaml", train={"steps": 10**6, **train}, **common)

@@ -54,7 +54,7 @@ def test_a_run_in_an_ascii_locale_writes_utf_8(tmp_path):
         tmp_path / "tiny.yaml",
         teachers=[],
         student={"path": "student", "tokenizer": "student"},
-        data=CONFIG["data"] | {"prompt_field": NAME},
+        data=CONFIG["data"] | {"fields": [NAME, "answer"]},
         train=train,
     )
     home = set(tmp_path.iterdir()) | {tmp_path / "run"}
@@ -63,7 +63,7 @@ def test_a_run_in_an_ascii_locale_writes_utf_8(tmp_path):
     assert done.returncode == 0, done.stderr
     assert b"Traceback" not in done.stderr
     written = (tmp_path / "run" / "config.yaml").read_text(encoding="utf-8")
-    assert yaml.safe_load(written)["data"]["prompt_field"] == NAME
+    assert yaml.safe_load(written)["data"]["fields"][0] == NAME
     assert set(tmp_path.iterdir()) == home  # no folder called ~
 
 

@@ -24,7 +24,7 @@ def main() -> None:
         overrides = [f"run.dir={folder}/run", f"loss.kv_weight=auto({SHARE})"]
         overrides += [f"train.steps={STEPS}", "train.diagnose_every=10", "train.eval_every=null"]
         config = load_config(
-            shipped_config("demo.yaml"), [*overrides, "eval.exact_match=false", "data.eval_rows=64"]
+            shipped_config("demo.yaml"), [*overrides, "eval.max_new_tokens=0", "data.eval_rows=64"]
         )
         run = train(config, ["python", "docs/results/auto_share.py"])
         probes = read_metrics(run.run.directory / METRICS_NAME, "diagnostics")

@@ -25,7 +25,7 @@ from kava_jax.runs.train import train
 
 STEPS, TEACHER = 400, "stories260k"
 FITTED = ("projector.kind=linear", "projector.per_layer=true", "projector.init=calibrated")
-FORWARD = ("projector.direction=teacher_to_student", "calibration.rows=512")
+FORWARD = ("projector.direction=teacher_to_student",)
 
 
 def main(model: str, text: str) -> None:

@@ -65,6 +65,9 @@ def decay(mean: TokenMean, factor: float | int | Float[Array, ""]) -> TokenMean:
     return mean._replace(count=mean.count * factor)
 
 
+Center = Literal["none", "batch", "running"]
+
+
 @dataclass(frozen=True)
 class Frame:
     """How vectors are laid out and from where they are seen, before they are compared.
@@ -75,7 +78,7 @@ class Frame:
     per_head  one vector per head; False: one per token, all heads side by side
     """
 
-    center: Literal["none", "batch", "running"] = "none"
+    center: Center = "none"
     per_head: bool = True
 
     def __call__(

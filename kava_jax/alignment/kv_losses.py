@@ -1,21 +1,18 @@
-"""The menu of KV losses, token by token: how far one model's keys (or values) are from another's.
+"""The KV losses that a config can name: how far one model's keys (or values) are from another's.
 
-They compare vector with vector, by the formulas of ``losses``. A loss per token can be routed,
-weighted and averaged by the caller.
-
-Left out on purpose: the frame the vectors are compared in (``frame``), the attention KL that
-``structural`` is completed with (``attention``), and what is a constant (the caller stops it).
+To add one, write a class with its fields and add it to ``AnyKVLoss``; the config, its
+documentation and ``kava explain`` follow. The formulas are those of ``losses``. The frame in which
+vectors are compared is ``frame``; whatever is a constant is stopped by the caller.
 """
 
-from collections.abc import Callable
+from abc import abstractmethod
+from typing import Annotated, Literal
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+from pydantic import BaseModel, ConfigDict, Field
 
-from kava_jax.errors import KavaError
 from kava_jax.losses import (
-    Scalar,
-    Weight,
     comparable,
     hybrid_values,
     mercator_values,
@@ -24,69 +21,107 @@ from kava_jax.losses import (
     vector_mask,
 )
 
-KINDS = ("mercator", "mse", "smooth_l1", "hybrid", "structural")
-# Kinds that grow with the vectors, and so have a unit to be measured in.
-SCALED = ("mse", "smooth_l1", "structural")
-
-# (student [P, B, T, K, H], target, mask [B, T], step) -> loss of every token [B, T]
-TokenLoss = Callable[[Array, Array, Array, Array], Array]
+Beta = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-def kv_loss(
-    kind: str,
-    *,
-    alpha: float | int = 1.0,
-    beta: float | int = 0.01,
-    mercator_weight: Weight = 0.8,
-    mse_weight: Weight = 0.2,
-) -> TokenLoss:
-    """The named loss as ``(student, target, mask, step) -> [B, T]``, float32.
+class KVLoss(BaseModel):
+    """Base of all: the fields are static, the call is pure and works under ``jit`` and ``grad``."""
 
-    Both sides are [P, B, T, K, H] of any float dtype and the mask is [B, T]. A token's loss is the
-    mean over layers P and heads K, and 0 without a gradient where the mask is 0, whatever (NaN)
-    stands there: ``masked_mean(result, mask)`` is the ``losses`` function of that name.
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
-    mercator, mse, smooth_l1, hybrid   as in ``losses``; hybrid's weights are numbers or schedules
-    structural   smooth_l1; the objective adds the attention KL
+    @abstractmethod
+    def vectors(self, student: Array, target: Array, mask_BT: Array) -> Float[Array, "P B T K"]:
+        """The loss of every pair of vectors; what the mask leaves out may be anything finite."""
 
-    Args:
-        kind: one of ``KINDS``.
-        alpha, beta: Mercator's weights of direction and magnitude.
-        mercator_weight, mse_weight: of hybrid, a number or ``step -> number``.
+    @property
+    @abstractmethod
+    def words(self) -> str:
+        """The formula, as ``kava explain`` writes it."""
 
-    Raises:
-        KavaError: an unknown kind; when called, shapes that differ or a mask that does not fit.
-    """
-    if kind not in KINDS:
-        raise KavaError(f"loss.kv={kind!r} is unknown; use one of {', '.join(KINDS)}")
-
-    def of_vectors(s: Array, t: Array, step: Array) -> Array:
-        return {
-            "mse": lambda: mse_values(s, t),
-            "smooth_l1": lambda: smooth_l1_values(s, t),
-            "hybrid": lambda: hybrid_values(
-                s, t, _at(mercator_weight, step), _at(mse_weight, step), alpha, beta
-            ),
-            "structural": lambda: smooth_l1_values(s, t),
-        }[kind]()
-
-    def loss(
+    def __call__(
+        self,
         student: Float[Array, "P B T K H"],
         target: Float[Array, "..."],
         mask_BT: Array,
-        step: Array,
     ) -> Float[Array, "B T"]:
-        counted_BT = mask_BT != 0
-        if kind == "mercator":
-            # It leaves out what does not count by itself, without a zeroed copy of either side.
-            keep = vector_mask(student, target, mask_BT)
-            values = mercator_values(student, target, alpha, beta, keep=keep)
-            return jnp.where(counted_BT, values.mean(axis=(0, 3)), 0.0)
+        """The loss of every token, float32: the mean over layers P and heads K.
+
+        Inputs may be of any float dtype. The result is 0, without a gradient, where the mask is 0,
+        even if NaN is found there: ``masked_mean(result, mask)`` is the loss of that name in
+        ``losses``.
+
+        Raises:
+            KavaError: the shapes differ, or the mask does not fit them.
+        """
+        values = self.vectors(student, target, mask_BT).mean(axis=(0, 3))
+        return jnp.where(mask_BT != 0, values, 0.0)
+
+
+class Mercator(KVLoss):
+    """``1 - cosine + beta * log(length ratio)^2``: the direction, and a little of the length."""
+
+    kind: Literal["mercator"] = "mercator"
+    beta: Beta = Field(default=0.01, description="weight of the squared difference of log lengths")
+
+    def vectors(self, student: Array, target: Array, mask_BT: Array) -> Float[Array, "P B T K"]:
+        """Without a zeroed copy of either side: Mercator masks by itself."""
+        keep = vector_mask(student, target, mask_BT)
+        return mercator_values(student, target, 1.0, self.beta, keep=keep)
+
+    @property
+    def words(self) -> str:
+        """The formula with its numbers."""
+        return f"Mercator: 1 - cosine + {self.beta:g} x (difference of log lengths)^2"
+
+
+class MSE(KVLoss):
+    """The mean squared difference."""
+
+    kind: Literal["mse"] = "mse"
+
+    def vectors(self, student: Array, target: Array, mask_BT: Array) -> Float[Array, "P B T K"]:
+        """Of vectors whose uncounted entries are zeros."""
         s, t, _ = comparable(student, target, mask_BT)
-        return jnp.where(counted_BT, of_vectors(s, t, step).mean(axis=(0, 3)), 0.0)
+        return mse_values(s, t)
 
-    return loss
+    @property
+    def words(self) -> str:
+        """The formula in words."""
+        return "MSE: the mean squared difference"
 
 
-def _at(weight: Weight, step: Array) -> Scalar:
-    return weight(step) if callable(weight) else weight
+class SmoothL1(KVLoss):
+    """Half the squared difference up to 1, linear beyond."""
+
+    kind: Literal["smooth_l1"] = "smooth_l1"
+
+    def vectors(self, student: Array, target: Array, mask_BT: Array) -> Float[Array, "P B T K"]:
+        """Of vectors whose uncounted entries are zeros."""
+        s, t, _ = comparable(student, target, mask_BT)
+        return smooth_l1_values(s, t)
+
+    @property
+    def words(self) -> str:
+        """The formula in words."""
+        return "Smooth-L1: squared up to 1, linear beyond"
+
+
+class Hybrid(KVLoss):
+    """``0.8 * Mercator + 0.2 * MSE``, the original method's weights."""
+
+    kind: Literal["hybrid"] = "hybrid"
+    beta: Beta = Field(default=0.01, description="as Mercator's")
+
+    def vectors(self, student: Array, target: Array, mask_BT: Array) -> Float[Array, "P B T K"]:
+        """Of vectors whose uncounted entries are zeros."""
+        s, t, _ = comparable(student, target, mask_BT)
+        return hybrid_values(s, t, beta=self.beta)
+
+    @property
+    def words(self) -> str:
+        """The formula with its numbers."""
+        return f"Hybrid: 0.8 x Mercator (beta {self.beta:g}) + 0.2 x MSE"
+
+
+# The table: ``loss.kv`` of a config is one of these.
+AnyKVLoss = Mercator | MSE | SmoothL1 | Hybrid

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from reprlib import repr as shortened
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +17,13 @@ from jaxtyping import Array, Float
 
 from kava_jax.cache import KVCache
 from kava_jax.errors import KavaError
+
+# Maps by a rule, and maps that are measured before training.
+RuleMap = Literal["ratio", "last"]
+MeasuredMap = Literal["cka", "calibrated"]
+LayerMapName = RuleMap | MeasuredMap
+NAMED_MAPS: tuple[RuleMap, ...] = get_args(RuleMap)
+CALIBRATED_MAPS: tuple[MeasuredMap, ...] = get_args(MeasuredMap)
 
 
 @dataclass(frozen=True)
@@ -202,12 +209,10 @@ def _last(teacher_layers: int, student_layers: int) -> LayerMap:
 
 
 # Makers of maps between a teacher and a student of given depths, by the name they have in a config.
-_MAKERS: dict[str, Callable[[int, int], LayerMap]] = {
+_MAKERS: dict[RuleMap, Callable[[int, int], LayerMap]] = {
     "ratio": _ratio,
     "last": _last,
 }
-NAMED_MAPS = tuple(_MAKERS)
-CALIBRATED_MAPS = ("cka", "calibrated")
 
 
 def _one_each(layers: Iterable[int]) -> LayerMap:

@@ -18,10 +18,10 @@ from jaxtyping import Array, Float, Key
 
 from kava_jax.alignment.adapters import (
     NORM_FIRST,
+    AdapterKind,
     ElasticAdapter,
     HeadShape,
     InitMethod,
-    Kind,
     LinearAdapter,
 )
 from kava_jax.cache import KVCache
@@ -30,7 +30,7 @@ from kava_jax.errors import KavaError
 Direction = Literal["teacher_to_student", "student_to_teacher"]
 
 
-def forgets_length(kind: Kind, direction: Direction) -> bool:
+def forgets_length(kind: AdapterKind, direction: Direction) -> bool:
     """Whether the student's vectors meet a norm before they are compared.
 
     How long they come out is then the projector's doing alone, so a loss of lengths cannot teach
@@ -51,7 +51,7 @@ class AdapterPair(nnx.Module):
 class ProjectorShape(NamedTuple):
     """What an adapter is built from, apart from the widths of the two sides."""
 
-    kind: Kind = "elastic"
+    kind: AdapterKind = "elastic"
     mlp_ratio: float = 1.0
     dropout: float = 0.1
     init: InitMethod = "xavier"
@@ -88,7 +88,7 @@ class KVDimensionProjector(nnx.Module):
         init_method: InitMethod = "xavier",
         trainable: bool = True,
         *,
-        kind: Kind = "elastic",
+        kind: AdapterKind = "elastic",
         direction: Direction = "teacher_to_student",
         student_heads: int = 1,
         per_layer: bool = False,

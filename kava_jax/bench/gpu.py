@@ -107,7 +107,7 @@ def _torch(path: Path, overrides: list[str], compiled: bool = False) -> Side:
     run = random_weights(path, overrides)
     (teacher,) = run.teachers.values()
     # What ``auto`` is on PyTorch's device, not on JAX's.
-    dtype: Any = run.config.student.dtype.replace("auto", "bfloat16" if on_gpu else "float32")
+    dtype: Any = run.config.train.dtype.replace("auto", "bfloat16" if on_gpu else "float32")
     student, other = (config_from_spec(s, dtype=dtype) for s in (run.student_spec, teacher.spec))
     modules = original.random(student, other, dtype, "cuda" if on_gpu else "cpu")
     layers = [row[0] for row in teacher.layer_map.teacher_layers]
@@ -134,7 +134,7 @@ def _check() -> Side:
 
 def _figures(dtype: str, device: Any) -> list[float]:
     def run(kind: str) -> Blueprint:
-        wanted = {"student.dtype": kind, "teachers.0.dtype": kind, "optimizer.warmup_steps": 0}
+        wanted = {"train.dtype": kind, "optimizer.warmup_steps": 0}
         return CHECKED.run(wanted, device=device)
 
     with jax.default_matmul_precision("float32"):

@@ -118,7 +118,7 @@ def train_step(
     trained = {5e-5: student, 1e-3: torch.nn.ModuleDict(projector)}
     groups = [{"params": list(module.parameters()), "lr": lr} for lr, module in trained.items()]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.01)
-    device = student.device
+    device, heads = student.device, student.config.num_key_value_heads
     cast = torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
     if compiled:
         student, teacher = torch.compile(student), torch.compile(teacher)
@@ -142,7 +142,8 @@ def train_step(
         for part, mlp in projector.items():
             projected = mlp(target[part][layers].float())
             # Its metrics too, as the original has them and our step does; nobody reads them here.
-            of_part, _ = mercator(own[part].float(), projected.float(), kv_mask)
+            sides = (x.float().unflatten(-1, (heads, -1)) for x in (own[part], projected))
+            of_part, _ = mercator(*sides, kv_mask[..., None])
             loss = loss + 0.5 * of_part
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

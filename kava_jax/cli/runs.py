@@ -18,12 +18,17 @@ def train(
         bool,
         typer.Option("--smoke", help="A few steps with tiny random models, same heads."),
     ] = False,
+    profile: Annotated[
+        str | None,
+        typer.Option(metavar="FIRST:LAST", help="Trace these steps into RUN/profile."),
+    ] = None,
 ) -> None:
     """Train one run, or continue it if its directory holds a checkpoint of the same config.
 
     Example: kava train configs/demo.yaml train.steps=200 run.dir=runs/short
     """
     from kava_jax.config.file import load_config
+    from kava_jax.runs.profiling import first_and_last
     from kava_jax.runs.train import train as train_run
 
     loaded = load_config(config, overrides or [])
@@ -31,7 +36,7 @@ def train(
         from kava_jax.runs.smoke import smoke_config
 
         loaded = smoke_config(loaded)
-    trained = train_run(loaded, command())
+    trained = train_run(loaded, command(), first_and_last(profile, loaded.train.steps))
     if first_process():
         say(f"run directory: {trained.run.directory}")
 

@@ -1,37 +1,49 @@
-"""The config's sections about alignment: projector, losses and calibration."""
+"""The config's sections about alignment: projector and losses."""
 
 from typing import Literal
 
 from pydantic import Field, model_validator
 
-from kava_jax.config.values import KVWeight, Positive, Ramp, Section, Weight, is_zero
+from kava_jax.alignment.adapters import AdapterKind, InitMethod
+from kava_jax.alignment.frame import Center
+from kava_jax.alignment.kv_losses import Mercator
+from kava_jax.alignment.projector import Direction
+from kava_jax.config.values import KVWeight, NamedKVLoss, Positive, Ramp, Section, Weight
+from kava_jax.training.comparison import ComparedKeys
+from kava_jax.training.objective import Match, Parts
 
 
 class ProjectorConfig(Section):
-    """The bridge between the two caches' widths and heads.
+    """The bridge between the two caches' widths and heads."""
 
-    ``training``: ``joint`` learns beside the student from the first step; ``warmup`` learns alone
-    for the first ``warmup_steps``, then beside the student; ``frozen`` stays as it was initialised.
-    """
-
-    kind: Literal["elastic", "linear"] = Field(
-        default="elastic", description="what an adapter is made of"
+    kind: AdapterKind = Field(
+        default="elastic", description="what an adapter is made of; linear is the plain baseline"
     )
-    direction: Literal["student_to_teacher", "teacher_to_student"] = Field(
-        default="student_to_teacher", description="whose vectors are mapped into whose space"
+    direction: Direction = Field(
+        default="student_to_teacher",
+        description="whose vectors are mapped into whose space; teacher_to_student is the original "
+        "method's",
     )
     mlp_ratio: float = Field(
-        default=1.0, gt=0, le=16, description="elastic: hidden over input width"
+        default=1.0, gt=0, le=16, description="of kind elastic: hidden width over input width"
     )
-    dropout: float = Field(default=0.1, ge=0, lt=1, description="elastic: in its hidden layer")
-    init: Literal["xavier", "kaiming", "normal", "calibrated"] = Field(
-        default="xavier", description="calibrated: fitted in closed form before training"
+    dropout: float = Field(
+        default=0.1, ge=0, lt=1, description="of kind elastic: dropout in its hidden layer"
     )
-    per_layer: bool = Field(default=False, description="one map per layer, not shared by all")
+    init: InitMethod | Literal["calibrated"] = Field(
+        default="xavier",
+        description="first weights; calibrated fits them in closed form before training (needs "
+        "kind linear and per_layer true)",
+    )
+    per_layer: bool = Field(
+        default=False, description="one map per layer; false shares one map among all layers"
+    )
     training: Literal["joint", "warmup", "frozen"] = Field(
-        default="joint", description="how the projector learns"
+        default="joint",
+        description="joint learns with the student from the first step; warmup learns alone for "
+        "warmup_steps first; frozen stays as it was initialised",
     )
-    warmup_steps: Positive = Field(default=100, description="of training=warmup")
+    warmup_steps: Positive = Field(default=100, description="of training warmup")
 
     @model_validator(mode="after")
     def _calibrated(self) -> "ProjectorConfig":
@@ -44,41 +56,48 @@ class ProjectorConfig(Section):
 
 
 class LossConfig(Section):
-    """What is minimised: ce_weight * CE + kl_weight * KL + kv_weight * KV.
+    """What is minimised: ce_weight x CE + kl_weight x KL + kv_weight x KV."""
 
-    ``remove_key_bias`` to ``per_head`` say in which frame keys and values are compared.
-    """
-
-    kv: Literal["mercator", "mse", "smooth_l1", "hybrid", "structural"] = Field(
-        default="mercator", description="how far two keys (or values) are from each other"
+    kv: NamedKVLoss = Field(
+        default=Mercator(),
+        description="how far two keys (or values) are apart: a name, or a mapping with the kind "
+        "and its fields",
+    )
+    match: Match = Field(
+        default="cache",
+        description="what is compared: cache is keys and values; attention adds the KL between "
+        "what the space's queries attend to in both caches",
     )
     kv_weight: KVWeight = Field(
-        default=1.0, description="a number, a ramp, or a share of the cross-entropy gradient"
+        default=1.0,
+        description="a number, a ramp, or a share of the cross-entropy gradient; the first thing "
+        "to tune: too strong a pull harms",
     )
-    parts: Literal["both", "keys", "values"] = Field(
-        default="both", description="what is compared; the other part is only measured"
+    parts: Parts = Field(
+        default="both", description="which part is pulled; the other one is only measured"
     )
-    alpha: Weight = Field(default=1.0, description="mercator: weight of the direction term")
-    beta: Weight = Field(default=0.01, description="mercator: weight of the log-magnitude term")
-    mercator_weight: Weight | Ramp = Field(default=0.8, description="hybrid: of Mercator")
-    mse_weight: Weight | Ramp = Field(default=0.2, description="hybrid: of MSE")
-    attention_weight: Weight = Field(default=1.0, description="structural: of the attention KL")
-    ce_weight: Weight | Ramp = Field(default=1.0, description="of cross-entropy")
-    kl_weight: Weight = Field(default=0.0, description="of logit KL")
-    kl_temperature: float = Field(default=1.0, gt=0, description="of both softmaxes in logit KL")
-    key_space: Literal["pre_rope", "post_rope"] = Field(
-        default="pre_rope", description="keys before or after RoPE has turned them"
+    ce_weight: Weight | Ramp = Field(default=1.0, description="weight of cross-entropy")
+    kl_weight: Weight = Field(
+        default=0.0,
+        description="weight of logit KL; above 0 the whole teacher is loaded, with its head",
+    )
+    kl_temperature: float = Field(
+        default=1.0, gt=0, description="temperature of both softmaxes in logit KL"
+    )
+    key_space: ComparedKeys = Field(
+        default="pre_rope", description="keys are compared before or after RoPE"
     )
     sink_tokens: int = Field(
-        default=4, ge=0, description="first tokens of a row left out of the KV loss"
+        default=4, ge=0, description="first tokens of a row that the KV loss leaves out"
     )
     remove_key_bias: bool = Field(
         default=False, description="compare keys without their projection's bias"
     )
-    center: Literal["none", "batch", "running"] = Field(
-        default="none", description="subtract means per layer and head, on both sides"
+    center: Center = Field(
+        default="none",
+        description="subtract means per layer and head, on both sides: none, the batch's, or "
+        "running means over past steps",
     )
-    per_head: bool = Field(default=True, description="false: one vector per token, all heads")
 
     @model_validator(mode="after")
     def _fitting(self) -> "LossConfig":
@@ -87,27 +106,4 @@ class LossConfig(Section):
                 "remove_key_bias=true with key_space=post_rope: RoPE has turned the bias by then; "
                 "set key_space=pre_rope"
             )
-        if not self._compares:
-            raise ValueError(
-                f"kv={self.kv} with alpha={self.alpha:g}, beta={self.beta:g}"
-                + (", mercator_weight=0, mse_weight=0" if self.kv == "hybrid" else "")
-                + " compares nothing; raise one, or set kv_weight=0 for no KV loss"
-            )
         return self
-
-    @property
-    def _compares(self) -> bool:
-        """Whether any term of the KV loss has a weight."""
-        mercator = self.alpha > 0 or self.beta > 0
-        if self.kv == "hybrid":
-            hears_mercator = mercator and not is_zero(self.mercator_weight)
-            return hears_mercator or not is_zero(self.mse_weight)
-        return mercator or self.kv != "mercator"
-
-
-class CalibrationConfig(Section):
-    """The closed-form fit of projectors and layer maps that are asked for by name."""
-
-    rows: Positive = Field(default=512, description="training rows to fit and score on")
-    layers: int = Field(default=4, ge=1, le=8, description="teacher layers per student layer")
-    ridge: float = Field(default=1e-4, gt=0, description="times the mean variance of the inputs")

@@ -7,7 +7,7 @@ a key given twice is an error (YAML keeps the last silently), and every problem 
 import copy
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,38 @@ from kava_jax.config.recipes import apply_recipe
 from kava_jax.config.run import Config
 from kava_jax.errors import KavaError
 from kava_jax.storage import written_out
+
+# What became of fields that an earlier version had.
+_GONE = "it went (docs/findings.md, Options that went); leave it out"
+WENT = {
+    "optimizer.final_lr_share": "it is called optimizer.min_lr_ratio now",
+    "optimizer.mean_dtype": "it is called optimizer.mu_dtype now",
+    "optimizer.schedule": "the rates follow a cosine; optimizer.min_lr_ratio=1 keeps them constant",
+    "optimizer.b1": _GONE,
+    "train.keep_checkpoints": "it is called train.max_to_keep now",
+    "train.most_skipped": "it is called train.max_consecutive_skips now",
+    "train.checkpoint_minutes": "give train.checkpoint_every a number of steps",
+    "loss.beta": "it is called loss.kv.beta now",
+    "loss.alpha": "loss.kv_weight weighs the direction",
+    "loss.attention_weight": "loss.match=attention adds the attention term",
+    "loss.mercator_weight": _GONE,
+    "loss.mse_weight": _GONE,
+    "loss.per_head": _GONE,
+    "loss.temperature": _GONE,
+    "loss.standardize": _GONE,
+    "loss.divide_by_std": _GONE,
+    "router": _GONE,
+    "calibration": _GONE,
+    "profile": "write kava train CONFIG --profile FIRST:LAST",
+    "student.dtype": "it is called train.dtype now",
+    "teachers.dtype": "it is called train.dtype now",
+    "data.prompt_field": "write data.fields=[prompt, answer]",
+    "data.answer_field": "write data.fields=[prompt, answer]",
+    "data.messages_field": "write data.fields=NAME",
+    "data.template": "write the template as data.format",
+    "data.separator": _GONE,
+    "eval.exact_match": "eval.max_new_tokens=0 turns it off",
+}
 
 
 class _Loader(yaml.SafeLoader):
@@ -54,7 +86,7 @@ _Loader.add_implicit_resolver(
 
 def shipped_config(name: str) -> Path:
     """Path of one of the configs that ship with the package (or lie beside it in a checkout)."""
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parents[1]
     for folder in (package / "configs", package.parent / "configs"):
         if (folder / name).is_file():
             return folder / name
@@ -129,10 +161,12 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     """Set one ``dotted.key=value`` in place; a list index may be one past the end."""
     key, value = read_override(override)
     node: Any = raw
-    *parents, last = key.split(".")
-    for position, part in enumerate(parents):
-        following = (*parents, last)[position + 1]
-        node = _step_into(node, part, [] if following.isdigit() else {}, override)
+    *parents, last = parts = key.split(".")
+    for position, part in enumerate(parents, start=1):
+        short = isinstance(node, dict) and isinstance(node.get(part), str)
+        if short and (model := _model_at(parts[:position])) and _kind(model):
+            node[part] = {"kind": node[part]}
+        node = _step_into(node, part, [] if parts[position].isdigit() else {}, override)
     _assign(node, last, value, override)
 
 
@@ -163,7 +197,10 @@ def _problem(raw: Any, error: dict[str, Any]) -> str:
     location, value = _existing_path(raw, error["loc"])
     name = ".".join(location)
     if error["type"] == "extra_forbidden":
-        return f"{name} is not a known field; {_closest(location)}"
+        went = WENT.get(re.sub(r"^teachers\.\d+", "teachers", name))
+        return f"{name} is not a known field; {went or _closest(location, error['loc'][:-1])}"
+    if error["type"] == "union_tag_invalid":
+        return f"{name}={value!r} is not valid: use one of {error['ctx']['expected_tags']}"
     if error["type"] == "missing":
         missing = ".".join([*location, str(error["loc"][-1])])
         return f"{missing} is required but missing; add it"
@@ -185,26 +222,36 @@ def _existing_path(raw: Any, loc: tuple[int | str, ...]) -> tuple[list[str], Any
     return names, node
 
 
-def _closest(location: list[str]) -> str:
+def _closest(location: list[str], section: Sequence[int | str]) -> str:
     """'did you mean ...' among the fields of the section, or the list of them."""
-    fields = _fields_of(location[:-1])
+    model = _model_at(section)
+    fields = list(model.model_fields) if model else []
     matches = difflib.get_close_matches(location[-1], fields, n=1)
     if matches:
         return f"did you mean {'.'.join([*location[:-1], matches[0]])}?"
     return f"the fields there are {', '.join(fields)}"
 
 
-def _fields_of(location: list[str]) -> list[str]:
-    """Field names of the section at ``location``, found by walking the models' annotations."""
-    model: type[BaseModel] = Config
-    for part in location:
-        if part.isdigit():
-            continue
-        found = _sections_in(model.model_fields[part].annotation)
-        if not found:
-            return []
-        model = found[0]
-    return list(model.model_fields)
+def _model_at(location: Sequence[int | str]) -> type[BaseModel] | None:
+    """The section at ``location``, found by walking the models' annotations.
+
+    Of a section that may be of several kinds, the one that pydantic's location goes on to name, or
+    the first.
+    """
+    model: type[BaseModel] | None = Config
+    kinds: list[type[BaseModel]] = []
+    for part in map(str, location):
+        named = [kind for kind in kinds if _kind(kind) == part]
+        if named:
+            model = named[0]
+        elif model is not None and not part.isdigit() and part in model.model_fields:
+            kinds = _sections_in(model.model_fields[part].annotation)
+            model = kinds[0] if kinds else None
+    return model
+
+
+def _kind(model: type[BaseModel]) -> Any:
+    return model.model_fields["kind"].default if "kind" in model.model_fields else None
 
 
 def _sections_in(annotation: Any) -> list[type[BaseModel]]:

@@ -12,7 +12,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     # projector that learns with the student. Both may drift to one direction: watch the gap.
     "original": {
         "projector": {"kind": "elastic", "direction": "teacher_to_student", "training": "joint"},
-        "loss": {"kv": "mercator", "beta": 0.01, "center": "none"},
+        "loss": {"kv": "mercator", "center": "none"},
         "optimizer": {"student_lr": 5e-5, "projector_lr": 1e-3, "weight_decay": 0.01},
     },
     # The projector stands on the student's side and is dropped at export, so the target is the
@@ -23,7 +23,6 @@ RECIPES: dict[str, dict[str, Any]] = {
         "loss": {
             "kv": "mercator",
             "kv_weight": {"start": 1.0, "end": 0.0, "over": 1.0},
-            "beta": 0.01,
             "key_space": "pre_rope",
         },
     },
@@ -40,7 +39,6 @@ RECIPES: dict[str, dict[str, Any]] = {
         },
         "loss": {
             "kv": "mercator",
-            "beta": 0.01,
             "key_space": "pre_rope",
             "remove_key_bias": True,
             "center": "running",

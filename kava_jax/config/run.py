@@ -1,18 +1,18 @@
-"""The configuration of a run, as frozen pydantic models; ``config_file`` reads and writes it.
+"""The configuration of a run, as frozen pydantic models; ``file`` reads and writes it.
 
-The config stops at the edge: below the command line, functions take plain values. Model geometry
-is not configured here but read from each model's own ``config.json``.
+The config names what it configures: every list of choices belongs to the code that implements them.
+Below ``runs``, functions take plain values. Model geometry is read from each model's own
+``config.json``.
 """
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
-from kava_jax.config.alignment import (
-    CalibrationConfig,
-    LossConfig,
-    ProjectorConfig,
-)
+from kava_jax.alignment.controls import Control
+from kava_jax.alignment.layer_map import LayerMapName
+from kava_jax.config.alignment import LossConfig, ProjectorConfig
 from kava_jax.config.values import (
     Address,
     AutoShare,
@@ -24,12 +24,15 @@ from kava_jax.config.values import (
     Weight,
     is_zero,
 )
+from kava_jax.data.chat import TrainOn
+from kava_jax.models.attend import Asked
+from kava_jax.models.decoder import Remat
+from kava_jax.parallel.sharding import Indivisible
 from kava_jax.storage import Place, place
 
-# What our own held-out rows are called beside those of `eval.sets`.
+# The name of the run's own held-out rows among ``eval.sets``.
 MAIN_SET = "held_out"
 SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
-LayerMapName = Literal["ratio", "last", "cka", "calibrated"]
 
 
 class RunConfig(Section):
@@ -39,12 +42,14 @@ class RunConfig(Section):
         default="run",
         min_length=1,
         pattern=r"^[A-Za-z0-9._-]+$",
-        description="what the run is called; letters, digits and . _ -",
+        description="name of the run; letters, digits and . _ -",
     )
     dir: str | None = Field(
         default=None, description="run directory or gs://bucket/folder; runs/<name> when null"
     )
-    seed: int = Field(default=0, ge=0, description="of fresh weights, order of rows, dropout")
+    seed: int = Field(
+        default=0, ge=0, description="seeds fresh weights, the order of rows, and dropout"
+    )
 
     @field_validator("dir")
     @classmethod
@@ -66,19 +71,22 @@ class TeacherConfig(Section):
         default="teacher",
         min_length=1,
         pattern=r"^[A-Za-z0-9_-]+$",
-        description="what its figures are called; letters, digits and _ -",
+        description="name in metrics and tables; letters, digits and _ -",
     )
     path: Address = Field(description="Hugging Face directory, hub id, or builtin:demo_teacher")
     revision: str | None = Field(default=None, description="branch, tag or commit on the hub")
-    dtype: Dtype = Field(default="auto", description="auto: float32 on CPU, else bfloat16")
-    weight: Weight = Field(default=1.0, description="of its losses among several teachers")
+    weight: Weight = Field(
+        default=1.0, description="weight of its losses; at 0 it is only measured"
+    )
     layer_map: LayerMapName | tuple[tuple[int, int], ...] = Field(
         default="ratio",
-        description="a name, or [teacher, student] layer pairs; cka and calibrated are measured",
+        description="which of its layers the student's are compared with: a rule (cka and "
+        "calibrated are measured before training), or [teacher, student] pairs",
     )
-    control: Literal["none", "shuffled", "constant", "random"] = Field(
+    control: Control = Field(
         default="none",
-        description="a target that teaches nothing: the next row's, one vector, random weights",
+        description="a target that teaches nothing, to see whether the cache helps or any pull "
+        "would: another row's cache, one mean vector, or random weights",
     )
 
 
@@ -90,14 +98,14 @@ class StudentConfig(Section):
     )
     revision: str | None = Field(default=None, description="branch, tag or commit on the hub")
     geometry: dict[str, Any] | None = Field(
-        default=None, description="config.json keys of a student to be trained from random weights"
+        default=None, description="config.json keys of a student to train from random weights"
     )
     tokenizer: Address | None = Field(
-        default=None, description="where from, when not from student or teacher"
+        default=None, description="source of the tokenizer; null: the student, else the teacher"
     )
-    dtype: Dtype = Field(default="auto", description="it computes in; its weights are float32")
-    remat: Literal["none", "dots", "full"] = Field(
-        default="none", description="what the backward pass computes again"
+    remat: Remat = Field(
+        default="none",
+        description="what the backward pass recomputes; when memory runs out: dots, then full",
     )
 
     @model_validator(mode="after")
@@ -108,6 +116,27 @@ class StudentConfig(Section):
         return self
 
 
+def _names(value: Any) -> Any:
+    """One name is that of a conversation, as a list of one."""
+    if isinstance(value, str):
+        return (value,)
+    if isinstance(value, list | tuple) and (
+        len(value) not in (1, 2) or value[-1] is None or value == [None]
+    ):
+        raise PydanticCustomError(
+            "fields",
+            "write [prompt, answer], [null, text] for plain documents, or the name of a "
+            "conversation",
+        )
+    return value
+
+
+def _known_format(written: str) -> str:
+    if written not in ("qa", "chat") and not ("{prompt}" in written and "{answer}" in written):
+        raise PydanticCustomError("format", "write qa, chat, or a text with {prompt} and {answer}")
+    return written
+
+
 class DataConfig(Section):
     """Rows of text, how they become tokens, and which are held out."""
 
@@ -115,31 +144,36 @@ class DataConfig(Section):
         description="JSON, JSONL, parquet or text file (.gz too), - for standard input, hub id, or "
         "builtin:word_problems"
     )
-    subset: str | None = Field(default=None, description="name of a hub dataset's configuration")
+    subset: str | None = Field(default=None, description="configuration of a hub data set")
     revision: str | None = Field(default=None, description="branch, tag or commit on the hub")
-    split: str = Field(default="train", description="of the generator, a directory or a hub id")
+    split: str = Field(
+        default="train", description="split of the generator, a directory or a hub data set"
+    )
     eval_path: Address | None = Field(
-        default=None, description="held-out rows; else cut from data.path"
+        default=None, description="held-out rows; null: eval_split, else cut from the training rows"
     )
     eval_split: str | None = Field(default=None, description="held-out split of the same source")
     eval_rows: Positive = Field(default=256, description="number of held-out rows")
-    rows: Positive | None = Field(
-        default=None, description="use only the first so many training rows"
+    rows: Positive | None = Field(default=None, description="use only the first training rows")
+    fields: Annotated[tuple[str | None, ...], BeforeValidator(_names)] = Field(
+        default=("question", "answer"),
+        description="fields of a row that hold prompt and answer; [null, text] reads plain "
+        "documents, and a single name reads a conversation",
     )
-    prompt_field: str = Field(default="question", description="field that holds the prompt")
-    answer_field: str = Field(default="answer", description="field that holds the answer")
-    messages_field: str | None = Field(default=None, description="field of a conversation")
-    separator: str = Field(default="<|endoftext|>", description="between documents of a text file")
-    format: Literal["qa", "template", "chat"] = Field(
-        default="qa", description="how a row is written"
+    format: Annotated[str, AfterValidator(_known_format)] = Field(
+        default="qa",
+        description="how a row is written: qa, chat (the tokenizer's template), or a text with "
+        "{prompt} and {answer}",
     )
-    train_on: Literal["last", "assistant"] = Field(
-        default="last", description="of a conversation: the last reply, or every one"
+    train_on: TrainOn = Field(
+        default="last", description="replies of a conversation that are learnt: the last, or all"
     )
-    template: str | None = Field(default=None, description="with {prompt} and {answer}")
-    max_length: int = Field(default=512, ge=8, description="longest row in tokens; the rest is cut")
+    max_length: int = Field(
+        default=512, ge=8, description="longest row in tokens; longer ones are cut"
+    )
     batching: Literal["bucketed", "shuffled"] = Field(
-        default="shuffled", description="rows of a step: of like length, or of any"
+        default="shuffled",
+        description="bucketed puts rows of similar length into a batch, which saves padding",
     )
     bucket: Positive | None = Field(
         default=None,
@@ -159,9 +193,7 @@ class DataConfig(Section):
         return self.bucket or (8 if self.batching == "bucketed" else self.length_bucket)
 
     @model_validator(mode="after")
-    def _template_given(self) -> "DataConfig":
-        if (self.format == "template") != (self.template is not None):
-            raise ValueError("format=template and template=... go together; give both or neither")
+    def _one_answer(self) -> "DataConfig":
         if self.train_on == "assistant" and self.format != "chat":
             raise ValueError(
                 f"train_on=assistant, but format={self.format} has one answer a row; use "
@@ -171,51 +203,63 @@ class DataConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW with two learning rates, clipped per group."""
+    """AdamW with two learning rates, clipped per group; the rates follow a cosine."""
 
-    student_lr: Weight = Field(default=5e-5, description="peak rate of the student")
+    student_lr: Weight = Field(
+        default=5e-5, description="peak rate of the student; fresh weights want about 1e-3"
+    )
     projector_lr: Weight = Field(default=1e-3, description="peak rate of the projector")
-    weight_decay: Weight = Field(default=0.01, description="of matrices, not of norms and biases")
+    weight_decay: Weight = Field(
+        default=0.01, description="decoupled decay of matrices; norms and biases have none"
+    )
     clip_norm: float = Field(default=1.0, gt=0, description="largest gradient norm of each group")
-    b1: float = Field(default=0.9, ge=0, lt=1, description="AdamW: decay of the mean gradient")
-    b2: float = Field(default=0.999, ge=0, lt=1, description="AdamW: decay of its square")
-    mean_dtype: Literal["float32", "bfloat16"] = Field(
-        default="float32", description="AdamW: of the mean gradient; that of its square is float32"
+    b2: float = Field(default=0.999, ge=0, lt=1, description="decay of the second moment")
+    mu_dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="dtype of the first moment; bfloat16 saves 2 bytes a weight"
     )
     warmup_steps: int = Field(default=0, ge=0, description="steps over which the rates rise")
-    schedule: Literal["cosine", "constant"] = Field(
-        default="cosine", description="of the rates, after warm-up"
-    )
-    final_lr_share: Share = Field(
-        default=0.0, description="of the peak rate, reached at the last step"
+    min_lr_ratio: Share = Field(
+        default=0.0,
+        description="last over peak rate; 1 keeps the rates constant after the warm-up",
     )
 
 
 class TrainConfig(Section):
-    """How long, and how often what happens."""
+    """How long a run takes, and how often what happens."""
 
     steps: Positive = Field(default=1000, description="optimizer steps")
-    grad_accumulation: Positive = Field(default=1, description="parts that a batch is computed in")
-    attention: Literal["auto", "xla", "cudnn", "splash"] = Field(
-        default="auto", description="its kernel; auto: the device's own where it can run, else xla"
+    grad_accumulation: Positive = Field(
+        default=1, description="microbatches of a step; more when a batch does not fit"
+    )
+    dtype: Dtype = Field(
+        default="auto",
+        description="dtype that the models compute in; auto: float32 on CPU, else bfloat16; the "
+        "student's weights stay float32",
+    )
+    attention: Asked = Field(
+        default="auto", description="attention kernel; auto: the device's own where it can run"
     )
     log_every: Positive = Field(default=10, description="steps between two logged lines")
-    eval_every: Positive | None = Field(default=None, description="null: only at the end")
+    eval_every: Positive | None = Field(
+        default=None, description="steps between two evaluations; null: only at the end"
+    )
     diagnose_every: Positive | None = Field(
-        default=100, description="gradient shares and per-layer figures; null: never"
+        default=100,
+        description="steps between two measurements of gradient shares and layers; null: never",
     )
-    checkpoint_every: Positive = Field(default=500, description="one is also written at the end")
-    checkpoint_minutes: Annotated[float, Field(gt=0)] | None = Field(
-        default=None, description="and at the first logged step so long after the last one"
+    checkpoint_every: Positive = Field(
+        default=500, description="steps between two checkpoints; the last step has one as well"
     )
-    keep_checkpoints: Positive = Field(default=2, description="the newest, and the best besides")
-    most_skipped: Positive = Field(
+    max_to_keep: Positive = Field(
+        default=2, description="newest checkpoints that are kept, besides the best one"
+    )
+    max_consecutive_skips: Positive = Field(
         default=10, description="steps in a row that are not finite before the run stops"
     )
 
 
 class EvalSet(Section):
-    """More held-out rows, read as ``data`` is; their figures are named ``<set>/...``."""
+    """More held-out rows, read as ``data`` is; their metrics are named ``<set>/...``."""
 
     path: Address = Field(description="as data.path")
     split: str | None = Field(default=None, description="data.eval_split when null")
@@ -225,14 +269,15 @@ class EvalSet(Section):
 class EvalConfig(Section):
     """Exact match on generated answers and further held-out sets, at the end of a run."""
 
-    exact_match: bool = Field(default=True, description="needs prompt/answer data")
     exact_match_every: Positive | None = Field(
-        default=None, description="at evaluations that fall on a multiple of it, too"
+        default=None, description="also at evaluations on a multiple of this; null: at the end"
     )
-    max_new_tokens: Positive = Field(default=256, description="longest answer")
-    batch_size: Positive = Field(default=64, description="questions answered at once")
+    max_new_tokens: int = Field(
+        default=256, ge=0, description="longest answer in tokens; 0: no answers, no exact match"
+    )
+    batch_size: Positive = Field(default=64, description="questions that are answered at once")
     sets: dict[SetName, EvalSet] = Field(
-        default={}, description="by name: the test split, an old task, a shifted one, ..."
+        default={}, description="by name: a test split, an old task, ..., measured at the end"
     )
 
     @model_validator(mode="after")
@@ -248,11 +293,12 @@ class EvalConfig(Section):
 class MeshConfig(Section):
     """Devices along each axis; -1 fills (one axis at most)."""
 
-    data: int = Field(default=-1, description="rows are split, weights repeated")
-    fsdp: int = Field(default=1, description="rows and weights are split")
-    tensor: int = Field(default=1, description="heads and feed-forward width are split")
-    indivisible: Literal["error", "replicate"] = Field(
-        default="error", description="axes of weights that a mesh axis does not divide"
+    data: int = Field(default=-1, description="splits rows, repeats weights")
+    fsdp: int = Field(default=1, description="splits rows and weights")
+    tensor: int = Field(default=1, description="splits heads and the feed-forward width")
+    indivisible: Indivisible = Field(
+        default="error",
+        description="axes of weights that a mesh axis does not divide; replicate repeats them",
     )
 
     @model_validator(mode="after")
@@ -267,48 +313,22 @@ class MeshConfig(Section):
         return self
 
 
-class ProfileConfig(Section):
-    """A trace of a few steps, written to ``<run>/profile``."""
-
-    steps: str | None = Field(
-        default=None,
-        pattern=r"^[1-9]\d*:[1-9]\d*$",
-        description="first:last, counted from 1: `10:15`",
-    )
-
-    @property
-    def first_and_last(self) -> tuple[int, int] | None:
-        """The steps as numbers."""
-        if self.steps is None:
-            return None
-        first, last = self.steps.split(":")
-        return int(first), int(last)
-
-    @model_validator(mode="after")
-    def _in_order(self) -> "ProfileConfig":
-        if self.first_and_last and self.first_and_last[0] > self.first_and_last[1]:
-            raise ValueError(f"steps={self.steps} ends before it begins; write first:last")
-        return self
-
-
 class Config(Section):
     """A whole run."""
 
     run: RunConfig = RunConfig()
     recipe: Literal["original", "anchored", "calibrated"] = Field(
-        default="anchored", description="fields that are not given are set by it; see recipes.py"
+        default="anchored", description="sets fields that the file does not; see `kava explain`"
     )
     teachers: tuple[TeacherConfig, ...] = ()
     student: StudentConfig
     projector: ProjectorConfig = ProjectorConfig()
     loss: LossConfig = LossConfig()
-    calibration: CalibrationConfig = CalibrationConfig()
     data: DataConfig
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     mesh: MeshConfig = MeshConfig()
-    profile: ProfileConfig = ProfileConfig()
 
     @model_validator(mode="after")
     def _consistent(self) -> "Config":
@@ -356,12 +376,6 @@ class Config(Section):
         if names and not any(teacher.weight for teacher in self.teachers):
             raise ValueError(
                 f"no teacher has a weight above 0; give one to at least one of {names}"
-            )
-        traced = self.profile.first_and_last
-        if traced and traced[0] > self.train.steps:
-            raise ValueError(
-                f"profile.steps={self.profile.steps} begins after the last of train.steps="
-                f"{self.train.steps}; name earlier steps"
             )
         return self
 

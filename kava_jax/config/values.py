@@ -14,12 +14,13 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from kava_jax.alignment.kv_losses import AnyKVLoss, KVLoss
 from kava_jax.storage import written_out
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-# What is read: a path, or a name of something else. No shell has seen a ``~`` in a YAML file.
+# What is read: a path, or a name of something else. No shell has expanded a ``~`` in a YAML file.
 Address = Annotated[str, AfterValidator(written_out)]
 
 
@@ -43,7 +44,7 @@ class Section(BaseModel):
 class Ramp(Section):
     """A weight that moves linearly from ``start`` to ``end``, and then stays there.
 
-    It takes the share ``over`` of the run's steps: all of them unless something else is said.
+    It takes the share ``over`` of the run's steps: all of them by default.
     """
 
     start: Weight
@@ -54,7 +55,7 @@ class Ramp(Section):
 class AutoShare(Section):
     """A weight that keeps the KV gradient at a share of the cross-entropy gradient.
 
-    ``share`` is ``||weight * g_kv|| / ||g_ce||`` over the student's parameters, measured anew every
+    ``share`` is ``||weight * g_kv|| / ||g_ce||`` over the student's parameters, measured every
     ``every`` steps (and more often at the start). ``auto(0.2)`` is short for ``{share: 0.2}``.
     """
 
@@ -63,7 +64,7 @@ class AutoShare(Section):
 
 
 def _auto(value: Any) -> Any:
-    """``auto(0.2)`` as the mapping it stands for; any other text that is no number is refused."""
+    """The mapping that ``auto(0.2)`` is short for; any other text must be a number."""
     if not isinstance(value, str):
         return value
     if written := re.fullmatch(r"auto\(\s*([0-9.eE+-]+)\s*\)", value):
@@ -89,6 +90,19 @@ KVWeight = Annotated[
     | Annotated[AutoShare, Tag("auto")],
     Discriminator(_kind_of_weight),
     BeforeValidator(_auto),
+]
+
+
+def _named(value: Any) -> Any:
+    """``mse`` is short for ``{kind: mse}``; fields without a kind are Mercator's."""
+    if isinstance(value, dict):
+        return {"kind": "mercator", **value}
+    return value if isinstance(value, KVLoss) else {"kind": value}
+
+
+NamedKVLoss = Annotated[
+    Annotated[AnyKVLoss, Discriminator("kind")],
+    BeforeValidator(_named),
 ]
 
 

@@ -113,7 +113,7 @@ def _scores(name: str, arm: Arm, grid: Grid) -> dict[int, np.ndarray]:
     if missing := [seed for seed in arm if seed not in found]:
         raise KavaError(
             f"arms.{name}: no answers with seeds {missing}; set score: {LOSS}, or let the runs "
-            f"answer (eval.exact_match=true, rows with answers)"
+            f"answer (eval.max_new_tokens above 0, rows with answers)"
         )
     _check_sizes(name, found)
     return found

@@ -54,7 +54,7 @@ class SkipLog:
             if self._in_a_row == self._most:
                 raise StoppedError(
                     f"loss or gradient was not finite for {self._most} steps in a row, up to step "
-                    f"{done} (train.most_skipped), and the weights were left as they were; look at "
-                    f"the rows that metrics.jsonl names, lower the learning rates, and call again "
-                    f"to go on from the last checkpoint, if there is one"
+                    f"{done} (train.max_consecutive_skips), and the weights were left as they "
+                    f"were; look at the rows that metrics.jsonl names, lower the learning rates, "
+                    f"and call again to go on from the last checkpoint, if there is one"
                 )

@@ -23,6 +23,7 @@ from kava_jax.parallel.sharding import RULES
 
 # ``splash_interpreted`` runs the TPU kernel in interpret mode on any device. Slow; for tests.
 Implementation = Literal["xla", "cudnn", "splash", "splash_interpreted"]
+Asked = Literal["auto", "xla", "cudnn", "splash"]
 Attend = Callable[..., Float[Array, "B T N H"]]
 
 # Sides of the square tiles of scores that splash computes: multiples of a TPU register's 128 lanes.
@@ -41,7 +42,7 @@ class Choice(NamedTuple):
 
 
 def choose(
-    asked: Literal["auto", "xla", "cudnn", "splash"],
+    asked: Asked,
     device: Any,
     who: str,
     dtype: Any,

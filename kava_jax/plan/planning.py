@@ -215,8 +215,7 @@ class _Wide(NamedTuple):
     @classmethod
     def of(cls, config: Config) -> "_Wide":
         raw = dump_config(config)
-        for model in (raw["student"], *raw["teachers"]):
-            model["dtype"] = "float32"
+        raw["train"]["dtype"] = "float32"
         blueprint = _blueprint(parse_config(raw))
         rows, length = config.data.batch_size, config.data.max_length
         unit = batch_shards(blueprint.mesh) * config.train.grad_accumulation
@@ -285,8 +284,7 @@ def _blueprint(config: Config, devices: list[Any] | None = None) -> Blueprint:
 def _as_on(chip: Chip, config: Config) -> Config:
     """The config as it runs there: ``auto`` is bfloat16, and nothing is left to measure."""
     raw = dump_config(unmeasured(config))
-    for model in (raw["student"], *raw["teachers"]):
-        model["dtype"] = "bfloat16" if model["dtype"] == "auto" else model["dtype"]
+    raw["train"]["dtype"] = raw["train"]["dtype"].replace("auto", "bfloat16")
     # The devices that it is compiled for are not those that it is meant for.
     raw["train"]["attention"] = "auto"
     return parse_config(raw)

@@ -7,7 +7,7 @@ import optax
 from flax import nnx
 
 from kava_jax.alignment.frame import Frame, empty
-from kava_jax.alignment.kv_losses import kv_loss
+from kava_jax.alignment.kv_losses import Hybrid, Mercator
 from kava_jax.alignment.projector import forgets_length
 from kava_jax.config.run import AutoShare, Config, Ramp
 from kava_jax.models.spec import DecoderSpec
@@ -28,17 +28,11 @@ def make_objective(
         student=student,
         projector=projector,
         teachers=teachers,
-        kv_loss=kv_loss(
-            loss.kv,
-            alpha=loss.alpha,
-            beta=0.0 if magnitude_note(config) else loss.beta,
-            mercator_weight=_weight(loss.mercator_weight, steps),
-            mse_weight=_weight(loss.mse_weight, steps),
-        ),
-        frame=Frame(loss.center, loss.per_head),
+        kv_loss=loss.kv.model_copy(update={"beta": 0.0}) if magnitude_note(config) else loss.kv,
+        frame=Frame(loss.center),
         parts=loss.parts,
         direction=config.projector.direction,
-        attention_weight=loss.attention_weight if loss.kv == "structural" else 0.0,
+        attention_weight=1.0 if loss.match == "attention" else 0.0,
         ce_weight=_weight(loss.ce_weight, steps),
         kl_weight=loss.kl_weight,
         kl_temperature=loss.kl_temperature,
@@ -47,13 +41,14 @@ def make_objective(
 
 
 def magnitude_note(config: Config) -> str | None:
-    """That ``loss.beta`` counts as 0 and why, in one line; None where it does not."""
-    asked = config.loss.kv in ("mercator", "hybrid") and config.loss.beta > 0
-    projector = config.projector
-    if not (config.teachers and asked and forgets_length(projector.kind, projector.direction)):
+    """That ``loss.kv.beta`` counts as 0 and why, in one line; None where it does not."""
+    loss, projector = config.loss.kv, config.projector
+    if not (isinstance(loss, Mercator | Hybrid) and loss.beta > 0):
+        return None
+    if not (config.teachers and forgets_length(projector.kind, projector.direction)):
         return None
     return (
-        f"loss.beta={config.loss.beta:g} is off: projector.kind={projector.kind} begins with a "
+        f"loss.kv.beta={loss.beta:g} is off: projector.kind={projector.kind} begins with a "
         "norm, so what comes out of it says nothing of the student's lengths"
     )
 
@@ -84,11 +79,7 @@ def schedules(config: Config) -> dict[str, optax.Schedule]:
     """Every rate and weight that may follow the step, by the name that it is logged or set by."""
     loss, steps = config.loss, config.train.steps
     rates = {f"lr_{name}": rate for name, rate in learning_rates(config).items()}
-    weights = {
-        name: _weight(getattr(loss, name), steps)
-        for name in ("ce_weight", "mercator_weight", "mse_weight")
-    }
-    return rates | {"kv_weight": kv_weight(config)} | weights
+    return rates | {"kv_weight": kv_weight(config), "ce_weight": _weight(loss.ce_weight, steps)}
 
 
 def learning_rates(config: Config) -> dict[str, optax.Schedule]:
@@ -100,7 +91,7 @@ def learning_rates(config: Config) -> dict[str, optax.Schedule]:
     settings, steps = config.optimizer, config.train.steps
 
     def rate(peak: float, length: int) -> optax.Schedule:
-        shape = (settings.warmup_steps, settings.schedule, settings.final_lr_share)
+        shape = (settings.warmup_steps, "cosine", settings.min_lr_ratio)
         return Rate(peak, length, *shape).build()
 
     rates = {"student": rate(settings.student_lr, steps)}
@@ -123,9 +114,9 @@ def optimizer_of(
         },
         weight_decay=config.optimizer.weight_decay,
         clip_norm=config.optimizer.clip_norm,
-        b1=config.optimizer.b1,
+        b1=0.9,
         b2=config.optimizer.b2,
-        mean_dtype=config.optimizer.mean_dtype,
+        mean_dtype=config.optimizer.mu_dtype,
     )
 
 

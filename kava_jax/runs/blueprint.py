@@ -130,7 +130,7 @@ class Blueprint:
     @property
     def attending(self) -> str:
         """What the models attend with, and why, in one line."""
-        student = ("student", self.student_spec, _dtype(self.config.student.dtype))
+        student = ("student", self.student_spec, _dtype(self.config.train.dtype))
         models = [student, *((name, t.spec, t.dtype) for name, t in self.teachers.items())]
         return in_words([(m[0], _attention(self.config, self.mesh, *m)) for m in models])
 
@@ -233,7 +233,7 @@ def make_blueprint(
             f" use a multiple of {shards} or lower mesh.data"
         )
     student_dir, student_spec = models.student
-    dtype = _dtype(config.student.dtype)
+    dtype = _dtype(config.train.dtype)
     remat, layout = config.student.remat, layouts(mesh)
     build = partial(_build_decoder, student_spec, dtype=dtype, remat=remat, layouts=layout)
     student = Part.of(build, mesh, config.mesh.indivisible)
@@ -288,7 +288,7 @@ def _teacher(
     # Logits need every layer and the head; the caches alone only the layers up to the last mapped.
     headless = config.loss.kl_weight == 0
     blocks = layer_map.last_teacher_layer if headless else spec.num_layers
-    dtype = _dtype(teacher.dtype)
+    dtype = _dtype(config.train.dtype)
     build = partial(
         _build_decoder,
         spec,
@@ -351,15 +351,15 @@ def _check_frame(config: Config, student: DecoderSpec, teachers: Mapping[str, Te
                 f"loss.remove_key_bias=true: the keys of {', '.join(normed)} are normalised after "
                 f"the bias, so it cannot be taken out; set it to false and use loss.center"
             )
-    if config.loss.kv != "structural":
+    if config.loss.match != "attention":
         return
     direction = config.projector.direction
     for name, part in teachers.items():
         if not part.link.comparison.can_attend(direction):
             raise KavaError(
-                f"loss.kv=structural: the target of teacher {name} joins or mixes several layers, "
-                f"so it has no queries of its own; give one teacher layer per student layer, or "
-                f"set projector.direction=teacher_to_student"
+                f"loss.match=attention: the target of teacher {name} joins or mixes several "
+                f"layers, so it has no queries of its own; give one teacher layer per student "
+                f"layer, or set projector.direction=teacher_to_student"
             )
 
 

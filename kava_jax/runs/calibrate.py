@@ -25,7 +25,7 @@ from kava_jax.alignment.calibrate import (
     r_squared,
 )
 from kava_jax.alignment.grams import Grams
-from kava_jax.alignment.layer_map import LayerMap, window
+from kava_jax.alignment.layer_map import CALIBRATED_MAPS, LayerMap, window
 from kava_jax.alignment.projector import KVDimensionProjector
 from kava_jax.config.file import dump_config, parse_config
 from kava_jax.config.run import Config
@@ -48,10 +48,12 @@ from kava_jax.training.objective import PARTS
 # Of every eight rows: six to fit on, one to choose layers by, one to score.
 SPLITS = {"fit": (0, 1, 2, 3, 4, 5), "dev": (6,), "score": (7,)}
 LEAST_ROWS = 8
-MEASURED = ("cka", "calibrated")
+# At most so many training rows are read; teacher layers that are mixed for a student layer; and the
+# ridge, as a share of the mean variance of the inputs.
+ROWS, LAYERS, RIDGE = 512, 4, 1e-4
 # What a calibration depends on, beside the content of the files: a change anywhere else leaves it
 # as it is.
-IDENTITY = ("teachers", "student", "projector", "calibration", "data")
+IDENTITY = ("teachers", "student", "projector", "data")
 FRAME_FIELDS = ("key_space", "remove_key_bias", "sink_tokens")
 
 
@@ -113,11 +115,11 @@ def calibrate(config: Config) -> Calibration:
 
 def _measure(config: Config, run: Run, dataset: Dataset, identity: str) -> Calibration:
     """Stream the rows through student and every teacher, one after the other; fit; score."""
-    rows = dataset.stream.rows[: config.calibration.rows]
+    rows = dataset.stream.rows[:ROWS]
     if len(rows) < LEAST_ROWS:
         raise KavaError(
-            f"calibration.rows={config.calibration.rows}: {len(rows)} rows cannot be split; give "
-            f"at least {LEAST_ROWS}"
+            f"data.path={config.data.path}: {len(rows)} training rows are too few to calibrate "
+            f"with; give at least {LEAST_ROWS}"
         )
     student = run.blueprint.student_start()
     batches = {name: _batches(run, rows, places) for name, places in SPLITS.items()}
@@ -128,8 +130,8 @@ def _measure(config: Config, run: Run, dataset: Dataset, identity: str) -> Calib
         grams = {split: moments.of(batches[split]) for split in SPLITS}
         if empty := [split for split in SPLITS if not grams[split]["k"].count]:
             raise KavaError(
-                f"calibration.rows={config.calibration.rows}: no row to {empty[0]} on is longer "
-                f"than loss.sink_tokens={config.loss.sink_tokens}; give more rows, or lower it"
+                f"loss.sink_tokens={config.loss.sink_tokens}: of {len(rows)} rows none to "
+                f"{empty[0]} on is longer; lower it, or give longer rows"
             )
         maps[teacher.name] = _layer_map(config, index, candidates, grams)
         found = _fit(config, maps[teacher.name], grams)
@@ -148,7 +150,7 @@ def unmeasured(config: Config) -> Config:
         return config
     raw = dump_config(config)
     for teacher in raw["teachers"]:
-        if teacher["layer_map"] in MEASURED:
+        if teacher["layer_map"] in CALIBRATED_MAPS:
             teacher["layer_map"] = "ratio"  # it reaches the teacher's last layer, so none is cut
     if raw["projector"]["init"] == "calibrated":
         raw["projector"]["init"] = "xavier"
@@ -159,7 +161,7 @@ def _candidates(config: Config, run: Run, index: int) -> Candidates:
     """The student layers that are mapped, and each one's candidates among the teacher's layers."""
     setting = config.teachers[index].layer_map
     teacher = run.blueprint.teachers[config.teachers[index].name]
-    if setting in MEASURED:
+    if setting in CALIBRATED_MAPS:
         students = run.blueprint.student_spec.num_layers
         return Candidates(tuple(range(students)), window(teacher.spec.num_layers, students))
     # The map is given and only the projector is fitted: every window is the layer itself.
@@ -171,7 +173,7 @@ Splits = Mapping[str, Mapping[str, Grams]]
 
 def _layer_map(config: Config, index: int, candidates: Candidates, grams: Splits) -> LayerMap:
     """The map that is asked for: chosen by CKA or by fit, or as it was given."""
-    setting, settings = config.teachers[index].layer_map, config.calibration
+    setting = config.teachers[index].layer_map
     (fit_k, fit_v), (dev_k, dev_v) = (
         [grams[split][part] for part in PARTS] for split in ("fit", "dev")
     )
@@ -186,8 +188,8 @@ def _layer_map(config: Config, index: int, candidates: Candidates, grams: Splits
             fit_v,
             p,
             row,
-            min(settings.layers, len(row)),
-            settings.ridge,
+            min(LAYERS, len(row)),
+            RIDGE,
             config.projector.direction,
             dev_k=dev_k,
             dev_v=dev_v,
@@ -200,7 +202,7 @@ def _layer_map(config: Config, index: int, candidates: Candidates, grams: Splits
 def _fit(config: Config, layer_map: LayerMap, grams: Splits) -> tuple[Any, dict[str, Any]]:
     """Weights of one teacher's adapters, and R^2 and CKA by layer on the scoring split."""
     rows, direction = layer_map.teacher_layers, config.projector.direction
-    fitted = fit((grams["fit"]["k"], grams["fit"]["v"]), rows, direction, config.calibration.ridge)
+    fitted = fit((grams["fit"]["k"], grams["fit"]["v"]), rows, direction, RIDGE)
     report: dict[str, Any] = {"layer_map": layer_map.as_dict()}
     for part in PARTS:
         maps, score = getattr(fitted, part), grams["score"][part]

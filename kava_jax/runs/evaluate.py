@@ -72,7 +72,7 @@ def evaluate(
         run.blueprint.empty_statistics() if statistics is None else statistics,
         batches,
     )
-    if not (run.config.eval.exact_match and held.answered):
+    if not (run.config.eval.max_new_tokens and held.answered):
         return found.values
     return found.values | scores(answer(run, held, params["student"]))
 
@@ -93,7 +93,7 @@ def evaluator(
     main = _held_out_batches(run, dataset.held_out, check)
     more = {name: _held_out_batches(run, held, check) for name, held in dataset.more.items()}
     sets = {MAIN_SET: dataset.held_out, **dataset.more}
-    answered = [name for name, held in sets.items() if settings.exact_match and held.answered]
+    answered = [name for name, held in sets.items() if settings.max_new_tokens and held.answered]
 
     def evaluate_at(state: TrainState, step: int) -> Figures:
         last = step == run.config.train.steps
@@ -130,7 +130,7 @@ def evaluation_notes(run: Run, dataset: Dataset) -> list[str]:
 
 def _beyond_positions(run: Run, sets: Mapping[str, HeldOut]) -> list[str]:
     """What to say when answers may become longer than the student was made for."""
-    if not run.config.eval.exact_match:
+    if not run.config.eval.max_new_tokens:
         return []
     prompts = [row.prompt_length for held in sets.values() if held.answered for row in held.rows]
     longest = max(prompts, default=0) + run.config.eval.max_new_tokens
@@ -164,7 +164,7 @@ def choice_note(config: Config) -> str | None:
 def answer_notes(config: Config, name: str, held: HeldOut) -> list[str]:
     """What to say before exact match on a set: rows that cannot be scored, or never be right."""
     asked = [row for row in held.examples if row.question]
-    if not (config.eval.exact_match and asked):
+    if not (config.eval.max_new_tokens and asked):
         return []
     notes, missing = [], len(asked) - len(held.answered)
     if missing:

@@ -9,29 +9,22 @@ from typing import Any
 import yaml
 
 from kava_jax.alignment.layer_map import make_layer_map
-from kava_jax.config.file import dump_config
+from kava_jax.config.file import dump_config, parse_config
 from kava_jax.config.recipes import RECIPES
 from kava_jax.config.run import AutoShare, Config, Ramp, TeacherConfig
 from kava_jax.errors import KavaError
 from kava_jax.journal.manifest import config_diff
 from kava_jax.models.spec import DecoderSpec
 from kava_jax.runs.assembly import magnitude_note
+from kava_jax.runs.calibrate import LAYERS
 from kava_jax.runs.geometry import specs_at_hand
 from kava_jax.runs.idle import idle_settings
 
-LOSSES = {
-    "mercator": "Mercator: {alpha:g} x (1 - cosine) + {beta:g} x (difference of log lengths)^2",
-    "mse": "MSE: the mean squared difference",
-    "smooth_l1": "Smooth-L1: squared up to 1, linear beyond",
-    "hybrid": "Hybrid: {mercator_weight} x Mercator (beta {beta:g}) + {mse_weight} x MSE",
-    "structural": "Structural: Smooth-L1 of keys and values, and {attention_weight:g} x the KL of "
-    "what the space's queries attend to",
-}
 MAPS = {
     "ratio": "the one at its own relative depth (first meets first, last meets last)",
     "last": "the teacher's last layers, one by one",
     "cka": "the one with the highest CKA of the 8 nearest teacher layers, measured before training",
-    "calibrated": "the {layers} of the 8 nearest teacher layers that fit best together, measured "
+    "calibrated": f"the {LAYERS} of the 8 nearest teacher layers that fit best together, measured "
     "before training",
 }
 
@@ -70,39 +63,36 @@ def _specs(config: Config) -> dict[str, DecoderSpec]:
 
 def _changes(config: Config) -> str:
     """The fields in which the config differs from its recipe."""
-    raw, recipe = dump_config(config), dict(RECIPES[config.recipe])
-    per_teacher = recipe.pop("teachers", {})
-    given = {section: {name: raw[section][name] for name in recipe[section]} for section in recipe}
-    changes = [str(change) for change in config_diff(_whole(recipe), _whole(given))]
-    for index, teacher in enumerate(raw["teachers"]):
-        own = {name: teacher[name] for name in per_teacher}
-        changes += [f"teachers.{index}.{change}" for change in config_diff(per_teacher, own)]
+    raw = dump_config(config)
+    bare = [{"name": teacher.name, "path": teacher.path} for teacher in config.teachers]
+    kept = {name: raw[name] for name in ("recipe", "student", "data")}
+    recipe = dump_config(parse_config(kept | {"teachers": bare}))
+    changes = config_diff(*(_set_by_recipe(one, config.recipe) for one in (recipe, raw)))
     if not changes:
         return "Every field that it sets is as it sets it."
-    return f"Set otherwise here: {'; '.join(changes)}."
+    return f"Set otherwise here: {'; '.join(map(str, changes))}."
 
 
-def _whole(sections: dict[str, Any]) -> dict[str, Any]:
-    """Values that have parts of their own, such as ramps, as one text each."""
-    return {
-        section: {
-            name: yaml.safe_dump(value, default_flow_style=True, sort_keys=False).strip()
-            if isinstance(value, dict)
-            else value
-            for name, value in fields.items()
-        }
-        for section, fields in sections.items()
-    }
+def _set_by_recipe(raw: dict[str, Any], recipe: str) -> dict[str, Any]:
+    """A dumped config's values of the fields that a recipe sets; a ramp is one text."""
+    found = {}
+    for section, fields in RECIPES[recipe].items():
+        several = raw[section] if section == "teachers" else [raw[section]]
+        chosen = [{name: _ramp_in_words(one[name]) for name in fields} for one in several]
+        found[section] = chosen if section == "teachers" else chosen[0]
+    return found
+
+
+def _ramp_in_words(value: Any) -> Any:
+    if not (isinstance(value, dict) and "start" in value):
+        return value
+    return yaml.safe_dump(value, default_flow_style=True, sort_keys=False).strip()
 
 
 def _teacher(config: Config, teacher: TeacherConfig, specs: dict[str, DecoderSpec]) -> str:
     """Which layers meet, in words and as a table where the models' geometry is at hand."""
     setting = teacher.layer_map
-    words = (
-        MAPS[setting].format(layers=config.calibration.layers)
-        if isinstance(setting, str)
-        else "the pairs that are given"
-    )
+    words = MAPS[setting] if isinstance(setting, str) else "the pairs that are given"
     text = f"Teacher {teacher.name} ({teacher.path}): each student layer meets {words}."
     text += CONTROLS[teacher.control]
     student, own = specs.get("student"), specs.get(f"teacher-{teacher.name}")
@@ -124,7 +114,6 @@ def _teacher(config: Config, teacher: TeacherConfig, specs: dict[str, DecoderSpe
 def _compared(config: Config) -> str:
     loss = config.loss
     where = "before RoPE" if loss.key_space == "pre_rope" else "after RoPE"
-    how = "head by head" if loss.per_head else "all heads of a token as one vector"
     steps = []
     if loss.remove_key_bias:
         steps.append("keys are taken without their projection's bias (on both sides)")
@@ -134,7 +123,7 @@ def _compared(config: Config) -> str:
     frame = f" Frame: {'; '.join(steps)}." if steps else " Frame: raw vectors."
     what = {"both": f"keys {where} and values", "keys": f"keys {where}", "values": "values"}
     return (
-        f"Compared: {what[loss.parts]}, {how}, of every real token but the first "
+        f"Compared: {what[loss.parts]}, head by head, of every real token but the first "
         f"{loss.sink_tokens} of its row.{frame}"
     )
 
@@ -170,12 +159,11 @@ def _minimised(config: Config) -> str:
         kv = f"{_number(weight)} x KV"
     terms = [f"{_number(loss.ce_weight)} x cross-entropy"]
     terms += [f"{loss.kl_weight:g} x logit KL"] if loss.kl_weight else []
-    raw = loss.model_dump() | {
-        name: _number(getattr(loss, name)) for name in ("mercator_weight", "mse_weight")
-    }
     off = magnitude_note(config)
-    raw |= {"beta": 0.0} if off else {}
-    text = f"Minimised: {' + '.join([*terms, kv])}. KV is {LOSSES[loss.kv].format(**raw)}."
+    measured = loss.kv.model_copy(update={"beta": 0.0}) if off else loss.kv
+    text = f"Minimised: {' + '.join([*terms, kv])}. KV is {measured.words}."
+    if loss.match == "attention":
+        text += " The KL of what the space's queries attend to in both caches is added to it."
     text += f" {off}." if off else ""
     if len(config.teachers) == 1:
         return text
@@ -185,7 +173,7 @@ def _minimised(config: Config) -> str:
 
 def _learning(config: Config) -> str:
     settings = config.optimizer
-    shape = f"{settings.schedule}, {settings.warmup_steps} warm-up steps"
+    shape = f"cosine, {settings.warmup_steps} warm-up steps"
     text = f"Learns: the student at {settings.student_lr:g} ({shape})"
     if not config.teachers:
         return f"{text}."

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from kava_jax.hf.card import model_card
 from kava_jax.hf.export import check_tokenizer, export_model
+from kava_jax.hf.geometry import FloatName
 from kava_jax.hf.locate import read_json
 from kava_jax.journal.manifest import read_manifest
 from kava_jax.journal.metrics_file import METRICS_NAME, read_metrics
@@ -12,10 +13,10 @@ from kava_jax.models.decoder import Params
 from kava_jax.runs.prepare import Run
 from kava_jax.storage import Place
 
-DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 
-
-def export(run: Run, student: Params, step: int, out: Place, dtype: DtypeName = "auto") -> None:
+def export(
+    run: Run, student: Params, step: int, out: Place, dtype: FloatName | Literal["auto"] = "auto"
+) -> None:
     """The student at a step as a Hugging Face directory, of the run's student and directory alone.
 
     ``auto`` is the dtype it came in, or float32.
@@ -43,7 +44,7 @@ def _tokenizer(run: Run) -> Any:
     return directory if directory.is_dir() else run.tokenizer
 
 
-def _export_dtype(source: Path | None) -> Literal["float32", "bfloat16", "float16"]:
+def _export_dtype(source: Path | None) -> FloatName:
     """The dtype that the student's own config.json names."""
     if source is None:
         return "float32"
@@ -61,7 +62,7 @@ def _card(run: Run, step: int) -> str:
         return str(Path(path).absolute()) if path in local else path
 
     recipe = {
-        "KV loss": f"{config.loss.kv} x {config.loss.kv_weight}, {config.loss.key_space} keys",
+        "KV loss": f"{config.loss.kv.kind} x {config.loss.kv_weight}, {config.loss.key_space} keys",
         "projector": f"{config.projector.kind}, {config.projector.direction}",
         "steps": f"{step} of {config.train.steps}, batch {config.data.batch_size}",
         "learning rates": f"student {config.optimizer.student_lr:g}, "

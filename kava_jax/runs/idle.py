@@ -11,7 +11,6 @@ from typing import Any
 from kava_jax.config.run import Config
 from kava_jax.data.text import Encoded
 from kava_jax.errors import KavaError
-from kava_jax.runs.assembly import magnitude_note
 from kava_jax.storage import reachable
 
 # Of these a run does one at its end, however long the interval.
@@ -19,13 +18,7 @@ INTERVALS = ("log_every", "eval_every", "checkpoint_every")
 
 
 def idle_settings(config: Config) -> list[str]:
-    """Every field that is not at its default and does nothing beside the others, and why.
-
-    Raises KavaError when what is left of the KV loss is 0.
-    """
-    loss = config.loss
-    if loss.kv == "mercator" and loss.alpha == 0 and (off := magnitude_note(config)):
-        raise KavaError(f"loss.alpha=0 leaves no KV loss, since {off}; raise loss.alpha")
+    """Every field that is not at its default and does nothing given the others, and why."""
     notes = [
         f"{field}={_value(config, field)} does nothing: {why}"
         for field, why in _unread(config).items()
@@ -37,7 +30,7 @@ def idle_settings(config: Config) -> list[str]:
         if every is not None and every > steps and every != _default(config, f"train.{name}"):
             notes.append(f"train.{name}={every} is more than train.steps={steps}: only at the end")
     often, every = config.train.eval_every, config.eval.exact_match_every
-    if config.eval.exact_match and often and every and math.lcm(often, every) >= steps:
+    if config.eval.max_new_tokens and often and every and math.lcm(often, every) >= steps:
         notes.append(
             f"eval.exact_match_every={every} and train.eval_every={often} have no multiple in "
             f"common below train.steps={steps}: only at the end"
@@ -54,26 +47,17 @@ def _unread(config: Config) -> dict[str, str]:
 
     loss, projector = config.loss, config.projector
     if config.teachers:
-        kv, kind = f"loss.kv={loss.kv}", f"projector.kind={projector.kind}"
-        unless(loss.kv in ("mercator", "hybrid"), kv, "loss.alpha", "loss.beta")
-        unless(loss.kv == "hybrid", kv, "loss.mercator_weight", "loss.mse_weight")
-        unless(loss.kv == "structural", kv, "loss.attention_weight")
+        kind = f"projector.kind={projector.kind}"
         unless(loss.kl_weight > 0, "loss.kl_weight=0", "loss.kl_temperature")
         unless(projector.kind == "elastic", kind, "projector.mlp_ratio", "projector.dropout")
         training = f"projector.training={projector.training}"
         unless(projector.training == "warmup", training, "projector.warmup_steps")
         unless(projector.training != "frozen", training, "optimizer.projector_lr")
-        fits = config.needs_calibration
-        unless(fits, "nothing is calibrated", "calibration.rows", "calibration.ridge")
-        mixed = any(teacher.layer_map == "calibrated" for teacher in config.teachers)
-        unless(mixed, "no layer_map is calibrated", "calibration.layers")
     else:
         unless(False, "there is no teacher", "loss.kl_weight", "projector.warmup_steps")
-    schedule = config.optimizer.schedule
-    unless(schedule == "cosine", f"optimizer.schedule={schedule}", "optimizer.final_lr_share")
     every = "eval.exact_match_every"
     unless(config.train.eval_every is not None, "train.eval_every=null", every)
-    unless(config.eval.exact_match, "eval.exact_match=false", every)
+    unless(config.eval.max_new_tokens > 0, "eval.max_new_tokens=0", every)
     if reachable(config.data.path, "data.path").is_file():
         unless(False, "data.path is a file", "data.subset", "data.revision")
         unless(config.data.eval_path is not None, "data.path is a file", "data.eval_split")

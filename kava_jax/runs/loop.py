@@ -1,6 +1,5 @@
 """The loop: batches in, checkpoints and metrics out. All decisions were made before it starts."""
 
-import time
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -15,7 +14,6 @@ from kava_jax.journal.lines import Clock, Lines
 from kava_jax.journal.monitor import Monitor
 from kava_jax.journal.skips import SkipLog
 from kava_jax.models.decoder import Params
-from kava_jax.parallel.hosts import from_first
 from kava_jax.parallel.sharding import put_batch
 from kava_jax.runs.preemption import AskedToEndError, Preemption
 from kava_jax.runs.profiling import Profile
@@ -39,8 +37,7 @@ class Cadence(NamedTuple):
     checkpoint_every: int
     diagnose_every: int | None = None
     share_every: int | None = None
-    checkpoint_minutes: float | None = None
-    most_skipped: int = 10
+    max_consecutive_skips: int = 10
 
 
 def run_steps(
@@ -65,20 +62,19 @@ def run_steps(
     ``evaluate(state, step)`` is called before the first step of a fresh run, every ``eval_every``
     steps and at the end; and before the first step of a resumed run where the evaluation due there
     was cut short (``evaluated`` is False). A checkpoint is written every ``checkpoint_every``
-    steps, at the first logged step after ``checkpoint_minutes`` without one, at the end, and when
-    the run is asked to end. The last one is whole before the last evaluation begins, so that
-    whatever fails from there on costs no step. ``probe`` (None without teachers) is called before a
-    step, every ``diagnose_every`` and whenever a share is due.
+    steps, at the end, and when the run is asked to end. The last one is whole before the last
+    evaluation begins, so that whatever fails from there on costs no step. ``probe`` (None without
+    teachers) is called before a step, every ``diagnose_every`` and whenever a share is due.
 
     Raises:
-        StoppedError: ``most_skipped`` steps in a row were not finite.
+        StoppedError: ``max_consecutive_skips`` steps in a row were not finite.
         PreemptedError: the run was asked to end before its last step; what was done is saved.
     """
     start = int(state.step)
-    skips = SkipLog(state.skips, most=cadence.most_skipped, stream=stream, monitor=monitor)
+    skips = SkipLog(state.skips, most=cadence.max_consecutive_skips, stream=stream, monitor=monitor)
     lines = Lines(start, monitor, skips, rates, cadence.steps)
     upcoming = _Upcoming(stream, mesh, cadence.steps)
-    saved, done = time.monotonic(), start
+    done = start
     evaluation, measured = Figures({}, {}), None
     try:
         if start == 0 or not evaluated:
@@ -105,8 +101,8 @@ def run_steps(
             upcoming.fetch(done)
             profile.after(done, state)
             lines.step(done, metrics, int(rows.valid.sum()))
-            last, logged = done == cadence.steps, done % cadence.log_every == 0
-            if last or logged:
+            last = done == cadence.steps
+            if last or done % cadence.log_every == 0:
                 lines.add(done, metrics)
             measured = None  # until this step's evaluation is whole
             if last:
@@ -119,14 +115,11 @@ def run_steps(
                 measured = evaluation.values
                 lines.restart_clock(done)
             asked = preemption.asked()
-            late = logged and _overdue(saved, cadence.checkpoint_minutes)
-            due = late or done % cadence.checkpoint_every == 0
             if last:
                 checkpoints.score(done, evaluation.values)
-            elif due and not asked:
+            elif done % cadence.checkpoint_every == 0 and not asked:
                 _settled(lines, skips, monitor, done)
                 checkpoints.save(state, measured)
-                saved = time.monotonic()
             if asked and not last:
                 raise AskedToEndError
     except AskedToEndError:
@@ -180,13 +173,6 @@ def _settled(lines: Lines, skips: SkipLog, monitor: Monitor, done: int) -> None:
     lines.settle()
     skips.settle(done)
     monitor.publish()
-
-
-def _overdue(saved: float, minutes: float | None) -> bool:
-    """Whether the last checkpoint is too old; the first process's clock counts for all."""
-    return minutes is not None and bool(
-        from_first(time.monotonic() - saved >= 60 * minutes, "time of a checkpoint")
-    )
 
 
 def _due(number: int, every: int | None) -> bool:

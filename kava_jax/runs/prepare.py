@@ -78,8 +78,8 @@ def prepare(config: Config, measured_maps: Mapping[str, LayerMap] | None = None)
     data = config.data
     encoder = Encoder(
         tokenizer,
-        format=data.format,
-        template=data.template,
+        format=data.format if data.format in ("qa", "chat") else "template",
+        template=None if data.format in ("qa", "chat") else data.format,
         max_length=data.max_length,
         train_on=data.train_on,
         today=today_of(config.run.directory),
@@ -201,10 +201,10 @@ def data_loader(run: Run) -> Load:
     return loader(
         subset=data.subset,
         revision=data.revision,
-        prompt_field=data.prompt_field,
-        answer_field=data.answer_field,
-        messages_field=data.messages_field,
-        separator=data.separator,
+        prompt_field=data.fields[0] if len(data.fields) == 2 else None,
+        answer_field=data.fields[-1],
+        messages_field=data.fields[0] if len(data.fields) == 1 else None,
+        separator="<|endoftext|>",
         seed=run.config.run.seed,
     )
 

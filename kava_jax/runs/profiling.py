@@ -1,13 +1,32 @@
 """A trace of a few steps for TensorBoard's profiler or Perfetto."""
 
+import re
 from contextlib import ExitStack
 from typing import Any
 
 import jax
 
+from kava_jax.errors import KavaError
 from kava_jax.storage import Place, growing
 
 PROFILE_NAME = "profile"
+
+
+def first_and_last(written: str | None, steps: int) -> tuple[int, int] | None:
+    """The steps that ``FIRST:LAST`` names, counted from 1; None where nothing is written.
+
+    Raises KavaError for anything else, and for steps that a run of ``steps`` does not have.
+    """
+    if written is None:
+        return None
+    found = re.fullmatch(r"([1-9]\d*):([1-9]\d*)", written)
+    if not found or int(found[1]) > int(found[2]):
+        raise KavaError(f"--profile={written}: write FIRST:LAST, counted from 1, such as 10:15")
+    if int(found[1]) > steps:
+        raise KavaError(
+            f"--profile={written} begins after the last of train.steps={steps}; name earlier steps"
+        )
+    return int(found[1]), int(found[2])
 
 
 class Profile:

@@ -57,7 +57,7 @@ def reopen_student(run_dir: Place, overrides: Sequence[str] = ()) -> Run:
 
 
 # The last commit whose config has the fields named in docs/findings.md, "Options that went".
-LAST_WITH_ALL_FIELDS = "1c99f0a"
+LAST_WITH_ALL_FIELDS = "855d6f7"
 
 
 def recorded_config(run_dir: Place, overrides: Sequence[str] = ()) -> Config:
@@ -165,7 +165,7 @@ def restore(run: Run, checkpoint: str = "last") -> TrainState:
 
     Raises KavaError when its weights are not finite.
     """
-    keep = run.config.train.keep_checkpoints
+    keep = run.config.train.max_to_keep
     with Checkpoints(run.directory, keep, read_only=True) as checkpoints:
         state = checkpoints.restore(checkpoints.choose(checkpoint), restore_target(run))
     check_finite(run, state.params, int(state.step))
@@ -192,7 +192,7 @@ def restore_student(run: Run, checkpoint: str = "last") -> tuple[int, Params]:
 
     Raises KavaError when its weights are not finite.
     """
-    keep = run.config.train.keep_checkpoints
+    keep = run.config.train.max_to_keep
     student = run.blueprint.student
     abstract = abstract_state(nnx.to_pure_dict(student.abstract), student.shardings)
     with Checkpoints(run.directory, keep, read_only=True) as checkpoints:

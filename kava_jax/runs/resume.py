@@ -22,12 +22,10 @@ FREE_FIELDS = (
     "train.eval_every",
     "train.diagnose_every",
     "train.checkpoint_every",
-    "train.checkpoint_minutes",
-    "train.keep_checkpoints",
-    "train.most_skipped",
+    "train.max_to_keep",
+    "train.max_consecutive_skips",
     "eval",
     "mesh",
-    "profile",
 )
 
 # Where a run's models, tokenizer and rows lie. They may move, since the manifest's fingerprints

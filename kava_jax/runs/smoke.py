@@ -33,8 +33,7 @@ from kava_jax.storage import absolute, check_target, remove
 
 # Two rows are the fewest with a shuffled cosine. Every other length of a batch is compiled anew,
 # and that, with a vocabulary of full size, is what a smoke run spends its time on.
-STEPS, BATCH_ROWS, ROWS, HELD_OUT_ROWS, NEW_TOKENS = 3, 2, 512, 2, 8
-CALIBRATION_ROWS = 8
+STEPS, BATCH_ROWS, ROWS, HELD_OUT_ROWS, NEW_TOKENS = 3, 2, 64, 2, 8
 LARGEST_DEPTH, LARGEST_HEAD_DIM, WIDTH_SHRINK = 8, 8, 64
 
 
@@ -74,8 +73,6 @@ def smoke_config(config: Config) -> Config:
     rows = math.lcm(BATCH_ROWS, jax.device_count())
     raw["data"]["batch_size"] = rows * config.train.grad_accumulation
     raw["train"] |= {"steps": STEPS, "log_every": 1, "eval_every": None, "checkpoint_every": STEPS}
-    raw["profile"]["steps"] = None
-    raw["calibration"]["rows"] = CALIBRATION_ROWS
     raw["eval"] |= {"max_new_tokens": NEW_TOKENS, "batch_size": HELD_OUT_ROWS}
     raw["eval"]["exact_match_every"] = None
     if raw["projector"]["training"] == "warmup":

@@ -59,10 +59,13 @@ class Trained:
     evaluation: dict[str, float]
 
 
-def train(config: Config, command: Sequence[str]) -> Trained:
+def train(
+    config: Config, command: Sequence[str], profiled: tuple[int, int] | None = None
+) -> Trained:
     """Run, or continue, the training that ``config`` describes.
 
-    Everything that can be wrong with the input is found before anything is written.
+    ``profiled`` are the first and the last step to trace. Everything that can be wrong with the
+    input is found before anything is written.
 
     Raises KavaError too when another command writes to the run directory at this moment, and
     PreemptedError when the run was asked to end after its first step.
@@ -72,7 +75,8 @@ def train(config: Config, command: Sequence[str]) -> Trained:
     check_record(config.run.directory)
     idle = idle_settings(config)
     with alone(config.run.directory, "run.dir") as unlocked, listening() as preemption:
-        trained = _train(config, command, [unlocked, *idle] if unlocked else idle, preemption)
+        told = [unlocked, *idle] if unlocked else idle
+        trained = _train(config, command, told, preemption, profiled)
         # Asked while the last things were being written: who trains on shall not go on either.
         if preemption.asked():
             raise PreemptedError(
@@ -82,7 +86,11 @@ def train(config: Config, command: Sequence[str]) -> Trained:
 
 
 def _train(
-    config: Config, command: Sequence[str], told: Sequence[str], preemption: Preemption
+    config: Config,
+    command: Sequence[str],
+    told: Sequence[str],
+    preemption: Preemption,
+    profiled: tuple[int, int] | None,
 ) -> Trained:
     """``train`` in a run directory that nobody else writes to; ``told`` are lines to begin with."""
     run = prepare(unmeasured(config))
@@ -120,7 +128,7 @@ def _train(
             ),
         )
     share = _share(config)
-    with Checkpoints(run.directory, config.train.keep_checkpoints) as checkpoints:
+    with Checkpoints(run.directory, config.train.max_to_keep) as checkpoints:
         notes = [*told, *dataset.notes, *evaluation_notes(run, dataset), run.blueprint.attending]
         notes += filter(None, [run.blueprint.repeated, magnitude_note(config)])
         resumed = checkpoints.newest_intact(notes.append)
@@ -161,11 +169,10 @@ def _train(
                     config.train.checkpoint_every,
                     config.train.diagnose_every,
                     share.every if share else None,
-                    config.train.checkpoint_minutes,
-                    config.train.most_skipped,
+                    config.train.max_consecutive_skips,
                 ),
                 preemption=preemption,
-                profile=Profile(run.directory, config.profile.first_and_last),
+                profile=Profile(run.directory, profiled),
                 evaluated=not _evaluation_is_due(config, int(start.step))
                 or bool(from_first(monitor.has_evaluation(int(start.step)), "last evaluation")),
             )

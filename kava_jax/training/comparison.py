@@ -24,6 +24,9 @@ from kava_jax.models.layers import KeySpace, Rotation
 from kava_jax.models.masks import attention_mask, token_positions
 from kava_jax.models.rope import rotate
 
+# A cache can hold keys before their bias too; these two are what may be compared.
+ComparedKeys = Literal["pre_rope", "post_rope"]
+
 
 class Reading(NamedTuple):
     """One model's pass over a batch."""
@@ -93,7 +96,7 @@ class Comparison:
 
     name: str
     layer_map: LayerMap
-    key_space: Literal["pre_rope", "post_rope"] = "pre_rope"
+    key_space: ComparedKeys = "pre_rope"
     remove_key_bias: bool = False
 
     def __call__(

@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from kava_jax.alignment.attention import attention_kl
 from kava_jax.alignment.controls import Control, controlled
 from kava_jax.alignment.frame import Frame, TokenMean, measure
-from kava_jax.alignment.kv_losses import TokenLoss
+from kava_jax.alignment.kv_losses import KVLoss
 from kava_jax.alignment.projector import Direction, KVDimensionProjector
 from kava_jax.data.batches import Batch
 from kava_jax.diagnostics import alignment
@@ -30,6 +30,8 @@ from kava_jax.training.comparison import Compared, Comparison, Reading, read
 from kava_jax.training.lm_head import Head, weighted_losses
 
 Metrics = dict[str, Mean]
+Match = Literal["cache", "attention"]
+Parts = Literal["both", "keys", "values"]
 PARTS = ("k", "v")
 PART_WEIGHTS = {
     "both": {"k": 0.5, "v": 0.5},
@@ -98,10 +100,10 @@ class Objective:
     student: nnx.GraphDef[Decoder]
     projector: nnx.GraphDef[KVDimensionProjector] | None
     teachers: Mapping[str, TeacherLink]
-    kv_loss: TokenLoss
+    kv_loss: KVLoss
     frame: Frame
     ce_weight: optax.Schedule
-    parts: Literal["both", "keys", "values"] = "both"
+    parts: Parts = "both"
     direction: Direction = "student_to_teacher"
     attention_weight: float = 0.0
     kl_weight: float = 0.0
@@ -266,7 +268,7 @@ class Objective:
             framed_s, framed_t = (
                 self.frame(side, mask_BT, memory) for side, memory in zip(sides, known, strict=True)
             )
-            losses = self.kv_loss(framed_s, framed_t, mask_BT, step)
+            losses = self.kv_loss(framed_s, framed_t, mask_BT)
             losses = jnp.where(mask_BT, losses, 0.0)
             tokens = tokens + PART_WEIGHTS[self.parts][part] * losses
             metrics[f"kv_{part}"] = masked_mean(losses, mask_BT)

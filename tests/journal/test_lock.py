@@ -29,7 +29,7 @@ def workspace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_config(
         tmp_path / "long.yaml",
         train={"steps": STEPS, "log_every": 1, "checkpoint_every": 4},
-        eval={"exact_match": False, "batch_size": 8},
+        eval={"max_new_tokens": 0, "batch_size": 8},
     )
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -23,12 +23,11 @@ from tests.tolerances import TOL
 STEPS = 50
 MESHES = ((1, 1, 1), (8, 1, 1), (1, 8, 1), (1, 2, 4), (2, 2, 2))
 CONSTANT = [
-    "optimizer.schedule=constant",
+    "optimizer.min_lr_ratio=1",
     "optimizer.warmup_steps=0",
     "optimizer.student_lr=3.0e-4",
     "optimizer.projector_lr=3.0e-4",
-    "student.dtype=float32",
-    "teachers.0.dtype=float32",
+    "train.dtype=float32",
     "mesh.indivisible=replicate",
     "data.rows=256",
     "data.eval_rows=8",

@@ -51,7 +51,7 @@ def no_step(self: Blueprint) -> object:
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = write_workspace(tmp_path_factory.mktemp("after"))
     # The only checkpoint on the way is that of step 2, and nothing was evaluated there.
-    train = {"steps": STEPS, "log_every": 1, "checkpoint_every": 2, "keep_checkpoints": 1}
+    train = {"steps": STEPS, "log_every": 1, "checkpoint_every": 2, "max_to_keep": 1}
     write_config(place / "short.yaml", train=train)
     return place
 

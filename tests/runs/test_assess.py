@@ -42,7 +42,7 @@ def test_the_generator_gives_rows_that_are_never_trained_on(model, on_builtin, t
     path = tmp_path / "test.jsonl"
     rows = WordProblems("test", 0, ROWS)
     path.write_text("".join(json.dumps({"q": r.prompt, "a": r.answer}) + "\n" for r in rows))
-    fields = ("data.prompt_field=q", "data.answer_field=a")
+    fields = ("data.fields=[q, a]",)
     assert figures(model, path, *fields) == on_builtin
     assert figures(model, "builtin:word_problems", "data.eval_split=train") != on_builtin
 
@@ -55,7 +55,7 @@ def test_a_loss_that_overflows_is_no_result(model, tmp_path):
     tensors["model.embed_tokens.weight"] *= 10
     save_file(tensors, path)
     with pytest.raises(StoppedError, match=r"eval_loss=(nan|inf): the weights are finite"):
-        figures(tmp_path / "huge", "builtin:word_problems", "eval.exact_match=false")
+        figures(tmp_path / "huge", "builtin:word_problems", "eval.max_new_tokens=0")
 
 
 def test_figures_of_a_plain_model(on_builtin):
@@ -97,7 +97,7 @@ def test_documents_have_a_loss_and_no_answers(model, tmp_path):
 
 
 def test_exact_match_can_be_left_out(model, on_builtin):
-    found = figures(model, "builtin:word_problems", "eval.exact_match=false")
+    found = figures(model, "builtin:word_problems", "eval.max_new_tokens=0")
     assert found == {name: on_builtin[name] for name in ("eval_rows", "eval_loss")}
 
 

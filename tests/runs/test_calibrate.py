@@ -14,10 +14,18 @@ from kava_jax.alignment.projector import KVDimensionProjector
 from kava_jax.data.tokenizer import builtin_tokenizer
 from kava_jax.hf.export import export_model
 from kava_jax.hf.load import load_decoder_params, read_spec
+from kava_jax.runs import calibrate
 from tests.tiny import contents, kava, write_config, write_model, write_rows, write_workspace
 from tests.tolerances import TOL
 
-RECIPE = {"recipe": "calibrated", "calibration": {"rows": 48, "layers": 1, "ridge": 1e-6}}
+RECIPE = {"recipe": "calibrated"}
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch):
+    """Few rows, one layer each and hardly a ridge: what is planted has to come out."""
+    for name, value in {"ROWS": 48, "LAYERS": 1, "RIDGE": 1e-6}.items():
+        monkeypatch.setattr(calibrate, name, value)
 
 
 def turned(params: dict, seed: int) -> dict:
@@ -151,9 +159,9 @@ def test_another_config_does_not_touch_the_calibration_of_a_run(tmp_path, monkey
     write_config(tmp_path / "tiny.yaml", **RECIPE)
     assert kava(capsys, "train", "tiny.yaml", "train.steps=1").code == 0
     before = contents(tmp_path / "run")
-    ended = kava(capsys, "train", "tiny.yaml", "train.steps=1", "calibration.rows=40")
+    ended = kava(capsys, "train", "tiny.yaml", "train.steps=1", "loss.sink_tokens=3")
     assert ended.code == 2
-    assert "calibration.rows 48 -> 40" in ended.err
+    assert "loss.sink_tokens 4 -> 3" in ended.err
     assert contents(tmp_path / "run") == before
 
 
@@ -197,8 +205,7 @@ def test_a_given_map_is_fitted_as_it_is_and_warmup_starts_from_the_fit(
     ("overrides", "message"),
     [
         (["recipe=anchored"], "the config measures nothing"),
-        (["calibration.rows=7"], "calibration.rows=7: 7 rows cannot be split"),
-        (["calibration.layers=9"], "calibration.layers=9 is not valid"),
+        (["data.rows=7"], "7 training rows are too few to calibrate with"),
     ],
 )
 def test_what_cannot_be_calibrated_is_told_and_nothing_is_written(

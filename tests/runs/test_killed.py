@@ -61,7 +61,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "checkpoint_every": 2,
             "diagnose_every": 3,
         },
-        eval={"exact_match": False, "batch_size": 8},
+        eval={"max_new_tokens": 0, "batch_size": 8},
     )
     finish(place, "whole")
     return place
@@ -120,7 +120,7 @@ def small_disk(workspace: Path) -> Iterator[Path]:
 def test_a_full_disk_ends_the_run_with_its_checkpoints_whole(
     workspace: Path, small_disk: Path
 ) -> None:
-    changed = ["train.checkpoint_every=1", "train.keep_checkpoints=99"]
+    changed = ["train.checkpoint_every=1", "train.max_to_keep=99"]
     process = command(workspace, "small_disk/run", *changed)
     said = process.communicate()[1]
     assert process.returncode == 1, said

@@ -111,7 +111,7 @@ def train(
                     checkpoint_every=3,
                     diagnose_every=None if probe is None else 5,
                     share_every=share_every,
-                    most_skipped=2,
+                    max_consecutive_skips=2,
                 ),
                 preemption=preemption or Silent(),
                 profile=Profile(directory, profiled),
@@ -243,7 +243,7 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_named(tmp_path, made, 
 
 
 def test_too_many_in_a_row_stop_the_run_with_its_checkpoint_whole(tmp_path, made, step):
-    words = r"not finite for 2 steps in a row, up to step 5 \(train.most_skipped\)"
+    words = r"not finite for 2 steps in a row, up to step 5 \(train.max_consecutive_skips\)"
     with pytest.raises(StoppedError, match=words):
         train(tmp_path, made, poisoned(step, {3, 4, 5}), until=STEPS)
     with Checkpoints(tmp_path, keep=2) as checkpoints:

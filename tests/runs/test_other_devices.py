@@ -32,7 +32,7 @@ def cut_back(run_dir: Path, copy: Path, step: int) -> None:
 @pytest.mark.long
 def test_saved_on_eight_resumed_on_two_and_on_four(tmp_path: Path) -> None:
     write_workspace(tmp_path)
-    train = {"steps": STEPS, "log_every": 1, "checkpoint_every": EVERY, "keep_checkpoints": 9}
+    train = {"steps": STEPS, "log_every": 1, "checkpoint_every": EVERY, "max_to_keep": 9}
     write_config(tmp_path / "run.yaml", train=train, mesh={"data": -1, "fsdp": 2})
     run(tmp_path, "whole", 8)
     cut_back(tmp_path / "whole", tmp_path / "moved", EVERY)

@@ -132,7 +132,7 @@ def test_a_run_leaves_its_record_at_the_end(tiny, tmp_path, monkeypatch, capsys)
         run={"name": "alone", "dir": str(tmp_path / "run")},
         teachers=[],
         train={"steps": 1, "log_every": 1},
-        eval={"exact_match": False},
+        eval={"max_new_tokens": 0},
     )
     ended = kava(capsys, "train", str(path))
     assert ended.code == 0, ended.err

@@ -30,11 +30,11 @@ from tests.tiny import (
 
 QUICK: dict[str, Any] = {
     "data": CONFIG["data"] | {"eval_rows": 16},  # a tenth of the rows is less: 8 are held out
-    "eval": {"exact_match": False, "batch_size": 8},
+    "eval": {"max_new_tokens": 0, "batch_size": 8},
     "optimizer": {"student_lr": 1e-3},
     "loss": {"kv_weight": {"start": 1, "end": 0}},
 }
-CONSTANT = QUICK | {"optimizer": {"schedule": "constant"}, "loss": {"kv_weight": 0.5}}
+CONSTANT = QUICK | {"optimizer": {"min_lr_ratio": 1.0}, "loss": {"kv_weight": 0.5}}
 EVERY = ["train.log_every=1", "train.checkpoint_every=20", "train.diagnose_every=null"]
 
 
@@ -232,7 +232,7 @@ def test_a_run_without_all_fingerprints_keeps_its_paths(workspace, capsys):
 
 
 def test_a_calibration_is_not_measured_again_where_only_paths_changed(workspace, capsys):
-    recipe = {"recipe": "calibrated", "calibration": {"rows": 48, "layers": 1}}
+    recipe = {"recipe": "calibrated"}
     write_config(workspace / "tiny.yaml", data=QUICK["data"], **recipe)
     assert kava(capsys, "calibrate", "tiny.yaml", "run.dir=fit").code == 0
     # Whoever measured again would write a file without this.

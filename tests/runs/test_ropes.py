@@ -81,7 +81,7 @@ def test_import_train_export_transformers(scaling, tmp_path, monkeypatch, capsys
         tmp_path / "tiny.yaml",
         train=train,
         data=CONFIG["data"] | {"max_length": 48},
-        eval=CONFIG["eval"] | {"exact_match": False},
+        eval=CONFIG["eval"] | {"max_new_tokens": 0},
         optimizer={"student_lr": 0.1, "warmup_steps": 0},
     )
     assert kava(capsys, "train", "tiny.yaml").code == 0

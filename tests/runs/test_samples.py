@@ -15,7 +15,7 @@ def test_everyone_answers_the_same_questions_each_with_its_own_weights(
 ) -> None:
     monkeypatch.chdir(write_workspace(tmp_path))
     # A rate that leaves nothing as it was.
-    write_config(Path("tiny.yaml"), optimizer={"student_lr": 0.5, "schedule": "constant"})
+    write_config(Path("tiny.yaml"), optimizer={"student_lr": 0.5, "min_lr_ratio": 1.0})
     assert kava(capsys, "train", "tiny.yaml").code == 0
     found = answer_all(Path("run"), 3)
     assert [who.by for who in found] == ["student before", "student after", "big"]

@@ -34,8 +34,9 @@ def made(
     """
     raw: dict[str, Any] = {
         "recipe": recipe,
-        "teachers": [{"name": "big", "path": "not read", "dtype": dtype}],
-        "student": {"path": "not read", "dtype": dtype},
+        "teachers": [{"name": "big", "path": "not read"}],
+        "student": {"path": "not read"},
+        "train": {"dtype": dtype},
         "data": {"path": "not read", "batch_size": 8},
         "loss": {"sink_tokens": 2},
     }

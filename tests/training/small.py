@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh
 
 from kava_jax.alignment.frame import Frame
-from kava_jax.alignment.kv_losses import kv_loss
+from kava_jax.alignment.kv_losses import AnyKVLoss
 from kava_jax.alignment.layer_map import LayerMap
 from kava_jax.alignment.projector import KVDimensionProjector
 from kava_jax.data.batches import Batch, collate
@@ -58,6 +58,8 @@ TEACHER = DecoderSpec(
     initializer_range=0.2,
 )
 
+KV_LOSSES = {loss.model_fields["kind"].default: loss for loss in get_args(AnyKVLoss)}
+
 
 class Setting(NamedTuple):
     """An objective, the parameters it is evaluated at, and where they lie."""
@@ -86,12 +88,12 @@ def setting(
     dropout: float = 0.0,
     trainable: bool = True,
     kv: str = "mercator",
+    match: str = "cache",
     kv_weight: float = 0.7,
     ce_weight: float = 1.0,
     kl_weight: float = 0.0,
     beta: float = 0.01,
     center: str = "none",
-    per_head: bool = True,
     remove_key_bias: bool = False,
     key_space: str = "pre_rope",
     weights: tuple[float, ...] | None = None,
@@ -148,11 +150,11 @@ def setting(
             )
             for name, weight in zip(names, weights, strict=True)
         },
-        kv_loss=kv_loss(kv, beta=beta),
-        frame=Frame(center, per_head),
+        kv_loss=KV_LOSSES[kv](**({"beta": beta} if "beta" in KV_LOSSES[kv].model_fields else {})),
+        frame=Frame(center),
         parts=parts,
         direction=direction,
-        attention_weight=1.0 if kv == "structural" else 0.0,
+        attention_weight=1.0 if match == "attention" else 0.0,
         ce_weight=optax.constant_schedule(ce_weight),
         kl_weight=kl_weight,
         kl_temperature=2.0,

@@ -13,7 +13,6 @@ import optax
 import pytest
 from flax import nnx
 
-from kava_jax.alignment.kv_losses import KINDS, kv_loss
 from kava_jax.alignment.layer_map import CALIBRATED_MAPS, NAMED_MAPS
 from kava_jax.cache import KVCache
 from kava_jax.config.recipes import RECIPES
@@ -61,7 +60,7 @@ CASES = (
 
 def test_the_lane_leaves_nothing_out() -> None:
     assert {case.recipe for case in CASES if case.kv == "mercator"} == set(RECIPES)
-    assert {case.kv for case in CASES} == set(KINDS)
+    assert {case.kv for case in CASES} == set(KV_LOSSES)
     assert {case.layer_map for case in CASES} == {*NAMED_MAPS, *CALIBRATED_MAPS, PAIRS}
 
 
@@ -150,8 +149,8 @@ def with_large_bias(direction: str, dtype: str) -> OneLayer:
 
         def losses(keys: jax.Array, projector: Any) -> jax.Array:
             s, t, _ = compared(keys, projector)
-            step, mask = jnp.int32(0), rows.kv_mask
-            found = [kv_loss(kind)(s.k, t.k, mask, step) for kind in KINDS]
+            mask = rows.kv_mask
+            found = [loss()(s.k, t.k, mask) for loss in KV_LOSSES.values()]
             return masked_mean(jnp.stack(found), mask[None], (1, 2)).value
 
         by_kind = jax.jacrev(losses, argnums=(0, 1))(ours.k, params["projector"])
@@ -163,7 +162,7 @@ def with_large_bias(direction: str, dtype: str) -> OneLayer:
                     strict=True,
                 )
             )
-            for i, kind in enumerate(KINDS)
+            for i, kind in enumerate(KV_LOSSES)
         }
         spaces = {
             space: Comparison("big", link.comparison.layer_map, space).cache(student).k
@@ -193,7 +192,7 @@ def test_a_large_key_bias_takes_nothing_from_keys_without_it(direction: str) -> 
         left, right = getattr(narrow, side).k, getattr(wide, side).k
         assert (left.dtype, right.dtype) == (jnp.bfloat16, jnp.float32)
         assert 1 - cosine(left, right) < TOL["bf16_keys"]
-    for kind in KINDS:
+    for kind in KV_LOSSES:
         for what, gradient in wide.gradients[kind].items():
             found = cosine(narrow.gradients[kind][what], gradient)
             assert 1 - found < TOL["bf16_kv_gradient"], (kind, what)

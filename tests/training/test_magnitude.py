@@ -27,7 +27,7 @@ FACTORS = (0.1, 100.0)
 @cache
 def program(recipe: str, kind: str | None = None) -> Callable[[float], tuple[Any, Any]]:
     """Factor on the student's cache -> training metrics and figures by layer."""
-    fields = {"teachers.0.layer_map": ((1, 0),), "loss.center": "none", "loss.beta": 0.5}
+    fields = {"teachers.0.layer_map": ((1, 0),), "loss.center": "none", "loss.kv.beta": 0.5}
     fields |= {"projector.kind": kind} if kind else {}
     blueprint, params, teachers = made(recipe, "float32", 1, **fields)
     objective, statistics = blueprint.objective, blueprint.empty_statistics()

@@ -7,18 +7,17 @@ fit into about as many runs as the two longest lists have pairs.
 import itertools
 import random
 from functools import cache
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kava_jax.alignment.kv_losses import KINDS
 from kava_jax.alignment.layer_map import LayerMap
 from kava_jax.config.alignment import LossConfig
-from kava_jax.training.objective import Share
-from tests.training.small import MAP, TEACHER, batch, setting
+from kava_jax.training.objective import Match, Share
+from tests.training.small import KV_LOSSES, MAP, TEACHER, batch, setting
 
 SIDE_BY_SIDE = LayerMap((0, 2), ((0, 1), (1, 2)))
 MAPS = {"single": MAP, "side_by_side": SIDE_BY_SIDE}
@@ -27,7 +26,8 @@ PROJECTORS = {
     "linear_per_layer": {"kind": "linear", "per_layer": True},
 }
 SWITCHES = {
-    "kv": KINDS,
+    "kv": tuple(KV_LOSSES),
+    "match": get_args(Match),
     "center": ("none", "batch", "running"),
     "layer_map": tuple(MAPS),
     "projector": tuple(PROJECTORS),
@@ -35,14 +35,13 @@ SWITCHES = {
     "direction": ("student_to_teacher", "teacher_to_student"),
     "key_space": ("pre_rope", "post_rope"),
     "remove_key_bias": (False, True),
-    "per_head": (True, False),
     "kl_weight": (0.0, 0.5),
 }
 # Switch by switch: what a configuration refuses, or a map without queries of its own.
 REFUSED = (
     {"remove_key_bias": (True,), "key_space": ("post_rope",)},
     {
-        "kv": ("structural",),
+        "match": ("attention",),
         "direction": ("student_to_teacher",),
         "layer_map": ("side_by_side",),
     },
@@ -115,7 +114,7 @@ def test_what_is_left_out_is_what_a_configuration_refuses() -> None:
     for direction, name in itertools.product(SWITCHES["direction"], MAPS):
         made = setting(direction=direction, layer_map=MAPS[name])
         can = made.objective.teachers["big"].comparison.can_attend(direction)
-        assert can == valid({"kv": "structural", "direction": direction, "layer_map": name})
+        assert can == valid({"match": "attention", "direction": direction, "layer_map": name})
 
 
 BATCH = batch(0, 4)
