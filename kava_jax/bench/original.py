@@ -142,8 +142,8 @@ def train_step(
         for part, mlp in projector.items():
             projected = mlp(target[part][layers].float())
             # Its metrics too, as the original has them and our step does; nobody reads them here.
-            sides = (x.float().unflatten(-1, (heads, -1)) for x in (own[part], projected))
-            of_part, _ = mercator(*sides, kv_mask[..., None])
+            ours, theirs = (x.float().unflatten(-1, (heads, -1)) for x in (own[part], projected))
+            of_part, _ = mercator(ours, theirs, kv_mask[..., None])
             loss = loss + 0.5 * of_part
         optimizer.zero_grad(set_to_none=True)
         loss.backward()

@@ -205,7 +205,7 @@ def loader(
     *,
     subset: str | None,
     revision: str | None,
-    prompt_field: str,
+    prompt_field: str | None,
     answer_field: str,
     messages_field: str | None,
     separator: str,

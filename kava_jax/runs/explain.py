@@ -4,6 +4,7 @@ Says what is compared with what, in which frame, what is minimised, and what lea
 which fields differ from the recipe; and what such a run is known to suffer from.
 """
 
+from functools import partial
 from typing import Any
 
 import yaml
@@ -67,13 +68,14 @@ def _changes(config: Config) -> str:
     bare = [{"name": teacher.name, "path": teacher.path} for teacher in config.teachers]
     kept = {name: raw[name] for name in ("recipe", "student", "data")}
     recipe = dump_config(parse_config(kept | {"teachers": bare}))
-    changes = config_diff(*(_set_by_recipe(one, config.recipe) for one in (recipe, raw)))
+    set_by = partial(_set_by_recipe, config.recipe)
+    changes = config_diff(set_by(recipe), set_by(raw))
     if not changes:
         return "Every field that it sets is as it sets it."
     return f"Set otherwise here: {'; '.join(map(str, changes))}."
 
 
-def _set_by_recipe(raw: dict[str, Any], recipe: str) -> dict[str, Any]:
+def _set_by_recipe(recipe: str, raw: dict[str, Any]) -> dict[str, Any]:
     """A dumped config's values of the fields that a recipe sets; a ramp is one text."""
     found = {}
     for section, fields in RECIPES[recipe].items():

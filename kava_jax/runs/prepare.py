@@ -202,7 +202,7 @@ def data_loader(run: Run) -> Load:
         subset=data.subset,
         revision=data.revision,
         prompt_field=data.fields[0] if len(data.fields) == 2 else None,
-        answer_field=data.fields[-1],
+        answer_field=str(data.fields[-1]),
         messages_field=data.fields[0] if len(data.fields) == 1 else None,
         separator="<|endoftext|>",
         seed=run.config.run.seed,
