@@ -86,7 +86,7 @@ def ridge(
     except LinAlgError:
         raise KavaError(
             f"calibration: ridge strength={strength} leaves {len(cov_xx)} input dimensions that "
-            f"repeat each other or are constant; raise it, say to 1e-3"
+            f"repeat each other or are constant; give more, or longer, training rows"
         ) from None
     kernel = cho_solve(factor, cov_xy)
     return kernel, mean_y - mean_x @ kernel
