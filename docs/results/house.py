@@ -3,7 +3,7 @@
     python docs/results/house.py [NAME]     prints the count, and keeps it as NAME in house.json
 
 A line of code is one with a token that is neither a comment nor part of a docstring. Fields of the
-config are those of all sections, unions of sections included.
+config are counted by their dotted names, kinds of one section together.
 """
 
 import ast
@@ -77,23 +77,25 @@ def code_lines(text: str, tree: ast.Module) -> set[int]:
 
 
 def config_fields() -> set[str]:
-    """Every field that a config file may set, as ``Section.field``."""
+    """Every field that a config file may set, dotted; the forms of a weight are values."""
     from pydantic import BaseModel
 
     from kava_jax.config.run import Config
 
-    found: set[str] = set()
-    waiting: list[Any] = [Config]
-    while waiting:
-        kind = waiting.pop()
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            for name, field in kind.model_fields.items():
-                if f"{kind.__name__}.{name}" not in found:
-                    found.add(f"{kind.__name__}.{name}")
-                    waiting.append(field.annotation)
-        else:
-            waiting += getattr(kind, "__args__", ())
-    return found
+    def below(annotation: Any) -> list[type[BaseModel]]:
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            return [] if annotation.__name__ in ("Ramp", "AutoShare") else [annotation]
+        return [one for part in getattr(annotation, "__args__", ()) for one in below(part)]
+
+    def leaves(model: type[BaseModel], prefix: str = "") -> set[str]:
+        found = set()
+        for name, field in model.model_fields.items():
+            inside = below(field.annotation)
+            found |= set().union(*(leaves(one, f"{prefix}{name}.") for one in inside))
+            found |= set() if inside else {prefix + name}
+        return found
+
+    return leaves(Config)
 
 
 def _value(node: ast.expr) -> Any:
