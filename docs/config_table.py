@@ -1,7 +1,7 @@
 """The lists of docs/config.md, written from the config's own models.
 
-    python docs/config_table.py          rewrite the lists in docs/config.md
-    python docs/config_table.py loss     print one section's list
+python docs/config_table.py          rewrite the lists in docs/config.md
+python docs/config_table.py loss     print one section's list
 """
 
 import json

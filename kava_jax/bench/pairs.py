@@ -19,7 +19,8 @@ from kava_jax.parallel.mesh import make_mesh
 from kava_jax.parallel.sharding import put_batch
 from kava_jax.plan.compiled import memory_of
 from kava_jax.plan.floor import step_floor
-from kava_jax.runs.blueprint import Blueprint, Found, Models, make_blueprint
+from kava_jax.runs.blueprint import Blueprint, make_blueprint
+from kava_jax.runs.models import Found, Models
 
 Geometry = dict[str, Any]
 

@@ -19,7 +19,7 @@ from kava_jax.plan.most_rows import Boundary, RowSearch, Tried
 from kava_jax.plan.roofline import Roofline, roofline
 from kava_jax.runs.blueprint import Blueprint, make_blueprint
 from kava_jax.runs.calibrate import unmeasured
-from kava_jax.runs.geometry import models_without_weights
+from kava_jax.runs.prepare import models_without_weights
 
 # The compiler for CPUs widens bfloat16 and keeps wide copies of whole models, so temporaries are
 # those of a program that is float32 throughout: an accelerator's are at most that, and about this

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,10 +22,7 @@ from kava_jax.alignment.layer_map import LayerMap, make_layer_map
 from kava_jax.alignment.projector import KVDimensionProjector
 from kava_jax.config.run import Config, TeacherConfig
 from kava_jax.errors import KavaError
-from kava_jax.hf.config_keys import refuse_unknown
-from kava_jax.hf.geometry import spec_from_config
-from kava_jax.hf.load import load_decoder_params, read_spec
-from kava_jax.hf.locate import resolve_model
+from kava_jax.hf.load import load_decoder_params
 from kava_jax.models.attend import Choice, choose, in_words
 from kava_jax.models.decoder import Decoder, Params
 from kava_jax.models.spec import DecoderSpec
@@ -38,6 +35,7 @@ from kava_jax.runs.assembly import (
     make_objective,
     optimizer_of,
 )
+from kava_jax.runs.models import Models
 from kava_jax.runs.parts import Part, TeacherPart, place_slices
 from kava_jax.training.comparison import Comparison
 from kava_jax.training.objective import Objective, Statistics, TeacherLink
@@ -50,53 +48,6 @@ from kava_jax.training.step import (
 
 # Seeds of random teachers lie far from those of student and projector.
 RANDOM_TEACHER = 1000
-
-
-class Found(NamedTuple):
-    """A model's geometry and the directory of its weights (None for random ones)."""
-
-    directory: Path | None
-    spec: DecoderSpec
-
-
-class Models(NamedTuple):
-    """The models of a run; teachers by name."""
-
-    student: Found
-    teachers: dict[str, Found]
-
-
-def find_models(config: Config, vocabulary: int) -> Models:
-    """The config's models on this machine, downloaded where they have to be.
-
-    Args:
-        config: the run.
-        vocabulary: the tokenizer's number of ids: a fresh student's, and the least of any other.
-
-    Raises KavaError for a model that is not to be had or has too few rows.
-    """
-    if config.student.path is not None:
-        directory = resolve_model(config.student.path, config.student.revision)
-        student = Found(directory, read_spec(directory))
-    else:
-        geometry = {"vocab_size": vocabulary} | (config.student.geometry or {})
-        refuse_unknown(geometry, "student.geometry")
-        student = Found(None, spec_from_config(geometry, where="student.geometry"))
-    _check_vocabulary("student", student.spec, vocabulary)
-    teachers = {}
-    for index, teacher in enumerate(config.teachers):
-        directory = resolve_model(teacher.path, teacher.revision)
-        teachers[teacher.name] = Found(directory, read_spec(directory))
-        _check_vocabulary(f"teachers.{index}", teachers[teacher.name].spec, vocabulary)
-    return Models(student, teachers)
-
-
-def _check_vocabulary(who: str, spec: DecoderSpec, vocabulary: int) -> None:
-    if vocabulary > spec.vocab_size:
-        raise KavaError(
-            f"{who} has vocab_size={spec.vocab_size} rows and the tokenizer {vocabulary} ids; use "
-            f"the tokenizer that belongs to the model (student.tokenizer=...)"
-        )
 
 
 @dataclass(frozen=True)

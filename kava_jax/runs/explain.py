@@ -15,11 +15,10 @@ from kava_jax.config.recipes import RECIPES
 from kava_jax.config.run import AutoShare, Config, Ramp, TeacherConfig
 from kava_jax.errors import KavaError
 from kava_jax.journal.manifest import config_diff
-from kava_jax.models.spec import DecoderSpec
 from kava_jax.runs.assembly import magnitude_note
 from kava_jax.runs.calibrate import LAYERS
-from kava_jax.runs.geometry import specs_at_hand
 from kava_jax.runs.idle import idle_settings
+from kava_jax.runs.models import Models, at_hand, find_models
 
 MAPS = {
     "ratio": "the one at its own relative depth (first meets first, last meets last)",
@@ -47,19 +46,19 @@ def explain(config: Config) -> str:
     if not config.teachers:
         parts.append("No teacher: the student learns by cross-entropy alone.")
         return "\n\n".join([*parts, _learning(config), *_idle(config)])
-    specs = _specs(config)
+    models = _models(config)
     parts += [f"Recipe {config.recipe}. {_changes(config)}"]
-    parts += [_teacher(config, teacher, specs) for teacher in config.teachers]
-    parts += [_compared(config), _projected(config, specs), _minimised(config)]
+    parts += [_teacher(config, teacher, models) for teacher in config.teachers]
+    parts += [_compared(config), _projected(config), _minimised(config)]
     parts += [_learning(config), *_warnings(config), *_idle(config)]
     return "\n\n".join(parts)
 
 
-def _specs(config: Config) -> dict[str, DecoderSpec]:
+def _models(config: Config) -> Models | None:
     try:
-        return specs_at_hand(dump_config(config))
+        return find_models(config, find=at_hand)
     except KavaError:
-        return {}  # not at hand: the words do without numbers of layers and widths
+        return None  # the words do without numbers of layers and widths
 
 
 def _changes(config: Config) -> str:
@@ -91,15 +90,15 @@ def _ramp_in_words(value: Any) -> Any:
     return yaml.safe_dump(value, default_flow_style=True, sort_keys=False).strip()
 
 
-def _teacher(config: Config, teacher: TeacherConfig, specs: dict[str, DecoderSpec]) -> str:
+def _teacher(config: Config, teacher: TeacherConfig, models: Models | None) -> str:
     """Which layers meet, in words and as a table where the models' geometry is at hand."""
     setting = teacher.layer_map
     words = MAPS[setting] if isinstance(setting, str) else "the pairs that are given"
     text = f"Teacher {teacher.name} ({teacher.path}): each student layer meets {words}."
     text += CONTROLS[teacher.control]
-    student, own = specs.get("student"), specs.get(f"teacher-{teacher.name}")
-    if student is None or own is None:
+    if models is None:
         return f"{text} Its geometry is not at hand, so the layers are not listed."
+    student, own = models.student.spec, models.teachers[teacher.name].spec
     text += (
         f" {own.num_layers} layers with {own.num_kv_heads} KV heads of {own.head_dim}; the student "
         f"has {student.num_layers} with {student.num_kv_heads} of {student.head_dim}."
@@ -130,7 +129,7 @@ def _compared(config: Config) -> str:
     )
 
 
-def _projected(config: Config, specs: dict[str, DecoderSpec]) -> str:
+def _projected(config: Config) -> str:
     settings = config.projector
     forward = settings.direction == "teacher_to_student"
     source, space = ("teacher", "student") if forward else ("student", "teacher")

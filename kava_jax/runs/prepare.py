@@ -34,8 +34,9 @@ from kava_jax.journal.manifest import (
 )
 from kava_jax.parallel.hosts import from_first
 from kava_jax.parallel.mesh import make_mesh
-from kava_jax.runs.blueprint import Blueprint, find_models, make_blueprint
+from kava_jax.runs.blueprint import Blueprint, make_blueprint
 from kava_jax.runs.idle import compared_notes
+from kava_jax.runs.models import Models, at_hand, find_models
 from kava_jax.storage import Place
 
 if TYPE_CHECKING:
@@ -207,6 +208,16 @@ def data_loader(run: Run) -> Load:
         separator="<|endoftext|>",
         seed=run.config.run.seed,
     )
+
+
+def models_without_weights(config: Config) -> Models:
+    """The config's models for a blueprint that will never load them; nothing is downloaded.
+
+    Raises KavaError for a model whose geometry is not at hand.
+    """
+    fresh = config.student.geometry
+    sized = fresh is None or "vocab_size" in fresh
+    return find_models(config, 1 if sized else vocabulary_size(find_tokenizer(config)[0]), at_hand)
 
 
 def find_tokenizer(config: Config) -> tuple["PreTrainedTokenizerBase", str]:

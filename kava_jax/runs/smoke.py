@@ -28,7 +28,7 @@ from kava_jax.journal.lock import alone
 from kava_jax.journal.manifest import MANIFEST_NAME
 from kava_jax.models.spec import DecoderSpec, LongRopeScaling
 from kava_jax.parallel.hosts import meet
-from kava_jax.runs.geometry import model_specs
+from kava_jax.runs.models import at_hand_or_downloaded, find_models
 from kava_jax.storage import absolute, check_target, remove
 
 # Two rows are the fewest with a shuffled cosine. Every other length of a batch is compiled anew,
@@ -51,12 +51,14 @@ def smoke_config(config: Config) -> Config:
         if jax.process_index() == 0 and (directory / MANIFEST_NAME).is_file():
             remove(directory)
     raw = dump_config(config)
-    specs = model_specs(raw)
+    found = find_models(config, find=at_hand_or_downloaded)
+    specs = {"student": found.student.spec}
+    specs |= {f"teacher-{name}": teacher.spec for name, teacher in found.teachers.items()}
     tokenizer, source = _tokenizer(raw)
     raw["student"]["tokenizer"] = source
-    found = _data(raw["data"])
-    raw["eval"]["sets"] = _sets(raw, instead="path" in found)
-    raw["data"] |= found
+    data = _data(raw["data"])
+    raw["eval"]["sets"] = _sets(raw, instead="path" in data)
+    raw["data"] |= data
     divisor = _depth_divisor(specs.values())
     head_dims = max(spec.head_dim for spec in specs.values())
     for name, spec in specs.items():

@@ -33,7 +33,7 @@ from kava_jax.parallel.sharding import layouts
 from kava_jax.plan.accelerators import described_devices
 from kava_jax.plan.chips import CHIPS
 from kava_jax.runs import blueprint
-from kava_jax.runs.geometry import models_without_weights
+from kava_jax.runs.prepare import models_without_weights
 from tests.models.test_decoder import SPEC, build
 from tests.tiny import CONFIG, write_workspace
 from tests.tolerances import TOL

@@ -11,7 +11,8 @@ from kava_jax.hf.geometry import spec_from_config
 from kava_jax.parallel.mesh import make_mesh
 from kava_jax.plan.compiled import compile_step
 from kava_jax.plan.floor import step_floor
-from kava_jax.runs.blueprint import Blueprint, Found, Models, make_blueprint
+from kava_jax.runs.blueprint import Blueprint, make_blueprint
+from kava_jax.runs.models import Found, Models
 from tests.tiny import CONFIG
 
 PAIR = Pair()

@@ -23,8 +23,7 @@ from kava_jax.plan.floor import layer_flops, step_floor
 from kava_jax.plan.planning import Plan, make_plan, search
 from kava_jax.plan.show import render, render_search
 from kava_jax.runs.blueprint import make_blueprint
-from kava_jax.runs.geometry import models_without_weights
-from kava_jax.runs.prepare import load_dataset, prepare
+from kava_jax.runs.prepare import load_dataset, models_without_weights, prepare
 from tests.tiny import CONFIG, kava, write_workspace
 
 H100 = find_chip("H100")
@@ -218,7 +217,7 @@ def test_weights_and_moments_of_the_named_job_shrink_with_the_devices() -> None:
         "from kava_jax.config.file import load_config\n"
         "from kava_jax.parallel.mesh import make_mesh\n"
         "from kava_jax.plan.compiled import held\n"
-        "from kava_jax.runs.geometry import models_without_weights\n"
+        "from kava_jax.runs.prepare import models_without_weights\n"
         "from kava_jax.runs.blueprint import make_blueprint\n"
         f"config = load_config({str(NAMED)!r}, ['data.batch_size=256'])\n"
         "models = models_without_weights(config)\n"

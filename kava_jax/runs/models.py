@@ -1,0 +1,104 @@
+"""The models of a config: their geometry and, for a run, the directories of their weights."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from kava_jax.config.run import Config
+from kava_jax.errors import KavaError
+from kava_jax.hf.config_keys import refuse_unknown
+from kava_jax.hf.geometry import spec_from_config
+from kava_jax.hf.known import KNOWN_CONFIGS
+from kava_jax.hf.load import read_spec
+from kava_jax.hf.locate import BUILTIN_PREFIX, resolve_model
+from kava_jax.models.spec import DecoderSpec
+from kava_jax.storage import reachable
+
+
+class Found(NamedTuple):
+    """A model's geometry and the directory of its weights (None for random ones)."""
+
+    directory: Path | None
+    spec: DecoderSpec
+
+
+class Models(NamedTuple):
+    """The models of a run; teachers by name."""
+
+    student: Found
+    teachers: dict[str, Found]
+
+
+def with_weights(address: str, revision: str | None) -> Found:
+    """A model whose weights will be read; downloaded where it has to be."""
+    directory = resolve_model(address, revision)
+    return Found(directory, read_spec(directory))
+
+
+def at_hand(address: str, revision: str | None) -> Found:
+    """A model's geometry alone, without a download: from a table, a directory, or the hub's cache.
+
+    Raises KavaError for a model that is not at hand.
+    """
+    if address in KNOWN_CONFIGS:
+        return Found(Path(address), spec_from_config(KNOWN_CONFIGS[address], where=address))
+    directory = reachable(address, "model path")
+    if address.startswith(BUILTIN_PREFIX):
+        return with_weights(address, revision)
+    if directory.is_dir():  # which needs no weights
+        return Found(directory, read_spec(directory))
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(address, "config.json", revision=revision)
+    except HFValidationError:  # a path, not an id
+        found = None
+    if not isinstance(found, str):
+        raise KavaError(f"model path={address!r} is not at hand; give a directory")
+    return Found(Path(found).parent, read_spec(Path(found).parent))
+
+
+def at_hand_or_downloaded(address: str, revision: str | None) -> Found:
+    """Geometry, by a download where nothing else helps."""
+    try:
+        return at_hand(address, revision)
+    except KavaError:
+        return with_weights(address, revision)
+
+
+def find_models(
+    config: Config,
+    vocabulary: int = 1,
+    find: Callable[[str, str | None], Found] = with_weights,
+) -> Models:
+    """The config's models.
+
+    Args:
+        config: the run.
+        vocabulary: the tokenizer's number of ids: the least that any model may have, and what a
+            fresh student has where its geometry does not say.
+        find: how much of a model is needed.
+
+    Raises KavaError for a model that is not to be had or has too few rows.
+    """
+    student = config.student
+    if student.path is not None:
+        found = find(student.path, student.revision)
+    else:
+        geometry = {"vocab_size": vocabulary} | (student.geometry or {})
+        refuse_unknown(geometry, "student.geometry")
+        found = Found(None, spec_from_config(geometry, where="student.geometry"))
+    models = Models(found, {one.name: find(one.path, one.revision) for one in config.teachers})
+    _check_vocabulary("student", found.spec, vocabulary)
+    for index, teacher in enumerate(models.teachers.values()):
+        _check_vocabulary(f"teachers.{index}", teacher.spec, vocabulary)
+    return models
+
+
+def _check_vocabulary(who: str, spec: DecoderSpec, vocabulary: int) -> None:
+    if vocabulary > spec.vocab_size:
+        raise KavaError(
+            f"{who} has vocab_size={spec.vocab_size} rows and the tokenizer {vocabulary} ids; use "
+            f"the tokenizer that belongs to the model (student.tokenizer=...)"
+        )
