@@ -29,7 +29,7 @@ from kava_jax.data.files import (
     read_text,
     short_numbers,
 )
-from kava_jax.data.problems import WordProblems
+from kava_jax.data.problems import word_problems
 from kava_jax.data.rows import Fields, read_rows
 from kava_jax.errors import KavaError
 from kava_jax.storage import reachable, written_out
@@ -79,7 +79,7 @@ def load_examples(
         raise KavaError(f"data.rows={rows} is not positive; ask for 1 or more, or leave it out")
     if name.split("/")[0] == BUILTIN_PROBLEMS:
         mixture = name.partition("/")[2] or "all"
-        return WordProblems(split, seed, rows or _BUILTIN_ROWS.get(split, 1), mixture)
+        return word_problems(split, seed, rows or _BUILTIN_ROWS.get(split, 1), mixture)
     fields = Fields(prompt_field, answer_field, messages_field)
     file = reachable(name, "data.path")
     if is_pipe(name):

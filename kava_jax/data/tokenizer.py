@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from kava_jax.data.problems import WordProblems
+from kava_jax.data.problems import word_problems
 from kava_jax.errors import KavaError
 from kava_jax.storage import reachable, written_out
 
@@ -115,7 +115,7 @@ def _builtin_json() -> str:
         special_tokens=[EOS, PAD],
         show_progress=False,
     )
-    problems = WordProblems("train", seed=0, rows=_PROBLEMS)
+    problems = word_problems("train", seed=0, rows=_PROBLEMS)
     texts = [f"Question: {example.prompt}\nAnswer: {example.answer}" for example in problems]
     tokenizer.train_from_iterator([*texts, _ENGLISH], trainer)
     return tokenizer.to_str()

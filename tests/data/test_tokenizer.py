@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from kava_jax.data.problems import WordProblems
+from kava_jax.data.problems import word_problems
 from kava_jax.data.sources import load_examples
 from kava_jax.data.text import Encoded
 from kava_jax.data.tokenizer import (
@@ -71,7 +71,7 @@ def test_any_text_comes_back(tokenizer, shared):
 def test_generated_problems_are_short(tokenizer):
     lengths = [
         len(tokenizer(f"Question: {e.prompt}\nAnswer: {e.answer}")["input_ids"])
-        for e in WordProblems("test", seed=0, rows=500)
+        for e in word_problems("test", seed=0, rows=500)
     ]
     assert max(lengths) < 112
 
