@@ -37,7 +37,7 @@ def bench_input(rows: int = 2048, batch_size: int = 32, batches: int = 20) -> Fa
 
 
 def _rows(part: str, count: int, batch_size: int, batches: int) -> Side:
-    encoder = Encoder(builtin_tokenizer(), format="qa", template=None, max_length=LENGTH)
+    encoder = Encoder(builtin_tokenizer(), max_length=LENGTH)
     problems = word_problems("train", 0, count)
     rows = [encoder.encode(problem) for problem in problems]
     stream = BatchStream(rows, batch_size=batch_size, max_length=LENGTH, seed=0, bucket=16)

@@ -23,9 +23,9 @@ from kava_jax.alignment.projector import KVDimensionProjector
 from kava_jax.config.run import Config, TeacherConfig
 from kava_jax.errors import KavaError
 from kava_jax.hf.config_keys import refuse_unknown
-from kava_jax.hf.geometry import spec_from_config
 from kava_jax.hf.load import load_decoder_params, read_spec
 from kava_jax.hf.locate import resolve_model
+from kava_jax.hf.spec import spec_from_config
 from kava_jax.models.attend import Choice, choose, in_words
 from kava_jax.models.decoder import Decoder, Params
 from kava_jax.models.spec import DecoderSpec
@@ -121,9 +121,9 @@ class Blueprint:
         parts = {"student": self.student, "projector": self.projector}
         parts |= {name: teacher.part for name, teacher in self.teachers.items()}
         found = [
-            f"{name}/{m.path} ({m.name}={m.size} over mesh.{m.mesh_axis})"
+            f"{name}/{misfit}"
             for name, part in parts.items()
-            for m in (part.misfits if part else ())
+            for misfit in (part.misfits if part else ())
         ]
         return f"repeated on every device: {', '.join(found)}" if found else None
 

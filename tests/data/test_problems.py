@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from kava_jax.data.problems import MIXTURES, word_problems, problem
+from kava_jax.data.problems import MIXTURES, problem, word_problems
 from kava_jax.errors import KavaError
 
 LINE = re.compile(r"(\d+)([-+*/])(\d+)=<<(\d+[-+*/]\d+)=(\d+)>>(\d+)")
