@@ -14,7 +14,7 @@ import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
@@ -96,6 +96,17 @@ def _local(text: str, field: str) -> Path:
             f"whole path, or ./{text} if that is its name"
         )
     return Path(found)
+
+
+def looks_local(name: str) -> bool:
+    """Whether a name was meant as a path (or as something built in), and not as a hub id."""
+    return not name.strip() or name.startswith(("builtin:", "/", ".", "~")) or name.count("/") > 1
+
+
+def repeated_key(pairs: Sequence[tuple[str, Any]]) -> str | None:
+    """The first key that a JSON object gives twice; Python's reader would keep the last value."""
+    keys = [key for key, _ in pairs]
+    return next((key for place, key in enumerate(keys) if key in keys[:place]), None)
 
 
 def absolute(where: Place) -> Place:

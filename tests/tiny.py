@@ -15,11 +15,11 @@ import yaml
 from flax.traverse_util import unflatten_dict
 
 from kava_jax.cli import main
-from kava_jax.data.problems import WordProblems
+from kava_jax.data.problems import word_problems
 from kava_jax.data.tokenizer import builtin_tokenizer
 from kava_jax.hf.export import export_model
-from kava_jax.hf.geometry import spec_from_config
 from kava_jax.hf.names import parameter_shapes
+from kava_jax.hf.spec import spec_from_config
 
 # For several processes: Gloo, which joins them, mixes up the collectives of the depth-first order
 # that conftest sets for the virtual devices of one process.
@@ -89,7 +89,7 @@ def write_model(directory: Path, *, seed: int = 0, tokenizer: Any = None, **geom
 
 def write_rows(path: Path, rows: int, seed: int = 0) -> Path:
     """Generated problems as a JSONL file in GSM8K's format."""
-    problems = WordProblems("train", seed, rows)
+    problems = word_problems("train", seed, rows)
     lines = [json.dumps({"question": row.prompt, "answer": row.answer}) for row in problems]
     path.write_text("\n".join(lines) + "\n")
     return path

@@ -13,7 +13,7 @@ import jax
 from kava_jax.bench.harness import Facts, Side, compare
 from kava_jax.config.file import shipped_config
 from kava_jax.data.batches import BatchStream
-from kava_jax.data.problems import WordProblems
+from kava_jax.data.problems import word_problems
 from kava_jax.data.text import Encoder
 from kava_jax.data.tokenizer import builtin_tokenizer
 from kava_jax.errors import KavaError
@@ -37,8 +37,8 @@ def bench_input(rows: int = 2048, batch_size: int = 32, batches: int = 20) -> Fa
 
 
 def _rows(part: str, count: int, batch_size: int, batches: int) -> Side:
-    encoder = Encoder(builtin_tokenizer(), format="qa", template=None, max_length=LENGTH)
-    problems = list(WordProblems("train", 0, count))
+    encoder = Encoder(builtin_tokenizer(), max_length=LENGTH)
+    problems = word_problems("train", 0, count)
     rows = [encoder.encode(problem) for problem in problems]
     stream = BatchStream(rows, batch_size=batch_size, max_length=LENGTH, seed=0, bucket=16)
     made, mesh = [stream.batch(number) for number in range(batches)], make_mesh()

@@ -27,7 +27,7 @@ MOST_LENGTHS = 8
 
 
 class Batch(NamedTuple):
-    """A global batch (rows of all processes): numpy on the host, jax on devices.
+    """A global batch (rows of all processes): numpy arrays on the host, jax arrays on devices.
 
     Rows are padded on the right.
     """
@@ -49,36 +49,6 @@ def abstract_batch(rows: int, length: int) -> Batch:
     return Batch(jax.ShapeDtypeStruct((rows, length), np.int32), mask, mask, mask)  # pyright: ignore[reportArgumentType]  (shapes in place of arrays)
 
 
-class DataReport(NamedTuple):
-    """Counts of rows, tokens and padding in the batches."""
-
-    rows: int
-    """Rows in the batches (each window of a document is a row)."""
-    truncated: int
-    """Of these, rows cut at ``max_length``."""
-    dropped: int
-    """Rows left out because no token of the answer fits after the prompt."""
-    tokens: int
-    """Real tokens of all rows."""
-    targets: int
-    """Of these, targets of cross-entropy."""
-    padding: float
-    """Share of padding among all positions of the first epoch's batches, 0 to 1."""
-    lengths: int
-    """Number of padded lengths among these batches; the step is compiled for each."""
-    max_length: int
-
-    @property
-    def sentence(self) -> str:
-        """One line for people."""
-        return (
-            f"{self.rows} rows, {self.truncated} truncated to {self.max_length} tokens, "
-            f"{self.dropped} dropped (prompt fills the row); {self.tokens} tokens, "
-            f"{self.targets} of them trained on, {self.padding:.0%} padding, {self.lengths} "
-            f"padded length{'s' if self.lengths > 1 else ''}"
-        )
-
-
 class BatchStream:
     """An endless, shuffled, resumable stream of batches over encoded rows.
 
@@ -91,10 +61,12 @@ class BatchStream:
     bucket is the rows with the same T, and a batch takes its rows from one bucket. Each epoch draws
     the rows of each batch and the order of batches again. There are three exceptions:
 
-    * Where two buckets meet, one batch holds rows of both.
-    * The batch that two epochs share holds rows of the shortest bucket.
-    * The first epoch starts with one batch of every T, the longest first. All shapes and the
-      largest memory need then appear at once.
+    * The rows of a bucket rarely fill whole batches. Its last rows share a batch with the first
+      rows of the next shorter bucket.
+    * If an epoch cannot fill its last batch, that batch takes rows of the shortest bucket from
+      this epoch and from the next one.
+    * The first epoch starts with one batch of every T, the longest first. All shapes are then
+      compiled, and the largest memory need appears, in the first steps.
 
     Args:
         rows: encoded rows; those without a target are dropped and counted.
@@ -163,22 +135,37 @@ class BatchStream:
         return collate(rows, self._length(chosen), self.pad_id, self.sink_tokens)
 
     @functools.cached_property
-    def report(self) -> DataReport:
-        """Counts over all rows, and the padding of the first epoch's batches."""
+    def counts(self) -> dict[str, int | float]:
+        """Counts over all rows, and how much of the first epoch's batches is padding.
+
+        ``truncated`` rows were cut at ``max_length``; ``dropped`` ones are left out because no
+        token of the answer fits after the prompt. ``tokens`` are the real ones, and ``targets`` are
+        trained on. ``padding`` is a share of all positions, 0 to 1. ``lengths`` is the
+        number of padded lengths, for each of which the step is compiled.
+        """
         steps = -(-len(self.rows) // self.batch_size)
         chosen = [self.row_indices(step) for step in range(steps)]
         padded_lengths = [self._length(rows) for rows in chosen]
-        positions = self.batch_size * sum(padded_lengths)
         real = sum(int(self._lengths[rows].sum()) for rows in chosen)
-        return DataReport(
-            rows=len(self.rows),
-            truncated=sum(row.truncated for row in self.rows),
-            dropped=self._dropped,
-            tokens=int(self._lengths.sum()),
-            targets=sum(int(row.targets.sum()) for row in self.rows),
-            padding=1 - real / positions,
-            lengths=len(set(padded_lengths)),
-            max_length=self.max_length,
+        return {
+            "rows": len(self.rows),
+            "truncated": sum(row.truncated for row in self.rows),
+            "dropped": self._dropped,
+            "tokens": int(self._lengths.sum()),
+            "targets": sum(int(row.targets.sum()) for row in self.rows),
+            "padding": 1 - real / (self.batch_size * sum(padded_lengths)),
+            "lengths": len(set(padded_lengths)),
+        }
+
+    @property
+    def sentence(self) -> str:
+        """The counts in one line for people."""
+        n = self.counts
+        return (
+            f"{n['rows']} rows, {n['truncated']} truncated to {self.max_length} tokens, "
+            f"{n['dropped']} dropped (prompt fills the row); {n['tokens']} tokens, "
+            f"{n['targets']} of them trained on, {n['padding']:.0%} padding, "
+            f"{n['lengths']} padded length{'s' if n['lengths'] > 1 else ''}"
         )
 
     def _length(self, rows: Int[np.ndarray, "B"]) -> int:
@@ -194,7 +181,11 @@ class BatchStream:
         return np.argsort(_mixed(len(self.rows), self.seed, epoch), kind="stable")
 
     def _bucketed_order(self, epoch: int) -> np.ndarray:
-        """Row order: rest of the batch shared with the last epoch, whole batches, the remainder."""
+        """The order of rows in an epoch whose batches take rows of similar length.
+
+        First come the rows that complete the last batch of the epoch before, then whole batches,
+        then the rows of a last batch that the next epoch completes.
+        """
         order = self._shuffled_order(epoch)
         order = order[np.argsort(-self._padded[order], kind="stable")]  # still shuffled in a bucket
         head = min(-epoch * len(order) % self.batch_size, len(order))
@@ -203,7 +194,7 @@ class BatchStream:
         rows_WB = rows.reshape(whole, self.batch_size)
         # The extra salt makes the order of batches independent of the order of rows in them.
         rows_WB = rows_WB[np.argsort(_mixed(whole, self.seed, epoch, 1), kind="stable")]
-        if epoch == 0:
+        if epoch == 0:  # one batch of every T goes first
             _, one_of_each = np.unique(-self._padded[rows_WB].max(axis=1), return_index=True)
             others = np.delete(np.arange(whole), one_of_each)
             rows_WB = rows_WB[np.concatenate([one_of_each, others])]

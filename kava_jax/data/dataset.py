@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from kava_jax.data.batches import BatchStream
 from kava_jax.data.example import Example
-from kava_jax.data.sources import fingerprint, load_examples
+from kava_jax.data.sources import fingerprint
 from kava_jax.data.text import Encoded, Encoder
 from kava_jax.errors import KavaError
 from kava_jax.storage import reachable
@@ -109,33 +109,19 @@ def make_dataset(
     training: Sequence[Example],
     held_out: Sequence[Example],
     encoder: Encoder,
+    make_stream: Callable[[Sequence[Encoded]], BatchStream],
     *,
-    batch_size: int,
-    bucketed: bool,
-    bucket: int,
-    seed: int,
-    pad_id: int,
-    sink_tokens: int,
     more: Mapping[str, Sequence[Example]] = MappingProxyType({}),
 ) -> Dataset:
-    """Encode everything once. The notes say what was cut, dropped, held out, and stands twice.
+    """Encode everything once. The notes say what was cut, dropped, held out and repeated.
+
+    ``make_stream`` is ``BatchStream`` with everything bound but the rows.
 
     Raises KavaError for a set of which no row has a target.
     """
-    # Sequences that are generated or read when asked would be so for every use below.
-    training, held_out = list(training), list(held_out)
     encoded, held = encoder.encode_all(training), HeldOut.of(held_out, encoder)
-    stream = BatchStream(
-        encoded,
-        batch_size=batch_size,
-        max_length=encoder.max_length,
-        seed=seed,
-        bucketed=bucketed,
-        bucket=bucket,
-        pad_id=pad_id,
-        sink_tokens=sink_tokens,
-    )
-    others = {name: HeldOut.of(list(examples), encoder) for name, examples in more.items()}
+    stream = make_stream(encoded)
+    others = {name: HeldOut.of(examples, encoder) for name, examples in more.items()}
     for name, measured in {"held-out": held, **others}.items():
         if not measured.measured:
             raise KavaError(
@@ -143,7 +129,7 @@ def make_dataset(
                 f"measure ({len(measured.rows)} rows, all filled by their prompts); raise it, or "
                 f"give other rows"
             )
-    notes = [f"data: {stream.report.sentence}", f"held out: {held.sentence}"]
+    notes = [f"data: {stream.sentence}", f"held out: {held.sentence}"]
     notes += [f"set {name}: {other.sentence}" for name, other in others.items()]
     notes += _overlaps(training, {"held-out": held_out, **more})
     identity = fingerprint([*training, *held_out])
@@ -199,32 +185,3 @@ def _asked(row: Example) -> str:
     if row.messages is not None:
         return _text_of(Example("", "", row.messages[:-1], row.tools))
     return row.prompt or row.answer
-
-
-def loader(
-    *,
-    subset: str | None,
-    revision: str | None,
-    prompt_field: str | None,
-    answer_field: str,
-    messages_field: str | None,
-    separator: str,
-    seed: int,
-) -> Load:
-    """``load_examples`` with everything bound that training and held-out rows share."""
-
-    def load(path: str, *, split: str, rows: int | None) -> Sequence[Example]:
-        return load_examples(
-            path,
-            split=split,
-            rows=rows,
-            subset=subset,
-            revision=revision,
-            prompt_field=prompt_field,
-            answer_field=answer_field,
-            messages_field=messages_field,
-            separator=separator,
-            seed=seed,
-        )
-
-    return load

@@ -14,7 +14,7 @@ import math
 import re
 import sys
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -22,6 +22,7 @@ from typing import IO, Any
 import numpy as np
 
 from kava_jax.errors import KavaError
+from kava_jax.storage import repeated_key
 
 FILES = (".jsonl", ".ndjson", ".json", ".parquet", ".txt")
 STANDARD_INPUT = ("-", "/dev/stdin")
@@ -59,8 +60,6 @@ def read_text(name: str) -> str:
             return stream.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise KavaError(f"data.path={name!r} cannot be read as UTF-8 text ({error})") from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise _unreadable(name, error) from error
 
 
 def json_rows(name: str) -> tuple[str, Numbered]:
@@ -81,15 +80,31 @@ def json_rows(name: str) -> tuple[str, Numbered]:
     return "line", iter(())
 
 
-def parsed(text: str) -> Any:
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if (twice := repeated_key(pairs)) is not None:
+        raise BadRowError(f"field {twice!r} is given twice")
+    return dict(pairs)
+
+
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_object, parse_int=Number, parse_float=Number, parse_constant=float
+)
+
+
+def parsed(text: str | bytes, decode: Callable[[str], Any] = _DECODER.decode) -> Any:
     """JSON with every number as a ``Number``; NaN and Infinity are floats.
 
-    Raises BadRowError for what is not JSON, or an object that gives one field twice.
+    Raises BadRowError for what is not JSON in UTF-8, or an object that gives one field twice.
     """
     try:
-        return _DECODER.decode(text)
+        return decode(text if isinstance(text, str) else text.decode("utf-8"))
+    except UnicodeDecodeError:
+        raise BadRowError("not UTF-8 text") from None
     except json.JSONDecodeError as error:
-        raise BadRowError(f"not JSON ({error.msg} at column {error.colno})") from None
+        where = f"column {error.colno}"
+        if error.lineno > 1:
+            where = f"line {error.lineno}, {where} of the file"
+        raise BadRowError(f"not JSON ({error.msg} at {where})") from None
     except RecursionError:
         raise BadRowError("nested too deeply") from None
 
@@ -110,10 +125,11 @@ def parquet_rows(name: str) -> Iterator[Mapping[str, Any]]:
     """The rows of a parquet file."""
     from pyarrow import ArrowException, parquet
 
+    with _opened(name) as stream:
+        content = stream.read()
     try:
-        with _opened(name) as stream:
-            table = parquet.read_table(io.BytesIO(stream.read()))
-    except (OSError, EOFError, zlib.error, ArrowException) as error:
+        table = parquet.read_table(io.BytesIO(content))
+    except (OSError, ArrowException) as error:
         reason = " ".join(str(error).split())
         raise KavaError(
             f"data.path={name!r} cannot be read as parquet ({reason}); fetch or write it again"
@@ -144,10 +160,17 @@ def short_numbers(
 
 @contextmanager
 def _opened(name: str) -> Iterator[IO[bytes]]:
-    with io.BytesIO(_piped(name)) if is_pipe(name) else Path(name).open("rb") as stream:
-        zipped = stream.read(2) == b"\x1f\x8b"
-        stream.seek(0)
-        yield gzip.GzipFile(fileobj=stream) if zipped else stream  # pyright: ignore[reportReturnType]  (reads as any file)
+    """The file's bytes, unzipped; raises KavaError when opening or reading it fails."""
+    try:
+        with io.BytesIO(_piped(name)) if is_pipe(name) else Path(name).open("rb") as stream:
+            zipped = stream.read(2) == b"\x1f\x8b"
+            stream.seek(0)
+            yield gzip.GzipFile(fileobj=stream) if zipped else stream  # pyright: ignore[reportReturnType]  (reads as any file)
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise KavaError(
+            f"data.path={name!r} cannot be read ({reason}); fetch or write it again"
+        ) from error
 
 
 @functools.cache
@@ -157,27 +180,17 @@ def _piped(name: str) -> bytes:
 
 
 def _lines(name: str) -> Iterator[tuple[int, bytes]]:
-    try:
-        # Bytes: only \n ends a line, U+2028 inside a text does not.
-        with _opened(name) as lines:
-            for number, line in enumerate(lines, 1):
-                yield number, line.removeprefix(b"\xef\xbb\xbf")
-    except (OSError, EOFError, zlib.error) as error:
-        raise _unreadable(name, error) from error
-
-
-def _unreadable(name: str, error: Exception) -> KavaError:
-    reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-    return KavaError(f"data.path={name!r} cannot be read ({reason}); fetch or write it again")
+    # Bytes: only \n ends a line, U+2028 inside a text does not.
+    with _opened(name) as lines:
+        for number, line in enumerate(lines, 1):
+            yield number, line.removeprefix(b"\xef\xbb\xbf")
 
 
 def _each(lines: Numbered) -> Numbered:
     for number, line in lines:
         if line.strip():
             try:
-                yield number, parsed(line.decode("utf-8"))
-            except UnicodeDecodeError:
-                yield number, BadRowError("not UTF-8 text")
+                yield number, parsed(line)
             except BadRowError as error:
                 yield number, error
 
@@ -185,35 +198,20 @@ def _each(lines: Numbered) -> Numbered:
 def _document(content: bytes) -> Numbered:
     """The items of one array, or of values that follow one another."""
     try:
-        text, values = content.decode("utf-8"), []
-        place = _SPACE.match(text, 0).end()
-        while place < len(text):
-            value, place = _DECODER.raw_decode(text, place)
-            values.append(value)
-            place = _SPACE.match(text, place).end()
-    except UnicodeDecodeError:
-        values = [BadRowError("not UTF-8 text")]
-    except json.JSONDecodeError as error:
-        where = f"line {error.lineno}, column {error.colno} of the file"
-        values = [BadRowError(f"not JSON ({error.msg} at {where})")]
-    except RecursionError:
-        values = [BadRowError("nested too deeply")]
+        values = parsed(content, _values)
     except BadRowError as error:
         values = [error]
     rows = values[0] if len(values) == 1 and isinstance(values[0], list) else values
     return iter(enumerate(rows, 1))
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise BadRowError(f"field {twice!r} is given twice")
-    return found
+def _values(text: str) -> list[Any]:
+    values, place = [], _SPACE.match(text).end()
+    while place < len(text):
+        value, place = _DECODER.raw_decode(text, place)
+        values.append(value)
+        place = _SPACE.match(text, place).end()
+    return values
 
 
 _SPACE: Any = re.compile(r"\s*")
-_DECODER = json.JSONDecoder(
-    object_pairs_hook=_object, parse_int=Number, parse_float=Number, parse_constant=float
-)

@@ -15,8 +15,8 @@ generator exists to train and measure tiny models within minutes, not to stand i
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeVar, overload
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple, TypeVar
 
 from kava_jax.data.example import Example
 from kava_jax.errors import KavaError
@@ -24,18 +24,8 @@ from kava_jax.errors import KavaError
 SPLITS = ("train", "test", "dev", "confirm")
 
 _TEST_SHARE = 8  # one calculation in eight belongs to the test split
-_PEOPLE = (
-    ("Mia", "She"),
-    ("Tom", "He"),
-    ("Anna", "She"),
-    ("Ben", "He"),
-    ("Zoe", "She"),
-    ("Max", "He"),
-    ("Emma", "She"),
-    ("Jack", "He"),
-    ("Lucy", "She"),
-    ("Noah", "He"),
-)
+_PEOPLE = ("Mia", "Tom", "Anna", "Ben", "Zoe", "Max", "Emma", "Jack", "Lucy", "Noah")
+_WOMEN = ("Mia", "Anna", "Zoe", "Emma", "Lucy")
 _THINGS = (
     "apples",
     "books",
@@ -49,17 +39,10 @@ _THINGS = (
     "flowers",
 )
 _CONTAINERS = ("boxes", "bags", "baskets", "jars")
-_GAINS = (
-    "{who} buys {n} more.",
-    "{who} finds {n} more.",
-    "{friend} brings {n} more.",
-)
-_LOSSES = (
-    "{who} gives {n} to {friend}.",
-    "{who} loses {n}.",
-    "{who} sells {n}.",
-)
+_GAINS = ("{who} buys {n} more.", "{who} finds {n} more.", "{friend} brings {n} more.")
+_LOSSES = ("{who} gives {n} to {friend}.", "{who} loses {n}.", "{who} sells {n}.")
 
+Ending = Literal["plain", "shared", "compared"]
 Item = TypeVar("Item")
 
 
@@ -83,28 +66,25 @@ class _Random:
         return items[self.between(0, len(items) - 1)]
 
 
-class _Equation(NamedTuple):
-    left: int
-    sign: str
-    right: int
-    result: int
+class Mixture(NamedTuple):
+    """Which problems are drawn: equally often one of ``endings``, and numbers from these ranges."""
 
-    def __str__(self) -> str:
-        return f"{self.left}{self.sign}{self.right}={self.result}"
-
-
-class _Cast(NamedTuple):
-    owner: str
-    who: str
-    friend: str
-    other: str
-    thing: str
-    container: str
+    endings: tuple[Ending, ...] = ("plain", "plain", "shared", "compared")
+    steps: tuple[int, int] = (2, 3)
+    start: tuple[int, int] = (5, 50)
+    change: int = 20
+    largest: int = 99
 
 
-class _Story(NamedTuple):
-    sentences: list[str]
-    equations: list[_Equation]
+MIXTURES = {
+    "all": Mixture(),
+    "unshared": Mixture(endings=("plain", "plain", "compared")),
+    "shared": Mixture(endings=("shared",)),
+    "longer": Mixture(steps=(4, 5)),
+    "larger": Mixture(start=(51, 99), change=40, largest=199),
+}
+"""By name, as in ``builtin:word_problems/shared``: everything that is trained on as a rule, all but
+division, division only, more steps, larger numbers."""
 
 
 def problem(split: str, seed: int, index: int, mixture: str = "all") -> Example:
@@ -123,172 +103,118 @@ def problem(split: str, seed: int, index: int, mixture: str = "all") -> Example:
     Raises:
         KavaError: split or mixture is unknown, or the index is negative.
     """
-    drawn_from = _mixture(split, mixture)
-    if index < 0:
-        raise KavaError(f"index={index} of a generated problem is negative; count from 0")
-    random = _Random(f"{split}:{seed}:{index}")
-    while True:  # on average about 2 draws for train, 12 for test
-        drawn = _draw(random, drawn_from)
-        if drawn is not None and split in _splits_of(drawn[1]):
-            return Example(drawn[0], _worked(drawn[1]))
-
-
-class WordProblems(Sequence[Example]):
-    """The first ``rows`` problems of ``(split, seed)`` as a sequence; nothing is kept in memory.
-
-    Raises:
-        KavaError: ``rows`` is not positive, or as in :func:`problem`.
-    """
-
-    def __init__(self, split: str, seed: int, rows: int, mixture: str = "all"):
-        _mixture(split, mixture)
-        if rows < 1:
-            raise KavaError(
-                f"rows={rows} of builtin:word_problems is not positive; ask for 1 or more"
-            )
-        self.split, self.seed, self.rows, self.mixture = split, seed, rows, mixture
-
-    def __len__(self) -> int:
-        return self.rows
-
-    @overload
-    def __getitem__(self, index: int) -> Example: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Example]: ...
-    def __getitem__(self, index: int | slice) -> Example | list[Example]:
-        """The problem at this place (negative counts from the end), or a list for a slice."""
-        place = range(self.rows)[index]
-        if isinstance(place, range):
-            return [problem(self.split, self.seed, i, self.mixture) for i in place]
-        return problem(self.split, self.seed, place, self.mixture)
-
-
-def _mixture(split: str, name: str) -> "Mixture":
     if split not in SPLITS:
         raise KavaError(
             f"split={split!r} is not one of builtin:word_problems; use {', '.join(SPLITS)}"
         )
-    if name not in MIXTURES:
+    if mixture not in MIXTURES:
         raise KavaError(
-            f"data.path='builtin:word_problems/{name}' names no mixture; use one of "
+            f"data.path='builtin:word_problems/{mixture}' names no mixture; use one of "
             f"{', '.join(MIXTURES)}"
         )
-    return MIXTURES[name]
+    if index < 0:
+        raise KavaError(f"index={index} of a generated problem is negative; count from 0")
+    random = _Random(f"{split}:{seed}:{index}")
+    while True:  # on average about 2 draws for train, 12 for test
+        drawn = _draw(random, MIXTURES[mixture])
+        if drawn is not None and split in _splits_of(drawn[1]):
+            return Example(drawn[0], _worked(drawn[1]))
+
+
+def word_problems(split: str, seed: int, rows: int, mixture: str = "all") -> list[Example]:
+    """The first ``rows`` problems of ``(split, seed)``.
+
+    Raises:
+        KavaError: ``rows`` is not positive, or as in :func:`problem`.
+    """
+    if rows < 1:
+        raise KavaError(f"rows={rows} of builtin:word_problems is not positive; ask for 1 or more")
+    return [problem(split, seed, index, mixture) for index in range(rows)]
 
 
 def _hash(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
-def _splits_of(equations: list[_Equation]) -> tuple[str, ...]:
-    number = _hash(";".join(map(str, equations)))
+def _splits_of(equations: Sequence[str]) -> tuple[str, ...]:
+    number = _hash(";".join(equations))
     if number % _TEST_SHARE:
         return ("train",)
     return "test", "confirm" if number // _TEST_SHARE % 2 else "dev"
 
 
-def _worked(equations: list[_Equation]) -> str:
-    lines = [f"{e.left}{e.sign}{e.right}=<<{e}>>{e.result}" for e in equations]
-    return "\n".join([*lines, f"#### {equations[-1].result}"])
+def _worked(equations: Sequence[str]) -> str:
+    """``12+7=19`` as a line ``12+7=<<12+7=19>>19``, and the last result behind ``####``."""
+    pairs = [equation.split("=") for equation in equations]
+    lines = [f"{left}=<<{left}={result}>>{result}" for left, result in pairs]
+    return "\n".join([*lines, f"#### {pairs[-1][1]}"])
 
 
-def _draw(random: _Random, mixture: "Mixture") -> tuple[str, list[_Equation]] | None:
+def _draw(random: _Random, mixture: Mixture) -> tuple[str, list[str]] | None:
     """One question and its equations, or None when the numbers leave the last step impossible."""
     count = random.between(*mixture.steps)
-    owner, who = random.choice(_PEOPLE)
-    friend = random.choice([name for name, _ in _PEOPLE if name != owner])
-    other = random.choice([name for name, _ in _PEOPLE if name not in (owner, friend)])
-    cast = _Cast(owner, who, friend, other, random.choice(_THINGS), random.choice(_CONTAINERS))
-
-    story = _Story([], [])
+    owner = random.choice(_PEOPLE)
+    friend = random.choice([name for name in _PEOPLE if name != owner])
+    other = random.choice([name for name in _PEOPLE if name not in (owner, friend)])
+    thing, container = random.choice(_THINGS), random.choice(_CONTAINERS)
+    words = {"owner": owner, "who": "She" if owner in _WOMEN else "He", "friend": friend}
+    words |= {"other": other, "thing": thing}
+    equations = []
     if random.between(1, 3) == 1:
-        value = _open_with_containers(random, cast, story)
+        boxes, each = random.between(2, 9), random.between(2, 9)
+        value = boxes * each
+        sentences = [f"{owner} has {boxes} {container} of {each} {thing}."]
+        equations.append(f"{boxes}*{each}={value}")
     else:
         value = random.between(*mixture.start)
-        story.sentences.append(f"{owner} has {value} {cast.thing}.")
+        sentences = [f"{owner} has {value} {thing}."]
     ending = random.choice(mixture.endings)
-    middle = count - len(story.equations) - (ending is not _end_plainly)
+    middle = count - len(equations) - (ending != "plain")
     if middle < 0:
         return None
     for _ in range(middle):
-        value = _change(random, cast, value, story, mixture)
-    if not ending(random, cast, value, story, mixture):
+        sentence, equation, value = _change(random, words, value, mixture)
+        sentences.append(sentence)
+        equations.append(equation)
+    last = _end(random, ending, value, mixture.largest)
+    if last is None:
         return None
-    return " ".join(story.sentences), story.equations
+    question, equation = last
+    equations += [equation] if equation else []
+    return " ".join([*sentences, question.format(**words)]), equations
 
 
-def _open_with_containers(random: _Random, cast: _Cast, story: _Story) -> int:
-    boxes, each = random.between(2, 9), random.between(2, 9)
-    story.sentences.append(f"{cast.owner} has {boxes} {cast.container} of {each} {cast.thing}.")
-    story.equations.append(_Equation(boxes, "*", each, boxes * each))
-    return boxes * each
-
-
-def _change(random: _Random, cast: _Cast, value: int, story: _Story, mixture: "Mixture") -> int:
+def _change(
+    random: _Random, words: Mapping[str, str], value: int, mixture: Mixture
+) -> tuple[str, str, int]:
+    """Something is gained or lost: the sentence, its equation and what there is after it."""
     can_gain, can_lose = value + 2 <= mixture.largest, value > 2
     gain = can_gain and (not can_lose or random.between(0, 1) == 1)
     n = random.between(2, min(mixture.change, mixture.largest - value if gain else value - 1))
     result = value + n if gain else value - n
-    text = random.choice(_GAINS if gain else _LOSSES)
-    story.sentences.append(text.format(who=cast.who, friend=cast.friend, n=n))
-    story.equations.append(_Equation(value, "+" if gain else "-", n, result))
-    return result
+    sentence = random.choice(_GAINS if gain else _LOSSES).format(n=n, **words)
+    return sentence, f"{value}{'+' if gain else '-'}{n}={result}", result
 
 
-def _end_plainly(
-    random: _Random, cast: _Cast, value: int, story: _Story, mixture: "Mixture"
-) -> bool:
-    story.sentences.append(f"How many {cast.thing} does {cast.owner} have now?")
-    return bool(story.equations)
+def _end(
+    random: _Random, ending: Ending, value: int, largest: int
+) -> tuple[str, str | None] | None:
+    """The question, with words to fill in, and its equation; None when the numbers do not allow it.
 
-
-def _end_by_sharing(
-    random: _Random, cast: _Cast, value: int, story: _Story, mixture: "Mixture"
-) -> bool:
-    parts = [k for k in range(2, 10) if value % k == 0]
-    if not parts:
-        return False
-    k = random.choice(parts)
-    story.sentences.append(f"{cast.who} shares them equally among {k} friends.")
-    story.sentences.append(f"How many {cast.thing} does each friend get?")
-    story.equations.append(_Equation(value, "/", k, value // k))
-    return True
-
-
-def _end_by_comparing(
-    random: _Random, cast: _Cast, value: int, story: _Story, mixture: "Mixture"
-) -> bool:
-    most = min(5, mixture.largest // value)
+    The plain question has no equation of its own: what is asked for is the last result.
+    """
+    if ending == "plain":
+        return "How many {thing} does {owner} have now?", None
+    if ending == "shared":
+        parts = [k for k in range(2, 10) if value % k == 0]
+        if not parts:
+            return None
+        k = random.choice(parts)
+        shared = f"{{who}} shares them equally among {k} friends. "
+        return shared + "How many {thing} does each friend get?", f"{value}/{k}={value // k}"
+    most = min(5, largest // value)
     if most < 2:
-        return False
+        return None
     k = random.between(2, most)
-    story.sentences.append(f"{cast.other} has {k} times as many.")
-    story.sentences.append(f"How many {cast.thing} does {cast.other} have?")
-    story.equations.append(_Equation(value, "*", k, value * k))
-    return True
-
-
-class Mixture(NamedTuple):
-    """Which problems are drawn: equally often one of ``endings``, and numbers from these ranges."""
-
-    endings: tuple[Callable[[_Random, _Cast, int, _Story, "Mixture"], bool], ...] = (
-        _end_plainly,
-        _end_plainly,
-        _end_by_sharing,
-        _end_by_comparing,
-    )
-    steps: tuple[int, int] = (2, 3)
-    start: tuple[int, int] = (5, 50)
-    change: int = 20
-    largest: int = 99
-
-
-MIXTURES = {
-    "all": Mixture(),
-    "unshared": Mixture(endings=(_end_plainly, _end_plainly, _end_by_comparing)),
-    "shared": Mixture(endings=(_end_by_sharing,)),
-    "longer": Mixture(steps=(4, 5)),
-    "larger": Mixture(start=(51, 99), change=40, largest=199),
-}
-"""By name, as in ``builtin:word_problems/shared``: everything that is trained on as a rule, all but
-division, division only, more steps, larger numbers."""
+    compared = f"{{other}} has {k} times as many. "
+    return compared + "How many {thing} does {other} have?", f"{value}*{k}={value * k}"

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Mapping
 from decimal import Decimal
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 from kava_jax.data.example import Example, Message
 from kava_jax.data.files import BadRowError, Number, parsed, plain
@@ -29,25 +29,24 @@ ROLES = {
 }
 
 
-class Fields(NamedTuple):
-    """Where a row's texts are; ``messages`` takes the place of the others."""
-
-    prompt: str | None
-    answer: str
-    messages: str | None
-
-
 def read_rows(
-    name: str, unit: str, numbered: Iterable[tuple[int, Any]], fields: Fields, rows: int | None
+    name: str,
+    unit: str,
+    numbered: Iterable[tuple[int, Any]],
+    *,
+    prompt_field: str | None,
+    answer_field: str,
+    messages_field: str | None,
+    rows: int | None,
 ) -> list[Example]:
-    """The examples of the first ``rows`` rows.
+    """The examples of the first ``rows`` rows; for the fields see ``sources.load_examples``.
 
     Raises KavaError that names every broken row (``unit`` is line or row), or when there is none.
     """
     examples, broken = [], []
     for number, row in islice(numbered, rows):
         try:
-            examples.append(_example(row, fields))
+            examples.append(_example(row, prompt_field, answer_field, messages_field))
         except BadRowError as error:
             broken.append(f"{unit} {number}: {error}")
     if broken:
@@ -61,18 +60,18 @@ def read_rows(
     return examples
 
 
-def _example(row: Any, fields: Fields) -> Example:
+def _example(row: Any, prompt: str | None, answer: str, messages: str | None) -> Example:
     if isinstance(row, BadRowError):
         raise row
     if not isinstance(row, Mapping):
         raise BadRowError(f"a JSON {type(row).__name__} instead of an object with fields")
-    if fields.messages is not None:
-        messages = _messages(_value(row, fields.messages), fields.messages)
-        return Example("", "", messages, _tools(row.get("tools")))
-    answer = _text(_value(row, fields.answer), f"field {fields.answer!r}")
-    if fields.prompt is None:
-        return Example("", answer)
-    return Example(_text(_value(row, fields.prompt), f"field {fields.prompt!r}"), answer)
+    if messages is not None:
+        turns = _messages(_value(row, messages), messages)
+        return Example("", "", turns, _tools(row.get("tools")))
+    answer_text = _text(_value(row, answer), f"field {answer!r}")
+    if prompt is None:
+        return Example("", answer_text)
+    return Example(_text(_value(row, prompt), f"field {prompt!r}"), answer_text)
 
 
 def _value(row: Mapping[str, Any], field: str) -> Any:

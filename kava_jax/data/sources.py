@@ -5,7 +5,7 @@
                             conversation (``messages``)
     *.json                  the same, or one array of such objects
     *.parquet               the same columns
-    *.txt                   plain documents between separators
+    *.txt                   plain documents with ``<|endoftext|>`` between them
     -                       standard input, as *.json; a named pipe likewise
     a directory or hub id   through ``datasets.load_dataset``, e.g. openai/gsm8k with subset main
 
@@ -16,6 +16,7 @@ dataset scripts (remote code never runs) and any cleaning of the text.
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,13 @@ from kava_jax.data.files import (
     read_text,
     short_numbers,
 )
-from kava_jax.data.problems import WordProblems
-from kava_jax.data.rows import Fields, read_rows
+from kava_jax.data.problems import word_problems
+from kava_jax.data.rows import read_rows
 from kava_jax.errors import KavaError
-from kava_jax.storage import reachable, written_out
+from kava_jax.storage import looks_local, reachable, written_out
 
 BUILTIN_PROBLEMS = "builtin:word_problems"
+DOCUMENT_SEPARATOR = "<|endoftext|>"
 
 _BUILTIN_ROWS = {"train": 7473, "test": 1319, "dev": 1319, "confirm": 1319}  # as in GSM8K
 
@@ -48,7 +50,6 @@ def load_examples(
     prompt_field: str | None = "question",
     answer_field: str = "answer",
     messages_field: str | None = None,
-    separator: str = "<|endoftext|>",
     seed: int = 0,
     rows: int | None = None,
 ) -> Sequence[Example]:
@@ -65,8 +66,6 @@ def load_examples(
         messages_field: field of a conversation, a list of ``{"role", "content"}`` (or ``{"from",
             "value"}``) that ends with the assistant; set, it takes the place of prompt and answer.
             A field ``tools`` beside it goes to the chat template.
-        separator: what stands between the documents of a text file. Documents are stripped and
-            empty ones skipped; a file without any is one document.
         seed: of the generator.
         rows: at most this many, from the start; for the generator, how many (default: as GSM8K).
 
@@ -79,21 +78,28 @@ def load_examples(
         raise KavaError(f"data.rows={rows} is not positive; ask for 1 or more, or leave it out")
     if name.split("/")[0] == BUILTIN_PROBLEMS:
         mixture = name.partition("/")[2] or "all"
-        return WordProblems(split, seed, rows or _BUILTIN_ROWS.get(split, 1), mixture)
-    fields = Fields(prompt_field, answer_field, messages_field)
+        return word_problems(split, seed, rows or _BUILTIN_ROWS.get(split, 1), mixture)
+    read = partial(
+        read_rows,
+        name,
+        prompt_field=prompt_field,
+        answer_field=answer_field,
+        messages_field=messages_field,
+        rows=rows,
+    )
     file = reachable(name, "data.path")
     if is_pipe(name):
-        return read_rows(name, *json_rows(name), fields, rows)
+        return read(*json_rows(name))
     _check_exists(name, file)
     if not file.is_file():
         where = str(file) if file.is_dir() else name
         table = _through_datasets(name, where, name=subset, split=split, revision=revision)
-        return read_rows(name, "row", enumerate(table, 1), fields, rows)
+        return read("row", enumerate(table, 1))
     if ending(file) == ".txt":
-        return _documents(name, separator)[:rows]
+        return _documents(name)[:rows]
     if ending(file) == ".parquet":
-        return read_rows(name, "row", enumerate(parquet_rows(name), 1), fields, rows)
-    return read_rows(name, *json_rows(name), fields, rows)
+        return read("row", enumerate(parquet_rows(name), 1))
+    return read(*json_rows(name))
 
 
 def fingerprint(examples: Iterable[Example]) -> str:
@@ -114,18 +120,16 @@ def _check_exists(name: str, file: Path) -> None:
                 f"{', '.join(FILES)} (or zipped, .jsonl.gz)"
             )
         return
-    looks_local = name.startswith(("builtin:", "/", ".", "~")) or name.count("/") > 1
-    if looks_local or not name.strip() or ending(file) in FILES:
+    if looks_local(name) or ending(file) in FILES:
         raise KavaError(
             f"data.path={name!r} does not exist; give a file ({', '.join(FILES)}), a data set "
             f"directory, a hub id or {BUILTIN_PROBLEMS}"
         )
 
 
-def _documents(name: str, separator: str) -> list[Example]:
-    if not separator:
-        raise KavaError("data.separator='' is empty; give the text between two documents")
-    pieces = read_text(name).split(separator)
+def _documents(name: str) -> list[Example]:
+    """The documents of a text file, stripped and without empty ones."""
+    pieces = read_text(name).split(DOCUMENT_SEPARATOR)
     documents = [Example("", piece.strip()) for piece in pieces if piece.strip()]
     if not documents:
         raise KavaError(f"data.path={name!r} holds no documents; give a file with text")

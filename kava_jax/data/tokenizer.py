@@ -1,24 +1,23 @@
 """Tokenizers: the built-in one, a local Hugging Face directory, or a hub id.
 
-The built-in tokenizer is made by code, not shipped as a file: byte-level BPE trained on generated
-problems of the training split (and a few lines of plain English), every digit a token of its own,
-512 ids. All 256 bytes are in it, so any text comes back unchanged.
+The built-in tokenizer is that of the shipped teacher: byte-level BPE of 512 ids, trained on
+generated problems (``docs/results/builtin_tokenizer.py``). Every digit is a token of its own, and
+all 256 bytes are in it, so any text comes back unchanged.
 
 Left out on purpose: remote code (``trust_remote_code`` is never set) and any change to a loaded
 tokenizer. One without a pad token stays so; :func:`pad_id` then answers with its eos, which is
 safe because padding is told apart by masks and never by id.
 """
 
-import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
+from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kava_jax.data.problems import WordProblems
 from kava_jax.errors import KavaError
-from kava_jax.storage import reachable, written_out
+from kava_jax.storage import looks_local, reachable, written_out
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -28,18 +27,9 @@ if TYPE_CHECKING:
 BUILTIN_TOKENIZER = "builtin:tokenizer"
 EOS, PAD = "<|endoftext|>", "<|pad|>"
 
+_DISAGREEMENT = "{} and the run's tokenizer disagree: {}; use models with one tokenizer"
 # Any of these files tells which id is which token.
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model")
-_VOCABULARY = 512
-_PROBLEMS = 2000
-# The problems alone run out of merges near 440 ids; common English words fill the rest.
-_ENGLISH = (
-    "The people and the children in that house were there with all of their things from the time "
-    "before, but they would not have been able to make them into what she wanted for her other "
-    "friends. When he said this, they could see how good it is to be one of those who know about "
-    "some of the little animals which live here. You can think of your own words because you may "
-    "like to work, play, look, come and go out again after another day, down where no one is."
-)
 
 
 def load_tokenizer(
@@ -77,57 +67,28 @@ def load_tokenizer(
 
 def _check_directory(name: str) -> None:
     path = reachable(name, "tokenizer")
-    if not name.strip():
-        raise KavaError(
-            f"tokenizer={name!r} is empty; give a directory, a hub id or {BUILTIN_TOKENIZER}"
-        )
     if path.is_file():
         raise KavaError(f"tokenizer={name!r} is a file; give the directory that holds it")
-    if path.is_dir():
+    if path.is_dir() and name.strip():
         known = (*_VOCABULARIES, "tokenizer_config.json")
         if not any((path / file).is_file() for file in known):
             raise KavaError(
                 f"tokenizer={name!r} holds no tokenizer; it needs tokenizer.json "
                 "(copy it from the model's repository)"
             )
-    elif name.startswith(("builtin:", "/", ".", "~")) or name.count("/") > 1:
+    elif looks_local(name):
         raise KavaError(
             f"tokenizer={name!r} does not exist; give a local directory, a hub id or "
             f"{BUILTIN_TOKENIZER}"
         )
 
 
-@functools.cache
-def _builtin_json() -> str:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=_VOCABULARY,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=[EOS, PAD],
-        show_progress=False,
-    )
-    problems = WordProblems("train", seed=0, rows=_PROBLEMS)
-    texts = [f"Question: {example.prompt}\nAnswer: {example.answer}" for example in problems]
-    tokenizer.train_from_iterator([*texts, _ENGLISH], trainer)
-    return tokenizer.to_str()
-
-
 def builtin_tokenizer() -> "PreTrainedTokenizerFast":
     """The built-in tokenizer: 512 ids, eos ``<|endoftext|>``, pad ``<|pad|>``, no BOS."""
-    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
     return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer.from_str(_builtin_json()),
+        tokenizer_file=str(files("kava_jax") / "assets/demo_teacher/tokenizer.json"),
         eos_token=EOS,
         pad_token=PAD,
         clean_up_tokenization_spaces=False,
@@ -148,17 +109,9 @@ def vocabulary_size(tokenizer: "PreTrainedTokenizerBase") -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
-class Renamed(NamedTuple):
-    """A special token that two tokenizers call by different names."""
-
-    id: int
-    ours: str
-    theirs: str | None
-
-
 def check_same_ids(
     tokenizer: "PreTrainedTokenizerBase", directory: Path, who: str
-) -> tuple[list[Renamed], str | None]:
+) -> tuple[dict[int, str], str | None]:
     """Refuse a model whose own tokenizer gives the same id to another token, or the reverse.
 
     Vocabularies are compared, not names; one may hold tokens that the other lacks. A directory
@@ -171,14 +124,15 @@ def check_same_ids(
 
     Returns:
         Special tokens that merely have other names there, which is no matter as long as no row
-        uses them (:func:`check_unused`), and what to say of the comparison, if anything.
+        uses them (:func:`check_unused`): by id, in words. And what to say of the comparison, if
+        anything.
 
     Raises:
         KavaError: the two disagree, or the model's tokenizer cannot be read; names the model and
             the first difference.
     """
     if not any((directory / file).is_file() for file in _VOCABULARIES):
-        return [], f"{who} has no tokenizer of its own; its ids are taken to be the run's"
+        return {}, f"{who} has no tokenizer of its own; its ids are taken to be the run's"
     try:
         other = load_tokenizer(directory)
     except KavaError as error:
@@ -189,15 +143,16 @@ def check_same_ids(
     ours, theirs = tokenizer.get_vocab(), other.get_vocab()
     by_id = {index: token for token, index in theirs.items()}
     special = tokenizer.added_tokens_decoder.keys()
-    renamed, untrained = [], []
+    renamed, untrained = {}, []
     for token, index in sorted(ours.items(), key=lambda item: item[1]):
         found = by_id.get(index)
         if found == token or (token not in theirs and found is None):
             untrained += [] if found else [index]
-        elif index in special and (found is None or index in other.added_tokens_decoder):
-            renamed.append(Renamed(index, token, found))
-        else:
-            raise KavaError(_disagreement(who, Renamed(index, token, found or "another token")))
+            continue
+        names = f"id {index} is {token!r} in the run and {found or 'another token'!r} there"
+        if index not in special or not (found is None or index in other.added_tokens_decoder):
+            raise KavaError(_DISAGREEMENT.format(who, names))
+        renamed[index] = names
     if not untrained:
         return renamed, None
     return renamed, (
@@ -206,27 +161,17 @@ def check_same_ids(
     )
 
 
-def check_unused(renamed: Sequence[Renamed], rows: Iterable["Encoded"], who: str) -> str | None:
+def check_unused(renamed: Mapping[int, str], rows: Iterable["Encoded"], who: str) -> str | None:
     """What to say of special tokens that have other names in a model; refuse those in use.
 
     Raises:
-        KavaError: one of them stands in a row; names the model and the token.
+        KavaError: a row holds one of them; names the model and the token.
     """
     if not renamed:
         return None
     used = set[int]().union(*(np.unique(row.ids).tolist() for row in rows))
-    for token in renamed:
-        if token.id in used:
-            raise KavaError(_disagreement(who, token))
-    first = renamed[0]
-    return (
-        f"{who} has other names for {len(renamed)} special tokens (id {first.id} is {first.ours!r} "
-        f"in the run and {first.theirs!r} there); no row uses them"
-    )
-
-
-def _disagreement(who: str, token: Renamed) -> str:
-    return (
-        f"{who} and the run's tokenizer disagree: id {token.id} is {token.ours!r} for the run and "
-        f"{token.theirs!r} for the model; use models with one tokenizer"
-    )
+    for index, names in renamed.items():
+        if index in used:
+            raise KavaError(_DISAGREEMENT.format(who, names))
+    first = next(iter(renamed.values()))
+    return f"{who} has other names for {len(renamed)} special tokens ({first}); no row uses them"

@@ -10,44 +10,45 @@ from typing import Any
 
 from kava_jax.errors import KavaError
 
-READ = frozenset(
-    (
-        "architectures",
-        "attention_bias",
-        "eos_token_id",
-        "head_dim",
-        "hidden_act",
-        "hidden_size",
-        "initializer_range",
-        "intermediate_size",
-        "layer_types",
-        "max_position_embeddings",
-        "mlp_bias",
-        "model_type",
-        "num_attention_heads",
-        "num_hidden_layers",
-        "num_key_value_heads",
-        "original_max_position_embeddings",
-        "partial_rotary_factor",
-        "quantization_config",
-        "rms_norm_eps",
-        "rope_parameters",
-        "rope_scaling",
-        "rope_theta",
-        "sliding_window",
-        "tie_word_embeddings",
-        "use_sliding_window",
-        "vocab_size",
-    )
-)
+# Keys of config.json that ``spec`` reads and writes, with the field of DecoderSpec for each.
+REQUIRED_SIZES = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "num_heads",
+}
+SIZES = REQUIRED_SIZES | {
+    "num_key_value_heads": "num_kv_heads",
+    "head_dim": "head_dim",
+    "max_position_embeddings": "max_position_embeddings",
+}
+NUMBERS = {"rms_norm_eps": "norm_eps", "initializer_range": "initializer_range"}
+
+READ = {*SIZES, *NUMBERS} | {
+    "architectures",
+    "attention_bias",
+    "eos_token_id",
+    "hidden_act",
+    "layer_types",
+    "mlp_bias",
+    "model_type",
+    "original_max_position_embeddings",
+    "partial_rotary_factor",
+    "quantization_config",
+    "rope_parameters",
+    "rope_scaling",
+    "rope_theta",
+    "sliding_window",
+    "tie_word_embeddings",
+    "use_sliding_window",
+}
 
 _IGNORED_FOR = {
     "says who wrote the file, with what": (
-        "_name_or_path",
         "is_llama_config",
         "model_name",
         "transformers.js_config",
-        "transformers_version",
         "unsloth_fixed",
         "unsloth_version",
     ),
@@ -56,16 +57,14 @@ _IGNORED_FOR = {
         "_attn_implementation",
         "_attn_implementation_autoset",
         "attn_implementation",
-        "dtype",
         "gradient_checkpointing",
         "pretraining_tp",
         "torch_dtype",
         "torchscript",
-        "use_cache",
         "use_flash_attention",
         "_flash_attn_2_enabled",
     ),
-    "belongs to the tokenizer": ("bos_token_id", "pad_token_id", "tokenizer_class", "unk_token_id"),
+    "belongs to the tokenizer": ("tokenizer_class", "unk_token_id"),
     "is dropout or noise in training, which this trainer does not use": (
         "attention_dropout",
         "classifier_dropout",
@@ -75,66 +74,26 @@ _IGNORED_FOR = {
         "resid_pdrop",
     ),
     "counts only with sliding windows in some layers, which are refused": ("max_window_layers",),
-    "is a length that transformers ignores, too": (
-        "max_sequence_length",
-        "model_max_length",
-    ),
-    "is about what a call returns, or about a task head": (
-        "finetuning_task",
-        "id2label",
-        "label2id",
-        "num_labels",
-        "output_attentions",
-        "output_hidden_states",
-        "problem_type",
-        "return_dict",
-        "task_specific_params",
-        "use_return_dict",
-    ),
-    "is a default of every transformers model, without effect in these families": (
+    "is a length that transformers ignores, too": ("max_sequence_length", "model_max_length"),
+    "was a default of every model in transformers 4.x, without effect in these families": (
         "add_cross_attention",
-        "chunk_size_feed_forward",
         "cross_attention_hidden_size",
-        "decoder_start_token_id",
+        "finetuning_task",
         "is_decoder",
-        "is_encoder_decoder",
+        "num_labels",
+        "prefix",
         "pruned_heads",
         "sep_token_id",
+        "task_specific_params",
         "tf_legacy_loss",
         "tie_encoder_decoder",
         "use_bfloat16",
-    ),
-    "is about generating, which generation_config.json says": (
-        "begin_suppress_tokens",
-        "diversity_penalty",
-        "do_sample",
-        "early_stopping",
-        "forced_bos_token_id",
-        "forced_eos_token_id",
-        "length_penalty",
-        "max_length",
-        "min_length",
-        "no_repeat_ngram_size",
-        "num_beam_groups",
-        "num_beams",
-        "num_return_sequences",
-        "prefix",
-        "remove_invalid_values",
-        "repetition_penalty",
-        "return_dict_in_generate",
-        "suppress_tokens",
-        "temperature",
-        "top_k",
-        "top_p",
-        "typical_p",
-        "bad_words_ids",
-        "encoder_no_repeat_ngram_size",
-        "exponential_decay_length_penalty",
-        "output_scores",
+        "use_return_dict",
     ),
 }
 IGNORED = {key: reason for reason, keys in _IGNORED_FOR.items() for key in keys}
-"""Keys without a say, each with its reason."""
+"""Keys without a say, each with its reason. So are those that transformers gives to every model or
+to generation (:func:`unknown_keys`)."""
 
 REFUSED: dict[str, tuple[Any, ...]] = {
     # multipliers of Granite, MiniCPM, Cohere
@@ -179,8 +138,17 @@ def refused(config: Mapping[str, Any]) -> list[str]:
 
 
 def unknown_keys(config: Mapping[str, Any]) -> list[str]:
-    """Keys on none of the lists, in the order of the file."""
-    return [key for key in config if key not in READ | IGNORED.keys() | REFUSED.keys()]
+    """Keys on none of the lists, in the order of the file.
+
+    Keys that transformers has for every model, or for generation, say nothing of these layers.
+    """
+    unknown = [key for key in config if key not in READ | IGNORED.keys() | REFUSED.keys()]
+    if not unknown:
+        return []
+    from transformers import GenerationConfig, PretrainedConfig
+
+    general = PretrainedConfig().to_dict().keys() | GenerationConfig().to_dict().keys()
+    return [key for key in unknown if key not in general]
 
 
 def refuse_unknown(config: Mapping[str, Any], where: str) -> None:

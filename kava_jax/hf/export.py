@@ -11,25 +11,29 @@ Left out on purpose: pushing to the hub.
 """
 
 import json
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
+from huggingface_hub import StateDictSplit, split_state_dict_into_shards_factory
 from safetensors.numpy import save_file
 
 from kava_jax.errors import KavaError
 from kava_jax.hf.generation import GENERATION, passed_on
-from kava_jax.hf.geometry import FloatName, config_from_spec
 from kava_jax.hf.load import cast
-from kava_jax.hf.locate import TOKENIZER_FILES, read_json
+from kava_jax.hf.locate import INDEX, TOKENIZER_FILES, read_json
 from kava_jax.hf.names import Row, parameter_shapes, rows_of
+from kava_jax.hf.spec import FloatName, config_from_spec
 from kava_jax.models.spec import DecoderSpec
 from kava_jax.parallel.hosts import on_host
 from kava_jax.storage import Place, check_target, upload
@@ -38,6 +42,7 @@ _MARKER, _PARTIAL = "kava_export.json", ".kava-partial-"
 # Keys of a source config that name its machine, point to code that is not copied, or follow from
 # the geometry.
 _NOT_KEPT = ("_name_or_path", "auto_map", "layer_types")
+_TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Words, case, digits, punctuation, several spaces and newlines: what pre-tokenizers differ on.
 _PROBE = "Question: Tom's 12,345 apples cost $6.70 each.\n\nAnswer:  he pays (a lot)\n#### 42"
 
@@ -74,19 +79,32 @@ def export_model(
     """
     check_destination(directory)
     flat = _checked_params(params, spec)
+    tensors = {row.name(layer): (row, layer) for row, layer in _tensors(spec)}
+    itemsize = jnp.dtype(dtype).itemsize
+    shards = split_state_dict_into_shards_factory(
+        tensors,
+        get_storage_size=lambda tensor: math.prod(tensor[0].their_shape(spec)) * itemsize,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_bytes,
+    )
+
+    def fetch(name: str) -> np.ndarray:
+        """One tensor in Hugging Face's layout, on the host."""
+        row, layer = tensors[name]
+        ours = on_host(flat[row.ours][layer] if row.stacked else flat[row.ours], "export")
+        return np.ascontiguousarray(cast(row.to_theirs(ours, spec), jnp.dtype(dtype), name))
+
     if jax.process_index() != 0:  # it holds parts of the tensors that the first process writes
-        for row, layer in _tensors(spec):
-            _fetch(flat[row.ours], row, layer, spec, jnp.dtype(dtype))
+        for name in chain(*shards.filename_to_tensors.values()):
+            fetch(name)
         return
     with _written_whole(directory) as partial:
         _write_tokenizer(partial, source_dir if tokenizer is None else tokenizer)
         _write_configs(partial, spec, dtype, tokenizer, source_dir)
         if tokenizer is not None:
             _check_tokenizer_reads_back(partial, tokenizer, spec)
-        _write_weights(partial, flat, spec, jnp.dtype(dtype), max_shard_bytes)
+        _write_weights(partial, shards, fetch)
         (partial / "README.md").write_text(card, encoding="utf-8")
-        for weights in partial.glob("*.safetensors"):  # written readable by their owner alone
-            shutil.copymode(partial / "README.md", weights)
         names = sorted([_MARKER, *(path.name for path in partial.iterdir())])
         _write_json(partial / _MARKER, {"written_by": "kava-jax", "files": names})
 
@@ -147,10 +165,7 @@ def check_destination(directory: Place) -> None:
 
 
 def _checked_params(params: Mapping[str, Any], spec: DecoderSpec) -> dict[str, Any]:
-    flat = {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in jax.tree_util.tree_flatten_with_path(dict(params))[0]
-    }
+    flat = flatten_dict(params, sep="/")
     expected = parameter_shapes(spec)
     faults = [f"{path} is missing" for path in expected if path not in flat]
     faults += [f"{path} is not part of the model" for path in flat if path not in expected]
@@ -177,60 +192,34 @@ def _tensors(spec: DecoderSpec) -> Iterator[tuple[Row, int]]:
 
 
 def _write_weights(
-    directory: Path, flat: dict[str, Any], spec: DecoderSpec, dtype: np.dtype, limit: int
+    directory: Path, shards: StateDictSplit, fetch: Callable[[str], np.ndarray]
 ) -> None:
-    shards: list[list[tuple[Row, int]]] = [[]]
-    used = total = 0
-    for row, layer in _tensors(spec):
-        size = int(np.prod(row.their_shape(spec))) * dtype.itemsize
-        if shards[-1] and used + size > limit:
-            shards.append([])
-            used = 0
-        shards[-1].append((row, layer))
-        used, total = used + size, total + size
-    weight_map = {}
-    for number, shard in enumerate(shards, start=1):
-        name = "model.safetensors"
-        if len(shards) > 1:
-            name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        tensors = {
-            row.name(layer): _fetch(flat[row.ours], row, layer, spec, dtype) for row, layer in shard
-        }
-        save_file(tensors, directory / name, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(tensors, name)
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        _write_json(directory / "model.safetensors.index.json", index)
-
-
-def _fetch(array: Any, row: Row, layer: int, spec: DecoderSpec, dtype: np.dtype) -> np.ndarray:
-    """One tensor in Hugging Face's layout on the host; of a stacked parameter only its layer."""
-    ours = on_host(array[layer] if row.stacked else array, "export")
-    theirs = row.to_theirs(ours, spec)
-    return np.ascontiguousarray(cast(theirs, dtype, row.name(layer)))
+    for file, names in shards.filename_to_tensors.items():
+        save_file({name: fetch(name) for name in names}, directory / file, {"format": "pt"})
+    if shards.is_sharded:
+        index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
+        _write_json(directory / INDEX, index)
+    for file in shards.filename_to_tensors:  # written readable by their owner alone
+        shutil.copymode(directory / "config.json", directory / file)
 
 
 def _write_configs(
     directory: Path, spec: DecoderSpec, dtype: FloatName, tokenizer: Any, source: Path | None
 ) -> None:
-    if source is not None:
-        kept = read_json(source / "config.json")
-        ours = config_from_spec(spec, dtype=dtype)
-        config = {key: value for key, value in kept.items() if key not in _NOT_KEPT}
-        # The source knows these; our dictionary only has placeholders for them.
-        own = ("bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "attention_dropout")
-        config |= {k: v for k, v in ours.items() if k not in own or k not in kept}
-        generation = source / GENERATION
-        if generation.is_file():
-            generation_config = passed_on(read_json(generation))
-        else:
-            generation_config = {key: config[key] for key in own[:3] if config[key] is not None}
+    generation: dict[str, Any] | None = None
+    if source is None:
+        kept = {key: getattr(_loaded(tokenizer), key, None) for key in _TOKEN_IDS}
     else:
-        ids = _special_ids(tokenizer)
-        config = config_from_spec(spec, dtype=dtype, **ids)
-        generation_config = {key: value for key, value in ids.items() if value is not None}
+        config = read_json(source / "config.json")
+        kept = {key: value for key, value in config.items() if key not in _NOT_KEPT}
+        if (source / GENERATION).is_file():
+            generation = passed_on(read_json(source / GENERATION))
+    unsaid = {**dict.fromkeys(_TOKEN_IDS), "attention_dropout": 0.0, "use_cache": True}
+    config = unsaid | kept | config_from_spec(spec, dtype=dtype)
+    if generation is None:
+        generation = {key: config[key] for key in _TOKEN_IDS if config[key] is not None}
     _write_json(directory / "config.json", config)
-    _write_json(directory / GENERATION, generation_config)
+    _write_json(directory / GENERATION, generation)
 
 
 def _loaded(tokenizer: Any) -> Any:
@@ -256,12 +245,6 @@ def _check_tokenizer_reads_back(directory: Path, tokenizer: Any, spec: DecoderSp
             f"transformers reads it as {type(again).__name__}; use that family's own tokenizer, or "
             "a model of another family"
         )
-
-
-def _special_ids(tokenizer: Any) -> dict[str, Any]:
-    tokenizer = _loaded(tokenizer)
-    keys = ("bos_token_id", "eos_token_id", "pad_token_id")
-    return {key: getattr(tokenizer, key, None) for key in keys}
 
 
 def _write_tokenizer(directory: Path, tokenizer: Any) -> None:

@@ -10,17 +10,28 @@ Left out on purpose: pickled weights, quantized tensors, and renaming guesses fo
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from kava_jax.errors import KavaError
-from kava_jax.hf.geometry import spec_from_config
 from kava_jax.hf.locate import read_json
-from kava_jax.hf.names import Index, Row, Shape, compact, expected_tensors, rows_of, tail_path
+from kava_jax.hf.names import (
+    Index,
+    Row,
+    Shape,
+    compact,
+    expected_tensors,
+    parameter_shapes,
+    rows_of,
+    tail_path,
+)
+from kava_jax.hf.spec import spec_from_config
 from kava_jax.hf.tensor_files import HEAD, TensorFiles
 from kava_jax.models.spec import DecoderSpec
 from kava_jax.parallel.hosts import from_all
@@ -75,21 +86,21 @@ def load_decoder_params(
     if not 0 <= depth + tail <= spec.num_layers:
         raise KavaError(f"layers={depth} with tail={tail} exceeds num_layers={spec.num_layers}")
     dtype, put = jnp.dtype(param_dtype), put or _put_whole
-    tree: dict[str, Any] = {}
     files = TensorFiles(directory)
     if spec.tie_embeddings:
         files.settle_tied_head()
     check_tensors(files, spec, head=head)
+    flat: dict[str, jax.Array] = {}
+    shapes = parameter_shapes(spec, layers=layers, tail=tail, head=head)
     for row in rows_of(spec):
-        if not row.stacked and not head and not row.ours.startswith("embed/"):
-            continue
-        if not row.stacked or depth:
-            _plant(tree, row.ours, _place(row, files, spec, depth, dtype, put))
-        if tail and (path := tail_path(row)) is not None:
-            reader = _layer_reader(row, files, spec, depth, dtype)
-            _plant(tree, path, put(path, row.our_shape(spec), dtype, reader))
+        of_row: dict[str | None, range | int] = {row.ours: range(depth) if row.stacked else 0}
+        of_row |= {tail_path(row): depth}
+        for path, held in of_row.items():
+            if path in shapes:
+                read = _reader(row, files, spec, held, dtype)
+                flat[path] = put(path, shapes[path], dtype, read)
     _check_finite(files)
-    return tree
+    return unflatten_dict(flat, sep="/")
 
 
 def check_tensors(files: TensorFiles, spec: DecoderSpec, *, head: bool = True) -> None:
@@ -160,45 +171,31 @@ def cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
     return result
 
 
-def _layer_reader(
-    row: Row, files: TensorFiles, spec: DecoderSpec, layer: int, dtype: np.dtype
+def _reader(
+    row: Row, files: TensorFiles, spec: DecoderSpec, layers: range | int, dtype: np.dtype
 ) -> Read:
-    """Reader of one tensor in our layout, without a layer axis."""
+    """Reader of one parameter in our layout: of a single layer, or of several stacked ones."""
 
-    def read(index: Index) -> np.ndarray:
+    def single(index: Index, layer: int) -> np.ndarray:
         outer, inner = row.slice_of_theirs(index, spec)
         part = row.to_ours(files.read_weight(row.name(layer), outer), spec)[inner]
         return cast(np.ascontiguousarray(part), dtype, row.name(layer))
 
-    return read
+    if isinstance(layers, int):
+        return partial(single, layer=layers)
 
+    def stacked(index: Index) -> np.ndarray:
+        of_layers, *rest = index
+        sizes = (len(range(n)[s]) for s, n in zip(rest, row.our_shape(spec), strict=True))
+        # Filled layer by layer, so that at most one layer is in memory twice.
+        whole = np.empty((len(layers[of_layers]), *sizes), dtype)
+        for place, layer in enumerate(layers[of_layers]):
+            whole[place] = single(tuple(rest), layer)
+        return whole
 
-def _place(
-    row: Row, files: TensorFiles, spec: DecoderSpec, depth: int, dtype: np.dtype, put: Put
-) -> jax.Array:
-    """Hand one parameter to ``put``; stacked ones are filled layer by layer."""
-    if not row.stacked:
-        return put(row.ours, row.our_shape(spec), dtype, _layer_reader(row, files, spec, 0, dtype))
-    shape = (depth, *row.our_shape(spec))
-
-    def read(index: Index) -> np.ndarray:
-        layers, rest = range(*index[0].indices(depth)), index[1:]
-        sizes = (len(range(*s.indices(n))) for s, n in zip(rest, shape[1:], strict=True))
-        stacked = np.empty((len(layers), *sizes), dtype)
-        for place, layer in enumerate(layers):
-            stacked[place] = _layer_reader(row, files, spec, layer, dtype)(rest)
-        return stacked
-
-    return put(row.ours, shape, dtype, read)
+    return stacked
 
 
 def _put_whole(path: str, shape: Shape, dtype: np.dtype, read: Read) -> jax.Array:
     del path, dtype
     return jnp.asarray(read(tuple(slice(0, size) for size in shape)))
-
-
-def _plant(tree: dict[str, Any], path: str, leaf: jax.Array) -> None:
-    *parents, last = path.split("/")
-    for parent in parents:
-        tree = tree.setdefault(parent, {})
-    tree[last] = leaf

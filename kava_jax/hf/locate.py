@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from kava_jax.errors import KavaError
-from kava_jax.storage import Place, reachable, written_out
+from kava_jax.storage import Place, reachable, repeated_key, written_out
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 BUILTIN_PREFIX = "builtin:"
@@ -114,9 +114,7 @@ def read_json(path: Place) -> dict[str, Any]:
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    if len(set(keys)) < len(keys):
-        twice = next(key for key in keys if keys.count(key) > 1)
+    if (twice := repeated_key(pairs)) is not None:
         raise ValueError(f"{twice!r} is given twice")
     return dict(pairs)
 

@@ -131,13 +131,6 @@ _QK_NORM = (
 )
 _UNTIED = (Row("head/kernel", "lm_head.weight", "D V", "V D"),)
 
-FAMILY_ROWS = {
-    "qwen2": _DENSE + _QKV_BIAS + _UNTIED,
-    "qwen3": _DENSE + _QKV_BIAS + _OUTPUT_BIAS + _QK_NORM + _UNTIED,
-    "llama": _DENSE + _QKV_BIAS + _OUTPUT_BIAS + _MLP_BIAS + _UNTIED,
-    "mistral": _DENSE + _UNTIED,
-}
-
 # What a cut teacher keeps of the layer after its last full block: enough to write K and V, and the
 # queries that diagnostics read them with.
 _TAIL_PARTS = (
@@ -151,15 +144,16 @@ _TAIL_PARTS = (
 
 
 def rows_of(spec: DecoderSpec) -> tuple[Row, ...]:
-    """The rows of the family's table that this spec has (biases, head, query/key norms)."""
-    absent = [
-        *(() if spec.qkv_bias else _QKV_BIAS),
-        *(() if spec.output_bias else _OUTPUT_BIAS),
-        *(() if spec.mlp_bias else _MLP_BIAS),
-        *(() if spec.qk_norm else _QK_NORM),
-        *(_UNTIED if spec.tie_embeddings else ()),
-    ]
-    return tuple(row for row in FAMILY_ROWS[spec.family] if row not in absent)
+    """The rows that a decoder of this spec has."""
+    parts = (
+        (True, _DENSE),
+        (spec.qkv_bias, _QKV_BIAS),
+        (spec.output_bias, _OUTPUT_BIAS),
+        (spec.mlp_bias, _MLP_BIAS),
+        (spec.qk_norm, _QK_NORM),
+        (not spec.tie_embeddings, _UNTIED),
+    )
+    return tuple(row for present, rows in parts if present for row in rows)
 
 
 def tail_path(row: Row) -> str | None:

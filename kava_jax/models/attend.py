@@ -2,9 +2,9 @@
 
 XLA takes any causal mask and stores the scores, so its memory grows with the square of the length.
 The kernels do not store scores, and their memory grows with the length. They support one case only:
-rows padded on the right and no cached tokens before them. There, causality keeps real queries from
-seeing padding, because all padding comes after the real tokens. Outputs at padding are finite but
-differ between implementations. Nothing reads them.
+rows padded on the right, with no cached tokens before them. All padding then comes after the real
+tokens, so a causal kernel needs no mask to hide it from them. At padded positions the
+implementations give different (finite) outputs, which nothing reads.
 
 Left out on purpose: rows packed with several texts, and kernels for decoding.
 """
@@ -26,10 +26,11 @@ Implementation = Literal["xla", "cudnn", "splash", "splash_interpreted"]
 Asked = Literal["auto", "xla", "cudnn", "splash"]
 Attend = Callable[..., Float[Array, "B T N H"]]
 
-# Sides of the square tiles of scores that splash computes: multiples of a TPU register's 128 lanes.
+# Splash computes the scores in square blocks, of the largest of these sizes that divides the padded
+# length of the row. Each is a multiple of 128, the number of lanes of a TPU register.
 SPLASH_BLOCKS = (512, 256, 128)
-# Queries per block of XLA's attention. Each block is traced separately, which makes the program
-# longer, so there are at most MOST_BLOCKS: longer rows use a multiple of BLOCK queries per block.
+# XLA's attention computes BLOCK queries at a time. Each block is traced separately and makes the
+# program longer, so a long row uses a multiple of BLOCK to have at most MOST_BLOCKS of them.
 BLOCK = 128
 MOST_BLOCKS = 16
 

@@ -20,32 +20,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kava_jax.cache import KVCache
 from kava_jax.models.attend import Attend, Implementation, attend
-from kava_jax.models.layers import (
-    Block,
-    Dtypes,
-    KeySpace,
-    KeyValue,
-    Projection,
-    RMSNorm,
-    Rotation,
-    Tail,
-)
-from kava_jax.models.rope import rope_rotation
+from kava_jax.models.layers import Block, Dtypes, KeySpace, KeyValue, Projection, RMSNorm
+from kava_jax.models.rope import Rotation, rope_rotation
 from kava_jax.models.spec import DecoderSpec
 from kava_jax.parallel.sharding import Layouts
 
 Remat = Literal["none", "dots", "full"]
 Params = dict[str, Any]
-
-
-class Embedding(nnx.Module):
-    """Token embedding table [V, D]."""
-
-    def __init__(self, spec: DecoderSpec, *, dtypes: Dtypes, rngs: nnx.Rngs):
-        """Build the table."""
-        shape = (spec.vocab_size, spec.hidden_size)
-        table = spec.initializer_range * jax.random.normal(rngs.params(), shape, dtypes.param)
-        self.embedding = nnx.Param(table, axes=("vocab", "embed"))
 
 
 class Decoder(nnx.Module):
@@ -77,9 +58,16 @@ class Decoder(nnx.Module):
         self.remat: Remat = remat
         self.layouts = layouts
         self.attention: Implementation = attention
-        self.embed = Embedding(spec, dtypes=dtypes, rngs=rngs)
+        self.embed = nnx.Embed(
+            spec.vocab_size,
+            spec.hidden_size,
+            param_dtype=dtypes.param,
+            embedding_init=nnx.initializers.normal(spec.initializer_range),
+            embedding_metadata={"axes": ("vocab", "embed")},
+            rngs=rngs,
+        )
         self.blocks = _stacked_blocks(spec, count, dtypes, rngs) if count else None
-        self.tail = Tail(spec, dtypes=dtypes, rngs=rngs) if tail else None
+        self.tail = Block(spec, dtypes=dtypes, rngs=rngs, whole=False) if tail else None
         self.final_norm = (
             RMSNorm(spec.hidden_size, "embed", eps=spec.norm_eps, dtypes=dtypes) if head else None
         )
@@ -188,7 +176,7 @@ class Decoder(nnx.Module):
                 x_BTD, found = _scan_keeping(run, x_BTD, (layers, past), depth, of_blocks)
             kept.append(found)
         if self.tail is not None and (wanted is None or depth in wanted):
-            of_tail = keep(self.tail(x_BTD, rotation))
+            of_tail = keep(self.tail.without_attending(x_BTD, rotation))
             kept.append(jax.tree.map(lambda array: array[None], of_tail))
         stacked = jax.tree.map(lambda *parts: jnp.concatenate(parts), *kept)
         return (x_BTD if self.final_norm is None else self.final_norm(x_BTD)), stacked

@@ -4,26 +4,15 @@ Left out on purpose: sampling, because every score of this project uses greedy a
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Int
 
-from kava_jax.cache import KVCache
 from kava_jax.models.decoder import Decoder, Params
 from kava_jax.models.masks import attention_mask, token_positions
-
-
-class _Decoding(NamedTuple):
-    """State of the decoding loop."""
-
-    step: Int[Array, ""]
-    token_B: Int[Array, "B"]
-    done_B: Bool[Array, "B"]
-    cache: KVCache
-    output_BM: Int[Array, "B M"]
 
 
 @partial(jax.jit, static_argnames=("graph", "max_new_tokens", "eos_ids", "pad_id"))
@@ -65,31 +54,33 @@ def generate(
     def ended(token_B: Int[Array, "B"]) -> Bool[Array, "B"]:
         return jnp.isin(token_B, jnp.array(eos_ids, jnp.int32))
 
-    def unfinished(state: _Decoding) -> Bool[Array, ""]:
-        return (state.step < max_new_tokens) & ~jnp.all(state.done_B)
+    # The state of the loop: number of the next token, last token, rows that have ended, cache, and
+    # the output so far.
+    def unfinished(state: tuple[Any, ...]) -> Bool[Array, ""]:
+        step, _, done_B, *_ = state
+        return (step < max_new_tokens) & ~jnp.all(done_B)
 
-    def advance(state: _Decoding) -> _Decoding:
-        written_BM = jnp.broadcast_to(new_M[None, :] < state.step - 1, (batch, max_new_tokens))
+    def advance(state: tuple[Any, ...]) -> tuple[Any, ...]:
+        step, token_B, done_B, cache, output_BM = state
+        written_BM = jnp.broadcast_to(new_M[None, :] < step - 1, (batch, max_new_tokens))
         own_B1 = jnp.ones((batch, 1), bool)
-        position_B1 = (lengths_B + state.step - 1)[:, None]
+        position_B1 = (lengths_B + step - 1)[:, None]
         mask = attention_mask(
             position_B1,
             jnp.concatenate([slot_positions_BS, position_B1], axis=1),
             jnp.concatenate([valid_BT, written_BM, own_B1], axis=1),
             window,
         )
-        hidden, new = read(state.token_B[:, None], position_B1, mask, past=state.cache)
-        slot = length + state.step - 1
+        hidden, new = read(token_B[:, None], position_B1, mask, past=cache)
+        slot = length + step - 1
         cache = jax.tree.map(
-            lambda old, add: jax.lax.dynamic_update_slice_in_dim(old, add, slot, axis=2),
-            state.cache,
-            new,
+            lambda old, add: jax.lax.dynamic_update_slice_in_dim(old, add, slot, axis=2), cache, new
         )
-        token_B = jnp.where(state.done_B, pad_id, next_token(hidden))
-        output_BM = state.output_BM.at[:, state.step].set(token_B)
-        return _Decoding(state.step + 1, token_B, state.done_B | ended(token_B), cache, output_BM)
+        token_B = jnp.where(done_B, pad_id, next_token(hidden))
+        output_BM = output_BM.at[:, step].set(token_B)
+        return step + 1, token_B, done_B | ended(token_B), cache, output_BM
 
     first_B = next_token(hidden_BTD)
     output_BM = jnp.full((batch, max_new_tokens), pad_id, jnp.int32).at[:, 0].set(first_B)
-    start = _Decoding(jnp.array(1), first_B, ended(first_B), cache, output_BM)
-    return jax.lax.while_loop(unfinished, advance, start).output_BM
+    start = (jnp.array(1), first_B, ended(first_B), cache, output_BM)
+    return jax.lax.while_loop(unfinished, advance, start)[-1]

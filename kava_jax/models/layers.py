@@ -1,4 +1,4 @@
-"""The parts of a decoder: projection, RMS norm, attention, gated MLP, block, and the KV-only tail.
+"""The parts of a decoder: projection, RMS norm, attention, gated MLP, and the block of them all.
 
 Every parameter carries the logical names of its axes as metadata (``axes=...``). ``parallel``
 decides which mesh axis each name is split over. Parameters are stored in ``param_dtype`` and used
@@ -6,6 +6,7 @@ in ``dtype``. Norms and softmax are computed in float32. So are the gradients of
 they are sums over all tokens, and a long bfloat16 sum stops growing.
 """
 
+from functools import partial
 from typing import Literal, NamedTuple
 
 import jax
@@ -15,11 +16,10 @@ from jaxtyping import Array, Bool, Float
 
 from kava_jax.cache import KVCache
 from kava_jax.models.attend import Attend, attend
-from kava_jax.models.rope import rotate
+from kava_jax.models.rope import Rotation, rotate
 from kava_jax.models.spec import DecoderSpec
 
 KeySpace = Literal["pre_bias", "pre_rope", "post_rope"]
-Rotation = tuple[Float[Array, "B T 1 h"], Float[Array, "B T 1 h"]]
 
 
 class Dtypes(NamedTuple):
@@ -129,30 +129,31 @@ class KeyValue(NamedTuple):
 
 
 class Attention(nnx.Module):
-    """Grouped-query attention. With ``output=False`` it cannot attend (a cut teacher's tail)."""
+    """Grouped-query attention.
+
+    With ``output=False`` there is no output projection. Keys, values and queries can be computed,
+    but not the attention itself: the last layer of a cut teacher needs no more.
+    """
 
     def __init__(self, spec: DecoderSpec, *, dtypes: Dtypes, rngs: nnx.Rngs, output: bool = True):
         """Build the projections, with the model's initializer range as ``std``."""
         model = {"embed": spec.hidden_size}
         kv_heads = {"kv_heads": spec.num_kv_heads, "head_dim": spec.head_dim}
         heads = {"heads": spec.num_heads, "head_dim": spec.head_dim}
-        std, bias = spec.initializer_range, spec.qkv_bias
-
-        def project(inputs: dict[str, int], outputs: dict[str, int], bias: bool) -> Projection:
-            return Projection(inputs, outputs, bias=bias, std=std, dtypes=dtypes, rngs=rngs)
+        project = partial(Projection, std=spec.initializer_range, dtypes=dtypes, rngs=rngs)
 
         def norm() -> RMSNorm | None:
             if not spec.qk_norm:
                 return None
             return RMSNorm(spec.head_dim, "head_dim", eps=spec.norm_eps, dtypes=dtypes)
 
-        self.k = project(model, kv_heads, bias)
-        self.v = project(model, kv_heads, bias)
-        self.q = project(model, heads, bias)
+        self.k = project(model, kv_heads, bias=spec.qkv_bias)
+        self.v = project(model, kv_heads, bias=spec.qkv_bias)
+        self.q = project(model, heads, bias=spec.qkv_bias)
         self.q_norm = norm()
         self.k_norm = norm()
         if output:
-            self.o = project(heads, model, spec.output_bias)
+            self.o = project(heads, model, bias=spec.output_bias)
 
     def keys_values(self, x_BTD: Float[Array, "B T D"], rotation: Rotation) -> KeyValue:
         """Project ``x`` to values, and to keys at every stage."""
@@ -195,17 +196,13 @@ class MLP(nnx.Module):
     def __init__(self, spec: DecoderSpec, *, dtypes: Dtypes, rngs: nnx.Rngs):
         """Build the three projections."""
         model, inner = {"embed": spec.hidden_size}, {"ffw": spec.intermediate_size}
-
-        def project(inputs: dict[str, int], outputs: dict[str, int]) -> Projection:
-            return Projection(
-                inputs,
-                outputs,
-                bias=spec.mlp_bias,
-                std=spec.initializer_range,
-                dtypes=dtypes,
-                rngs=rngs,
-            )
-
+        project = partial(
+            Projection,
+            bias=spec.mlp_bias,
+            std=spec.initializer_range,
+            dtypes=dtypes,
+            rngs=rngs,
+        )
         self.gate = project(model, inner)
         self.up = project(model, inner)
         self.down = project(inner, model)
@@ -216,15 +213,19 @@ class MLP(nnx.Module):
 
 
 class Block(nnx.Module):
-    """One pre-norm decoder layer."""
+    """One pre-norm decoder layer; with ``whole=False`` only what makes keys, values and queries.
 
-    def __init__(self, spec: DecoderSpec, *, dtypes: Dtypes, rngs: nnx.Rngs):
+    The latter is the *tail* of a cut teacher, its last layer.
+    """
+
+    def __init__(self, spec: DecoderSpec, *, dtypes: Dtypes, rngs: nnx.Rngs, whole: bool = True):
         """Build attention, MLP and their norms."""
         width, eps = spec.hidden_size, spec.norm_eps
         self.attention_norm = RMSNorm(width, "embed", eps=eps, dtypes=dtypes)
-        self.attention = Attention(spec, dtypes=dtypes, rngs=rngs)
-        self.mlp_norm = RMSNorm(width, "embed", eps=eps, dtypes=dtypes)
-        self.mlp = MLP(spec, dtypes=dtypes, rngs=rngs)
+        self.attention = Attention(spec, dtypes=dtypes, rngs=rngs, output=whole)
+        if whole:
+            self.mlp_norm = RMSNorm(width, "embed", eps=eps, dtypes=dtypes)
+            self.mlp = MLP(spec, dtypes=dtypes, rngs=rngs)
 
     def __call__(
         self,
@@ -239,17 +240,8 @@ class Block(nnx.Module):
         x_BTD = x_BTD + y_BTD
         return x_BTD + self.mlp(self.mlp_norm(x_BTD)), new
 
-
-class Tail(nnx.Module):
-    """The last layer of a cut teacher: only what makes its keys, values and queries."""
-
-    def __init__(self, spec: DecoderSpec, *, dtypes: Dtypes, rngs: nnx.Rngs):
-        """Build the norm and the three projections."""
-        self.attention_norm = RMSNorm(spec.hidden_size, "embed", eps=spec.norm_eps, dtypes=dtypes)
-        self.attention = Attention(spec, dtypes=dtypes, rngs=rngs, output=False)
-
-    def __call__(self, x_BTD: Float[Array, "B T D"], rotation: Rotation) -> KeyValue:
-        """Keys, values and queries, without attending. ``jit`` removes those that nothing uses."""
+    def without_attending(self, x_BTD: Float[Array, "B T D"], rotation: Rotation) -> KeyValue:
+        """Keys, values and queries alone. ``jit`` removes those that nothing uses."""
         normed = self.attention_norm(x_BTD)
         new = self.attention.keys_values(normed, rotation)
         return new._replace(q=self.attention.queries(normed, rotation))

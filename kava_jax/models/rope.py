@@ -24,6 +24,9 @@ from kava_jax.models.spec import (
     YarnRopeScaling,
 )
 
+Rotation = tuple[Float[Array, "B T 1 h"], Float[Array, "B T 1 h"]]
+"""Cosines and sines of every position's angles, with an axis to broadcast over heads."""
+
 
 def rope_frequencies(spec: DecoderSpec, lengths_B: Int[Array, "B"]) -> Float[Array, "#B h"]:
     """Angular frequency of each rotated pair, in radians per position: float32 [B or 1, H / 2].
@@ -119,8 +122,8 @@ def attention_factor(spec: DecoderSpec) -> float:
 
 def rope_rotation(
     spec: DecoderSpec, positions_BT: Int[Array, "B T"], lengths_B: Int[Array, "B"] | None = None
-) -> tuple[Float[Array, "B T 1 h"], Float[Array, "B T 1 h"]]:
-    """Float32 cosines and sines of every position's angles, with an axis to broadcast over heads.
+) -> Rotation:
+    """Float32 cosines and sines of every position's angles.
 
     ``lengths_B`` is the final length of each row; None means its current length, the last position
     plus one.
@@ -133,10 +136,7 @@ def rope_rotation(
     return factor * jnp.cos(angles), factor * jnp.sin(angles)
 
 
-def rotate(
-    x_BTNH: Float[Array, "B T N H"],
-    rotation: tuple[Float[Array, "B T 1 h"], Float[Array, "B T 1 h"]],
-) -> Float[Array, "B T N H"]:
+def rotate(x_BTNH: Float[Array, "B T N H"], rotation: Rotation) -> Float[Array, "B T N H"]:
     """Rotate each pair (i, i + H/2) by its position's angle; float32 inside, input dtype out."""
     cos, sin = rotation
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)

@@ -71,22 +71,13 @@ def layouts(mesh: Mesh) -> Layouts:
     )
 
 
-class Misfit(NamedTuple):
-    """A parameter's axis that its mesh axis does not divide."""
-
-    path: str
-    name: str
-    size: int
-    mesh_axis: str
-
-
 def param_shardings(
     abstract: Any, mesh: Mesh, indivisible: Indivisible = "error"
-) -> tuple[dict[str, Any], list[Misfit]]:
+) -> tuple[dict[str, Any], list[str]]:
     """A NamedSharding for every parameter of an (abstract) ``nnx.State``, as a pure dict.
 
     A parameter with one more axis than it has names is a stack: its first axis is ``layers``. Axes
-    that do not divide are repeated on every device under ``replicate``, and returned.
+    that do not divide are repeated on every device under ``replicate``, and returned in words.
 
     Raises KavaError under ``error``, listing every such parameter and the nearest mesh that works.
     """
@@ -100,18 +91,14 @@ def param_shardings(
                 sizes.setdefault(axis, []).append(size)
             if axis is not None and size % mesh.shape[axis]:
                 where = "/".join(str(part) for part in path)
-                misfits.append(Misfit(where, str(name), size, axis))
+                misfits.append(f"{where} ({name}={size} over mesh.{axis}={mesh.shape[axis]})")
                 axis = None
             axes.append(axis)
         flat[path] = NamedSharding(mesh, PartitionSpec(*axes))
     if misfits and indivisible == "error":
-        listed = "; ".join(
-            f"{m.path} axis {m.name}={m.size} over mesh.{m.mesh_axis}={mesh.shape[m.mesh_axis]}"
-            for m in misfits
-        )
         raise KavaError(
-            f"mesh does not divide {len(misfits)} parameters: {listed}; use {_nearest(mesh, sizes)}"
-            f", or mesh.indivisible=replicate to repeat them on every device"
+            f"mesh does not divide {len(misfits)} parameters: {'; '.join(misfits)}; use "
+            f"{_nearest(mesh, sizes)}, or mesh.indivisible=replicate to repeat them on every device"
         )
     return nnx.traversals.unflatten_mapping(flat), misfits
 

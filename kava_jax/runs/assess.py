@@ -88,7 +88,7 @@ def _told(held: HeldOut, found: dict[str, float], say: Callable[[str], None]) ->
 def _held_out(run: Run, data: str, rows: int | None) -> HeldOut:
     settings = run.config.data
     split = settings.eval_split or ("test" if data.startswith("builtin:") else settings.split)
-    return HeldOut.of(list(data_loader(run)(data, split=split, rows=rows)), run.encoder)
+    return HeldOut.of(data_loader(run)(data, split=split, rows=rows), run.encoder)
 
 
 def _say_of(run: Run, data: str, held: HeldOut, say: Callable[[str], None]) -> None:

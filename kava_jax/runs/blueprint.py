@@ -72,9 +72,9 @@ class Blueprint:
         parts = {"student": self.student, "projector": self.projector}
         parts |= {name: teacher.part for name, teacher in self.teachers.items()}
         found = [
-            f"{name}/{m.path} ({m.name}={m.size} over mesh.{m.mesh_axis})"
+            f"{name}/{misfit}"
             for name, part in parts.items()
-            for m in (part.misfits if part else ())
+            for misfit in (part.misfits if part else ())
         ]
         return f"repeated on every device: {', '.join(found)}" if found else None
 

@@ -16,7 +16,7 @@ from kava_jax.alignment.layer_map import LayerMap
 from kava_jax.hf.load import load_decoder_params
 from kava_jax.models.decoder import Params
 from kava_jax.models.spec import DecoderSpec
-from kava_jax.parallel.sharding import Indivisible, Misfit, param_shardings
+from kava_jax.parallel.sharding import Indivisible, param_shardings
 from kava_jax.training.objective import TeacherLink
 
 
@@ -28,7 +28,7 @@ class Part:
     build: Any
     abstract: Any
     shardings: Params
-    misfits: tuple[Misfit, ...]
+    misfits: tuple[str, ...]
     """Axes that are repeated because the mesh does not divide them."""
 
     @classmethod

@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
-from functools import cache
+from functools import cache, partial
 from itertools import chain
 from typing import TYPE_CHECKING
 
@@ -12,11 +12,12 @@ from jax.sharding import Mesh
 
 from kava_jax.alignment.layer_map import LayerMap
 from kava_jax.config.run import Config
-from kava_jax.data.dataset import Dataset, Load, loader, make_dataset, split_examples
+from kava_jax.data.batches import BatchStream
+from kava_jax.data.dataset import Dataset, Load, make_dataset, split_examples
+from kava_jax.data.sources import load_examples
 from kava_jax.data.text import Encoder
 from kava_jax.data.tokenizer import (
     BUILTIN_TOKENIZER,
-    Renamed,
     check_same_ids,
     check_unused,
     load_tokenizer,
@@ -55,8 +56,8 @@ class Run:
     blueprint: Blueprint
     end_ids: tuple[int, ...]
     """What ends an answer: the tokenizer's eos, and those of the student's own config."""
-    renamed: Mapping[str, list[Renamed]]
-    """Special tokens that have other names in a model, by what the model is called."""
+    renamed: Mapping[str, Mapping[int, str]]
+    """Special tokens that have other names in a model: by the model and by id, in words."""
     notes: tuple[str, ...]
 
     @property
@@ -79,8 +80,7 @@ def prepare(config: Config, measured_maps: Mapping[str, LayerMap] | None = None)
     data = config.data
     encoder = Encoder(
         tokenizer,
-        format=data.format if data.format in ("qa", "chat") else "template",
-        template=None if data.format in ("qa", "chat") else data.format,
+        format=data.format,
         max_length=data.max_length,
         train_on=data.train_on,
         today=today_of(config.run.directory),
@@ -103,7 +103,7 @@ def prepare(config: Config, measured_maps: Mapping[str, LayerMap] | None = None)
 
 def _compare_models(
     tokenizer: "PreTrainedTokenizerBase", config: Config, blueprint: Blueprint
-) -> tuple[dict[str, list[Renamed]], tuple[str, ...]]:
+) -> tuple[dict[str, dict[int, str]], tuple[str, ...]]:
     """Every model's own tokenizer beside the run's: renamed special tokens; and what to say.
 
     Keys of the models' config.json that are not known are among it.
@@ -136,12 +136,16 @@ def load_dataset(run: Run) -> Dataset:
         training,
         held,
         run.encoder,
-        batch_size=data.batch_size,
-        bucketed=data.batching == "bucketed",
-        bucket=data.train_bucket,
-        seed=run.config.run.seed,
-        pad_id=pad_id(run.tokenizer),
-        sink_tokens=run.config.loss.sink_tokens,
+        partial(
+            BatchStream,
+            batch_size=data.batch_size,
+            max_length=data.max_length,
+            bucketed=data.batching == "bucketed",
+            bucket=data.train_bucket,
+            seed=run.config.run.seed,
+            pad_id=pad_id(run.tokenizer),
+            sink_tokens=run.config.loss.sink_tokens,
+        ),
         more={
             name: load(more.path, split=more.split or data.eval_split or data.split, rows=more.rows)
             for name, more in run.config.eval.sets.items()
@@ -199,13 +203,13 @@ def fingerprints_of(run: Run, dataset: Dataset) -> Fingerprints:
 def data_loader(run: Run) -> Load:
     """``(path, split, rows) -> examples`` with the run's field names and seed."""
     data = run.config.data
-    return loader(
+    return partial(
+        load_examples,
         subset=data.subset,
         revision=data.revision,
         prompt_field=data.fields[0] if len(data.fields) == 2 else None,
         answer_field=str(data.fields[-1]),
         messages_field=data.fields[0] if len(data.fields) == 1 else None,
-        separator="<|endoftext|>",
         seed=run.config.run.seed,
     )
 

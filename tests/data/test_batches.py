@@ -110,8 +110,8 @@ def test_shapes_are_few():
 
 def test_report_by_hand():
     rows = [row(6, 3), row(8, 2, truncated=True), row(8, 8, truncated=True), row(4, 0), row(1, 0)]
-    report = stream(rows, batch_size=3, max_length=8, bucket=4).report
-    assert report._asdict() == {
+    batches = stream(rows, batch_size=3, max_length=8, bucket=4)
+    assert batches.counts == {
         "rows": 3,
         "truncated": 1,
         "dropped": 2,
@@ -119,10 +119,9 @@ def test_report_by_hand():
         "targets": 3 + 6 + 3,
         "padding": pytest.approx(1 - 18 / 24),
         "lengths": 1,
-        "max_length": 8,
     }
-    assert report.sentence.startswith("3 rows, 1 truncated to 8 tokens, 2 dropped")
-    assert report.sentence.endswith("25% padding, 1 padded length")
+    assert batches.sentence.startswith("3 rows, 1 truncated to 8 tokens, 2 dropped")
+    assert batches.sentence.endswith("25% padding, 1 padded length")
 
 
 # Bucketed
@@ -219,10 +218,10 @@ def test_bucketed_padding_is_what_the_batches_hold():
         valid = [batches.batch(step).valid for step in range(63)]
         positions = sum(v.size for v in valid)
         padding = np.float64(sum((~v).sum() for v in valid)) / positions
-        assert batches.report.padding == pytest.approx(padding)
-        assert batches.report.lengths == len({v.shape[1] for v in valid})
-    assert by_length.report.padding < 0.4 * at_random.report.padding
-    assert by_length.report.sentence.endswith("padded lengths")
+        assert batches.counts["padding"] == pytest.approx(padding)
+        assert batches.counts["lengths"] == len({v.shape[1] for v in valid})
+    assert by_length.counts["padding"] < 0.4 * at_random.counts["padding"]
+    assert by_length.sentence.endswith("padded lengths")
 
 
 @pytest.mark.parametrize("most", [1, 2, 3, 4, 20])
@@ -252,7 +251,7 @@ def test_gsm8k_has_at_most_a_tenth_padding_in_at_most_eight_shapes(shared):
     shapes = [v.shape for v in valid]
     assert len(set(shapes)) <= 8
     assert set(shapes) == set(shapes[:8])
-    assert batches.report.padding <= 0.10
+    assert batches.counts["padding"] <= 0.10
 
 
 def test_the_config_says_how_rows_are_put_together():
@@ -262,9 +261,9 @@ def test_the_config_says_how_rows_are_put_together():
         data |= {"batching": batching, "batch_size": 16}
         student = {"path": "builtin:demo_teacher"}
         run = prepare(parse_config({"teachers": [], "student": student, "data": data}))
-        reports[batching] = load_dataset(run).stream.report
-    assert reports["bucketed"].padding < 0.10 < 0.2 < reports["shuffled"].padding
-    assert reports["bucketed"].tokens == reports["shuffled"].tokens
+        reports[batching] = load_dataset(run).stream.counts
+    assert reports["bucketed"]["padding"] < 0.10 < 0.2 < reports["shuffled"]["padding"]
+    assert reports["bucketed"]["tokens"] == reports["shuffled"]["tokens"]
     with pytest.raises(KavaError, match=r"data\.batching"):
         parse_config({"student": student, "data": data | {"batching": "sorted"}})
 
@@ -284,11 +283,11 @@ def test_gsm8k_with_qwen_counts(shared):
     lengths = [len(ids) + 1 for ids in tokenizer(texts)["input_ids"]]
     prompts = tokenizer([text.split("\nAnswer: ")[0] + "\nAnswer:" for text in texts])["input_ids"]
     full = sum(len(ids) >= 160 for ids in prompts)
-    report = stream(rows, max_length=160).report
+    counts = stream(rows, max_length=160).counts
     assert full > 0
-    assert report.dropped == full
-    assert report.truncated == sum(length > 160 for length in lengths) - full
-    assert report.rows == 500 - full
+    assert counts["dropped"] == full
+    assert counts["truncated"] == sum(length > 160 for length in lengths) - full
+    assert counts["rows"] == 500 - full
 
 
 def test_held_out_rows_in_order_the_last_batch_filled_with_masked_rows():

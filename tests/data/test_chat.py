@@ -2,12 +2,13 @@
 
 import json
 from datetime import date, datetime
+from functools import partial
 
 import numpy as np
 import pytest
 from transformers.utils import chat_template_utils
 
-from kava_jax.data.batches import collate
+from kava_jax.data.batches import BatchStream, collate
 from kava_jax.data.dataset import make_dataset
 from kava_jax.data.example import Example
 from kava_jax.data.text import Encoder
@@ -174,9 +175,8 @@ def test_the_date_is_the_given_one_and_counts_in_the_fingerprint(qwen, monkeypat
     def fingerprint(template, day):
         qwen.chat_template = template
         encoder = Encoder(qwen, format="chat", today=day)
-        options = {"batch_size": 1, "bucketed": False, "bucket": 8, "seed": 0}
-        made = make_dataset([example], [example], encoder, **options, pad_id=0, sink_tokens=0)
-        return made.tokens
+        make_stream = partial(BatchStream, batch_size=1, max_length=encoder.max_length)
+        return make_dataset([example], [example], encoder, make_stream).tokens
 
     assert len({fingerprint(DATED, day) for day in days}) == 2
     assert len({fingerprint(MARKED, day) for day in days}) == 1

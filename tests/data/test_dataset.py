@@ -1,7 +1,10 @@
 """Which rows are held out, and what is said of those that are cut, dropped or stand twice."""
 
+from functools import partial
+
 import pytest
 
+from kava_jax.data.batches import BatchStream
 from kava_jax.data.dataset import HeldOut, make_dataset, split_examples
 from kava_jax.data.example import Example
 from kava_jax.data.problems import problem
@@ -18,8 +21,8 @@ def encoder():
 
 
 def made(encoder, training, held_out, **more):
-    options = {"batch_size": 2, "bucketed": False, "bucket": 8, "seed": 0, "pad_id": 0}
-    return make_dataset(training, held_out, encoder, **options, sink_tokens=0, more=more)
+    make_stream = partial(BatchStream, batch_size=2, max_length=encoder.max_length, bucket=8)
+    return make_dataset(training, held_out, encoder, make_stream, more=more)
 
 
 def test_held_out_rows_that_are_cut_or_dropped_are_counted(encoder):

@@ -270,9 +270,9 @@ def test_documents(tmp_path):
         "last",
     ]
     assert read("all of it\n") == ["all of it"]
-    assert read("a---b---", separator="---") == ["a", "b"]
-    assert read("a---b---c---", separator="---", rows=2) == ["a", "b"]
-    assert read("a---b", separator="---") == ["a", "b"]
+    assert read("a<|endoftext|>b<|endoftext|>") == ["a", "b"]
+    assert read("a<|endoftext|>b<|endoftext|>c<|endoftext|>", rows=2) == ["a", "b"]
+    assert read("a<|endoftext|>b") == ["a", "b"]
 
 
 def test_tinystories(shared):
@@ -346,7 +346,6 @@ def test_missing_sources(tmp_path):
 def test_bad_options(tmp_path):
     file = write(tmp_path, "x.txt", "a")
     assert "data.rows=0" in refused(file, rows=0)
-    assert "data.separator=''" in refused(file, separator="")
 
 
 def test_fingerprint_sees_text_and_order():

@@ -51,13 +51,12 @@ def test_question_and_answer(builtin):
 
 
 @pytest.mark.parametrize("name", ["tokenizers/qwen2", "tokenizers/gpt2", "models/stories260k"])
-@pytest.mark.parametrize("format", ["qa", "template", "chat"])
+@pytest.mark.parametrize("format", ["qa", "{question}\n{answer}\n", "chat"])
 def test_the_prompt_for_generation_is_the_prompt_that_was_trained_on(shared, name, format):
     tokenizer = load_tokenizer(shared / name)
     if format == "chat" and tokenizer.chat_template is None:
         tokenizer.chat_template = CHATML
-    template = "{question}\n{answer}\n" if format == "template" else None
-    encoder = Encoder(tokenizer, format=format, template=template, max_length=4096)
+    encoder = Encoder(tokenizer, format=format, max_length=4096)
     for example in load_examples(shared / "data/gsm8k/test.jsonl", rows=50):
         row = encoder.encode(example)
         prompt = encoder.encode_prompt(example)
@@ -96,7 +95,7 @@ def test_truncation_is_marked_and_a_full_prompt_leaves_no_loss(builtin):
 
 def test_template(builtin):
     template = "{{Q}} {prompt} ->  {answer} (end)"
-    encoder = Encoder(builtin, format="template", template=template)
+    encoder = Encoder(builtin, format=template)
     prompt, answer = split(encoder, encoder.encode(Example("1+1", "2 {answer}")))
     assert prompt == "{Q} 1+1 ->"
     assert answer == "  2 {answer} (end)<|endoftext|>"
@@ -113,12 +112,13 @@ def test_template(builtin):
         ("{prompt}", "needs {prompt}"),
         ("{prompt} {answer} {answer}", "one {answer}"),
         ("{prompt {answer}", "brace"),
-        (None, "template is needed"),
+        ("template", "is unknown; use qa, chat, or a text with {prompt} and {answer}"),
+        ("", "is unknown"),
     ],
 )
 def test_bad_templates(builtin, template, what):
     with pytest.raises(KavaError) as caught:
-        Encoder(builtin, format="template", template=template)
+        Encoder(builtin, format=template)
     assert what in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -245,7 +245,7 @@ def test_bad_input(builtin):
     for call, what in [
         (lambda: Encoder(builtin, max_length=1), "data.max_length=1"),
         (lambda: Encoder(no_eos), "eos"),
-        (lambda: Encoder(builtin, template="{prompt}{answer}"), "data.template"),
+        (lambda: Encoder(builtin, format="{prompt}"), "data.format"),
         (lambda: Encoder(builtin).encode(conversation), "data.format=chat"),
         (lambda: Encoder(builtin).encode_prompt(Example("", "text")), "no prompt"),
     ]:

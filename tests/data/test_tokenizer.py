@@ -1,17 +1,18 @@
 import hashlib
 import json
 import os
+import runpy
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from kava_jax.data.problems import WordProblems
+from kava_jax.data.problems import word_problems
 from kava_jax.data.sources import load_examples
 from kava_jax.data.text import Encoded
 from kava_jax.data.tokenizer import (
-    Renamed,
     builtin_tokenizer,
     check_same_ids,
     check_unused,
@@ -21,6 +22,7 @@ from kava_jax.data.tokenizer import (
 )
 from kava_jax.errors import KavaError
 
+ROOT = Path(__file__).resolve().parents[2]
 PINNED = "0fd2253afe811eba183eb209f9427d86876989940f563cb178d81797a87f034e"
 
 
@@ -53,8 +55,12 @@ def test_the_same_in_another_process_and_for_ever(tokenizer):
         [sys.executable, "-c", code], capture_output=True, text=True, env=environment
     )
     assert other.stdout.strip() == digest(tokenizer)
-    # The shipped teacher carries its own copy; a drift here would only part the two.
     assert digest(builtin_tokenizer()) == PINNED
+
+
+def test_its_script_makes_the_same_again(tokenizer):
+    script = runpy.run_path(str(ROOT / "docs/results/builtin_tokenizer.py"))
+    assert script["made"]().to_str() == tokenizer.backend_tokenizer.to_str()
 
 
 def test_digits_stand_alone(tokenizer):
@@ -71,7 +77,7 @@ def test_any_text_comes_back(tokenizer, shared):
 def test_generated_problems_are_short(tokenizer):
     lengths = [
         len(tokenizer(f"Question: {e.prompt}\nAnswer: {e.answer}")["input_ids"])
-        for e in WordProblems("test", seed=0, rows=500)
+        for e in word_problems("test", seed=0, rows=500)
     ]
     assert max(lengths) < 112
 
@@ -139,7 +145,7 @@ def test_a_model_with_other_ids_is_refused_however_its_tokenizer_is_stored(
     tokenizer, tmp_path, layout
 ):
     same = written(tmp_path / "same", tokenizer, layout=layout)
-    assert check_same_ids(tokenizer, same, "teachers.big") == ([], None)
+    assert check_same_ids(tokenizer, same, "teachers.big") == ({}, None)
     other = written(tmp_path / "other", tokenizer, swap=("a", "b"), layout=layout)
     first, second = sorted(tokenizer.convert_tokens_to_ids(["a", "b"]))
     with pytest.raises(KavaError, match=rf"teachers\.big .* disagree: id {first} is") as caught:
@@ -153,14 +159,15 @@ def test_a_tokenizer_that_cannot_be_compared_is_refused_and_none_is_said(tokeniz
         check_same_ids(tokenizer, tmp_path, "teachers.big")
     (tmp_path / "tokenizer.model").unlink()
     renamed, note = check_same_ids(tokenizer, tmp_path, "teachers.big")
-    assert renamed == []
+    assert renamed == {}
     assert note == "teachers.big has no tokenizer of its own; its ids are taken to be the run's"
 
 
 def test_a_special_token_of_another_name_matters_only_where_a_row_uses_it(tokenizer, tmp_path):
     other = written(tmp_path / "other", tokenizer, added=[(tokenizer.pad_token_id, "<|user|>")])
     renamed, note = check_same_ids(tokenizer, other, "teachers.big")
-    assert renamed == [Renamed(tokenizer.pad_token_id, "<|pad|>", "<|user|>")]
+    pad = tokenizer.pad_token_id
+    assert renamed == {pad: f"id {pad} is '<|pad|>' in the run and '<|user|>' there"}
     assert note is None
     row = Encoded(np.array(tokenizer("one apple")["input_ids"], np.int32), 0, False)
     said = check_unused(renamed, [row], "teachers.big")
@@ -176,7 +183,7 @@ def test_tokens_that_a_model_was_not_trained_on_are_said_and_gaps_are_counted(to
     assert len(more) == 514
     assert vocabulary_size(more) == 601
     renamed, note = check_same_ids(more, written(tmp_path / "old", tokenizer), "teachers.big")
-    assert renamed == []
+    assert renamed == {}
     assert note == (
         "teachers.big does not know 2 of the tokenizer's tokens, from id 512 ('<a>') on: "
         "its rows for them are untrained"

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from kava_jax.data.example import Example
-from kava_jax.data.problems import WordProblems
+from kava_jax.data.problems import word_problems
 from kava_jax.data.sources import load_examples
 from kava_jax.data.text import Encoder
 from kava_jax.data.tokenizer import load_tokenizer
@@ -71,7 +71,7 @@ def test_counts_by_hand(encoder):
 
 
 def test_order_shapes_and_full_marks_on_generated_problems(encoder):
-    examples = WordProblems("test", seed=0, rows=50)
+    examples = word_problems("test", seed=0, rows=50)
     parrot = ended(encoder, {e.prompt: " " + e.answer for e in examples})
     result = exact_match(parrot, encoder, examples, batch_size=8, max_new_tokens=200)
     assert (result.strict, result.flexible, result.strict_error) == (1.0, 1.0, 0.0)

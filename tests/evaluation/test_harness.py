@@ -19,7 +19,7 @@ import kava_jax
 from kava_jax.config.file import parse_config
 from kava_jax.config.run import EvalConfig
 from kava_jax.data.dataset import HeldOut
-from kava_jax.data.problems import WordProblems
+from kava_jax.data.problems import word_problems
 from kava_jax.data.sources import load_examples
 from kava_jax.data.text import Encoder
 from kava_jax.data.tokenizer import load_tokenizer
@@ -86,7 +86,7 @@ def write_jsonl(path: Path, rows) -> Path:
 def questions(tmp_path_factory) -> Path:
     """Problems that the teacher solves, and longer and larger ones, where it often fails."""
     mixtures = {"all": 16, "longer": 24, "larger": 24}
-    rows = [row for name, n in mixtures.items() for row in WordProblems("test", 0, n, name)]
+    rows = [row for name, n in mixtures.items() for row in word_problems("test", 0, n, name)]
     path = tmp_path_factory.mktemp("questions") / "problems.jsonl"
     return write_jsonl(path, ((row.prompt, row.answer) for row in rows))
 

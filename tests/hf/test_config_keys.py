@@ -13,9 +13,9 @@ from kava_jax.hf.config_keys import (
     refuse_unknown,
     unknown_keys,
 )
-from kava_jax.hf.geometry import FAMILIES, spec_from_config
+from kava_jax.hf.spec import FAMILIES, spec_from_config
 from tests.hf.config_forms import FORMS, NOT_SUPPORTED
-from tests.hf.test_geometry import agrees
+from tests.hf.test_spec import agrees
 
 
 class Watched(dict):

@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from kava_jax.config.file import load_config, parse_config
-from kava_jax.data.problems import WordProblems
+from kava_jax.data.problems import word_problems
 from kava_jax.data.tokenizer import builtin_tokenizer
 from kava_jax.errors import KavaError, StoppedError
 from kava_jax.runs.assess import assess
@@ -40,7 +40,7 @@ def on_builtin(model):
 
 def test_the_generator_gives_rows_that_are_never_trained_on(model, on_builtin, tmp_path):
     path = tmp_path / "test.jsonl"
-    rows = WordProblems("test", 0, ROWS)
+    rows = word_problems("test", 0, ROWS)
     path.write_text("".join(json.dumps({"q": r.prompt, "a": r.answer}) + "\n" for r in rows))
     fields = ("data.fields=[q, a]",)
     assert figures(model, path, *fields) == on_builtin
@@ -78,7 +78,7 @@ def test_held_out_loss_is_that_of_transformers(model, on_builtin):
     theirs = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     tokenizer = builtin_tokenizer()
     total, count = 0.0, 0
-    for row in WordProblems("test", 0, ROWS):
+    for row in word_problems("test", 0, ROWS):
         prompt = tokenizer(f"Question: {row.prompt}\nAnswer:").input_ids
         ids = tokenizer(f"Question: {row.prompt}\nAnswer: {row.answer}").input_ids
         ids = [*ids, tokenizer.eos_token_id]

@@ -8,8 +8,8 @@ from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from kava_jax.errors import KavaError
-from kava_jax.hf.geometry import FAMILIES, config_from_spec, spec_from_config
 from kava_jax.hf.rope import ROPE_TYPES
+from kava_jax.hf.spec import FAMILIES, config_from_spec, spec_from_config
 from kava_jax.models.spec import DecoderSpec, Llama3RopeScaling
 from tests.tiny_models import CONFIGS
 
@@ -119,7 +119,8 @@ def test_absent_keys_get_the_defaults_of_transformers(name):
 @pytest.mark.parametrize("name", [*sorted(CONFIGS), *SCALED])
 def test_what_we_write_loads_in_transformers_and_reads_back_the_same(name, tmp_path):
     spec = read((CONFIGS | SCALED)[name])
-    config = config_from_spec(spec, dtype="bfloat16", bos_token_id=1, eos_token_id=[2, 3])
+    ids = {"bos_token_id": 1, "eos_token_id": [2, 3], "pad_token_id": None}
+    config = config_from_spec(spec, dtype="bfloat16") | ids
     (tmp_path / "config.json").write_text(json.dumps(config))
     loaded = AutoConfig.from_pretrained(tmp_path)
     agrees(spec, loaded)

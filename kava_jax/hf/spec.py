@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from kava_jax.errors import KavaError
-from kava_jax.hf.config_keys import refused
+from kava_jax.hf.config_keys import NUMBERS, REQUIRED_SIZES, SIZES, refused
 from kava_jax.hf.rope import read_rope, rope_config
 from kava_jax.hf.values import positive_float, positive_int, true_or_false
 from kava_jax.models.spec import DecoderSpec
@@ -47,13 +47,8 @@ FAMILIES = {
     ),
 }
 
-_REQUIRED = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-)
+# Which key switches which biases on in families that leave it to the config.
+_SWITCHES = {"qkv_bias": "attention_bias", "output_bias": "attention_bias", "mlp_bias": "mlp_bias"}
 
 
 def spec_from_config(config: Mapping[str, Any], *, where: str) -> DecoderSpec:
@@ -69,68 +64,56 @@ def spec_from_config(config: Mapping[str, Any], *, where: str) -> DecoderSpec:
     """
     name, family = _family(config, where)
     _refuse_unsupported(config, name, where)
-    missing = [key for key in _REQUIRED if config.get(key) is None]
-    if missing:
+    if missing := [key for key in REQUIRED_SIZES if config.get(key) is None]:
         raise KavaError(f"{where}: config.json lacks {', '.join(missing)}; add what the model has")
-
     heads = positive_int(config, "num_attention_heads", where)
-    hidden = positive_int(config, "hidden_size", where)
-    kv_default = heads if family.num_kv_heads is None else family.num_kv_heads
-    if "num_key_value_heads" in config and config["num_key_value_heads"] is None:
-        kv_default = heads
-    kv_heads = positive_int(config, "num_key_value_heads", where, default=kv_default)
-    if heads % kv_heads:
+    # A null is not an absent key here: transformers then takes as many as there are query heads.
+    kv_heads = None if "num_key_value_heads" in config else family.num_kv_heads
+    defaults = {
+        "num_key_value_heads": kv_heads or heads,
+        "head_dim": family.head_dim or max(positive_int(config, "hidden_size", where) // heads, 1),
+        "max_position_embeddings": family.max_position_embeddings,
+    }
+    sizes = {
+        field: positive_int(config, key, where, default=defaults.get(key))
+        for key, field in SIZES.items()
+    }
+    if heads % sizes["num_kv_heads"]:
         raise KavaError(
-            f"{where}: num_key_value_heads={kv_heads} does not divide num_attention_heads={heads}; "
-            "correct config.json"
+            f"{where}: num_key_value_heads={sizes['num_kv_heads']} does not divide "
+            f"num_attention_heads={heads}; correct config.json"
         )
-    head_dim = positive_int(
-        config, "head_dim", where, default=family.head_dim or max(hidden // heads, 1)
-    )
-    if head_dim % 2:
-        raise KavaError(f"{where}: head_dim={head_dim} is odd; RoPE needs an even head_dim")
-    positions = positive_int(
-        config, "max_position_embeddings", where, default=family.max_position_embeddings
-    )
-    attention_bias = true_or_false(config, "attention_bias", where)
+    if sizes["head_dim"] % 2:
+        raise KavaError(
+            f"{where}: head_dim={sizes['head_dim']} is odd; RoPE needs an even head_dim"
+        )
+    biases = {}
+    for field, key in _SWITCHES.items():
+        fixed, asked = getattr(family, field), true_or_false(config, key, where)
+        biases[field] = asked if fixed is None else fixed
     rope_theta, rope_scaling = read_rope(
-        config, positions=positions, head_dim=head_dim, where=where
+        config,
+        positions=sizes["max_position_embeddings"],
+        head_dim=sizes["head_dim"],
+        where=where,
     )
     return DecoderSpec(
         family=name,
-        vocab_size=positive_int(config, "vocab_size", where),
-        hidden_size=hidden,
-        intermediate_size=positive_int(config, "intermediate_size", where),
-        num_layers=positive_int(config, "num_hidden_layers", where),
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
         rope_theta=rope_theta,
-        norm_eps=positive_float(config.get("rms_norm_eps", 1e-6), "rms_norm_eps", where),
-        tie_embeddings=true_or_false(config, "tie_word_embeddings", where),
-        qkv_bias=attention_bias if family.qkv_bias is None else family.qkv_bias,
-        output_bias=attention_bias if family.output_bias is None else family.output_bias,
-        mlp_bias=(
-            true_or_false(config, "mlp_bias", where) if family.mlp_bias is None else family.mlp_bias
-        ),
-        qk_norm=family.qk_norm,
         rope_scaling=rope_scaling,
-        sliding_window=_sliding_window(config, name, family, where),
+        norm_eps=positive_float(config.get("rms_norm_eps", 1e-6), "rms_norm_eps", where),
         initializer_range=positive_float(
             config.get("initializer_range", 0.02), "initializer_range", where
         ),
-        max_position_embeddings=positions,
+        tie_embeddings=true_or_false(config, "tie_word_embeddings", where),
+        qk_norm=family.qk_norm,
+        sliding_window=_sliding_window(config, name, family, where),
+        **biases,
+        **sizes,
     )
 
 
-def config_from_spec(
-    spec: DecoderSpec,
-    *,
-    dtype: FloatName,
-    bos_token_id: int | None = None,
-    eos_token_id: int | list[int] | None = None,
-    pad_token_id: int | None = None,
-) -> dict[str, Any]:
+def config_from_spec(spec: DecoderSpec, *, dtype: FloatName) -> dict[str, Any]:
     """Write the geometry as a ``config.json`` object that transformers 4.x and 5.x both read.
 
     Raises:
@@ -140,31 +123,16 @@ def config_from_spec(
     config: dict[str, Any] = {
         "architectures": [family.architecture],
         "model_type": spec.family,
-        "vocab_size": spec.vocab_size,
-        "hidden_size": spec.hidden_size,
-        "intermediate_size": spec.intermediate_size,
-        "num_hidden_layers": spec.num_layers,
-        "num_attention_heads": spec.num_heads,
-        "num_key_value_heads": spec.num_kv_heads,
-        "head_dim": spec.head_dim,
+        **{key: getattr(spec, field) for key, field in (SIZES | NUMBERS).items()},
         "hidden_act": "silu",
-        "max_position_embeddings": spec.max_position_embeddings,
-        "initializer_range": spec.initializer_range,
-        "rms_norm_eps": spec.norm_eps,
         "tie_word_embeddings": spec.tie_embeddings,
         **rope_config(spec),
-        "attention_dropout": 0.0,
-        "use_cache": True,
         "torch_dtype": dtype,
         "dtype": dtype,
-        "bos_token_id": bos_token_id,
-        "eos_token_id": eos_token_id,
-        "pad_token_id": pad_token_id,
     }
-    if family.qkv_bias is None:
-        config["attention_bias"] = spec.qkv_bias
-    if family.mlp_bias is None:
-        config["mlp_bias"] = spec.mlp_bias
+    for field, key in _SWITCHES.items():
+        if getattr(family, field) is None:
+            config[key] = getattr(spec, field)
     if spec.family == "mistral":
         config["sliding_window"] = spec.sliding_window
     if spec.family in ("qwen2", "qwen3"):
@@ -270,7 +238,7 @@ def _expressible(spec: DecoderSpec) -> Family:
         raise KavaError(f"family={spec.family!r} is unknown; use one of {', '.join(FAMILIES)}")
     family = FAMILIES[spec.family]
     faults = []
-    for field in ("qkv_bias", "output_bias", "mlp_bias"):
+    for field in _SWITCHES:
         fixed = getattr(family, field)
         if fixed is not None and getattr(spec, field) != fixed:
             faults.append(f"{field}={getattr(spec, field)} (always {fixed})")
