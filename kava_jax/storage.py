@@ -103,6 +103,12 @@ def looks_local(name: str) -> bool:
     return not name.strip() or name.startswith(("builtin:", "/", ".", "~")) or name.count("/") > 1
 
 
+def at_revision(name: str) -> tuple[str, str | None]:
+    """A hub id without its revision, and the branch, tag or commit that it names after ``@``."""
+    hub_id, at, revision = name.partition("@")
+    return (hub_id, revision) if at and revision and not looks_local(hub_id) else (name, None)
+
+
 def repeated_key(pairs: Sequence[tuple[str, Any]]) -> str | None:
     """The first key that a JSON object gives twice; Python's reader would keep the last value."""
     keys = [key for key, _ in pairs]

@@ -95,7 +95,7 @@ def test_numbers_as_people_write_them(text, value, tmp_path):
 
 
 def test_text_that_resembles_a_number_stays_text():
-    assert parse("student.revision='1e-3'").student.revision == "1e-3"
+    assert parse("student.path='1e-3'").student.path == "1e-3"
     assert parse("data.path=e3").data.path == "e3"
 
 
@@ -107,13 +107,13 @@ def test_overrides_reach_everything():
         "teachers.1.layer_map=[[3, 0], [5, 1]]",
         "loss.kv_weight={start: 0, end: 1}",
         "train.steps=8",
-        "student.revision=a=b",
+        "data.eval_path=a=b",
     )
     assert config.train.steps == 8  # the last one counts
     assert [t.path for t in config.teachers] == ["big", "second"]
     assert config.teachers[1].layer_map == ((3, 0), (5, 1))
     assert config.loss.kv_weight == Ramp(start=0, end=1)
-    assert config.student.revision == "a=b"
+    assert config.data.eval_path == "a=b"
 
 
 def test_overrides_replace_what_the_file_says(tmp_path):
@@ -237,8 +237,8 @@ def test_missing_sections_are_named():
 def test_an_unknown_key_without_a_near_one_gets_the_list():
     with pytest.raises(KavaError, match=r"train.colour is not a known field; the fields there are"):
         parse("train.colour=red")
-    with pytest.raises(KavaError, match=r"did you mean teachers\.0\.revision\?"):
-        parse("teachers.0={path: x, revison: main}")
+    with pytest.raises(KavaError, match=r"did you mean teachers\.0\.layer_map\?"):
+        parse("teachers.0={path: x, layermap: last}")
 
 
 @pytest.mark.parametrize(

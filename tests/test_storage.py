@@ -6,7 +6,16 @@ from pathlib import Path
 import pytest
 
 from kava_jax.errors import KavaError
-from kava_jax.storage import absolute, check_access, files_below, growing, local_path, move, place
+from kava_jax.storage import (
+    absolute,
+    at_revision,
+    check_access,
+    files_below,
+    growing,
+    local_path,
+    move,
+    place,
+)
 
 
 def test_a_path_stays_pathlibs_and_a_bucket_keeps_both_its_slashes() -> None:
@@ -47,3 +56,20 @@ def test_on_a_disk_files_are_written_where_they_belong(tmp_path: Path) -> None:
     assert files_below(tmp_path / "run") == ["deep/a", "metrics.jsonl"]
     move(tmp_path / "run" / "deep", tmp_path / "aside" / "deep")
     assert files_below(tmp_path) == ["aside/deep/a", "run/metrics.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("name", "parts"),
+    [
+        ("Qwen/Qwen2.5-7B@main", ("Qwen/Qwen2.5-7B", "main")),
+        ("gpt2@refs/pr/1", ("gpt2", "refs/pr/1")),
+        ("Qwen/Qwen2.5-7B", ("Qwen/Qwen2.5-7B", None)),
+        ("Qwen/Qwen2.5-7B@", ("Qwen/Qwen2.5-7B@", None)),
+        ("./model@2", ("./model@2", None)),
+        ("/a/b@c/d", ("/a/b@c/d", None)),
+        ("a/b/c@d", ("a/b/c@d", None)),
+        ("builtin:demo_teacher", ("builtin:demo_teacher", None)),
+    ],
+)
+def test_a_hub_id_names_its_revision_after_an_at(name, parts):
+    assert at_revision(name) == parts

@@ -73,8 +73,9 @@ class TeacherConfig(Section):
         pattern=r"^[A-Za-z0-9_-]+$",
         description="name in metrics and tables; letters, digits and _ -",
     )
-    path: Address = Field(description="Hugging Face directory, hub id, or builtin:demo_teacher")
-    revision: str | None = Field(default=None, description="branch, tag or commit on the hub")
+    path: Address = Field(
+        description="Hugging Face directory, hub id (id@revision pins it), or builtin:demo_teacher"
+    )
     weight: Weight = Field(
         default=1.0, description="weight of its losses; at 0 it is only measured"
     )
@@ -94,9 +95,8 @@ class StudentConfig(Section):
     """The model that learns: an existing one (``path``) or a fresh one (``geometry``)."""
 
     path: Address | None = Field(
-        default=None, description="Hugging Face directory or hub id to start from"
+        default=None, description="Hugging Face directory or hub id (id@revision pins it)"
     )
-    revision: str | None = Field(default=None, description="branch, tag or commit on the hub")
     geometry: dict[str, Any] | None = Field(
         default=None, description="config.json keys of a student to train from random weights"
     )
@@ -141,11 +141,10 @@ class DataConfig(Section):
     """Rows of text, how they become tokens, and which are held out."""
 
     path: Address = Field(
-        description="JSON, JSONL, parquet or text file (.gz too), - for standard input, hub id, or "
-        "builtin:word_problems"
+        description="JSON, JSONL, parquet or text file (.gz too), - for standard input, hub id "
+        "(id@revision pins it), or builtin:word_problems"
     )
     subset: str | None = Field(default=None, description="configuration of a hub data set")
-    revision: str | None = Field(default=None, description="branch, tag or commit on the hub")
     split: str = Field(
         default="train", description="split of the generator, a directory or a hub data set"
     )

@@ -33,7 +33,7 @@ from kava_jax.data.files import (
 from kava_jax.data.problems import word_problems
 from kava_jax.data.rows import read_rows
 from kava_jax.errors import KavaError
-from kava_jax.storage import looks_local, reachable, written_out
+from kava_jax.storage import at_revision, looks_local, reachable, written_out
 
 BUILTIN_PROBLEMS = "builtin:word_problems"
 DOCUMENT_SEPARATOR = "<|endoftext|>"
@@ -46,7 +46,6 @@ def load_examples(
     *,
     split: str = "train",
     subset: str | None = None,
-    revision: str | None = None,
     prompt_field: str | None = "question",
     answer_field: str = "answer",
     messages_field: str | None = None,
@@ -56,10 +55,9 @@ def load_examples(
     """All examples at ``path``, checked: every field is there and holds text.
 
     Args:
-        path: see the module's table.
+        path: see the module's table; ``id@revision`` pins a branch, tag or commit of a hub id.
         split: split of a generator, directory or hub id; a single file has none and ignores it.
         subset: configuration of a hub data set (``main`` for openai/gsm8k).
-        revision: branch, tag or commit of a hub id.
         prompt_field: field of the prompt; None reads ``answer_field`` as plain documents.
         answer_field: field of the answer. Numbers are accepted and become the text they were
             written as; null and NaN are missing values.
@@ -92,7 +90,7 @@ def load_examples(
         return read(*json_rows(name))
     _check_exists(name, file)
     if not file.is_file():
-        where = str(file) if file.is_dir() else name
+        where, revision = (str(file), None) if file.is_dir() else at_revision(name)
         table = _through_datasets(name, where, name=subset, split=split, revision=revision)
         return read("row", enumerate(table, 1))
     if ending(file) == ".txt":

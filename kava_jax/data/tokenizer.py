@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from kava_jax.errors import KavaError
-from kava_jax.storage import looks_local, reachable, written_out
+from kava_jax.storage import at_revision, looks_local, reachable, written_out
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -32,14 +32,12 @@ _DISAGREEMENT = "{} and the run's tokenizer disagree: {}; use models with one to
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "tokenizer.model")
 
 
-def load_tokenizer(
-    path_or_id: str | Path, revision: str | None = None
-) -> "PreTrainedTokenizerBase":
+def load_tokenizer(path_or_id: str | Path) -> "PreTrainedTokenizerBase":
     """The tokenizer at this address, through ``transformers``.
 
     Args:
-        path_or_id: ``builtin:tokenizer``, a local directory with ``tokenizer.json``, or a hub id.
-        revision: branch, tag or commit of a hub id.
+        path_or_id: ``builtin:tokenizer``, a local directory with ``tokenizer.json``, or a hub
+            id; ``id@revision`` pins a branch, tag or commit of it.
 
     Raises:
         KavaError: the directory does not exist or holds no tokenizer, or the hub does not have it
@@ -52,12 +50,14 @@ def load_tokenizer(
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
+        hub_id, revision = (name, None) if Path(name).is_dir() else at_revision(name)
+        tokenizer = AutoTokenizer.from_pretrained(
+            hub_id, revision=revision, trust_remote_code=False
+        )
     except Exception as error:  # transformers raises a dozen types, all of them about the input
         reason = " ".join(str(error).split()).split(". ")[0][:200]
-        at = f" at revision {revision!r}" if revision else ""
         raise KavaError(
-            f"tokenizer={name!r}{at} cannot be loaded ({type(error).__name__}: {reason}); give a "
+            f"tokenizer={name!r} cannot be loaded ({type(error).__name__}: {reason}); give a "
             f"local directory with tokenizer.json, a hub id you may read, or {BUILTIN_TOKENIZER}"
         ) from error
     if len(tokenizer) == 0:

@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from kava_jax.errors import KavaError
-from kava_jax.storage import Place, reachable, repeated_key, written_out
+from kava_jax.storage import Place, at_revision, reachable, repeated_key, written_out
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 BUILTIN_PREFIX = "builtin:"
@@ -43,25 +43,28 @@ _WHOLE_UP_TO = 256 * _MIB
 _SAMPLE_EVERY = 64 * _MIB
 
 
-def resolve_model(path_or_id: str | Path, revision: str | None = None) -> Path:
+def resolve_model(path_or_id: str | Path) -> Path:
     """Directory with ``config.json`` and safetensors for a path, a built-in name or a hub id.
+
+    ``id@revision`` pins a branch, tag or commit of a hub id.
 
     Raises:
         KavaError: nothing is there, access is gated, the hub cannot be reached, or the weights
             are pickled; the message names what was asked for and the remedy.
     """
     name = written_out(str(path_or_id))
+    hub_id, revision = at_revision(name)
     if name.startswith(BUILTIN_PREFIX):
         directory = _builtin(name)
     elif reachable(name, "model path").is_dir():
         directory = Path(name)
-    elif not _HUB_ID.fullmatch(name) or name.startswith("."):
+    elif not _HUB_ID.fullmatch(hub_id) or name.startswith("."):
         raise KavaError(
             f"model path={name!r} is not a directory; give an existing directory or a hub id such "
             "as Qwen/Qwen2.5-0.5B"
         )
     else:
-        directory = _download(name, revision)
+        directory = _download(hub_id, revision)
     _require_safetensors(directory, name)
     return directory
 

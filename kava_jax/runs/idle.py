@@ -59,7 +59,7 @@ def _unread(config: Config) -> dict[str, str]:
     unless(config.train.eval_every is not None, "train.eval_every=null", every)
     unless(config.eval.max_new_tokens > 0, "eval.max_new_tokens=0", every)
     if reachable(config.data.path, "data.path").is_file():
-        unless(False, "data.path is a file", "data.subset", "data.revision")
+        unless(False, "data.path is a file", "data.subset")
         unless(config.data.eval_path is not None, "data.path is a file", "data.eval_split")
     return found
 

@@ -12,7 +12,7 @@ from kava_jax.hf.load import read_spec
 from kava_jax.hf.locate import BUILTIN_PREFIX, resolve_model
 from kava_jax.hf.spec import spec_from_config
 from kava_jax.models.spec import DecoderSpec
-from kava_jax.storage import reachable
+from kava_jax.storage import at_revision, reachable
 
 
 class Found(NamedTuple):
@@ -29,29 +29,30 @@ class Models(NamedTuple):
     teachers: dict[str, Found]
 
 
-def with_weights(address: str, revision: str | None) -> Found:
+def with_weights(address: str) -> Found:
     """A model whose weights will be read; downloaded where it has to be."""
-    directory = resolve_model(address, revision)
+    directory = resolve_model(address)
     return Found(directory, read_spec(directory))
 
 
-def at_hand(address: str, revision: str | None) -> Found:
+def at_hand(address: str) -> Found:
     """A model's geometry alone, without a download: from a table, a directory, or the hub's cache.
 
     Raises KavaError for a model that is not at hand.
     """
-    if address in KNOWN_CONFIGS:
-        return Found(Path(address), spec_from_config(KNOWN_CONFIGS[address], where=address))
+    hub_id, revision = at_revision(address)
+    if hub_id in KNOWN_CONFIGS:
+        return Found(Path(hub_id), spec_from_config(KNOWN_CONFIGS[hub_id], where=hub_id))
     directory = reachable(address, "model path")
     if address.startswith(BUILTIN_PREFIX):
-        return with_weights(address, revision)
+        return with_weights(address)
     if directory.is_dir():  # which needs no weights
         return Found(directory, read_spec(directory))
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
-        found = try_to_load_from_cache(address, "config.json", revision=revision)
+        found = try_to_load_from_cache(hub_id, "config.json", revision=revision)
     except HFValidationError:  # a path, not an id
         found = None
     if not isinstance(found, str):
@@ -59,18 +60,18 @@ def at_hand(address: str, revision: str | None) -> Found:
     return Found(Path(found).parent, read_spec(Path(found).parent))
 
 
-def at_hand_or_downloaded(address: str, revision: str | None) -> Found:
+def at_hand_or_downloaded(address: str) -> Found:
     """Geometry, by a download where nothing else helps."""
     try:
-        return at_hand(address, revision)
+        return at_hand(address)
     except KavaError:
-        return with_weights(address, revision)
+        return with_weights(address)
 
 
 def find_models(
     config: Config,
     vocabulary: int = 1,
-    find: Callable[[str, str | None], Found] = with_weights,
+    find: Callable[[str], Found] = with_weights,
 ) -> Models:
     """The config's models.
 
@@ -84,12 +85,12 @@ def find_models(
     """
     student = config.student
     if student.path is not None:
-        found = find(student.path, student.revision)
+        found = find(student.path)
     else:
         geometry = {"vocab_size": vocabulary} | (student.geometry or {})
         refuse_unknown(geometry, "student.geometry")
         found = Found(None, spec_from_config(geometry, where="student.geometry"))
-    models = Models(found, {one.name: find(one.path, one.revision) for one in config.teachers})
+    models = Models(found, {one.name: find(one.path) for one in config.teachers})
     _check_vocabulary("student", found.spec, vocabulary)
     for index, teacher in enumerate(models.teachers.values()):
         _check_vocabulary(f"teachers.{index}", teacher.spec, vocabulary)

@@ -206,7 +206,6 @@ def data_loader(run: Run) -> Load:
     return partial(
         load_examples,
         subset=data.subset,
-        revision=data.revision,
         prompt_field=data.fields[0] if len(data.fields) == 2 else None,
         answer_field=str(data.fields[-1]),
         messages_field=data.fields[0] if len(data.fields) == 1 else None,
@@ -230,9 +229,9 @@ def find_tokenizer(config: Config) -> tuple["PreTrainedTokenizerBase", str]:
     if student.tokenizer is not None:
         source = student.tokenizer
     elif student.path is not None:
-        source = str(resolve_model(student.path, student.revision))
+        source = str(resolve_model(student.path))
     elif config.teachers:
-        source = str(resolve_model(config.teachers[0].path, config.teachers[0].revision))
+        source = str(resolve_model(config.teachers[0].path))
     else:
         raise KavaError(
             f"student.tokenizer=null for a fresh student without teachers; name a tokenizer, for "

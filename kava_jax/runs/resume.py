@@ -32,13 +32,10 @@ FREE_FIELDS = (
 # tell whether they are the same.
 PATH_FIELDS = (
     "teachers.*.path",
-    "teachers.*.revision",
     "student.path",
-    "student.revision",
     "student.tokenizer",
     "data.path",
     "data.subset",
-    "data.revision",
     "data.split",
     "data.eval_path",
     "data.eval_split",

@@ -49,7 +49,7 @@ def _everyone(run: Run, held: HeldOut) -> Iterator[Answered]:
     yield Answered("student after", answer(run, held, restore(run).params["student"]))
     for teacher in run.config.teachers:
         raw = dump_config(run.config)
-        raw["student"] = {"path": teacher.path, "revision": teacher.revision}
+        raw["student"] = {"path": teacher.path}
         raw["teachers"], raw["recipe"] = [], "anchored"
         alone = prepare(parse_config(raw))
         yield Answered(teacher.name, answer(alone, held, alone.blueprint.load_student()))

@@ -207,11 +207,11 @@ def _random(spec: DecoderSpec) -> dict[str, Any]:
 
 def _point_at(raw: dict[str, Any], name: str, where: Path) -> None:
     if name == "student":
-        raw["student"] |= {"path": str(where), "revision": None, "geometry": None}
+        raw["student"] |= {"path": str(where), "geometry": None}
         return
     for teacher in raw["teachers"]:
         if f"teacher-{teacher['name']}" == name:
-            teacher |= {"path": str(where), "revision": None}
+            teacher["path"] = str(where)
 
 
 def _say(text: str) -> None:

@@ -109,8 +109,8 @@ def test_bad_addresses(tmp_path):
         message = str(caught.value)
         assert repr(str(address)) in message
         assert "\n" not in message
-    with pytest.raises(KavaError, match="revision 'v9'"):
-        load_tokenizer("nobody/nothing", revision="v9")
+    with pytest.raises(KavaError, match="tokenizer='nobody/nothing@v9'"):
+        load_tokenizer("nobody/nothing@v9")
 
 
 def written(directory, tokenizer, swap=None, added=(), layout="tokenizer.json"):

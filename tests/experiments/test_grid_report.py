@@ -242,7 +242,7 @@ def test_a_grid_scored_by_loss_needs_no_answers(tmp_path):
 def test_what_files_say_is_text_not_html(tmp_path):
     """An arm's name is checked by the grid; its fields, the data's words and answers are not."""
     evil = "<script>alert('&amp;')</script>"
-    fields = {"kv": {"teachers.0.revision": evil}}
+    fields = {"kv": {"teachers.0.path": evil}}
     directory = write_made_up(tmp_path / "grid", contrast="kv", fields=fields)
     sample = {"question": "q", "generated": evil, "gold": evil}
     change_run(directory, "kv", 0, lambda run: run["samples"].__setitem__(0, sample))
@@ -310,7 +310,7 @@ def widest(tmp_path_factory):
     """A page with all that is wide: long names, long answers, everything unfolded."""
     long = "an-arm-with-quite-a-long-name"
     levels = {"ce": (0.3, None), long: (0.6, 0.9), "kl": (0.4, 0.2)}
-    fields = {long: {"teachers.0.revision": "x" * 300}}
+    fields = {long: {"teachers.0.path": "x" * 300}}
     directory = tmp_path_factory.mktemp("wide") / "grid"
     write_made_up(directory, arms=levels, fields=fields, contrast=long, name="a" * 90)
     wide = {"question": "q" * 300, "generated": "9" * 300}

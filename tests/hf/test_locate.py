@@ -56,7 +56,7 @@ def test_a_hub_id_downloads_safetensors_json_and_tokenizer_only(tmp_path, monkey
         return str(directory)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    assert resolve_model("Qwen/Qwen2.5-0.5B", revision="abc") == directory
+    assert resolve_model("Qwen/Qwen2.5-0.5B@abc") == directory
     assert (asked["repo_id"], asked["revision"]) == ("Qwen/Qwen2.5-0.5B", "abc")
     files = ["model-00001-of-00002.safetensors", "config.json", "tokenizer.json", "merges.txt"]
     kept = list(huggingface_hub.utils.filter_repo_objects(files, allow_patterns=asked["patterns"]))
@@ -113,7 +113,7 @@ def test_what_the_hub_refuses_names_the_model_and_the_remedy(error, words, monke
         raise error
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    message = one_line(lambda: resolve_model("meta-llama/Llama-3.2-1B", revision="v9"))
+    message = one_line(lambda: resolve_model("meta-llama/Llama-3.2-1B@v9"))
     for word in ["meta-llama/Llama-3.2-1B", *words]:
         assert word in message
 

@@ -146,7 +146,6 @@ SAME = {
     "the tokenizer from elsewhere": ["student.tokenizer=builtin:tokenizer"],
     "held-out rows apart": ["data.path={here}/training.jsonl", "data.eval_path=held_out.jsonl"],
     "a split that a file does not have": ["data.split=validation", "data.subset=main"],
-    "a revision that a directory does not have": ["student.revision=main"],
 }
 
 
