@@ -22,10 +22,10 @@ from kava_jax.alignment.layer_map import LayerMap, make_layer_map
 from kava_jax.alignment.projector import KVDimensionProjector
 from kava_jax.config.run import Config, TeacherConfig
 from kava_jax.errors import KavaError
+from kava_jax.hf.config_json import spec_from_config
 from kava_jax.hf.config_keys import refuse_unknown
 from kava_jax.hf.load import load_decoder_params, read_spec
 from kava_jax.hf.locate import resolve_model
-from kava_jax.hf.spec import spec_from_config
 from kava_jax.models.attend import Choice, choose, in_words
 from kava_jax.models.decoder import Decoder, Params
 from kava_jax.models.spec import DecoderSpec

@@ -9,11 +9,11 @@ from kava_jax.config.file import dump_config
 from kava_jax.config.run import Config
 from kava_jax.data.tokenizer import vocabulary_size
 from kava_jax.errors import KavaError
+from kava_jax.hf.config_json import spec_from_config
 from kava_jax.hf.config_keys import refuse_unknown
 from kava_jax.hf.known import KNOWN_CONFIGS
 from kava_jax.hf.load import read_spec
 from kava_jax.hf.locate import BUILTIN_PREFIX, resolve_model
-from kava_jax.hf.spec import spec_from_config
 from kava_jax.models.spec import DecoderSpec
 from kava_jax.runs.blueprint import Found, Models
 from kava_jax.runs.prepare import find_tokenizer
