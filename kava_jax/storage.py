@@ -11,7 +11,6 @@ Left out on purpose: other stores than Google's. Orbax takes ``s3://`` for a loc
 
 import os
 import re
-import shutil
 import stat
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -285,10 +284,7 @@ def move(source: Place, target: Place) -> None:
 
 def remove(directory: Place) -> None:
     """Delete a directory and all that is in it."""
-    if isinstance(directory, Path):
-        shutil.rmtree(directory)
-    else:
-        directory.rmtree()
+    epath.Path(directory).rmtree()
 
 
 def files_below(directory: Place) -> list[str]:

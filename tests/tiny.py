@@ -17,9 +17,9 @@ from flax.traverse_util import unflatten_dict
 from kava_jax.cli import main
 from kava_jax.data.problems import word_problems
 from kava_jax.data.tokenizer import builtin_tokenizer
+from kava_jax.hf.config_json import spec_from_config
 from kava_jax.hf.export import export_model
 from kava_jax.hf.names import parameter_shapes
-from kava_jax.hf.spec import spec_from_config
 
 # For several processes: Gloo, which joins them, mixes up the collectives of the depth-first order
 # that conftest sets for the virtual devices of one process.

@@ -16,8 +16,8 @@ from flax import nnx
 from kava_jax.alignment.projector import KVDimensionProjector
 from kava_jax.diagnostics import alignment, diagnose, sample_tokens
 from kava_jax.geometry import geodesic_rotate, magnitude, unit
+from kava_jax.hf.config_json import spec_from_config
 from kava_jax.hf.known import KNOWN_CONFIGS
-from kava_jax.hf.spec import spec_from_config
 from kava_jax.losses import mercator, mercator_values, mse_values
 from kava_jax.models.rope import rope_rotation, rotate
 

@@ -9,6 +9,7 @@ unchanged. A test makes it again and compares the two.
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from kava_jax.data.problems import word_problems
 from kava_jax.data.tokenizer import EOS, PAD
@@ -45,7 +46,10 @@ def made() -> Tokenizer:
     problems = word_problems("train", seed=0, rows=PROBLEMS)
     texts = [f"Question: {example.prompt}\nAnswer: {example.answer}" for example in problems]
     tokenizer.train_from_iterator([*texts, ENGLISH], trainer)
-    return tokenizer
+    # As transformers wraps it: that is what is read and written from here on.
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD
+    ).backend_tokenizer
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from kava_jax.bench.harness import Facts, Side, compare
 from kava_jax.bench.pairs import Pair, Stepping, batch_of, qwen2
 from kava_jax.config.file import dump_config, load_config, parse_config, shipped_config
 from kava_jax.errors import KavaError
-from kava_jax.hf.spec import config_from_spec
+from kava_jax.hf.config_json import config_from_spec
 from kava_jax.parallel.mesh import make_mesh
 from kava_jax.parallel.sharding import put_batch
 from kava_jax.plan.chips import chip_of

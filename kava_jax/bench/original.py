@@ -15,7 +15,7 @@ from kava_jax.bench.harness import peer_version
 from kava_jax.bench.pairs import Geometry
 from kava_jax.data.batches import Batch
 from kava_jax.errors import KavaError
-from kava_jax.hf.spec import spec_from_config
+from kava_jax.hf.config_json import spec_from_config
 from kava_jax.models.decoder import Params
 
 BETA, EPS = 0.01, 1e-8

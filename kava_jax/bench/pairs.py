@@ -11,9 +11,9 @@ from flax.traverse_util import unflatten_dict
 from kava_jax.config.file import parse_config
 from kava_jax.data.batches import Batch
 from kava_jax.data.tokenizer import builtin_tokenizer
+from kava_jax.hf.config_json import spec_from_config
 from kava_jax.hf.export import export_model
 from kava_jax.hf.names import parameter_shapes
-from kava_jax.hf.spec import spec_from_config
 from kava_jax.models.decoder import Params
 from kava_jax.parallel.mesh import make_mesh
 from kava_jax.parallel.sharding import put_batch

@@ -97,10 +97,6 @@ def _text(value: Any, what: str) -> str:
         raise BadRowError(f"{what} holds {type(value).__name__}, not text")
     if not value.strip():
         raise BadRowError(f"{what} is empty")
-    return _encodable(value, what)
-
-
-def _encodable(value: str, what: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError:

@@ -29,11 +29,11 @@ from huggingface_hub import StateDictSplit, split_state_dict_into_shards_factory
 from safetensors.numpy import save_file
 
 from kava_jax.errors import KavaError
+from kava_jax.hf.config_json import FloatName, config_from_spec
 from kava_jax.hf.generation import GENERATION, passed_on
 from kava_jax.hf.load import cast
 from kava_jax.hf.locate import INDEX, TOKENIZER_FILES, read_json
 from kava_jax.hf.names import Row, parameter_shapes, rows_of
-from kava_jax.hf.spec import FloatName, config_from_spec
 from kava_jax.models.spec import DecoderSpec
 from kava_jax.parallel.hosts import on_host
 from kava_jax.storage import Place, check_target, upload

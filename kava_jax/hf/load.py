@@ -20,6 +20,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from kava_jax.errors import KavaError
+from kava_jax.hf.config_json import spec_from_config
 from kava_jax.hf.locate import read_json
 from kava_jax.hf.names import (
     Index,
@@ -31,7 +32,6 @@ from kava_jax.hf.names import (
     rows_of,
     tail_path,
 )
-from kava_jax.hf.spec import spec_from_config
 from kava_jax.hf.tensor_files import HEAD, TensorFiles
 from kava_jax.models.spec import DecoderSpec
 from kava_jax.parallel.hosts import from_all
@@ -110,34 +110,30 @@ def check_tensors(files: TensorFiles, spec: DecoderSpec, *, head: bool = True) -
     """
     expected = expected_tensors(spec)
     present = {name for name in files.tensors if not _IGNORED.search(name)}
-    shapes = {name: files.tensors[name].shape for name in present}
-    faults = []
     if not head and HEAD not in present:
         expected.pop(HEAD, None)
     if spec.tie_embeddings and HEAD in present:
         expected |= {HEAD: (spec.vocab_size, spec.hidden_size)}
-    for word, names in (
-        ("missing", [name for name in expected if name not in present]),
-        ("unexpected", sorted(present - set(expected))),
-    ):
-        if names:
-            faults.append(f"{word}: {', '.join(compact(names))}")
-    known = [name for name in expected if name in present]
-    wrong = [
-        f"{name} is {list(shapes[name])}, expected {list(expected[name])}"
-        for name in known
-        if shapes[name] != expected[name]
-    ]
-    if wrong:
-        faults.append("wrong shape: " + ", ".join(wrong))
-    unread = [f"{n} is {t}" for n in known if (t := files.tensors[n].dtype) not in _FLOATS]
-    if unread:
-        faults.append(f"wrong dtype (readable are {', '.join(_FLOATS)}): " + ", ".join(unread))
-    if faults:
+    known = {name: files.tensors[name] for name in expected if name in present}
+    faults = {
+        "missing": compact([name for name in expected if name not in present]),
+        "unexpected": compact(sorted(present - set(expected))),
+        "wrong shape": [
+            f"{name} is {list(found.shape)}, expected {list(expected[name])}"
+            for name, found in known.items()
+            if found.shape != expected[name]
+        ],
+        f"wrong dtype (readable are {', '.join(_FLOATS)})": [
+            f"{name} is {found.dtype}"
+            for name, found in known.items()
+            if found.dtype not in _FLOATS
+        ],
+    }
+    told = [f"{fault}: {', '.join(names)}" for fault, names in faults.items() if names]
+    if told:
         raise KavaError(
             f"{files.directory.name}: tensors do not fit config.json ({spec.family}): "
-            + "; ".join(faults)
-            + "; use matching weights and config.json"
+            f"{'; '.join(told)}; use matching weights and config.json"
             + (_HEADLESS if HEAD in expected and HEAD not in present else "")
         )
 

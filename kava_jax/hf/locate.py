@@ -80,7 +80,7 @@ def model_fingerprint(directory: Path) -> str:
     """
     digest = hashlib.sha256()
     names = ["config.json", *sorted(file.name for file in directory.glob("*.safetensors"))]
-    names += [name for name in _shards(directory) if "/" in name]
+    names += [name for name in sorted(set(weight_index(directory).values())) if "/" in name]
     for name in names:
         file = directory / name
         try:
@@ -123,14 +123,13 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def weight_index(directory: Path) -> dict[str, str]:
-    """The file of every tensor by ``model.safetensors.index.json``; nothing for a single file.
+    """The file of every tensor by ``model.safetensors.index.json``; nothing where there is none.
 
     Raises:
         KavaError: the index is not one, points out of the directory, or stands beside a
             ``model.safetensors`` that it does not know.
     """
-    single = (directory / WEIGHTS).is_file()
-    if single and not (directory / INDEX).is_file():
+    if not (directory / INDEX).is_file():
         return {}
     index = read_json(directory / INDEX).get("weight_map")
     if not isinstance(index, dict) or not index:
@@ -142,7 +141,7 @@ def weight_index(directory: Path) -> dict[str, str]:
                 f"{directory.name}/{INDEX} places {tensor} in {file!r}; name a file inside the "
                 "directory"
             )
-    if single and WEIGHTS not in index.values():
+    if (directory / WEIGHTS).is_file() and WEIGHTS not in index.values():
         raise KavaError(
             f"{directory.name} holds {WEIGHTS} and an {INDEX} of other files "
             f"({min(index.values())}, ...); move away whichever is out of date"
@@ -159,17 +158,10 @@ def weight_files(directory: Path) -> list[str]:
     names = sorted(set(weight_index(directory).values())) or [WEIGHTS]
     if missing := [name for name in names if not (directory / name).is_file()]:
         raise KavaError(
-            f"{directory.name} lacks {', '.join(missing)}, which its index names; "
+            f"{directory.name} lacks {', '.join(missing)}, where its weights should be; "
             "download or copy them again"
         )
     return names
-
-
-def _shards(directory: Path) -> list[str]:
-    """Files that the index names, if there is one."""
-    if not (directory / INDEX).is_file():
-        return []
-    return sorted(set(weight_index(directory).values()))
 
 
 def _sampled_ranges(file: Path, size: int) -> list[tuple[int, int]]:
@@ -203,31 +195,25 @@ def _download(name: str, revision: str | None) -> Path:
             huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=patterns)
         )
 
+    # Of these the first kind that the error belongs to is said.
+    faults = {
+        errors.GatedRepoError: f"is gated; accept its licence on https://huggingface.co/{name} and "
+        "log in with `hf auth login` (or set HF_TOKEN)",
+        errors.RevisionNotFoundError: "has no such revision; give a branch, tag or commit of it",
+        errors.RepositoryNotFoundError: "is neither a directory nor on the hub; check the name, or "
+        "log in with `hf auth login` if it is private",
+        errors.HFValidationError: "is neither a directory nor a valid hub id; check the name",
+        OSError: "is no directory here, not in the local cache, and the hub cannot be reached; "
+        f"give a directory, or download it first with `hf download {name}`",
+    }
     try:
         directory = fetched(list(_DOWNLOADED))
-        absent = [name for name in _shards(directory) if not (directory / name).is_file()]
+        shards = set(weight_index(directory).values())
+        absent = [file for file in shards if not (directory / file).is_file()]
         return fetched([*_DOWNLOADED, *absent]) if absent else directory
-    except errors.GatedRepoError as error:
-        raise KavaError(
-            f"{at} is gated; accept its licence on https://huggingface.co/{name} and log in with "
-            "`hf auth login` (or set HF_TOKEN)"
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise KavaError(f"{at} has no such revision; give a branch, tag or commit of it") from error
-    except errors.RepositoryNotFoundError as error:
-        raise KavaError(
-            f"{at} is neither a directory nor on the hub; check the name, or log in with "
-            "`hf auth login` if it is private"
-        ) from error
-    except errors.HFValidationError as error:
-        raise KavaError(
-            f"{at} is neither a directory nor a valid hub id; check the name"
-        ) from error
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as error:
-        raise KavaError(
-            f"{at} is no directory here, not in the local cache, and the hub cannot be reached; "
-            f"give a directory, or download it first with `hf download {name}`"
-        ) from error
+    except tuple(faults) as error:
+        said = next(words for kind, words in faults.items() if isinstance(error, kind))
+        raise KavaError(f"{at} {said}") from error
 
 
 def _require_safetensors(directory: Path, name: str) -> None:

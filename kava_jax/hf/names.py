@@ -12,6 +12,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 
@@ -200,12 +201,9 @@ def compact(names: Sequence[str]) -> list[str]:
         groups.setdefault(pattern, []).extend([int(match[1])] if match else [])
     folded = []
     for pattern, numbers in groups.items():
-        runs: list[list[int]] = []
-        for number in sorted(numbers):
-            if runs and number == runs[-1][-1] + 1:
-                runs[-1].append(number)
-            else:
-                runs.append([number])
-        texts = [str(r[0]) if len(r) == 1 else f"{{{r[0]}..{r[-1]}}}" for r in runs]
+        # In a run of layers the difference between number and place stays the same.
+        runs = groupby(enumerate(sorted(numbers)), lambda pair: pair[1] - pair[0])
+        ends = [[number for _, number in run] for _, run in runs]
+        texts = [str(r[0]) if len(r) == 1 else f"{{{r[0]}..{r[-1]}}}" for r in ends]
         folded += [pattern.replace("{}", text, 1) for text in texts] or [pattern]
     return folded

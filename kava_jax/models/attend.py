@@ -85,18 +85,14 @@ def _obstacle(
         return f"the device is a {device.platform.upper()}"
     if implementation == "splash":
         return None
-    if not _at_least_ampere(device):
+    major = str(device.compute_capability).partition(".")[0]
+    if not (major.isdecimal() and int(major) >= 8):  # AMD's is a name such as gfx942
         return f"cuDNN attends on NVIDIA GPUs from Ampere on, not on {device.device_kind}"
     if dtype != jnp.bfloat16:
         return f"it computes in {dtype} and cuDNN attends in bfloat16"
     if head_dim > 128 or head_dim % 8:
         return f"head_dim={head_dim} and cuDNN takes multiples of 8 up to 128"
     return None
-
-
-def _at_least_ampere(device: Any) -> bool:
-    major = str(device.compute_capability).partition(".")[0]
-    return major.isdecimal() and int(major) >= 8  # AMD's is a name such as gfx942
 
 
 def in_words(choices: list[tuple[str, Choice]]) -> str:

@@ -4,9 +4,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from kava_jax.hf.card import model_card
+from kava_jax.hf.config_json import FloatName
 from kava_jax.hf.export import check_tokenizer, export_model
 from kava_jax.hf.locate import read_json
-from kava_jax.hf.spec import FloatName
 from kava_jax.journal.manifest import read_manifest
 from kava_jax.journal.metrics_file import METRICS_NAME, read_metrics
 from kava_jax.models.decoder import Params

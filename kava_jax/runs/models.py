@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 from kava_jax.config.run import Config
 from kava_jax.errors import KavaError
+from kava_jax.hf.config_json import spec_from_config
 from kava_jax.hf.config_keys import refuse_unknown
 from kava_jax.hf.known import KNOWN_CONFIGS
 from kava_jax.hf.load import read_spec
 from kava_jax.hf.locate import BUILTIN_PREFIX, resolve_model
-from kava_jax.hf.spec import spec_from_config
 from kava_jax.models.spec import DecoderSpec
 from kava_jax.storage import at_revision, reachable
 

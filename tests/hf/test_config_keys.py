@@ -5,6 +5,7 @@ import json
 import pytest
 
 from kava_jax.errors import KavaError
+from kava_jax.hf.config_json import FAMILIES, spec_from_config
 from kava_jax.hf.config_keys import (
     IGNORED,
     READ,
@@ -13,9 +14,8 @@ from kava_jax.hf.config_keys import (
     refuse_unknown,
     unknown_keys,
 )
-from kava_jax.hf.spec import FAMILIES, spec_from_config
 from tests.hf.config_forms import FORMS, NOT_SUPPORTED
-from tests.hf.test_spec import agrees
+from tests.hf.test_config_json import agrees
 
 
 class Watched(dict):

@@ -10,9 +10,9 @@ import pytest
 from flax.traverse_util import unflatten_dict
 
 from kava_jax.data.tokenizer import builtin_tokenizer
+from kava_jax.hf.config_json import spec_from_config
 from kava_jax.hf.export import export_model
 from kava_jax.hf.names import parameter_shapes
-from kava_jax.hf.spec import spec_from_config
 from tests.tiny import GEOMETRY
 
 GIGABYTE = {

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from kava_jax.hf.config_json import spec_from_config
 from kava_jax.hf.names import compact, expected_tensors, parameter_shapes, rows_of
-from kava_jax.hf.spec import spec_from_config
 from kava_jax.models.decoder import Decoder
 from tests.tiny_models import CONFIGS, random_tensors, tensor_shapes
 

@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import save_file
 
-from kava_jax.hf.spec import spec_from_config
+from kava_jax.hf.config_json import spec_from_config
 from kava_jax.models.generate import generate
 from kava_jax.models.masks import attention_mask, token_positions
 from kava_jax.models.rope import rope_rotation

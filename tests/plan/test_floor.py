@@ -7,7 +7,7 @@ import pytest
 
 from kava_jax.bench.pairs import Pair
 from kava_jax.config.file import parse_config
-from kava_jax.hf.spec import spec_from_config
+from kava_jax.hf.config_json import spec_from_config
 from kava_jax.parallel.mesh import make_mesh
 from kava_jax.plan.compiled import compile_step
 from kava_jax.plan.floor import step_floor

@@ -12,9 +12,9 @@ from kava_jax.config.file import load_config, parse_config
 from kava_jax.config.run import Config
 from kava_jax.data.sources import BUILTIN_PROBLEMS
 from kava_jax.data.tokenizer import BUILTIN_TOKENIZER
+from kava_jax.hf.config_json import spec_from_config
 from kava_jax.hf.known import KNOWN_CONFIGS
 from kava_jax.hf.load import read_spec
-from kava_jax.hf.spec import spec_from_config
 from kava_jax.runs.smoke import smoke_config
 from tests.tiny import CONFIG, contents, kava, write_model, write_rows
 

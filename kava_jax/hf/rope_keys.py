@@ -57,7 +57,8 @@ def read_rope(
             impossible.
     """
     seen = _merged(config, where)
-    theta = positive_float(seen.pop("rope_theta", 10_000.0), "rope_theta", where)
+    theta = positive_float(seen, "rope_theta", where, default=10_000.0)
+    seen.pop("rope_theta", None)
     kind = seen.pop("rope_type", None)
     if (partial := seen.pop("partial_rotary_factor", 1.0)) != 1.0:
         raise KavaError(
@@ -175,7 +176,8 @@ def _set_attention_factor(seen: dict[str, Any], positions: int, where: str) -> N
     original = positive_int(seen, _ORIGINAL, where, default=positions)
     if original == 1:
         raise KavaError(f"{where}: {_ORIGINAL}=1 with rope_type='longrope'; correct config.json")
-    factor = positive_float(seen.pop("factor", positions / original), "factor", where)
+    factor = positive_float(seen, "factor", where, default=positions / original)
+    seen.pop("factor", None)
     grown = math.log(max(factor, 1.0)) / math.log(original)
     seen.setdefault("attention_factor", math.sqrt(1.0 + grown))
 
@@ -189,10 +191,10 @@ def _value(seen: Mapping[str, Any], key: str, where: str) -> Any:
     if key in ("short_factor", "long_factor"):
         if not isinstance(value, list):
             raise KavaError(f"{where}: {key}={value!r} is not a list of numbers; correct it")
-        return tuple(positive_float(item, key, where) for item in value)
+        return tuple(positive_float({key: item}, key, where) for item in value)
     if key in ("mscale", "mscale_all_dim") and value == 0:  # as good as absent in transformers
         return None
-    return positive_float(value, key, where)
+    return positive_float(seen, key, where)
 
 
 def _check(scaling: RopeScaling, kind: str, theta: float, head_dim: int, where: str) -> None:

@@ -8,8 +8,8 @@ from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from kava_jax.errors import KavaError
-from kava_jax.hf.rope import ROPE_TYPES
-from kava_jax.hf.spec import FAMILIES, config_from_spec, spec_from_config
+from kava_jax.hf.config_json import FAMILIES, config_from_spec, spec_from_config
+from kava_jax.hf.rope_keys import ROPE_TYPES
 from kava_jax.models.spec import DecoderSpec, Llama3RopeScaling
 from tests.tiny_models import CONFIGS
 

@@ -5,7 +5,7 @@ transformers would give them (transformers 5.x configuration classes, read one b
 generations of spellings are understood and written: up to 4.x ``rope_theta``, ``rope_scaling``
 and ``torch_dtype`` at the top level; from 5.0 ``rope_parameters`` and ``dtype``.
 
-RoPE has a file of its own (``hf.rope``). Left out on purpose: layers of different kinds in one
+RoPE has a file of its own (``hf.rope_keys``). Left out on purpose: layers of different kinds in one
 model, quantized checkpoints (the command that converts them is said), mixture of experts. They are
 refused by name, never guessed.
 """
@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from kava_jax.errors import KavaError
 from kava_jax.hf.config_keys import NUMBERS, REQUIRED_SIZES, SIZES, refused
-from kava_jax.hf.rope import read_rope, rope_config
+from kava_jax.hf.rope_keys import read_rope, rope_config
 from kava_jax.hf.values import positive_float, positive_int, true_or_false
 from kava_jax.models.spec import DecoderSpec
 
@@ -73,6 +73,12 @@ def spec_from_config(config: Mapping[str, Any], *, where: str) -> DecoderSpec:
         "num_key_value_heads": kv_heads or heads,
         "head_dim": family.head_dim or max(positive_int(config, "hidden_size", where) // heads, 1),
         "max_position_embeddings": family.max_position_embeddings,
+        "rms_norm_eps": 1e-6,
+        "initializer_range": 0.02,
+    }
+    numbers = {
+        field: positive_float(config, key, where, default=defaults[key])
+        for key, field in NUMBERS.items()
     }
     sizes = {
         field: positive_int(config, key, where, default=defaults.get(key))
@@ -101,15 +107,12 @@ def spec_from_config(config: Mapping[str, Any], *, where: str) -> DecoderSpec:
         family=name,
         rope_theta=rope_theta,
         rope_scaling=rope_scaling,
-        norm_eps=positive_float(config.get("rms_norm_eps", 1e-6), "rms_norm_eps", where),
-        initializer_range=positive_float(
-            config.get("initializer_range", 0.02), "initializer_range", where
-        ),
         tie_embeddings=true_or_false(config, "tie_word_embeddings", where),
         qk_norm=family.qk_norm,
         sliding_window=_sliding_window(config, name, family, where),
         **biases,
         **sizes,
+        **numbers,
     )
 
 
