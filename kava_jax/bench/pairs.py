@@ -65,7 +65,7 @@ def batch_of(run: Blueprint, prompt: int) -> tuple[Batch, dict[str, Any]]:
     answers = np.broadcast_to(np.arange(length) >= prompt, shape).copy()
     everywhere = np.ones(shape, bool)
     batch = Batch(tokens, everywhere, answers, everywhere)  # pyright: ignore[reportArgumentType]  (host arrays)
-    flops = step_floor(run, rows, length, rows * (length - prompt)).total
+    flops = sum(step_floor(run, rows, length, rows * (length - prompt)).values())
     return batch, {"tokens": rows * length, "flops": flops}
 
 

@@ -153,10 +153,10 @@ def resident(field: str = "VmRSS") -> int:
 
 def _recomputing(policy: str, pair: Pair) -> Side:
     run = pair.run({"student.remat": policy})
-    program = compile_step(run, pair.rows, pair.length)
+    work, memory = compile_step(run, pair.rows, pair.length)
     batch, facts = batch_of(run, pair.length // 2)
     # The FLOPs that are really done, with what is recomputed.
-    facts |= {"temporaries": program.memory.temporaries, "flops": program.work.flops}
+    facts |= {"temporaries": memory.temporaries, "flops": work.flops}
     return Side(Stepping(run, batch), facts)
 
 

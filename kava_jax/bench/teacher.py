@@ -61,7 +61,7 @@ def _cut(name: str, pair: Pair) -> Side:
     def work() -> None:
         jax.block_until_ready(cache(params))
 
-    flops = step_floor(run, pair.rows, pair.length, 0).teachers
+    flops = step_floor(run, pair.rows, pair.length, 0)["teachers"]
     return Side(work, {"tokens": pair.rows * pair.length, "flops": flops})
 
 

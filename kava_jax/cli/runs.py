@@ -1,6 +1,7 @@
 """Commands about one run: before it, the run itself, and what comes of it."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -85,13 +86,13 @@ def plan(
     if every_mesh:
         plans = search(loaded, found, memory, say)
         print(
-            json.dumps([one.as_dict() for one in plans], indent=2)
+            json.dumps([asdict(one) for one in plans], indent=2)
             if as_json
             else render_search(plans)
         )
         return
     one = make_plan(loaded, found, memory, say)
-    print(json.dumps(one.as_dict(), indent=2) if as_json else render(one))
+    print(json.dumps(asdict(one), indent=2) if as_json else render(one))
 
 
 @app.command()
