@@ -1,14 +1,13 @@
-"""The original method's three verification tables, computed anew and checked.
+"""The original method's three verification tables, computed again and checked.
 
 Every row is computed here, with this project's losses, from vectors built as the original script
-builds them; what that script printed stands in ``PUBLISHED`` and nowhere else. A row holds if it
-agrees to the published decimals, four at most; the 90-degree row is one random draw and has its own
-tolerance. Beside the published angle table stand the cosines of true rotations.
-
-Left out on purpose: exit codes and JSON text (``cli``).
+builds them. What that script printed is in ``PUBLISHED`` and nowhere else. A row holds if it agrees
+to the published decimals, four at most; the 90-degree row is one random draw and has its own
+tolerance. The angle table also has the cosines of true rotations, next to the published ones.
 """
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -68,25 +67,17 @@ class Row(NamedTuple):
         return abs(self.computed - self.expected) <= self.tolerance
 
 
-class Verification(NamedTuple):
-    """All rows, and what a reader of the published tables should know."""
-
-    rows: tuple[Row, ...]
-    notes: tuple[str, ...]
-
-    @property
-    def holds(self) -> bool:
-        """Whether every row holds."""
-        return all(row.holds for row in self.rows)
-
-    def as_dict(self) -> dict[str, Any]:
-        """The same as plain data, for JSON."""
-        rows = [row._asdict() | {row.source: row.expected, "holds": row.holds} for row in self.rows]
-        return {"holds": self.holds, "rows": rows, "notes": list(self.notes)}
+def as_dict(rows: Sequence[Row], notes: Sequence[str]) -> dict[str, Any]:
+    """The verification as plain data, for JSON."""
+    found = [row._asdict() | {row.source: row.expected, "holds": row.holds} for row in rows]
+    return {"holds": all(row.holds for row in rows), "rows": found, "notes": list(notes)}
 
 
-def run_verification(seed: int = 0) -> Verification:
-    """Compute all three tables; the seed draws the directions and the noise."""
+def run_verification(seed: int = 0) -> tuple[list[Row], list[str]]:
+    """Compute all three tables; the seed draws the directions and the noise.
+
+    Returns all rows, and notes on what a reader of the published tables should know.
+    """
     keys = jax.random.split(jax.random.key(seed))
     direction, noise = (unit(jax.random.normal(key, SHAPE)) for key in keys)
     longer, teacher = 100.0 * direction, 50.0 * direction
@@ -106,7 +97,7 @@ def run_verification(seed: int = 0) -> Verification:
     for beta in PUBLISHED["beta"]:
         total = MercatorKVLoss(beta=float(beta))(direction, longer)[0]
         rows.append(_published("beta", beta, f"beta = {beta}", "total loss", total))
-    return Verification(tuple(rows), _notes(teacher, noise, mean_square_error=rows[0].computed))
+    return rows, _notes(teacher, noise, mean_square_error=rows[0].computed)
 
 
 def _published(table: str, key: str, label: str, quantity: str, computed: Array | float) -> Row:
@@ -129,7 +120,7 @@ def _mix(
 
 def _notes(
     teacher: Float[Array, "B T D"], noise: Float[Array, "B T D"], mean_square_error: float
-) -> tuple[str, ...]:
+) -> list[str]:
     thirty = math.radians(30.0)
     mixed = _mix(teacher, noise, thirty)
     reached = math.degrees(float(jnp.mean(angular_distance(mixed, teacher))))
@@ -140,7 +131,7 @@ def _notes(
         for key, word in PUBLISHED_WORDS.items()
     )
     passed = "passes" if mean_square_error > PUBLISHED_LEAST_MSE else "fails"
-    return (
+    return [
         "Why the cosines differ: the published script mixes a teacher of length 50 with noise of "
         f'length 1, so its "30°" vector is only {reached:.2f}° away (cosine '
         f"{math.cos(math.radians(reached)):.4f}), while a rotation by 30° gives {rotated:.4f}.",
@@ -149,10 +140,10 @@ def _notes(
         f"what can be reproduced is that it lies within {ONE_DRAW_TOLERANCE} of the published one.",
         f"The original script prints the figures of table 1 and then {passed} by its own check, "
         f"MSE > {PUBLISHED_LEAST_MSE:g}: the MSE is 99²/128 = {99**2 / 128:.2f}.",
-    )
+    ]
 
 
-def render(verification: Verification) -> "RenderableType":
+def render(rows: Sequence[Row], notes: Sequence[str]) -> "RenderableType":
     """The tables and notes for a terminal: a line per label, its quantities side by side."""
     from rich.console import Group
     from rich.table import Table
@@ -160,9 +151,8 @@ def render(verification: Verification) -> "RenderableType":
     parts = []
     for name, title in TITLES.items():
         lines: dict[str, list[Row]] = {}
-        for row in verification.rows:
-            if row.table == name:
-                lines.setdefault(row.label, []).append(row)
+        for row in (row for row in rows if row.table == name):
+            lines.setdefault(row.label, []).append(row)
         table = Table("")
         for row in next(iter(lines.values()), ()):
             for heading in (row.quantity, row.source, "holds"):
@@ -170,9 +160,9 @@ def render(verification: Verification) -> "RenderableType":
         for label, line in lines.items():
             table.add_row(label, *(cell for row in line for cell in _cells(row)))
         parts += [f"\n{title}", table]
-    missed = [f"{row.label} ({row.quantity})" for row in verification.rows if not row.holds]
+    missed = [f"{row.label} ({row.quantity})" for row in rows if not row.holds]
     summary = f"Rows that do not hold: {', '.join(missed)}." if missed else "Every row holds."
-    return Group(*parts, *(f"\n{note}" for note in verification.notes), f"\n{summary}")
+    return Group(*parts, *(f"\n{note}" for note in notes), f"\n{summary}")
 
 
 def _cells(row: Row) -> tuple[str, str, str]:

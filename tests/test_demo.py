@@ -31,19 +31,21 @@ def test_three_steps_of_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     short = load_config(shipped_config("demo.yaml"), SHORT)
     monkeypatch.setattr(demo, "load_config", lambda path: short)
     result = demo.run_demo(tmp_path, ["kava", "demo"])
-    names = [row.model for row in result.rows]
+    names = [row["model"] for row in result["models"]]
     assert names == [
         "teacher",
         "student before",
         "student, cross-entropy only",
         "student, distilled (KV)",
     ]
-    teacher, before, alone, distilled = result.rows
+    teacher, before, alone, distilled = result["models"]
     # Same start, data and steps; the teacher knows the task and the students hardly moved yet.
-    assert teacher.loss < 0.1 < distilled.loss < before.loss
-    assert alone.loss < before.loss
-    assert before.parameters == alone.parameters == distilled.parameters < teacher.parameters
-    assert result.reimport_identical
-    assert (result.export / "model.safetensors").is_file()
-    assert all(min(_png_size(picture)) > 300 for picture in result.pictures)
-    assert json.loads(json.dumps(result.as_dict()))["questions"] == 8
+    assert teacher["loss"] < 0.1 < distilled["loss"] < before["loss"]
+    assert alone["loss"] < before["loss"]
+    sizes = [row["parameters"] for row in (before, alone, distilled)]
+    assert sizes[0] == sizes[1] == sizes[2] < teacher["parameters"]
+    assert result["reimport_identical"]
+    assert (Path(result["export"]) / "model.safetensors").is_file()
+    assert all(min(_png_size(Path(picture))) > 300 for picture in result["pictures"])
+    assert json.loads(json.dumps(result)) == result
+    assert result["questions"] == 8

@@ -17,7 +17,6 @@ import math
 import re
 import subprocess
 import sys
-from collections import Counter
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -100,15 +99,11 @@ def described(text: str) -> dict[str, Any]:
     """What stands in a compiled program."""
     from kava_jax.plan.program import work_of
 
-    products, flops = Counter[str](), 0.0
-    for product, times in work_of(text).products.items():
-        sides = (product.left, product.right)
-        products[" x ".join(sorted({side.partition("[")[0] for side in sides}))] += times
-        flops += times * product.flops
+    work = work_of(text)
     multiplied = [line for line in text.splitlines() if re.search(r" (dot|convolution)\(", line)]
     return {
-        "products": dict(products),
-        "tflops": None if math.isnan(flops) else flops / 1e12,
+        "products": dict(work.products),
+        "tflops": None if math.isnan(work.flops) else work.flops / 1e12,
         "head": {name: sum(einsum in line for line in multiplied) for name, einsum in HEAD.items()},
         "attention_kernels": len(KERNELS.findall(text)),
     }

@@ -9,12 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
 from kava_jax.bench.harness import Facts, Side, compare, peer_version
-from kava_jax.bench.pairs import qwen2, write_model
-from kava_jax.hf.load import load_decoder_params, read_spec
-from kava_jax.models.decoder import Decoder
+from kava_jax.bench.pairs import qwen2, read_model, write_model
 from kava_jax.models.generate import generate
 
 MODEL = qwen2(2, 16, 4, 2, 32, vocabulary=512)
@@ -42,9 +39,7 @@ def bench_decode(rows: int = 16, prompt: int = 32, new_tokens: int = 64) -> Fact
 
 
 def _ours(directory: Path, prompt_BT: np.ndarray, new_tokens: int) -> Side:
-    spec = read_spec(directory)
-    params = load_decoder_params(directory, spec)
-    graph = nnx.graphdef(nnx.eval_shape(lambda: Decoder(spec, rngs=nnx.Rngs(0))))
+    _, graph, params = read_model(directory)
     prompt, valid = jnp.asarray(prompt_BT), jnp.ones(prompt_BT.shape, bool)
     new = partial(generate, graph, params, max_new_tokens=new_tokens, eos_ids=(), pad_id=0)
     facts = {"tokens": len(prompt_BT) * new_tokens}

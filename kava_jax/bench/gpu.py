@@ -17,7 +17,7 @@ import jax
 
 from kava_jax.bench import original
 from kava_jax.bench.harness import Facts, Side, compare
-from kava_jax.bench.pairs import Pair, Stepping, batch_of, qwen2
+from kava_jax.bench.pairs import Pair, batch_of, qwen2, stepping
 from kava_jax.config.file import dump_config, load_config, parse_config, shipped_config
 from kava_jax.errors import KavaError
 from kava_jax.hf.config_json import config_from_spec
@@ -75,14 +75,14 @@ def _ours(path: Path, overrides: list[str]) -> Side:
     """The config's step over all devices."""
     run = random_weights(path, overrides)
     batch, facts = batch_of(run, prompt=1)
-    step = Stepping(run, batch)
+    step, memory = stepping(run, batch)
     facts |= {
         "device": jax.devices()[0].device_kind,
         "devices": jax.device_count(),
         "mesh": dict(run.mesh.shape),
         "attention": run.attending,
         "environment": {k: v for k, v in os.environ.items() if k.startswith("XLA_PYTHON_CLIENT")},
-        "compiled": step.memory._asdict() | {"peak": step.memory.peak},
+        "compiled": memory._asdict() | {"peak": memory.peak},
     }
     losses: list[float] = []
 

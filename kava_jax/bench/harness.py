@@ -45,12 +45,13 @@ Make = Callable[[], Side]
 
 
 def compare(
-    sides: Mapping[str, Make], tolerance: float = 0.0, optional: tuple[str, ...] = ()
+    sides: Mapping[str, Make], tolerance: float | None = 0.0, optional: tuple[str, ...] = ()
 ) -> Facts:
     """Let every side work once, compare what they give, and let each take ``ROUNDS`` turns.
 
     The first side is ours. Arrays have to be those of the first side that gives any:
-    ``max|a - b| <= tolerance * max|a|`` of each. ``optional`` sides may fail.
+    ``max|a - b| <= tolerance * max|a|`` of each; with None they may differ. ``optional`` sides may
+    fail.
 
     Returns by side: ``seconds`` (median, least, most), ``times_ours``, ``facts``, their rates
     (``tokens_per_second``), ``differences``, and the last words of those that ``failed``. Raises
@@ -72,7 +73,8 @@ def compare(
             return answers
 
         facts = each()
-        differences = _differences(each(), tolerance)
+        given = each()
+        differences = {} if tolerance is None else _differences(given, tolerance)
         rounds = [each("turn") for _ in range(ROUNDS)]
         last = each("end")
     seconds = {name: _summary([turns[name] for turns in rounds]) for name in last}

@@ -1,11 +1,12 @@
 """Made-up models: pairs with random weights that need no files, and model directories."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from flax import nnx
 from flax.traverse_util import unflatten_dict
 
 from kava_jax.config.file import parse_config
@@ -13,11 +14,13 @@ from kava_jax.data.batches import Batch
 from kava_jax.data.tokenizer import builtin_tokenizer
 from kava_jax.hf.config_json import spec_from_config
 from kava_jax.hf.export import export_model
+from kava_jax.hf.load import load_decoder_params, read_spec
 from kava_jax.hf.names import parameter_shapes
-from kava_jax.models.decoder import Params
+from kava_jax.models.decoder import Decoder, Params
+from kava_jax.models.spec import DecoderSpec
 from kava_jax.parallel.mesh import make_mesh
 from kava_jax.parallel.sharding import put_batch
-from kava_jax.plan.compiled import memory_of
+from kava_jax.plan.compiled import Memory, memory_of
 from kava_jax.plan.floor import step_floor
 from kava_jax.runs.blueprint import Blueprint, make_blueprint
 from kava_jax.runs.models import Found, Models
@@ -54,6 +57,13 @@ def write_model(directory: Path, config: Geometry, seed: int, std: float = 0.02)
     export_model(directory, params, spec, dtype="float32", tokenizer=tokenizer, card="random")
 
 
+def read_model(directory: Path) -> tuple[DecoderSpec, Any, Params]:
+    """Spec, graph and float32 weights of the decoder in a Hugging Face directory."""
+    spec = read_spec(directory)
+    graph = nnx.graphdef(nnx.eval_shape(lambda: Decoder(spec, rngs=nnx.Rngs(0))))
+    return spec, graph, load_decoder_params(directory, spec)
+
+
 def batch_of(run: Blueprint, prompt: int) -> tuple[Batch, dict[str, Any]]:
     """Random rows without padding, and the tokens and floor FLOPs of a step on them.
 
@@ -66,7 +76,7 @@ def batch_of(run: Blueprint, prompt: int) -> tuple[Batch, dict[str, Any]]:
     answers = np.broadcast_to(np.arange(length) >= prompt, shape).copy()
     everywhere = np.ones(shape, bool)
     batch = Batch(tokens, everywhere, answers, everywhere)  # pyright: ignore[reportArgumentType]  (host arrays)
-    flops = step_floor(run, rows, length, rows * (length - prompt)).total
+    flops = sum(step_floor(run, rows, length, rows * (length - prompt)).values())
     return batch, {"tokens": rows * length, "flops": flops}
 
 
@@ -106,25 +116,25 @@ class Pair(NamedTuple):
         return make_blueprint(config, make_mesh(1, 1, 1, [device or jax.devices()[0]]), models, {})
 
 
-class Stepping:
-    """A run's train steps on one batch: a call takes one, waits for it and returns its loss.
+def stepping(
+    run: Blueprint, batch: Batch, projector: Params | None = None
+) -> tuple[Callable[[], float], Memory]:
+    """A run's train step on one batch, compiled, and the memory that it needs.
 
-    The step is compiled at once, and weights are only drawn or loaded for the first call.
+    A call takes a step, waits for it and returns its loss. Weights are drawn or loaded by the first
+    call.
     """
+    placed = put_batch(batch, run.mesh)
+    shapes = run.abstract_state(), run.abstract_teachers(), placed
+    program = run.jitted_step().lower(*shapes).compile()
+    held: list[Any] = []
 
-    def __init__(self, run: Blueprint, batch: Batch, projector: Params | None = None):
-        self._run, self._projector, self._held = run, projector, None
-        self._batch = put_batch(batch, run.mesh)
-        shapes = run.abstract_state(), run.abstract_teachers(), self._batch
-        self._step = run.jitted_step().lower(*shapes).compile()
-        self.memory = memory_of(self._step)
-
-    def __call__(self) -> float:
-        """Take a step."""
-        if self._held is None:
-            self._held = self._run.load_teachers(), self._run.fresh_state(self._projector)
-        teachers, state = self._held
-        self._held = None  # the state's memory becomes that of the next one
-        state, metrics = self._step(state, teachers, self._batch)
-        self._held = teachers, jax.block_until_ready(state)
+    def step() -> float:
+        if not held:
+            held.extend((run.load_teachers(), run.fresh_state(projector)))
+        # The state's memory becomes that of the next one, so nothing else may hold it.
+        state, metrics = program(held.pop(), *held, placed)
+        held.append(jax.block_until_ready(state))
         return float(metrics["loss"].value)
+
+    return step, memory_of(program)

@@ -15,7 +15,7 @@ import numpy as np
 
 from kava_jax.bench import original
 from kava_jax.bench.harness import Facts, Side, compare
-from kava_jax.bench.pairs import Pair, Stepping, batch_of, qwen2, write_model
+from kava_jax.bench.pairs import Pair, batch_of, qwen2, stepping, write_model
 from kava_jax.data.batches import Batch
 from kava_jax.models.decoder import Params
 from kava_jax.plan.compiled import compile_step
@@ -88,7 +88,7 @@ def bench_scaling(
     """
     curves = {}
     for axis, sizes in axes.items():
-        found = compare({str(n): partial(_sized, **{**middle, axis: n}) for n in sizes})
+        found = compare({str(n): partial(_sized, **{**middle, axis: n}) for n in sizes}, None)
         seconds = [1 / speed for speed in found["tokens_per_second"].values()]
         flops = [own["flops"] / own["tokens"] for own in found["facts"].values()]
         curves[axis] = {
@@ -107,7 +107,7 @@ def _ours(folder: Path, pair: Pair, batch: Batch, projector: Params, facts: Fact
     imported = resident()
     leaves = jax.tree.leaves((run.abstract_teachers(), run.abstract_state().params))
     weights = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
-    return _watched(Stepping(run, batch, projector), facts, imported, weights)
+    return _watched(stepping(run, batch, projector)[0], facts, imported, weights)
 
 
 def _torch(
@@ -151,11 +151,11 @@ def resident(field: str = "VmRSS") -> int:
 
 def _recomputing(policy: str, pair: Pair) -> Side:
     run = pair.run({"student.remat": policy})
-    program = compile_step(run, pair.rows, pair.length)
+    work, memory = compile_step(run, pair.rows, pair.length)
     batch, facts = batch_of(run, pair.length // 2)
     # The FLOPs that are really done, with what is recomputed.
-    facts |= {"temporaries": program.memory.temporaries, "flops": program.work.flops}
-    return Side(Stepping(run, batch), facts)
+    facts |= {"temporaries": memory.temporaries, "flops": work.flops}
+    return Side(stepping(run, batch)[0], facts)
 
 
 def exponent(sizes: tuple[int, ...], costs: list[float]) -> float:
@@ -167,9 +167,4 @@ def _sized(rows: int, length: int, depth: int, width: int, vocabulary: int) -> S
     model = qwen2(depth, width, 4, 2, 3 * width, vocabulary)
     run = Pair(model, model, rows, length).run()
     batch, facts = batch_of(run, length // 2)
-    step = Stepping(run, batch)
-
-    def work() -> None:  # other sizes have other losses
-        step()
-
-    return Side(work, facts)
+    return Side(stepping(run, batch)[0], facts)

@@ -13,11 +13,10 @@ import numpy as np
 from flax import nnx
 
 from kava_jax.bench.harness import Facts, Side, compare, peer_version
-from kava_jax.bench.pairs import Pair, batch_of, write_model
+from kava_jax.bench.pairs import Pair, batch_of, read_model, write_model
 from kava_jax.cache import KVCache
 from kava_jax.errors import KavaError
-from kava_jax.hf.load import load_decoder_params, read_spec
-from kava_jax.models.decoder import Decoder
+from kava_jax.hf.load import read_spec
 from kava_jax.parallel.sharding import put_batch
 from kava_jax.plan.floor import step_floor
 from kava_jax.training.comparison import read
@@ -61,15 +60,13 @@ def _cut(name: str, pair: Pair) -> Side:
     def work() -> None:
         jax.block_until_ready(cache(params))
 
-    flops = step_floor(run, pair.rows, pair.length, 0).teachers
+    flops = step_floor(run, pair.rows, pair.length, 0)["teachers"]
     return Side(work, {"tokens": pair.rows * pair.length, "flops": flops})
 
 
 def _whole(directory: Path, pair: Pair) -> Side:
-    spec = read_spec(directory)
-    graph = nnx.graphdef(nnx.eval_shape(lambda: Decoder(spec, rngs=nnx.Rngs(0))))
-    batch, params = batch_of(pair.run(), 0)[0], load_decoder_params(directory, spec)
-    batch = jax.tree.map(jnp.asarray, batch)
+    _, graph, params = read_model(directory)
+    batch = jax.tree.map(jnp.asarray, batch_of(pair.run(), 0)[0])
 
     @jax.jit
     def forward(params: Any) -> tuple[Any, KVCache]:

@@ -1,13 +1,16 @@
 """The ``kava`` command itself: how it joins the processes of a run, and how commands speak."""
 
 import json
-import math
 import os
 import sys
 from collections.abc import Mapping
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -17,6 +20,7 @@ app = typer.Typer(
     help="KV-cache distillation in JAX: pull a student's keys and values towards a teacher's.",
 )
 
+ConfigFile = Annotated[Path, typer.Argument(help="YAML file; see configs/.")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(help="section.field=value, as many as you like.")
 ]
@@ -79,16 +83,20 @@ def say(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def print_values(values: Mapping[str, Any], as_json: bool) -> None:
-    """Named values as aligned lines, or as JSON."""
-    if as_json:  # JSON has no NaN
-        finite = {n: v if math.isfinite(v) else None for n, v in values.items()}
-        print(json.dumps(finite, indent=2))
-        return
+def show(document: Any, words: "RenderableType", as_json: bool) -> None:
+    """Print an answer: as one JSON document, or in words."""
+    if as_json:
+        print(json.dumps(document, indent=2))
+    elif isinstance(words, str):
+        print(words)
+    else:
+        from rich.console import Console
+
+        Console().print(words)
+
+
+def aligned(values: Mapping[str, Any]) -> str:
+    """Named values in words, a line each."""
     width = max(map(len, values))
-    for name, value in values.items():
-        print(
-            f"{name:{width}}  {value:.4f}"
-            if isinstance(value, float)
-            else f"{name:{width}}  {value}"
-        )
+    shown = {n: f"{v:.4f}" if isinstance(v, float) else v for n, v in values.items()}
+    return "\n".join(f"{name:{width}}  {value}" for name, value in shown.items())

@@ -1,18 +1,28 @@
 """Commands about one run: before it, the run itself, and what comes of it."""
 
-import json
-from pathlib import Path
+import math
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
 
-from kava_jax.cli.app import Json, Overrides, app, command, first_process, print_values, say
+from kava_jax.cli.app import (
+    ConfigFile,
+    Json,
+    Overrides,
+    aligned,
+    app,
+    command,
+    first_process,
+    say,
+    show,
+)
 from kava_jax.errors import KavaError
 
 
 @app.command()
 def train(
-    config: Annotated[Path, typer.Argument(help="YAML file; see configs/.")],
+    config: ConfigFile,
     overrides: Overrides = None,
     smoke: Annotated[
         bool,
@@ -42,10 +52,7 @@ def train(
 
 
 @app.command()
-def explain(
-    config: Annotated[Path, typer.Argument(help="YAML file; see configs/.")],
-    overrides: Overrides = None,
-) -> None:
+def explain(config: ConfigFile, overrides: Overrides = None) -> None:
     """Say in words what a config will do: what is compared, in which frame, what learns.
 
     Example: kava explain configs/qwen2.5_14b_to_1.5b_gsm8k.yaml recipe=original
@@ -58,7 +65,7 @@ def explain(
 
 @app.command()
 def plan(
-    config: Annotated[Path, typer.Argument(help="YAML file; see configs/.")],
+    config: ConfigFile,
     overrides: Overrides = None,
     mesh: Annotated[
         str | None, typer.Option(help="data=..,fsdp=..,tensor=..; the config's when absent.")
@@ -89,22 +96,14 @@ def plan(
     virtual_devices(devices)
     if every_mesh:
         plans = search(loaded, found, memory, say)
-        print(
-            json.dumps([one.as_dict() for one in plans], indent=2)
-            if as_json
-            else render_search(plans)
-        )
+        show([asdict(one) for one in plans], render_search(plans), as_json)
         return
     one = make_plan(loaded, found, memory, say)
-    print(json.dumps(one.as_dict(), indent=2) if as_json else render(one))
+    show(asdict(one), render(one), as_json)
 
 
 @app.command()
-def calibrate(
-    config: Annotated[Path, typer.Argument(help="YAML file; see configs/.")],
-    overrides: Overrides = None,
-    as_json: Json = False,
-) -> None:
+def calibrate(config: ConfigFile, overrides: Overrides = None, as_json: Json = False) -> None:
     """Fit projector and layer map in closed form, before training; kava train does so by itself.
 
     Example: kava calibrate configs/tinystories_260k.yaml recipe=calibrated student.path=DIR
@@ -115,13 +114,9 @@ def calibrate(
 
     loaded = load_config(config, overrides or [])
     found = calibrate_run(loaded)
-    if not first_process():
-        return
-    if as_json:
-        print(json.dumps(found.report, indent=2))
-    else:
-        print(describe(found))
-    say(f"written to {loaded.run.directory / 'calibration'}")
+    if first_process():
+        show(found.report, describe(found), as_json)
+        say(f"written to {loaded.run.directory / 'calibration'}")
 
 
 @app.command("eval")
@@ -151,7 +146,9 @@ def evaluate(
         model, data, checkpoint=checkpoint, rows=rows, overrides=overrides or [], say=note
     )
     if first_process():
-        print_values(values, as_json)
+        # JSON has no NaN.
+        finite = {n: v if math.isfinite(v) else None for n, v in values.items()}
+        show(finite, aligned(values), as_json)
 
 
 @app.command()

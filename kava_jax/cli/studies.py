@@ -1,12 +1,11 @@
 """Commands about many runs, and about kava_jax itself."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from kava_jax.cli.app import Json, Overrides, app, command, print_values, say
+from kava_jax.cli.app import Json, Overrides, aligned, app, command, say, show
 from kava_jax.errors import KavaError
 
 
@@ -39,7 +38,7 @@ def ablate(
     failed = Ablation(loaded, base, where).run(jobs, say)
     say(f"results: {where}/{RUNS_NAME}; now: kava report {where}")
     if failed:
-        names = ", ".join(f"{job.arm} (seed {job.seed})" for job in failed)
+        names = ", ".join(f"{arm} (seed {seed})" for arm, seed in failed)
         say(f"failed: {names}; their words are in {where}/logs")
         raise typer.Exit(1)
 
@@ -90,16 +89,11 @@ def verify(as_json: Json = False) -> None:
 
     Example: kava verify --json
     """
-    from kava_jax.verify import render, run_verification
+    from kava_jax.verify import as_dict, render, run_verification
 
-    verification = run_verification()
-    if as_json:
-        print(json.dumps(verification.as_dict(), indent=2))
-    else:
-        from rich.console import Console
-
-        Console().print(render(verification))
-    if not verification.holds:
+    rows, notes = run_verification()
+    show(as_dict(rows, notes), render(rows, notes), as_json)
+    if not all(row.holds for row in rows):
         raise typer.Exit(1)
 
 
@@ -127,18 +121,15 @@ def bench(
 ) -> None:
     """Measure speed and memory: warmed up, in alternating rounds, beside what else one could use.
 
-    docs/performance.md says what each of them measures. On the screen stand the main figures;
-    --json prints everything.
+    docs/performance.md says what each of them measures. The screen shows the main figures; --json
+    prints everything.
 
     Example: kava bench step --peer torch
     """
     from kava_jax.bench.catalog import run_benchmark, shown
 
     found = run_benchmark(name, config, overrides or [], peer)
-    if as_json:
-        print(json.dumps(found, indent=2))
-    else:
-        print_values(shown(found), as_json=False)
+    show(found, aligned(shown(found)), as_json)
 
 
 @app.command()
@@ -159,9 +150,4 @@ def demo(
     where = local_path(out, "out")
     with alone(where, "out"):
         result = run_demo(where, command())
-    if as_json:
-        print(json.dumps(result.as_dict(), indent=2))
-    else:
-        from rich.console import Console
-
-        Console().print(render(result))
+    show(result, render(result), as_json)

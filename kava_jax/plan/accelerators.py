@@ -27,7 +27,31 @@ def described_devices(chip: Chip, devices: int) -> list[Any] | None:
     must have ``jax_platforms=cpu`` (``planning.virtual_devices`` sees to it): otherwise the plugin
     looks for a driver.
     """
-    return _gpus(chip, devices) if chip.name in GPUS else _tpus(chip, devices)
+    if chip.name in GPUS:
+        plugins, hosts = CUDA_PLUGINS, max(1, devices // chip.domain)
+        even = devices == hosts * min(devices, chip.domain)
+        topology = f"1x{hosts}x{devices // hosts}" if even else None
+        settings = {"platform": "cuda", "target_config": target_config(GPUS[chip.name])}
+        settings |= {"topology": topology}
+    else:
+        plugins, topology = ("libtpu",), topology_name(chip, devices)
+        settings = {"platform": "tpu", "topology_name": topology}
+        # There is no TPU here, and nobody to ask about one.
+        os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
+        os.environ |= {"TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3"}
+    if topology is None or not any(map(installed, plugins)):
+        return None
+    from jax.experimental import topologies
+
+    return list(topologies.get_topology_desc(**settings).devices)
+
+
+def installed(module: str) -> bool:
+    """Whether a module can be imported."""
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # not even the package that it would be in
+        return False
 
 
 def own_memory(blueprint: Blueprint, rows: int, length: int) -> Memory:
@@ -47,34 +71,3 @@ def own_memory(blueprint: Blueprint, rows: int, length: int) -> Memory:
         total = int(float(used[1]) * 1024 ** (1 + "KMGT".index(used[2])))
         arguments = sum(held(blueprint, rows, length).values())
         return Memory(arguments, 0, total - arguments)
-
-
-def _gpus(chip: Chip, devices: int) -> list[Any] | None:
-    hosts = max(1, devices // chip.domain)
-    if not any(map(_installed, CUDA_PLUGINS)) or devices != hosts * min(devices, chip.domain):
-        return None
-    from jax.experimental import topologies
-
-    config = target_config(GPUS[chip.name])
-    shape = f"1x{hosts}x{devices // hosts}"
-    found = topologies.get_topology_desc(platform="cuda", target_config=config, topology=shape)
-    return list(found.devices)
-
-
-def _tpus(chip: Chip, devices: int) -> list[Any] | None:
-    name = topology_name(chip, devices)
-    if name is None or not _installed("libtpu"):
-        return None
-    from jax.experimental import topologies
-
-    # There is no TPU here, and nobody to ask about one.
-    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
-    os.environ |= {"TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3"}
-    return list(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
-
-
-def _installed(module: str) -> bool:
-    try:
-        return find_spec(module) is not None
-    except ModuleNotFoundError:  # not even the package that it would be in
-        return False

@@ -1,8 +1,20 @@
-"""Chips that a run can be planned for: what their makers say they do."""
+"""Chips that a run can be planned for: what their makers say they do.
+
+``roofline`` says how long a step takes at these peak figures. That is an estimate.
+"""
 
 from typing import NamedTuple
 
 from kava_jax.errors import KavaError
+from kava_jax.plan.program import Work
+
+ASSUMPTIONS = (
+    "matrix products run at the chip's bfloat16 peak; real steps reach 40 to 60 % of it",
+    "every argument and temporary is read and written once a step",
+    "messages go around rings at the link's full bandwidth, through the network where a group "
+    "leaves the fast links' domain; there is no latency",
+    "least: products, memory and messages overlap wholly; most: not at all",
+)
 
 
 class Chip(NamedTuple):
@@ -51,6 +63,24 @@ def find_chip(name: str) -> Chip:
 def chip_of(device_kind: str) -> Chip | None:
     """The chip that a device is by what it calls itself; None for one that is not in the table."""
     return next((chip for name, chip in CHIPS.items() if name in device_kind.lower()), None)
+
+
+def roofline(work: Work, memory: float, chip: Chip) -> dict[str, float]:
+    """Seconds of one step of one device, by what limits it.
+
+    ``products`` = flops / peak, ``memory`` = 2 * bytes / bandwidth of ``memory`` bytes of arguments
+    and temporaries, ``messages`` = bytes / link. ``least`` is all three at the same time, ``most``
+    one after the other.
+    """
+    seconds = {
+        "products": work.flops / chip.flops,
+        "memory": 2 * memory / chip.memory_bandwidth,
+        "messages": sum(
+            payload / (chip.link if len({n // chip.domain for n in group}) == 1 else chip.network)
+            for (_, group), payload in work.messages.items()
+        ),
+    }
+    return seconds | {"least": max(seconds.values()), "most": sum(seconds.values())}
 
 
 def topology_name(chip: Chip, devices: int) -> str | None:

@@ -1,13 +1,12 @@
 """The real train step, compiled with shapes in place of weights."""
 
+import math
 import tempfile
-from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
 from kava_jax.data.batches import abstract_batch
@@ -16,7 +15,7 @@ from kava_jax.plan.program import Work, work_of
 from kava_jax.runs.blueprint import Blueprint
 
 # Only memory and messages are asked for: no machine code has to be good.
-_QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 _PASS = "spmd-partitioning"
 
 
@@ -36,62 +35,43 @@ class Memory(NamedTuple):
         return sum(self)
 
 
-class Compiled(NamedTuple):
-    """One device's share of a step."""
-
-    work: Work
-    memory: Memory
-
-
-def compile_step(blueprint: Blueprint, rows: int, length: int) -> Compiled:
-    """The step for the blueprint's mesh of (virtual) CPU devices."""
+def compile_step(blueprint: Blueprint, rows: int, length: int) -> tuple[Work, Memory]:
+    """One device's share of the step, for the blueprint's mesh of (virtual) CPU devices."""
     program = lowered(blueprint, rows, length)
     if blueprint.mesh.size == 1:  # nothing to partition
-        return Compiled(work_of(program.as_text("hlo")), memory_of(program.compile(_QUICK)))
+        return work_of(program.as_text("hlo")), memory_of(program.compile(QUICK))
     text, compiled = partitioned(program)
-    return Compiled(work_of(text), memory_of(compiled))
+    return work_of(text), memory_of(compiled)
 
 
 def partitioned(program: Any) -> tuple[str, Any]:
     """One device's program as the partitioner left it, and the compiled one."""
     with tempfile.TemporaryDirectory() as folder, _uncached():
         dump = {"xla_dump_to": folder, "xla_dump_hlo_pass_re": _PASS}
-        compiled = program.compile(_QUICK | dump)
+        compiled = program.compile(QUICK | dump)
         (text,) = Path(folder).glob(f"*after_{_PASS}*")
         return text.read_text(encoding="utf-8"), compiled
 
 
-def compiled_memory(blueprint: Blueprint, rows: int, length: int) -> Memory:
-    """The memory of the step for the blueprint's mesh of (virtual) CPU devices."""
-    return memory_of(lowered(blueprint, rows, length).compile(_QUICK))
-
-
-def bytes_of_device(tree: Any, shardings: Any) -> int:
-    """Bytes that one device holds of abstract arrays that lie as the shardings say."""
-    sizes = jax.tree.map(
-        lambda leaf, sharding: (
-            int(np.prod(sharding.shard_shape(leaf.shape), dtype=np.int64)) * leaf.dtype.itemsize
-        ),
-        tree,
-        shardings,
-    )
-    return sum(jax.tree.leaves(sizes))
-
-
-def held(blueprint: Blueprint, rows: int, length: int) -> Mapping[str, int]:
+def held(blueprint: Blueprint, rows: int, length: int) -> dict[str, int]:
     """Bytes that one device holds between steps, by what they are; exact, nothing is compiled."""
     state, places = blueprint.abstract_state(), blueprint.state_shardings()
     rest = {"params": {}, "opt_state": ()}
     batch = abstract_batch(rows, length)
     of_batch = jax.tree.map(lambda _: batch_sharding(blueprint.mesh), batch)
-    return {
-        "teachers": bytes_of_device(blueprint.abstract_teachers(), blueprint.teacher_shardings()),
-        "student": bytes_of_device(state.params["student"], places.params["student"]),
-        "projector": bytes_of_device(state.params["projector"], places.params["projector"]),
-        "optimizer": bytes_of_device(state.opt_state, places.opt_state),
-        "statistics": bytes_of_device(state._replace(**rest), places._replace(**rest)),
-        "batch": bytes_of_device(batch, of_batch),
+    parts = {
+        "teachers": (blueprint.abstract_teachers(), blueprint.teacher_shardings()),
+        "student": (state.params["student"], places.params["student"]),
+        "projector": (state.params["projector"], places.params["projector"]),
+        "optimizer": (state.opt_state, places.opt_state),
+        "statistics": (state._replace(**rest), places._replace(**rest)),
+        "batch": (batch, of_batch),
     }
+
+    def size(leaf: Any, sharding: Any) -> int:
+        return math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+    return {name: sum(jax.tree.leaves(jax.tree.map(size, *own))) for name, own in parts.items()}
 
 
 def lowered(blueprint: Blueprint, rows: int, length: int) -> Any:

@@ -5,7 +5,6 @@ where there is a backward pass, attention over the causal half, and nothing for 
 """
 
 import math
-from typing import NamedTuple
 
 from flax import nnx
 
@@ -13,24 +12,11 @@ from kava_jax.models.spec import DecoderSpec
 from kava_jax.runs.blueprint import Blueprint
 
 
-class Floor(NamedTuple):
-    """FLOPs of one step over all devices."""
-
-    teachers: float
-    student: float
-    """Without its LM head."""
-    heads: float
-    """Of the student, and of teachers whose logits are asked for."""
-    projector: float
-
-    @property
-    def total(self) -> float:
-        """Everything."""
-        return sum(self)
-
-
-def step_floor(blueprint: Blueprint, rows: int, length: int, targets: int) -> Floor:
+def step_floor(blueprint: Blueprint, rows: int, length: int, targets: int) -> dict[str, float]:
     """FLOPs of one step over ``rows x length`` tokens, ``targets`` of which are predicted.
+
+    By part, over all devices: ``teachers``, ``student`` (without its LM head), ``heads`` (of the
+    student, and of teachers whose logits are used) and ``projector``.
 
     A teacher costs one forward pass up to its last mapped layer, of which only keys and values are
     projected; the student three times its forward pass; LM heads run at predicted positions alone:
@@ -48,7 +34,8 @@ def step_floor(blueprint: Blueprint, rows: int, length: int, targets: int) -> Fl
             heads += 2.0 * _head(teacher.spec) * targets
     student = 3 * tokens * blueprint.student_spec.num_layers
     student *= layer_flops(blueprint.student_spec, length)
-    return Floor(teachers, student, heads, _projector(blueprint, tokens))
+    projector = _projector(blueprint, tokens)
+    return {"teachers": teachers, "student": student, "heads": heads, "projector": projector}
 
 
 def layer_flops(spec: DecoderSpec, length: int) -> float:

@@ -22,52 +22,19 @@ class Gpu(NamedTuple):
     """Of one core; a block may have 1 KiB less."""
 
 
+# fmt: off
 GPUS = {
-    "a100": Gpu(
-        calls_itself="NVIDIA A100-SXM4-80GB",
-        major=8,
-        memory=85_100_068_864,
-        bandwidth=2_039_040_000_000,
-        cores=108,
-        fpus_per_core=64,
-        clock_ghz=1.41,
-        l2_bytes=41_943_040,
-        shared_bytes=167_936,
-    ),
-    "h100": Gpu(
-        calls_itself="NVIDIA H100 80GB HBM3",
-        major=9,
-        memory=84_942_979_072,
-        bandwidth=3_352_320_000_000,
-        cores=132,
-        fpus_per_core=128,
-        clock_ghz=1.98,
-        l2_bytes=52_428_800,
-        shared_bytes=233_472,
-    ),
-    "h200": Gpu(
-        calls_itself="NVIDIA H200",
-        major=9,
-        memory=150_100_000_000,  # to three digits
-        bandwidth=4_800_000_000_000,
-        cores=132,
-        fpus_per_core=128,
-        clock_ghz=1.98,
-        l2_bytes=52_428_800,
-        shared_bytes=233_472,
-    ),
-    "b200": Gpu(
-        calls_itself="NVIDIA B200",
-        major=10,
-        memory=191_514_411_008,
-        bandwidth=7_672_320_000_000,
-        cores=148,
-        fpus_per_core=128,
-        clock_ghz=1.965,
-        l2_bytes=132_644_864,
-        shared_bytes=233_472,
-    ),
+    "a100": Gpu("NVIDIA A100-SXM4-80GB", 8, 85_100_068_864, 2_039_040_000_000,
+                108, 64, 1.41, 41_943_040, 167_936),
+    "h100": Gpu("NVIDIA H100 80GB HBM3", 9, 84_942_979_072, 3_352_320_000_000,
+                132, 128, 1.98, 52_428_800, 233_472),
+    # Its memory is given to three digits.
+    "h200": Gpu("NVIDIA H200", 9, 150_100_000_000, 4_800_000_000_000,
+                132, 128, 1.98, 52_428_800, 233_472),
+    "b200": Gpu("NVIDIA B200", 10, 191_514_411_008, 7_672_320_000_000,
+                148, 128, 1.965, 132_644_864, 233_472),
 }
+# fmt: on
 
 
 def target_config(gpu: Gpu) -> str:

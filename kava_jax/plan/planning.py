@@ -1,8 +1,9 @@
 """Will it fit, and what will it cost: one mesh planned, or every mesh that fits ranked."""
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import jax
 
@@ -11,12 +12,11 @@ from kava_jax.config.run import Config
 from kava_jax.errors import KavaError
 from kava_jax.parallel.mesh import AXES, batch_shards, check_slices, make_mesh
 from kava_jax.plan.accelerators import described_devices, own_memory
-from kava_jax.plan.chips import Chip
-from kava_jax.plan.compiled import compile_step, compiled_memory, held, lowered
+from kava_jax.plan.chips import Chip, roofline
+from kava_jax.plan.compiled import QUICK, compile_step, held, lowered, memory_of
 from kava_jax.plan.floor import step_floor
 from kava_jax.plan.gpus import GPUS
-from kava_jax.plan.most_rows import Boundary, RowSearch, Tried
-from kava_jax.plan.roofline import Roofline, roofline
+from kava_jax.plan.most_rows import Boundary, Tried, find_boundary
 from kava_jax.runs.blueprint import Blueprint, make_blueprint
 from kava_jax.runs.calibrate import unmeasured
 from kava_jax.runs.prepare import models_without_weights
@@ -30,8 +30,9 @@ SHARES = (0.75, 0.92)
 SHARE_VARIABLE = "XLA_PYTHON_CLIENT_MEM_FRACTION"
 
 
-class Range(NamedTuple):
-    """Bytes, at least and at most; equal when exact."""
+@dataclass(frozen=True)
+class Range:
+    """At least and at most; equal when exact."""
 
     least: float
     most: float
@@ -43,18 +44,21 @@ class Plan:
 
     name: str
     mesh: Mapping[str, int]
+    devices: int
     chip: str
     hbm: float
     rows: int
     length: int
     held: Mapping[str, int]
     estimated: Range
-    """Temporaries by the compiler for CPUs."""
+    """Bytes of temporaries by the compiler for CPUs."""
     temporaries: Range
     """As estimated, or exactly where ``exact``."""
     peak: Range
     exact: bool
     """Whether the device's own compiler laid the memory out."""
+    verdict: str
+    """``fits``, ``may fit`` or ``does not fit``."""
     largest_batch: tuple[int, int]
     """Rows of the whole batch that fit, surely and at best, by the estimate."""
     boundaries: tuple[Boundary, ...]
@@ -62,43 +66,11 @@ class Plan:
     flops: float
     floor: float
     """The fewest FLOPs that such a step can do, all devices together."""
+    flops_over_floor: float
     messages: Mapping[str, float]
-    time: Roofline
-
-    @property
-    def devices(self) -> int:
-        """How many there are."""
-        size = 1
-        for axis in self.mesh.values():
-            size *= axis
-        return size
-
-    @property
-    def verdict(self) -> str:
-        """``fits``, ``may fit`` or ``does not fit``."""
-        if self.peak.most <= self.hbm:
-            return "fits"
-        return "may fit" if self.peak.least <= self.hbm else "does not fit"
-
-    @property
-    def tokens_per_second(self) -> Range:
-        """All devices together, padding included."""
-        tokens = self.rows * self.length
-        return Range(tokens / self.time.most, tokens / self.time.least)
-
-    def as_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
-        return asdict(self) | {
-            "estimated": self.estimated._asdict(),
-            "temporaries": self.temporaries._asdict(),
-            "peak": self.peak._asdict(),
-            "boundaries": [one.as_dict() for one in self.boundaries],
-            "time": self.time._asdict() | {"least": self.time.least, "most": self.time.most},
-            "devices": self.devices,
-            "verdict": self.verdict,
-            "flops_over_floor": self.flops * self.devices / self.floor,
-            "tokens_per_second": self.tokens_per_second._asdict(),
-        }
+    time: Mapping[str, float]
+    tokens_per_second: Range
+    """All devices together, padding included."""
 
 
 def virtual_devices(count: int) -> None:
@@ -173,81 +145,74 @@ def search(config: Config, chip: Chip, hbm: float, say: Callable[[str], None]) -
             f" data.batch_size={config.data.batch_size}; use more devices, a smaller batch, "
             f"train.grad_accumulation or student.remat=full"
         )
-    return sorted(found, key=lambda plan: plan.time.most)
+    return sorted(found, key=lambda plan: plan.time["most"])
 
 
 def _plan(blueprint: Blueprint, chip: Chip, hbm: float, own: "_Own | None" = None) -> Plan:
     config = blueprint.config
     rows, length = config.data.batch_size, config.data.max_length
-    program, wide = compile_step(blueprint, rows, length), _Wide.of(config)
-    fixed = program.memory.arguments + program.memory.results
-    temporaries = Range(own.temporaries, own.temporaries) if own else wide.range
+    work, memory = compile_step(blueprint, rows, length)
+    fixed = memory.arguments + memory.results
+    estimated, largest_batch = _estimate(config, hbm - fixed)
+    temporaries = Range(own[0], own[0]) if own else estimated
+    peak = Range(fixed + temporaries.least, fixed + temporaries.most)
+    may_fit = "may fit" if peak.least <= hbm else "does not fit"
+    time = roofline(work, memory.arguments + temporaries.most, chip)
+    floor = sum(step_floor(blueprint, rows, length, rows * (length - 1)).values())
     return Plan(
         name=config.run.name,
         mesh=dict(blueprint.mesh.shape),
+        devices=blueprint.mesh.size,
         chip=chip.name,
         hbm=hbm,
         rows=rows,
         length=length,
         held=held(blueprint, rows, length),
-        estimated=wide.range,
+        estimated=estimated,
         temporaries=temporaries,
-        peak=Range(fixed + temporaries.least, fixed + temporaries.most),
+        peak=peak,
         exact=own is not None,
-        largest_batch=wide.largest_batch(hbm - fixed),
-        boundaries=own.boundaries if own else (),
-        flops=program.work.flops,
-        floor=step_floor(blueprint, rows, length, rows * (length - 1)).total,
-        messages=program.work.bytes_by_kind(),
-        time=roofline(program, temporaries.most, chip),
+        verdict="fits" if peak.most <= hbm else may_fit,
+        largest_batch=largest_batch,
+        boundaries=own[1] if own else (),
+        flops=work.flops,
+        floor=floor,
+        flops_over_floor=work.flops * blueprint.mesh.size / floor,
+        messages=work.bytes_by_kind(),
+        time=time,
+        tokens_per_second=Range(rows * length / time["most"], rows * length / time["least"]),
     )
 
 
-class _Wide(NamedTuple):
-    """Temporaries of the same run in float32 throughout, a line through two sizes of batch."""
+def _estimate(config: Config, room: float) -> tuple[Range, tuple[int, int]]:
+    """Temporaries by the compiler for CPUs, and rows that have room for them.
 
-    rows: int
-    temporaries: int
-    of_row: float
-    unit: int
-    """Batches are multiples of so many rows."""
-
-    @classmethod
-    def of(cls, config: Config) -> "_Wide":
-        raw = dump_config(config)
-        raw["train"]["dtype"] = "float32"
-        blueprint = _blueprint(parse_config(raw))
-        rows, length = config.data.batch_size, config.data.max_length
-        unit = batch_shards(blueprint.mesh) * config.train.grad_accumulation
-        other = unit if rows != unit else 2 * unit
-        here, there = (compiled_memory(blueprint, size, length) for size in (rows, other))
-        of_row = (here.temporaries - there.temporaries) / (rows - other)
-        return cls(rows, here.temporaries, of_row, unit)
-
-    @property
-    def range(self) -> Range:
-        return Range(NARROWEST * self.temporaries, float(self.temporaries))
-
-    def largest_batch(self, room: float) -> tuple[int, int]:
-        """Rows whose temporaries have room, surely and at best."""
-
-        def most(share: float) -> int:
-            at_zero = self.temporaries - self.of_row * self.rows
-            rows = int((room - share * at_zero) / (share * self.of_row))
-            return max(0, rows // self.unit * self.unit)
-
-        return most(1.0), most(NARROWEST)
+    Both are for the same run in float32 throughout. Temporaries are a line over the rows, drawn
+    through two sizes of batch. ``room`` is in bytes; it holds so many rows surely and at best.
+    """
+    raw = dump_config(config)
+    raw["train"]["dtype"] = "float32"
+    blueprint, rows = _blueprint(parse_config(raw)), config.data.batch_size
+    unit = _unit(blueprint)
+    other = unit if rows != unit else 2 * unit
+    here, there = (
+        memory_of(lowered(blueprint, size, config.data.max_length).compile(QUICK)).temporaries
+        for size in (rows, other)
+    )
+    of_row = (here - there) / (rows - other)
+    surely, at_best = (
+        max(0, int(rows + (room / share - here) / of_row) // unit * unit)
+        for share in (1.0, NARROWEST)
+    )
+    return Range(NARROWEST * here, float(here)), (surely, at_best)
 
 
-class _Own(NamedTuple):
-    """What the chip's own compiler says."""
-
-    temporaries: float
-    boundaries: tuple[Boundary, ...]
+# What the chip's own compiler says: bytes of temporaries, and for a GPU the largest batches.
+_Own = tuple[float, tuple[Boundary, ...]]
 
 
 def _by_own_compiler(config: Config, chip: Chip, say: Callable[[str], None]) -> _Own | None:
-    """Temporaries, and for a GPU the largest batches; None where it is not at hand."""
+    """None where the compiler is not installed."""
     devices = described_devices(chip, jax.device_count())
     if devices is None:
         return None
@@ -255,16 +220,21 @@ def _by_own_compiler(config: Config, chip: Chip, say: Callable[[str], None]) -> 
 
     def attempt(rows: int) -> Tried:
         memory = own_memory(blueprint, rows, length)
-        tried = Tried(rows, memory.arguments, memory.temporaries)
-        say(f"{rows} rows, compiled for {chip.name}: {tried.needed / 1e9:.2f} GB of a device")
-        return tried
+        found = Tried(rows, memory.arguments, memory.temporaries)
+        say(f"{rows} rows, compiled for {chip.name}: {found.needed / 1e9:.2f} GB of a device")
+        return found
 
-    own, boundaries = attempt(config.data.batch_size), ()
+    tried, boundaries = [attempt(config.data.batch_size)], []
+    temporaries = float(tried[0].temporaries)
     if chip.name in GPUS:
-        unit = batch_shards(blueprint.mesh) * config.train.grad_accumulation
-        search, memory = RowSearch(attempt, unit, own), GPUS[chip.name].memory
-        boundaries = tuple(search.boundary(share, memory) for share in SHARES)
-    return _Own(float(own.temporaries), boundaries)
+        unit, memory = _unit(blueprint), GPUS[chip.name].memory
+        boundaries = [find_boundary(attempt, unit, tried, share, memory) for share in SHARES]
+    return temporaries, tuple(boundaries)
+
+
+def _unit(blueprint: Blueprint) -> int:
+    """Batches are multiples of so many rows."""
+    return batch_shards(blueprint.mesh) * blueprint.config.train.grad_accumulation
 
 
 def _blueprint_on(chip: Chip, config: Config) -> Blueprint:
@@ -292,10 +262,7 @@ def _as_on(chip: Chip, config: Config) -> Config:
 
 def _meshes(devices: int) -> Iterator[dict[str, int]]:
     """Every way to write the number of devices as data x fsdp x tensor."""
-    for tensor in _divisors(devices):
-        for fsdp in _divisors(devices // tensor):
+    divisors = [size for size in range(1, devices + 1) if devices % size == 0]
+    for tensor, fsdp in itertools.product(divisors, divisors):
+        if devices % (tensor * fsdp) == 0:
             yield dict(zip(AXES, (devices // tensor // fsdp, fsdp, tensor), strict=True))
-
-
-def _divisors(number: int) -> list[int]:
-    return [size for size in range(1, number + 1) if number % size == 0]

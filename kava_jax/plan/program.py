@@ -1,16 +1,15 @@
-"""What one device does in a compiled program: matrix products and messages, loops multiplied in.
+"""Reads from a compiled program what one device does: matrix products and messages.
 
 The compiler's own cost analysis counts the body of a loop once, so a scanned model of 48 layers
-reads like one of 2. Here the program's text is read as it stands right after the partitioner,
-before anything that is special to one kind of hardware: every product, every message, the true
-dtypes; and every loop counts as often as it runs.
+reads like one of 2, and it does not count messages at all. This module reads the program's text as
+the partitioner left it, before any pass that is special to one kind of hardware. There every
+product and message is visible in its true dtype, and every loop is counted as often as it runs.
 """
 
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -28,13 +27,30 @@ _CALLED = re.compile(r"(?:to_apply|calls)=%?([\w.\-]+)")
 _LOOP = re.compile(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 _BRANCHES = re.compile(r"(?:branch_computations=\{(.*?)\}|true_computation=%?([\w.\-]+))")
+_CONTRACTED = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
+
+# Kind of a message, and the devices of one group that exchange it.
+Ring = tuple[str, tuple[int, ...]]
 
 
-class Operand(NamedTuple):
-    """What an instruction reads: another one's result, or one element of it."""
+class Work(NamedTuple):
+    """What one device does in one run of a program."""
 
-    name: str
-    element: int | None
+    products: Mapping[str, int]
+    """Number of matrix products by the dtypes of their two sides: ``bf16``, or ``bf16 x f32``."""
+    flops: float
+    """Of matrix products: two for each multiplication with its addition. NaN where a product is
+    written as a convolution, as compilers for TPUs do."""
+    messages: Mapping[Ring, float]
+    """Bytes sent. In a ring of n devices, each sends ``(n - 1) / n`` of what is gathered, scattered
+    or exchanged, and twice that of what is summed."""
+
+    def bytes_by_kind(self) -> dict[str, float]:
+        """Bytes that one device sends, by kind of collective, the most first."""
+        sent: dict[str, float] = {}
+        for (kind, _), payload in self.messages.items():
+            sent[kind] = sent.get(kind, 0.0) + payload
+        return dict(sorted(sent.items(), key=lambda item: -item[1]))
 
 
 class Instruction(NamedTuple):
@@ -43,52 +59,13 @@ class Instruction(NamedTuple):
     name: str
     type: str
     opcode: str
-    operands: tuple["Operand", ...]
+    operands: list[tuple[str, int]]
+    """Name of each instruction that is read, and which element of its result."""
     text: str
     """Everything after the opening bracket."""
 
 
-class Message(NamedTuple):
-    """A collective: its kind, the bytes one device sends each time, and the devices of one group.
-
-    A ring of n sends ``(n - 1) / n`` of what is gathered, scattered or exchanged, and twice that of
-    what is summed.
-    """
-
-    kind: str
-    bytes: float
-    group: tuple[int, ...]
-
-
-class Product(NamedTuple):
-    """A matrix product: both sides and the result as ``bf16[16,8]``, and FLOPs of one time."""
-
-    left: str
-    right: str
-    result: str
-    flops: float
-
-
-@dataclass(frozen=True)
-class Work:
-    """What one device does in one run of a program."""
-
-    products: Mapping[Product, int]
-    """How often each is computed; convolutions, as which TPUs multiply, have no FLOPs (nan)."""
-    messages: Mapping[Message, int]
-    """How often each is sent."""
-
-    @property
-    def flops(self) -> float:
-        """Of matrix products: two for each multiplication with its addition."""
-        return sum((times * one.flops for one, times in self.products.items()), 0.0)
-
-    def bytes_by_kind(self) -> dict[str, float]:
-        """Bytes that one device sends, by kind of collective, the most first."""
-        sent: dict[str, float] = {}
-        for message, times in self.messages.items():
-            sent[message.kind] = sent.get(message.kind, 0.0) + message.bytes * times
-        return dict(sorted(sent.items(), key=lambda item: -item[1]))
+Computations = Mapping[str, list[Instruction]]
 
 
 def work_of(program: str) -> Work:
@@ -97,10 +74,17 @@ def work_of(program: str) -> Work:
     Raises ValueError for text without an entry, and for a loop whose number of rounds is unknown.
     """
     computations, entry = _parse(program)
-    return _Counter(computations).count(entry)
+    known: dict[str, Work] = {}
+
+    def count(name: str) -> Work:
+        if name not in known:
+            known[name] = _work(name, computations, count)
+        return known[name]
+
+    return count(entry)
 
 
-def _parse(program: str) -> tuple[dict[str, list[Instruction]], str]:
+def _parse(program: str) -> tuple[Computations, str]:
     computations: dict[str, list[Instruction]] = {}
     current, entry = None, None
     for line in program.splitlines():
@@ -110,101 +94,78 @@ def _parse(program: str) -> tuple[dict[str, list[Instruction]], str]:
             entry = header[1] if line.startswith("ENTRY") else entry
         elif current is not None and (found := _INSTRUCTION.match(line)):
             name, type_, opcode, text = found.groups()
-            current.append(Instruction(name, type_, opcode, tuple(_operands(text)), text))
+            # Older versions write the type of an operand before its name.
+            parts = [part.split(" ")[-1] for part in text.partition(")")[0].split(", ")]
+            named = [operand for part in parts if (operand := _NAME.fullmatch(part))]
+            operands = [(operand[1], int(operand[2] or 0)) for operand in named]
+            current.append(Instruction(name, type_, opcode, operands, text))
     if entry is None:
         raise ValueError("the program's text has no ENTRY")
     return computations, entry
 
 
-def _operands(text: str) -> Iterator[Operand]:
-    """Operands in the brackets that ``text`` is the inside and the rest of."""
-    inside = text[: text.index(")")] if ")" in text else text
-    for part in inside.split(", "):
-        # Older versions write the type before the name.
-        if found := _NAME.fullmatch(part.split(" ")[-1]):
-            yield Operand(found[1], int(found[2]) if found[2] else None)
+def _work(name: str, computations: Computations, count: Callable[[str], Work]) -> Work:
+    """Adds up one computation; ``count`` gives the work of those that it calls."""
+    instructions = computations[name]
+    types = {one.name: one.type for one in instructions}
+    products, messages, flops = Counter[str](), dict[Ring, float](), 0.0
+    for one in instructions:
+        kind = one.opcode.removesuffix("-start")
+        if kind in ("dot", "convolution"):
+            left, right = (_array(types[side], element) for side, element in one.operands[:2])
+            products[" x ".join(sorted({left[0], right[0]}))] += 1
+            contracted = _CONTRACTED.search(one.text)
+            dims = [int(dim) for dim in contracted[1].split(",") if dim] if contracted else []
+            multiplied = math.prod(_array(one.type)[1]) * math.prod(left[1][dim] for dim in dims)
+            flops += 2.0 * multiplied if kind == "dot" else math.nan
+        elif kind in KINDS:
+            ring, payload = _message(kind, one, instructions)
+            messages[ring] = messages.get(ring, 0.0) + payload
+        for inner, times in _called(one, computations, count):
+            work = count(inner)
+            flops += times * work.flops
+            products.update({sides: times * often for sides, often in work.products.items()})
+            for ring, payload in work.messages.items():
+                messages[ring] = messages.get(ring, 0.0) + times * payload
+    return Work(products, flops, messages)
 
 
-class _Counter:
-    """Adds up the work of computations, each looked at once."""
-
-    def __init__(self, computations: Mapping[str, list[Instruction]]):
-        self._computations = computations
-        self._known: dict[str, Work] = {}
-
-    def count(self, name: str) -> Work:
-        if name in self._known:
-            return self._known[name]
-        instructions = self._computations[name]
-        types = {one.name: one.type for one in instructions}
-        users: dict[str, list[str]] = {}
-        for one in instructions:
-            for operand in one.operands:
-                users.setdefault(operand.name, []).append(one.opcode)
-        products, messages = Counter[Product](), Counter[Message]()
-        for one in instructions:
-            if one.opcode in ("dot", "convolution"):
-                products[_product(one, types)] += 1
-            kind = one.opcode.removesuffix("-start")
-            if kind in KINDS:
-                message = _message(kind, one, users.get(one.name, []))
-                messages[message] += 1
-            for inner, times in self._called(one):
-                work = self.count(inner)
-                for product, often in work.products.items():
-                    products[product] += times * often
-                for message, often in work.messages.items():
-                    messages[message] += times * often
-        self._known[name] = Work(products, messages)
-        return self._known[name]
-
-    def _called(self, one: Instruction) -> Iterator[tuple[str, int]]:
-        """Computations that an instruction runs, and how often."""
-        if one.opcode == "while":
-            loop = _LOOP.search(one.text)
-            assert loop, one.text
-            told = _TRIPS.search(one.text)
-            times = int(told[1]) if told else self._rounds(loop[1])
-            yield loop[1], times + 1
-            yield loop[2], times
-        elif one.opcode == "conditional":
-            branches = _BRANCHES.search(one.text)
-            assert branches, one.text
-            names = [name.strip(" %") for name in (branches[1] or branches[2]).split(",")]
-            yield max(names, key=lambda name: self.count(name).flops), 1
-        elif one.opcode in ("call", "fusion") and (called := _CALLED.search(one.text)):
-            yield called[1], 1
-
-    def _rounds(self, condition: str) -> int:
-        """How often a loop runs that counts from 0 up to a constant, as ``lax.scan`` does."""
-        # Optimised programs compare in a fusion.
-        fused = [_CALLED.search(one.text) for one in self._computations[condition]]
-        for name in (condition, *(call[1] for call in fused if call)):
-            instructions = {one.name: one for one in self._computations[name]}
-            for one in instructions.values():
-                if one.opcode == "compare" and "direction=LT" in one.text:
-                    limits = [instructions[operand.name] for operand in one.operands]
-                    constants = [limit for limit in limits if limit.opcode == "constant"]
-                    if constants:
-                        return int(constants[0].text.split(")")[0])
-        raise ValueError(f"loop condition {condition} is not a counter below a constant")
+def _called(
+    one: Instruction, computations: Computations, count: Callable[[str], Work]
+) -> Iterator[tuple[str, int]]:
+    """Computations that an instruction runs, and how often; of a choice the one with most FLOPs."""
+    if one.opcode == "while":
+        loop = _LOOP.search(one.text)
+        assert loop, one.text
+        told = _TRIPS.search(one.text)
+        times = int(told[1]) if told else _rounds(loop[1], computations)
+        yield loop[1], times + 1
+        yield loop[2], times
+    elif one.opcode == "conditional":
+        branches = _BRANCHES.search(one.text)
+        assert branches, one.text
+        names = [name.strip(" %") for name in (branches[1] or branches[2]).split(",")]
+        yield max(names, key=lambda name: count(name).flops), 1
+    elif one.opcode in ("call", "fusion") and (called := _CALLED.search(one.text)):
+        yield called[1], 1
 
 
-def _product(one: Instruction, types: Mapping[str, str]) -> Product:
-    left, right = (_array(types[name], element or 0) for name, element in one.operands[:2])
-    flops = _dot_flops(one, types) if one.opcode == "dot" else math.nan
-    return Product(left, right, _array(one.type), flops)
+def _rounds(condition: str, computations: Computations) -> int:
+    """How often a loop runs that counts from 0 up to a constant, as ``lax.scan`` does."""
+    # Optimised programs compare in a fusion.
+    fused = [_CALLED.search(one.text) for one in computations[condition]]
+    for name in (condition, *(call[1] for call in fused if call)):
+        instructions = {one.name: one for one in computations[name]}
+        for one in instructions.values():
+            if one.opcode == "compare" and "direction=LT" in one.text:
+                for limit in (instructions[operand] for operand, _ in one.operands):
+                    if limit.opcode == "constant":
+                        return int(limit.text.split(")")[0])
+    raise ValueError(f"loop condition {condition} is not a counter below a constant")
 
 
-def _dot_flops(one: Instruction, types: Mapping[str, str]) -> float:
-    contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", one.text)
-    name, element = one.operands[0]
-    left = _shape(types[name], element or 0)
-    dims = [int(dim) for dim in contracted[1].split(",") if dim] if contracted else []
-    return 2.0 * math.prod(_shape(one.type)) * math.prod(left[dim] for dim in dims)
-
-
-def _message(kind: str, one: Instruction, users: list[str]) -> Message:
+def _message(kind: str, one: Instruction, instructions: list[Instruction]) -> tuple[Ring, float]:
+    """What a collective sends each time."""
     group = first_group(one.text)
     size = max(1, len(group))
     payload = sum(
@@ -212,13 +173,14 @@ def _message(kind: str, one: Instruction, users: list[str]) -> Message:
         for dtype, axes in _ARRAY.findall(one.type)
         if dtype in BITS
     )
-    if kind == "all-reduce" and users and all(user == "dynamic-slice" for user in users):
+    users = {user.opcode for user in instructions if one.name in dict(user.operands)}
+    if kind == "all-reduce" and users == {"dynamic-slice"}:
         # Accelerators send only the slice that is kept.
         kind, payload = "reduce-scatter", payload / size
-    travels = {"all-reduce": 2.0, "collective-permute": size / max(1, size - 1)}.get(kind, 1.0)
-    if kind == "reduce-scatter":
-        payload *= size
-    return Message(kind, payload * travels * (size - 1) / size, group)
+    shares = {"all-reduce": 2.0, "reduce-scatter": size}
+    # To one neighbour everything is sent.
+    shares["collective-permute"] = size / max(1, size - 1)
+    return (kind, group), payload * shares.get(kind, 1.0) * (size - 1) / size
 
 
 def first_group(text: str) -> tuple[int, ...]:
@@ -247,29 +209,22 @@ def _named_group(mesh: str, axes: str) -> tuple[int, ...]:
     ``'fsdp':(m)k`` is the part of an axis that has m before it and size k.
     """
     sizes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh)}
-    shape, place, taken = [], {}, []
     parts = {
         name: (int(before), int(size))
         for name, before, size in re.findall(r"'([^']+)':\((\d+)\)(\d+)", axes)
     }
+    # Every axis in three: what is before its part, the part, and what is after it.
+    shape = []
     for name, size in sizes.items():
         before, own = parts.get(name, (1, size))
-        place[name] = len(shape) + 1
         shape += [before, own, size // (before * own)]
+    taken = [3 * list(sizes).index(name) + 1 for name in re.findall(r"'([^']+)'", axes)]
     devices = np.arange(math.prod(shape)).reshape(shape)
-    taken = [place[name] for name in re.findall(r"'([^']+)'", axes)]
-    others = [axis for axis in range(devices.ndim) if axis not in taken]
-    size = math.prod(shape[axis] for axis in taken)
-    return tuple(devices.transpose([*others, *taken]).reshape(-1, size)[0].tolist())
+    devices = np.moveaxis(devices, taken, range(-len(taken), 0))
+    return tuple(devices.reshape(-1, math.prod(shape[axis] for axis in taken))[0].tolist())
 
 
-def _array(type_: str, element: int = 0) -> str:
-    """An array's type, or that of one element of a tuple, without its layout."""
+def _array(type_: str, element: int = 0) -> tuple[str, list[int]]:
+    """Dtype and axes of an array's type, or of one element of a tuple's."""
     dtype, axes = _ARRAY.findall(type_)[element]
-    return f"{dtype}[{axes}]"
-
-
-def _shape(type_: str, element: int = 0) -> list[int]:
-    """Axes of an array's type, or of one element of a tuple's."""
-    axes = _ARRAY.findall(type_)[element][1]
-    return [int(axis) for axis in axes.split(",") if axis]
+    return dtype, [int(axis) for axis in axes.split(",") if axis]

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
+from kava_jax.plan.chips import ASSUMPTIONS
 from kava_jax.plan.gpus import GPUS
 from kava_jax.plan.most_rows import Boundary
 from kava_jax.plan.planning import NARROWEST, SHARE_VARIABLE, SHARES, Plan, Range
-from kava_jax.plan.roofline import ASSUMPTIONS
 
 GB = 1e9
 
@@ -13,7 +13,7 @@ GB = 1e9
 def render(plan: Plan) -> str:
     """Everything about one mesh, as lines."""
     written = ", ".join(f"{axis}={size}" for axis, size in plan.mesh.items())
-    peak = _gigabytes(plan.peak)
+    peak, speed = _gigabytes(plan.peak), _span(plan.tokens_per_second, 0)
     lines = [
         f"{plan.name} on {plan.devices} x {plan.chip} ({written}), "
         f"{plan.rows} rows x {plan.length} tokens a step",
@@ -26,21 +26,13 @@ def render(plan: Plan) -> str:
         "",
         "one step of one device",
         _row("TFLOPs", f"{plan.flops / 1e12:.2f}", "exact, matrix products"),
-        _row(
-            "over the floor",
-            f"{plan.flops * plan.devices / plan.floor:.2f}x",
-            "the fewest that a step can do",
-        ),
+        _row("over the floor", f"{plan.flops_over_floor:.2f}x", "the fewest that a step can do"),
         *(_row(f"{kind}, GB", f"{sent / GB:.2f}", "exact") for kind, sent in plan.messages.items()),
         *(
-            _row(f"{name}, s", f"{seconds:.3f}", "estimate")
-            for name, seconds in plan.time._asdict().items()
+            _row(f"{name}, s", f"{plan.time[name]:.3f}", "estimate")
+            for name in ("products", "memory", "messages")
         ),
-        _row(
-            "step, s",
-            _span(Range(plan.time.least, plan.time.most), 3),
-            f"estimate; {_span(plan.tokens_per_second, 0)} tokens/s in all",
-        ),
+        _row("step, s", _step_seconds(plan), f"estimate; {speed} tokens/s in all"),
         "",
         *_assumed(plan),
     ]
@@ -52,7 +44,7 @@ def render_search(plans: Sequence[Plan]) -> str:
     header = "  data  fsdp  tensor   peak, GB      step, s        largest batch"
     rows = [
         f"{plan.mesh['data']:6d}{plan.mesh['fsdp']:6d}{plan.mesh['tensor']:8d}   "
-        f"{_gigabytes(plan.peak):12}  {_span(Range(plan.time.least, plan.time.most), 3):15}"
+        f"{_gigabytes(plan.peak):12}  {_step_seconds(plan):15}"
         f"{plan.largest_batch[0]} to {plan.largest_batch[1]} rows"
         for plan in plans
     ]
@@ -117,6 +109,10 @@ def _gigabytes(size: Range) -> str:
     return _span(Range(size.least / GB, size.most / GB), 2)
 
 
+def _step_seconds(plan: Plan) -> str:
+    return _span(Range(plan.time["least"], plan.time["most"]), 3)
+
+
 def _span(span: Range, digits: int) -> str:
-    least, most = (f"{value:,.{digits}f}" for value in span)
+    least, most = (f"{value:,.{digits}f}" for value in (span.least, span.most))
     return least if least == most else f"{least} to {most}"

@@ -4,6 +4,7 @@ import json
 import runpy
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -68,6 +69,11 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
+def ended(code: int) -> SimpleNamespace:
+    """A process that is over already."""
+    return SimpleNamespace(poll=lambda: code, wait=lambda: code, returncode=code)
+
+
 def run_of(place: Path, arm: str) -> Outcome:
     return read_runs(place / "out")[arm, 3]
 
@@ -124,7 +130,7 @@ def test_the_table_is_by_arm_and_seed_and_has_nothing_twice(finished: Path, monk
     """Whichever run ends first, and although a run that was kept is kept again."""
     monkeypatch.chdir(finished)
     grid, raw = load_grid(write_grid(finished / "grid.yaml"))
-    ablation_, kept = Ablation(grid, raw, tmp_path), (Job("kv", 3), Job("ce", 3), Job("kv", 3))
+    ablation_, kept = Ablation(grid, raw, tmp_path), (("kv", 3), ("ce", 3), ("kv", 3))
     monkeypatch.setattr(
         ablation, "run_directory", lambda out, *job: Path("out/runs") / job[0] / "seed3"
     )
@@ -163,11 +169,11 @@ def test_a_finished_grid_runs_nothing_again(finished: Path, monkeypatch, capsys)
 def test_the_records_alone_are_enough_to_go_on_from(finished: Path, monkeypatch, tmp_path) -> None:
     monkeypatch.chdir(finished)
     calls: list[Job] = []
-    monkeypatch.setattr(Ablation, "_finish", lambda self, job, cores: calls.append(job) or 1)
+    monkeypatch.setattr(Ablation, "_call", lambda self, job, *_: calls.append(job) or ended(1))
     grid, raw = load_grid(write_grid(finished / "more.yaml", seeds=[3, 4]))
     (tmp_path / "runs.jsonl").write_bytes((finished / "out" / "runs.jsonl").read_bytes())
     failed = Ablation(grid, raw, tmp_path).run(1, lambda words: None)
-    assert calls == failed == [Job(PRETRAINED, 4)]  # and no arm without its start
+    assert calls == failed == [(PRETRAINED, 4)]  # and no arm without its start
 
 
 def test_a_changed_arm_is_refused(finished: Path, monkeypatch) -> None:
@@ -191,12 +197,12 @@ def test_a_run_that_is_refused_says_so_in_its_own_words(finished: Path, monkeypa
 def test_a_run_that_fails_is_told_and_the_others_go_on(finished: Path, monkeypatch, capsys):
     monkeypatch.chdir(finished)
     write_grid(finished / "two.yaml", pretrain=None, seeds=[3, 4])
-    monkeypatch.setattr(Ablation, "_finish", lambda self, job, cores: int(job.arm == "kv"))
+    monkeypatch.setattr(Ablation, "_call", lambda self, job, *_: ended(int(job[0] == "kv")))
     kept: list[Job] = []
     monkeypatch.setattr(Ablation, "_keep", lambda self, job: kept.append(job))
     ended = kava(capsys, "ablate", "two.yaml", "--out", "elsewhere")
     assert ended.code == 1
-    assert kept == [Job("ce", 3), Job("ce", 4)]
+    assert kept == [("ce", 3), ("ce", 4)]
     assert "failed: kv (seed 3), kv (seed 4); their words are in elsewhere/logs" in ended.err
 
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from kava_jax.plan.most_rows import RowSearch, Tried
+from kava_jax.plan.most_rows import Tried, find_boundary
 
 FIXED = 1000
 
@@ -37,11 +37,11 @@ class Compiler:
 @pytest.mark.parametrize("first", [8, 64])
 def test_the_boundary_is_the_one_that_trying_every_batch_finds(kind, unit, first) -> None:
     compiler = Compiler(kind)
-    search = RowSearch(compiler, unit, compiler(first))
+    tried = [compiler(first)]
     for device in np.random.default_rng(0).integers(FIXED, 3000, 12):
         limit = 0.75 * device
         fitting = [n for n in range(unit, 2000, unit) if FIXED + made_up(kind, n) <= limit]
-        found = search.boundary(0.75, int(device))
+        found = find_boundary(compiler, unit, tried, 0.75, int(device))
         most = max(fitting, default=0)
         assert (found.fits.rows if found.fits else 0) == most
         assert found.beyond == Tried(most + unit, FIXED, made_up(kind, most + unit))
@@ -52,20 +52,17 @@ def test_the_boundary_is_the_one_that_trying_every_batch_finds(kind, unit, first
 
 def test_a_line_takes_two_tries_and_one_for_the_slope() -> None:
     compiler = Compiler("line")
-    search = RowSearch(compiler, 1, compiler(32))
-    found = search.boundary(0.5, 4000)
+    found = find_boundary(compiler, 1, [compiler(32)], 0.5, 4000)
     assert found.fits
     assert found.fits.rows == (2000 - FIXED - 50) // 7
     assert len(compiler.asked) == 4
-    assert found.as_dict()["beyond"] == {
-        "rows": found.fits.rows + 1, "arguments": FIXED, "temporaries": 50 + 7 * 136
-    }  # fmt: skip
+    assert found.beyond == Tried(found.fits.rows + 1, FIXED, 50 + 7 * 136)
 
 
 def test_a_bump_does_not_mislead() -> None:
     """As measured: 33 rows need less than 32, and 34 do not fit."""
     compiler = Compiler("bumps")
-    found = RowSearch(compiler, 1, compiler(32)).boundary(1.0, FIXED + 50 + 7 * 33 + 3)
+    found = find_boundary(compiler, 1, [compiler(32)], 1.0, FIXED + 50 + 7 * 33 + 3)
     assert found.fits
     assert (found.fits.rows, found.beyond.rows) == (33, 34)
     assert len(compiler.asked) <= 5
@@ -73,7 +70,6 @@ def test_a_bump_does_not_mislead() -> None:
 
 def test_what_never_fits_is_told() -> None:
     compiler = Compiler("line")
-    found = RowSearch(compiler, 8, compiler(64)).boundary(0.75, 1000)
+    found = find_boundary(compiler, 8, [compiler(64)], 0.75, 1000)
     assert found.fits is None
     assert found.beyond.rows == 8
-    assert found.as_dict()["fits"] is None
