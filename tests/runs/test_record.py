@@ -82,7 +82,8 @@ def test_what_was_done_with_what_and_what_came_out(started):
     assert found["projector"]["kind"] == "elastic"
     weights = {key: found["loss"][key] for key in ("kv", "kv_weight", "ce_weight", "kl_weight")}
     faded = {"start": 1.0, "end": 0.0, "over": 1.0}
-    assert weights == {"kv": "mercator", "kv_weight": faded, "ce_weight": 1.0, "kl_weight": 0.5}
+    kv = {"kind": "mercator", "beta": 0.01}
+    assert weights == {"kv": kv, "kv_weight": faded, "ce_weight": 1.0, "kl_weight": 0.5}
     # 88 rows, of which 8 are held out.
     data = {key: found["data"][key] for key in ("path", "rows", "held_out_rows")}
     assert data == {"path": "data.jsonl", "rows": 80, "held_out_rows": 8}

@@ -4,7 +4,7 @@ A config builds every case twice, and both get the same weights and rows.
 """
 
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -19,10 +19,11 @@ from kava_jax.config.recipes import RECIPES
 from kava_jax.geometry import masked_mean
 from kava_jax.models.layers import Dtypes, Projection, RMSNorm
 from kava_jax.training.comparison import Comparison, read
+from kava_jax.training.objective import Match
 from kava_jax.training.step import initial_state, make_train_step
 from tests.tolerances import TOL
 from tests.training.by_recipe import made
-from tests.training.small import PAIRS, batch
+from tests.training.small import KV_LOSSES, PAIRS, batch
 
 BATCH = batch()
 
@@ -43,6 +44,7 @@ class Case(NamedTuple):
     kv: str = "mercator"
     layer_map: Any = "ratio"
     kl_weight: float = 0.0
+    match: str = "cache"
 
 
 CASES = (
@@ -52,7 +54,7 @@ CASES = (
     Case("anchored", "mse", kl_weight=0.5),
     Case("original", "smooth_l1"),
     Case("calibrated", "hybrid", "last"),
-    Case("original", "structural"),
+    Case("original", "smooth_l1", match="attention"),
     Case("anchored", layer_map="cka"),
     Case("calibrated", layer_map=PAIRS),
 )
@@ -61,6 +63,7 @@ CASES = (
 def test_the_lane_leaves_nothing_out() -> None:
     assert {case.recipe for case in CASES if case.kv == "mercator"} == set(RECIPES)
     assert {case.kv for case in CASES} == set(KV_LOSSES)
+    assert {case.match for case in CASES} == set(get_args(Match))
     assert {case.layer_map for case in CASES} == {*NAMED_MAPS, *CALIBRATED_MAPS, PAIRS}
 
 
@@ -70,6 +73,7 @@ def stepped(case: Case, dtype: str) -> tuple[float, dict[str, Any]]:
         "teachers.0.layer_map": case.layer_map,
         "loss.kv": case.kv,
         "loss.kl_weight": case.kl_weight,
+        "loss.match": case.match,
     }
     blueprint, params, teachers = made(case.recipe, dtype, **fields)
     plain = optax.sgd(1.0)  # parameters fall by their gradient
