@@ -33,7 +33,7 @@ from kava_jax.hf.config_json import FloatName, config_from_spec
 from kava_jax.hf.generation import GENERATION, passed_on
 from kava_jax.hf.load import cast
 from kava_jax.hf.locate import INDEX, TOKENIZER_FILES, read_json
-from kava_jax.hf.names import Row, parameter_shapes, rows_of
+from kava_jax.hf.names import Row, misfits, parameter_shapes, rows_of
 from kava_jax.models.spec import DecoderSpec
 from kava_jax.parallel.hosts import on_host
 from kava_jax.storage import Place, check_target, upload
@@ -166,17 +166,10 @@ def check_destination(directory: Place) -> None:
 
 def _checked_params(params: Mapping[str, Any], spec: DecoderSpec) -> dict[str, Any]:
     flat: dict[str, Any] = flatten_dict(params, sep="/")
-    expected = parameter_shapes(spec)
-    faults = [f"{path} is missing" for path in expected if path not in flat]
-    faults += [f"{path} is not part of the model" for path in flat if path not in expected]
-    faults += [
-        f"{path} is {list(flat[path].shape)}, expected {list(shape)}"
-        for path, shape in expected.items()
-        if path in flat and tuple(flat[path].shape) != shape
-    ]
-    if faults:
+    shapes = {path: tuple(leaf.shape) for path, leaf in flat.items()}
+    if faults := misfits(parameter_shapes(spec), shapes):
         raise KavaError(
-            f"parameters do not fit the {spec.family} geometry: {', '.join(faults)}; "
+            f"parameters do not fit the {spec.family} geometry: {'; '.join(faults)}; "
             "export the whole decoder with its own spec"
         )
     return flat

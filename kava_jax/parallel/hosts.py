@@ -92,7 +92,7 @@ def absent(error: BaseException | None) -> str | None:
 
 def from_first(number: int, place: str) -> int:
     """The first process's number, on all processes; every process must ask at the same place."""
-    return int(from_all(str(number), place)[0])
+    return int(from_all(str(int(number)), place)[0])  # a bool is a number too
 
 
 def from_all(text: str, place: str) -> list[str]:
