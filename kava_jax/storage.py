@@ -1,12 +1,13 @@
-"""Where a run or an export lies: a local directory, or a folder of a bucket (``gs://bucket/run``).
+"""Where a run or an export is: a local directory, or a folder of a bucket (``gs://bucket/run``).
 
-Small files are read and written through etils' ``epath``, whose paths look like pathlib's; state
-goes there through Orbax. Object storage knows neither appending nor renaming: an object appears
-whole or not at all, so what elsewhere is renamed into place is written at once here, and a file
-that grows is kept in a local copy that is uploaded whole.
+Small files are read and written through etils' ``epath``, whose paths look like pathlib's. Orbax
+writes the state itself. Object storage can neither append nor rename, but an object appears whole
+or not at all. So a file that would be renamed into place on a disk is written directly on a bucket,
+and a file that grows is kept in a local copy that is uploaded whole.
 
 Left out on purpose: other stores than Google's. Orbax takes ``s3://`` for a local path
-(``docs/results/object_storage.py`` shows it), and renames of directories there would be no commits.
+(``docs/results/object_storage.py`` shows it), and a directory cannot be committed there by
+renaming it.
 """
 
 import os

@@ -39,7 +39,7 @@ def chat_pieces(
         today: what the template takes for the current date.
 
     Raises:
-        KavaError: the template refuses the conversation, or a reply cannot be told apart in what it
+        KavaError: the template refuses the conversation, or a reply cannot be found in what it
             writes.
     """
     messages = example.messages or (
@@ -165,9 +165,8 @@ def _arguments_as_wanted(messages: Sequence[Message], render: Render) -> Sequenc
     changed = [copy.deepcopy(dict(message)) for message in messages]
     entries = [call for message in changed for call in message.get("tool_calls") or ()]
     # A call's function is an object of its own, or the call itself.
-    calls = [entry.get("function", entry) for entry in entries if isinstance(entry, Mapping)]
-    calls = [call for call in calls if isinstance(call, Mapping)]
-    calls = [call for call in calls if isinstance(call.get("arguments"), str)]
+    calls = [entry.get("function", entry) for entry in entries if isinstance(entry, dict)]
+    calls = [c for c in calls if isinstance(c, dict) and isinstance(c.get("arguments"), str)]
     if not calls:
         return messages
     whole = render(messages)

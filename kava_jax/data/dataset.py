@@ -142,7 +142,7 @@ def token_fingerprint(
 ) -> str:
     """SHA-256 (hex) of encoded rows, part by part, and of all that the tokenizer gives an id to.
 
-    Taken from what the tokenizer does and not from its files, which other versions write otherwise.
+    Taken from what the tokenizer does, because other versions write the same tokenizer differently.
     """
     special = (tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.pad_token_id)
     known = (sorted(tokenizer.get_vocab().items()), special, tokenizer.chat_template)
@@ -157,7 +157,7 @@ def token_fingerprint(
 
 
 def _overlaps(training: Sequence[Example], sets: Mapping[str, Sequence[Example]]) -> list[str]:
-    """What to say of rows that stand in the training data twice, or in a held-out set as well."""
+    """What to say of rows that occur twice in the training data, or in a held-out set as well."""
     notes = []
     repeats = len(training) - len({_text_of(row) for row in training})
     if repeats:

@@ -1,8 +1,8 @@
-"""Files, pipes and standard input to raw rows: what a field holds is for ``rows`` to judge.
+"""Files, pipes and standard input to raw rows; ``rows`` checks what their fields hold.
 
-Files are read here and not by ``datasets``: a broken one is to be reported in a single line with
-its line numbers, and no copy of it stays behind in a cache. Gzip is told by its first two bytes,
-whatever the file is called.
+Files are read here and not by ``datasets``, so that a broken one is reported in a single line with
+its line numbers, and no copy of it stays in a cache. A gzipped file is known by its first two
+bytes, whatever its name.
 """
 
 import functools
@@ -31,7 +31,7 @@ Numbered = Iterator[tuple[int, Any]]
 
 
 class BadRowError(Exception):
-    """What is wrong with one row, without its place."""
+    """What is wrong with one row, without the row's number."""
 
 
 class Number(str):
@@ -63,7 +63,7 @@ def read_text(name: str) -> str:
 
 
 def json_rows(name: str) -> tuple[str, Numbered]:
-    """What the rows are counted in, and (number, value or what is wrong with it) of every row.
+    """The unit that rows are counted in, and for every row its number and its value or its fault.
 
     JSON objects one a line (blank lines are skipped), one array of them, or objects that are
     written over several lines each.
@@ -110,7 +110,7 @@ def parsed(text: str | bytes, decode: Callable[[str], Any] = _DECODER.decode) ->
 
 
 def plain(value: Any) -> Any:
-    """The value with Python's own numbers in the place of ``Number``."""
+    """The value with Python's own numbers instead of ``Number``."""
     if isinstance(value, Number):
         try:
             return json.loads(value)
@@ -175,7 +175,7 @@ def _opened(name: str) -> Iterator[IO[bytes]]:
 
 @functools.cache
 def _piped(name: str) -> bytes:
-    """All of a stream, kept: it cannot be read a second time."""
+    """All of a stream. It is kept, because a stream cannot be read a second time."""
     return sys.stdin.buffer.read() if name in STANDARD_INPUT else Path(name).read_bytes()
 
 
@@ -197,6 +197,7 @@ def _each(lines: Numbered) -> Numbered:
 
 def _document(content: bytes) -> Numbered:
     """The items of one array, or of values that follow one another."""
+    values: list[Any]
     try:
         values = parsed(content, _values)
     except BadRowError as error:

@@ -11,7 +11,7 @@ A *mixture* says which problems are drawn: all of them, some kinds (for a studen
 kind and is to learn another), or problems outside of what is trained on (longer, larger numbers).
 
 Left out on purpose: fractions, money and units, distractor sentences. The
-generator exists to train and measure tiny models within minutes, not to stand in for GSM8K.
+generator exists to train and measure tiny models within minutes. It does not replace GSM8K.
 """
 
 import hashlib

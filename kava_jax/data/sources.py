@@ -63,7 +63,7 @@ def load_examples(
             written as; null and NaN are missing values.
         messages_field: field of a conversation, a list of ``{"role", "content"}`` (or ``{"from",
             "value"}``) that ends with the assistant; set, it takes the place of prompt and answer.
-            A field ``tools`` beside it goes to the chat template.
+            A field ``tools`` of the same row goes to the chat template.
         seed: of the generator.
         rows: at most this many, from the start; for the generator, how many (default: as GSM8K).
 

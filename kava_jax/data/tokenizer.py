@@ -5,8 +5,8 @@ generated problems (``docs/results/builtin_tokenizer.py``). Every digit is a tok
 all 256 bytes are in it, so any text comes back unchanged.
 
 Left out on purpose: remote code (``trust_remote_code`` is never set) and any change to a loaded
-tokenizer. One without a pad token stays so; :func:`pad_id` then answers with its eos, which is
-safe because padding is told apart by masks and never by id.
+tokenizer. If it has no pad token, :func:`pad_id` gives its eos. That is safe, because masks and not
+ids say what is padding.
 """
 
 from collections.abc import Iterable, Mapping
@@ -123,8 +123,8 @@ def check_same_ids(
         who: what to call the model in messages, such as ``teachers.big``.
 
     Returns:
-        Special tokens that merely have other names there, which is no matter as long as no row
-        uses them (:func:`check_unused`): by id, in words. And what to say of the comparison, if
+        The special tokens that only have another name there, by id, in words; they do no harm as
+        long as no row uses them (:func:`check_unused`). And what to say of the comparison, if
         anything.
 
     Raises:

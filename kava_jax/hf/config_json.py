@@ -73,35 +73,26 @@ def spec_from_config(config: Mapping[str, Any], *, where: str) -> DecoderSpec:
         "num_key_value_heads": kv_heads or heads,
         "head_dim": family.head_dim or max(positive_int(config, "hidden_size", where) // heads, 1),
         "max_position_embeddings": family.max_position_embeddings,
-        "rms_norm_eps": 1e-6,
-        "initializer_range": 0.02,
     }
-    numbers = {
-        field: positive_float(config, key, where, default=defaults[key])
-        for key, field in NUMBERS.items()
-    }
-    sizes = {
+    fields: dict[str, Any] = {
         field: positive_int(config, key, where, default=defaults.get(key))
         for key, field in SIZES.items()
     }
-    if heads % sizes["num_kv_heads"]:
+    if heads % fields["num_kv_heads"]:
         raise KavaError(
-            f"{where}: num_key_value_heads={sizes['num_kv_heads']} does not divide "
+            f"{where}: num_key_value_heads={fields['num_kv_heads']} does not divide "
             f"num_attention_heads={heads}; correct config.json"
         )
-    if sizes["head_dim"] % 2:
-        raise KavaError(
-            f"{where}: head_dim={sizes['head_dim']} is odd; RoPE needs an even head_dim"
-        )
-    biases = {}
+    head_dim, positions = fields["head_dim"], fields["max_position_embeddings"]
+    if head_dim % 2:
+        raise KavaError(f"{where}: head_dim={head_dim} is odd; RoPE needs an even head_dim")
+    for key, (field, default) in NUMBERS.items():
+        fields[field] = positive_float(config, key, where, default=default)
     for field, key in _SWITCHES.items():
         fixed, asked = getattr(family, field), true_or_false(config, key, where)
-        biases[field] = asked if fixed is None else fixed
+        fields[field] = asked if fixed is None else fixed
     rope_theta, rope_scaling = read_rope(
-        config,
-        positions=sizes["max_position_embeddings"],
-        head_dim=sizes["head_dim"],
-        where=where,
+        config, positions=positions, head_dim=head_dim, where=where
     )
     return DecoderSpec(
         family=name,
@@ -110,9 +101,7 @@ def spec_from_config(config: Mapping[str, Any], *, where: str) -> DecoderSpec:
         tie_embeddings=true_or_false(config, "tie_word_embeddings", where),
         qk_norm=family.qk_norm,
         sliding_window=_sliding_window(config, name, family, where),
-        **biases,
-        **sizes,
-        **numbers,
+        **fields,
     )
 
 
@@ -126,7 +115,8 @@ def config_from_spec(spec: DecoderSpec, *, dtype: FloatName) -> dict[str, Any]:
     config: dict[str, Any] = {
         "architectures": [family.architecture],
         "model_type": spec.family,
-        **{key: getattr(spec, field) for key, field in (SIZES | NUMBERS).items()},
+        **{key: getattr(spec, field) for key, field in SIZES.items()},
+        **{key: getattr(spec, field) for key, (field, _) in NUMBERS.items()},
         "hidden_act": "silu",
         "tie_word_embeddings": spec.tie_embeddings,
         **rope_config(spec),

@@ -23,7 +23,8 @@ SIZES = REQUIRED_SIZES | {
     "head_dim": "head_dim",
     "max_position_embeddings": "max_position_embeddings",
 }
-NUMBERS = {"rms_norm_eps": "norm_eps", "initializer_range": "initializer_range"}
+# These with the value that transformers takes where the key is absent.
+NUMBERS = {"rms_norm_eps": ("norm_eps", 1e-6), "initializer_range": ("initializer_range", 0.02)}
 
 READ = {*SIZES, *NUMBERS} | {
     "architectures",

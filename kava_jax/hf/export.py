@@ -1,7 +1,7 @@
 """Our parameter tree out as a plain Hugging Face directory that transformers 4.x and 5.x load.
 
-Written beside a new destination and renamed into place, so a directory is either a whole export or
-not there; on a bucket, and where there was a directory, it has a ``config.json`` once it is whole.
+A new directory is written under another name and then renamed, so it is either a whole export or
+not there. On a bucket, and where there was a directory, ``config.json`` is written last.
 A directory that is not a previous export is never touched. Weights go through host memory one shard
 at a time, wherever the parameters are sharded.
 
@@ -33,7 +33,7 @@ from kava_jax.hf.config_json import FloatName, config_from_spec
 from kava_jax.hf.generation import GENERATION, passed_on
 from kava_jax.hf.load import cast
 from kava_jax.hf.locate import INDEX, TOKENIZER_FILES, read_json
-from kava_jax.hf.names import Row, parameter_shapes, rows_of
+from kava_jax.hf.names import Row, misfits, parameter_shapes, rows_of
 from kava_jax.models.spec import DecoderSpec
 from kava_jax.parallel.hosts import on_host
 from kava_jax.storage import Place, check_target, upload
@@ -131,7 +131,7 @@ def _written_whole(directory: Place) -> Iterator[Path]:
         return
     directory = directory.resolve()  # through a link, and ``.`` gets a name
     new = not directory.exists()
-    # One that is there may be another disk, or where the caller stands: it stays the same one.
+    # A directory that exists may be a mount or the working directory, so it is not replaced.
     partial = (directory.parent if new else directory) / f"{_PARTIAL}{directory.name}-{os.getpid()}"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -165,18 +165,11 @@ def check_destination(directory: Place) -> None:
 
 
 def _checked_params(params: Mapping[str, Any], spec: DecoderSpec) -> dict[str, Any]:
-    flat = flatten_dict(params, sep="/")
-    expected = parameter_shapes(spec)
-    faults = [f"{path} is missing" for path in expected if path not in flat]
-    faults += [f"{path} is not part of the model" for path in flat if path not in expected]
-    faults += [
-        f"{path} is {list(flat[path].shape)}, expected {list(shape)}"
-        for path, shape in expected.items()
-        if path in flat and tuple(flat[path].shape) != shape
-    ]
-    if faults:
+    flat: dict[str, Any] = flatten_dict(params, sep="/")
+    shapes = {path: tuple(leaf.shape) for path, leaf in flat.items()}
+    if faults := misfits(parameter_shapes(spec), shapes):
         raise KavaError(
-            f"parameters do not fit the {spec.family} geometry: {', '.join(faults)}; "
+            f"parameters do not fit the {spec.family} geometry: {'; '.join(faults)}; "
             "export the whole decoder with its own spec"
         )
     return flat
@@ -234,14 +227,14 @@ def _loaded(tokenizer: Any) -> Any:
 def _check_tokenizer_reads_back(directory: Path, tokenizer: Any, spec: DecoderSpec) -> None:
     """Refuse an export that AutoTokenizer would tokenize differently than training did.
 
-    Beside the config of some families (qwen2) transformers 5.x takes the family's own tokenizer
+    Next to the config of some families (qwen2) transformers 5.x takes the family's own tokenizer
     class whatever tokenizer_config.json says, and rebuilds it from the vocabulary: other ids,
     silently.
     """
     again = _loaded(directory)
     if again(_PROBE).input_ids != _loaded(tokenizer)(_PROBE).input_ids:
         raise KavaError(
-            f"the tokenizer gives other ids beside a model of family {spec.family}, where "
+            f"the tokenizer gives other ids next to a model of family {spec.family}, where "
             f"transformers reads it as {type(again).__name__}; use that family's own tokenizer, or "
             "a model of another family"
         )

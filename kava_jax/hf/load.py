@@ -28,6 +28,7 @@ from kava_jax.hf.names import (
     Shape,
     compact,
     expected_tensors,
+    misfits,
     parameter_shapes,
     rows_of,
     tail_path,
@@ -114,22 +115,11 @@ def check_tensors(files: TensorFiles, spec: DecoderSpec, *, head: bool = True) -
         expected.pop(HEAD, None)
     if spec.tie_embeddings and HEAD in present:
         expected |= {HEAD: (spec.vocab_size, spec.hidden_size)}
-    known = {name: files.tensors[name] for name in expected if name in present}
-    faults = {
-        "missing": compact([name for name in expected if name not in present]),
-        "unexpected": compact(sorted(present - set(expected))),
-        "wrong shape": [
-            f"{name} is {list(found.shape)}, expected {list(expected[name])}"
-            for name, found in known.items()
-            if found.shape != expected[name]
-        ],
-        f"wrong dtype (readable are {', '.join(_FLOATS)})": [
-            f"{name} is {found.dtype}"
-            for name, found in known.items()
-            if found.dtype not in _FLOATS
-        ],
-    }
-    told = [f"{fault}: {', '.join(names)}" for fault, names in faults.items() if names]
+    told = misfits(expected, {name: files.tensors[name].shape for name in present})
+    dtypes = {name: files.tensors[name].dtype for name in expected if name in present}
+    unread = [f"{name} is {dtype}" for name, dtype in dtypes.items() if dtype not in _FLOATS]
+    if unread:
+        told.append(f"wrong dtype (readable are {', '.join(_FLOATS)}): {', '.join(unread)}")
     if told:
         raise KavaError(
             f"{files.directory.name}: tensors do not fit config.json ({spec.family}): "

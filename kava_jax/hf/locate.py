@@ -74,9 +74,9 @@ def model_fingerprint(directory: Path) -> str:
 
     Over ``config.json``, every ``*.safetensors`` in name order, and the shards that the index
     places in subfolders, each as name, size and content.
-    Files up to 256 MiB count wholly. Of larger ones count the header, the first and the last MiB
-    and one MiB of every 64: seconds instead of minutes for a large teacher, and still certain to
-    notice other weights, though not a single flipped bit.
+    Files up to 256 MiB are read whole. Of larger ones only the header, the first and the last MiB
+    and one MiB of every 64 are read: for a large teacher this takes seconds instead of minutes. It
+    notices other weights for certain, but not a single flipped bit.
     """
     digest = hashlib.sha256()
     names = ["config.json", *sorted(file.name for file in directory.glob("*.safetensors"))]
@@ -103,7 +103,7 @@ def model_fingerprint(directory: Path) -> str:
 def read_json(path: Place) -> dict[str, Any]:
     """Parse a JSON object; a ``KavaError`` names the file when it is missing or broken.
 
-    Broken is also a key that is given twice, of which JSON's readers take the last.
+    A key that is given twice counts as broken; Python's reader would take the last one.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_each_once)
@@ -126,8 +126,8 @@ def weight_index(directory: Path) -> dict[str, str]:
     """The file of every tensor by ``model.safetensors.index.json``; nothing where there is none.
 
     Raises:
-        KavaError: the index is not one, points out of the directory, or stands beside a
-            ``model.safetensors`` that it does not know.
+        KavaError: the index is not one or points out of the directory, or there is also a
+            ``model.safetensors`` that the index does not name.
     """
     if not (directory / INDEX).is_file():
         return {}

@@ -10,7 +10,7 @@ Left out on purpose: fused projections (``qkv_proj``); no supported family has t
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -187,6 +187,20 @@ def parameter_shapes(
         elif head or row.ours.startswith("embed/"):
             shapes[row.ours] = row.our_shape(spec)
     return shapes
+
+
+def misfits(expected: Mapping[str, Shape], found: Mapping[str, Shape]) -> list[str]:
+    """Every name that is missing, unexpected or of another shape, by fault."""
+    faults = {
+        "missing": compact([name for name in expected if name not in found]),
+        "unexpected": compact(sorted(found.keys() - expected.keys())),
+        "wrong shape": [
+            f"{name} is {list(found[name])}, expected {list(shape)}"
+            for name, shape in expected.items()
+            if found.get(name, shape) != shape
+        ],
+    }
+    return [f"{fault}: {', '.join(names)}" for fault, names in faults.items() if names]
 
 
 def compact(names: Sequence[str]) -> list[str]:

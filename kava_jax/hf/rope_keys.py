@@ -127,7 +127,7 @@ def _merged(config: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _entries(spelling: Mapping[str, Any], name: str, where: str) -> Iterator[tuple[str, Any]]:
-    """Keys and values; those of a type of layer are taken out of its object."""
+    """Keys and values, including those inside the object of a type of layer."""
     for key, value in spelling.items():
         if key not in _LAYER_TYPES:
             yield key, value
@@ -170,8 +170,8 @@ def _scaling(kind: str, seen: Mapping[str, Any], positions: int, where: str) -> 
 def _set_attention_factor(seen: dict[str, Any], positions: int, where: str) -> None:
     """``sqrt(1 + ln(factor) / ln(original))``, where longrope does not give it.
 
-    Without a ``factor`` it is the ratio of the lengths. Up to 4.x that ratio went before it; the
-    result, which is what we write, is read alike by all.
+    Without a ``factor`` it is the ratio of the lengths. Up to 4.x transformers preferred that ratio
+    to a given factor. We write the result, which all versions read in the same way.
     """
     original = positive_int(seen, _ORIGINAL, where, default=positions)
     if original == 1:

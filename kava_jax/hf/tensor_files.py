@@ -1,9 +1,9 @@
 """The safetensors files of a model directory: what is in which file, and reading it by slice.
 
-What people's files do differently is settled here, so that everything else sees the names of
-``hf.names``: a base model's tensors lack ``model.``, shards may lie in subfolders or hold a tensor
-that the index places in another shard, and a tied head may be stored beside the embedding or in its
-place. Other names are never guessed.
+Files in public repositories differ in a few ways, which are settled here so that everything else
+sees the names of ``hf.names``. A base model's tensors lack ``model.``; shards may lie in subfolders
+or hold a tensor that the index places in another shard; a tied head may be stored as well as the
+embedding, or instead of it. Other names are never guessed.
 """
 
 import re
@@ -22,7 +22,7 @@ from kava_jax.hf.names import Index
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # What transformers' base classes (``LlamaModel``) save without their prefix.
 _BASE = re.compile(r"(embed_tokens|layers|norm)\.")
-# A copy of a tied head is compared in pieces of about so many numbers.
+# A copy of a tied head is compared in pieces of about this many numbers.
 _PIECE = 1 << 24
 _CACHED = 1 << 18
 
@@ -128,8 +128,8 @@ class TensorFiles:
 def _all_finite(array: np.ndarray) -> bool:
     """Whether no float is NaN or infinite.
 
-    Of the formats with two bytes numpy converts every number first, which is slow. Without their
-    sign, the bits of infinity are above those of every finite number, and those of NaN above them.
+    For formats with two bytes numpy converts every number first, which is slow. There the bits
+    without the sign are compared as integers: finite numbers come before infinity, NaN after it.
     """
     flat = array.reshape(-1)
     # In pieces that stay in the processor's cache, with what is made of them on the way.

@@ -21,7 +21,7 @@ def positive_float(
     config: Mapping[str, Any], key: str, where: str, *, default: float | None = None
 ) -> float:
     """As a float; infinity and nan, which JSON readers let through, are refused too."""
-    value = config.get(key)
+    value: Any = config.get(key)
     value = default if value is None else value
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not 0 < value < float("inf"):

@@ -1,8 +1,8 @@
 """Several processes that act as one: start-up, values in common, whole arrays on every host.
 
-Processes meet at places with names, which are the same on all of them. Whoever waits at one for too
-long ends with the place and the numbers of the processes that did not come. A process that is gone
-altogether is noticed by JAX's own heartbeat, and then all end.
+Processes meet at named places, the same on all of them. A process that waits there for too long
+ends with an error that names the place and the processes that did not come. If a process has died,
+JAX's own heartbeat notices it and ends all the others.
 """
 
 import os
@@ -19,7 +19,7 @@ from kava_jax.parallel.cluster import Cluster
 # Large pods take long to come up, and hosts read models and data at different speeds; JAX's own
 # default of 300 s is too short for them.
 PATIENCE_SECONDS = 1800
-# Of a text that is gathered.
+# Bytes of a text that ``from_all`` gathers.
 _LONGEST = 500
 
 
@@ -42,8 +42,8 @@ def start(cluster: Cluster) -> None:
             f"--coordinator HOST:PORT --processes N --process I"
         ) from None
     if jax.default_backend() == "cpu":
-        # On CPUs a program that was kept may send its messages in another order than the same one
-        # compiled anew, and processes that mix the two end in a mismatch (seen with jax 0.10.2).
+        # On CPUs a program from the compilation cache may send its messages in another order than
+        # a freshly compiled one. Processes that mix the two fail (seen with jax 0.10.2).
         jax.config.update("jax_enable_compilation_cache", False)
 
 
@@ -92,12 +92,7 @@ def absent(error: BaseException | None) -> str | None:
 
 def from_first(number: int, place: str) -> int:
     """The first process's number, on all processes; every process must ask at the same place."""
-    if jax.process_count() == 1:
-        return number
-    from jax.experimental.multihost_utils import broadcast_one_to_all
-
-    meet(place)
-    return int(broadcast_one_to_all(np.asarray(number, np.int32)))
+    return int(from_all(str(int(number)), place)[0])  # a bool is a number too
 
 
 def from_all(text: str, place: str) -> list[str]:

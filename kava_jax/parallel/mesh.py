@@ -60,7 +60,7 @@ def over_slices(devices: Sequence[Any], data: int, fsdp: int, tensor: int) -> np
 
 
 def check_slices(data: int, slices: int) -> None:
-    """Raise KavaError where the data axis cannot cross so many TPU slices."""
+    """Raise KavaError if the number of TPU slices does not divide the data axis."""
     if data % slices:
         raise KavaError(
             f"mesh.data={data} is not divisible by the {slices} slices, which it has to cross; use "
@@ -76,9 +76,8 @@ def slices_of(devices: Sequence[Any]) -> set[int]:
     """
     if devices[0].platform != "tpu":
         return {0}
-    return {
-        getattr(device, "slice_index", 0) for device in devices
-    }  # of a description there is one
+    # The devices of a topology description have no index: they are one slice.
+    return {getattr(device, "slice_index", 0) for device in devices}
 
 
 def batch_shards(mesh: Mesh) -> int:
