@@ -81,7 +81,7 @@ def _ours(path: Path, overrides: list[str]) -> Side:
         "mesh": dict(run.mesh.shape),
         "attention": run.attending,
         "environment": {k: v for k, v in os.environ.items() if k.startswith("XLA_PYTHON_CLIENT")},
-        "compiled": memory._asdict() | {"peak": memory.peak},
+        "compiled": memory._asdict() | {"peak": sum(memory)},
     }
     losses: list[float] = []
 

@@ -9,6 +9,7 @@ templates among the package's assets. Left out on purpose: what a difference is 
 import base64
 import io
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -256,13 +257,13 @@ def _render(template: str, **parts: Any) -> str:
     environment = Environment(
         loader=PackageLoader("kava_jax", "assets"), autoescape=True, undefined=StrictUndefined
     )
-    environment.filters |= {"number": number, "yaml": _yaml, "image": _image}
+    environment.filters |= {
+        "number": number,
+        "yaml": partial(yaml.safe_dump, sort_keys=False, allow_unicode=True),
+        "image": _image,
+    }
     environment.globals |= {"in_words": in_words}
     return environment.get_template(template).render(parts)
-
-
-def _yaml(content: Any) -> str:
-    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 
 def _image(figure: "Figure") -> dict[str, Any]:
