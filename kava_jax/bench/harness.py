@@ -35,7 +35,7 @@ class Side(NamedTuple):
     """Does the work and waits for it. Returns the arrays that every side has to give, as a tree."""
     facts: Mapping[str, Any] = {}
     """Told before the work is done for the first time; ``tokens``, ``flops`` and ``bytes`` are
-    those of one run."""
+    per run."""
     last: Callable[[], Facts] = dict
     """Gives what is told after the last turn."""
     compared: bool = True
@@ -51,7 +51,7 @@ def compare(
 ) -> Facts:
     """Let every side work once, compare what they give, and let each take ``ROUNDS`` turns.
 
-    The first side is ours. Arrays have to be those of the first side that gives any:
+    The first side is ours. Arrays have to agree with the first side that gives any:
     ``max|a - b| <= tolerance * max|a|`` of each. ``optional`` sides may fail.
 
     Returns by side: ``seconds`` (median, least, most), ``times_ours``, ``facts``, their rates
@@ -117,7 +117,7 @@ def _summary(seconds: list[float]) -> dict[str, float]:
 
 
 def _differences(given: Mapping[str, list[np.ndarray]], tolerance: float) -> dict[str, float]:
-    """How far the numbers of every side are from those of the first that gives any."""
+    """How far every side's numbers are from the first side's that gives any."""
     first, *others = [name for name, arrays in given.items() if arrays] or [""]
     found = {}
     for name in others:

@@ -47,7 +47,7 @@ def bench_ce(sizes: tuple[int, int, int, int] = SIZES) -> Facts:
     """Mean cross-entropy, forward and backward in hidden states and head.
 
     Twice: with all positions counted, and without the first half of each row, the prompt.
-    ``naive`` is the plain form, all logits in one array. FLOPs are those of the three matrix
+    ``naive`` is the plain form, all logits in one array. FLOPs count the three matrix
     products at counted positions, ``6 * positions * width * vocabulary``.
     """
     cases = {}

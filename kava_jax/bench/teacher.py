@@ -1,4 +1,4 @@
-"""``kava bench teacher``: the teacher's pass as it is run, beside a whole forward pass."""
+"""``kava bench teacher``: the teacher's pass as it is run, and a whole forward pass."""
 
 import importlib
 import tempfile
@@ -23,7 +23,7 @@ from kava_jax.plan.floor import step_floor
 from kava_jax.training.comparison import read
 
 TOLERANCE = 1e-4  # of the largest entry
-# Logits of every so many positions are compared: those of all would be files of a gigabyte.
+# Logits of every eighth position are compared: all of them would be a gigabyte.
 EVERY = 8
 
 

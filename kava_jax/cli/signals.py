@@ -18,7 +18,7 @@ from kava_jax.errors import PreemptedError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # An exception cannot reach code that is not Python, such as the compiler, and some libraries
-# swallow it. Whatever has not ended so many seconds after the signal is ended then.
+# swallow it. What has not ended this many seconds after the signal is ended then.
 PATIENCE = 3.0
 _SHOW_CURSOR = "\x1b[?25h"
 

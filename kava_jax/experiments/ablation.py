@@ -42,7 +42,7 @@ Job = tuple[str, int]
 
 @dataclass(frozen=True)
 class Ablation:
-    """A grid, the base config as it stands in its file, and the directory of its results.
+    """A grid, the base config as its file gives it, and the directory of the results.
 
     It gets ``grid.json`` and ``runs.jsonl``, all that a later call needs to go on, and ``runs/``.
     """

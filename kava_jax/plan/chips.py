@@ -83,9 +83,9 @@ def roofline(work: Work, memory: float, chip: Chip) -> dict[str, float]:
 
 
 def topology_name(chip: Chip, devices: int) -> str | None:
-    """The smallest torus of so many TPU chips, as the compiler calls it; None if there is none.
+    """The torus of that number of TPU chips, as the compiler calls it; None if there is none.
 
-    Slices of v5e and v6e are rectangles of at most 16 x 16 chips, those of v5p boxes.
+    Slices of v5e and v6e are rectangles of at most 16 x 16 chips; slices of v5p are boxes.
     """
     shapes = {
         2: {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16"}
