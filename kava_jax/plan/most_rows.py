@@ -60,10 +60,7 @@ def find_boundary(
         low = fits.rows if fits else 0
         if beyond and beyond.rows - low <= unit:
             return Boundary(fraction, limit, fits, beyond)
-        if beyond and turn >= LINES:
-            guess = (low + beyond.rows) // 2
-        else:
-            guess = _on_the_line(tried, limit)
+        guess = (low + beyond.rows) // 2 if beyond and turn >= LINES else _on_the_line(tried, limit)
         guess = max(guess // unit * unit, low + unit)
         tried.append(attempt(min(guess, beyond.rows - unit) if beyond else guess))
         turn += 1
