@@ -50,12 +50,7 @@ class Ending:
         threading.Thread(target=self._watch, args=[heard], daemon=True).start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._asked is not None:  # whatever a library has made of the exception on its way
             self._end(self._asked)
         self._over = True
