@@ -1,1 +1,1 @@
-"""``kava bench``: how long things take and what they need, beside what else one could use."""
+"""``kava bench``: how long things take and what they need, compared with other tools."""

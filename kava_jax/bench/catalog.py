@@ -24,13 +24,15 @@ def run_benchmark(name: str, config: Path | None, overrides: list[str], peer: st
     """
     if name not in MODULES:
         raise KavaError(f"name={name!r} is not a benchmark; use {', '.join(MODULES)}")
-    told = name in ("step", "teacher", "gpu")
-    if peer is not None and not told:
+    given: Facts = {}
+    if name in ("step", "teacher", "gpu"):
+        given["peer"] = peer
+    elif peer is not None:
         raise KavaError(f"--peer={peer}: {name} has its own; only step, teacher and gpu are told")
-    if name != "gpu" and (config is not None or overrides):
+    if name == "gpu":
+        given |= {"config": config, "overrides": overrides}
+    elif config is not None or overrides:
         raise KavaError(f"name={name}: its sizes are fixed; leave --config and overrides out")
-    given: Facts = {"peer": peer} if told else {}
-    given |= {"config": config, "overrides": overrides} if name == "gpu" else {}
     module = importlib.import_module(f"kava_jax.bench.{MODULES[name]}")
     found = getattr(module, f"bench_{name}")(**given)
     # Devices are looked at last: on a GPU that takes memory, which the sides have needed.

@@ -1,4 +1,4 @@
-"""``kava bench decode``: greedy decoding, beside transformers on the same model directory."""
+"""``kava bench decode``: greedy decoding, compared with transformers on the same model."""
 
 import importlib
 import tempfile

@@ -2,8 +2,8 @@
 
 Weights and tokens are random and are made on the devices, so nothing is read or downloaded. No row
 is padded and every token but the first is predicted, which is the most that the step can cost. A
-small step is checked against the CPU's first. What the devices really used stands beside what the
-compiler said of the same program; a step that finds no room has ``failed``.
+small step is checked against the CPU first. The result has what the devices really used and what
+the compiler said of the same program. A step that does not fit is listed under ``failed``.
 """
 
 import importlib
@@ -82,7 +82,7 @@ def _ours(path: Path, overrides: list[str]) -> Side:
         "mesh": dict(run.mesh.shape),
         "attention": run.attending,
         "environment": {k: v for k, v in os.environ.items() if k.startswith("XLA_PYTHON_CLIENT")},
-        "compiled": memory._asdict() | {"peak": memory.peak},
+        "compiled": memory._asdict() | {"peak": sum(memory)},
     }
     losses: list[float] = []
 

@@ -20,6 +20,7 @@ import jax
 import numpy as np
 
 from kava_jax.errors import KavaError
+from kava_jax.plan.compiled import memory_of
 
 ROUNDS = 7
 _SPAWN = multiprocessing.get_context("spawn")
@@ -31,13 +32,14 @@ class Side(NamedTuple):
     """What a side's function returns in the process that was started for it."""
 
     run: Callable[[], Any]
-    """Does the work and waits for it. Returns the arrays that every side has to give, as a tree, or
-    None where there is nothing to compare."""
+    """Does the work and waits for it. Returns the arrays that every side has to give, as a tree."""
     facts: Mapping[str, Any] = {}
     """Told before the work is done for the first time; ``tokens``, ``flops`` and ``bytes`` are
-    those of one run."""
+    per run."""
     last: Callable[[], Facts] = dict
     """Gives what is told after the last turn."""
+    compared: bool = True
+    """Whether what ``run`` returns is compared with the other sides'."""
 
 
 # A function of a module, or a ``partial`` of one: it is pickled.
@@ -45,13 +47,12 @@ Make = Callable[[], Side]
 
 
 def compare(
-    sides: Mapping[str, Make], tolerance: float | None = 0.0, optional: tuple[str, ...] = ()
+    sides: Mapping[str, Make], tolerance: float = 0.0, optional: tuple[str, ...] = ()
 ) -> Facts:
     """Let every side work once, compare what they give, and let each take ``ROUNDS`` turns.
 
-    The first side is ours. Arrays have to be those of the first side that gives any:
-    ``max|a - b| <= tolerance * max|a|`` of each; with None they may differ. ``optional`` sides may
-    fail.
+    The first side is ours. Arrays have to agree with the first side that gives any:
+    ``max|a - b| <= tolerance * max|a|`` of each. ``optional`` sides may fail.
 
     Returns by side: ``seconds`` (median, least, most), ``times_ours``, ``facts``, their rates
     (``tokens_per_second``), ``differences``, and the last words of those that ``failed``. Raises
@@ -73,8 +74,7 @@ def compare(
             return answers
 
         facts = each()
-        given = each()
-        differences = {} if tolerance is None else _differences(given, tolerance)
+        differences = _differences(each(), tolerance)
         rounds = [each("turn") for _ in range(ROUNDS)]
         last = each("end")
     seconds = {name: _summary([turns[name] for turns in rounds]) for name in last}
@@ -94,6 +94,13 @@ def compare(
     }
 
 
+def compiled(program: Callable[..., Any], *given: Any, compared: bool = True, **facts: Any) -> Side:
+    """A JAX function as a side, compiled for these arguments; ``temporaries`` are bytes."""
+    made = jax.jit(program).lower(*given).compile()
+    told = facts | {"temporaries": memory_of(made).temporaries}
+    return Side(lambda: jax.block_until_ready(made(*given)), told, compared=compared)
+
+
 def peer_version(package: str) -> str:
     """Version of a package that is compared with and not depended on; KavaError without it."""
     try:
@@ -110,7 +117,7 @@ def _summary(seconds: list[float]) -> dict[str, float]:
 
 
 def _differences(given: Mapping[str, list[np.ndarray]], tolerance: float) -> dict[str, float]:
-    """How far the numbers of every side are from those of the first that gives any."""
+    """How far every side's numbers are from the first side's that gives any."""
     first, *others = [name for name, arrays in given.items() if arrays] or [""]
     found = {}
     for name in others:
@@ -163,7 +170,8 @@ def _serve(make: Make, pipe: Any) -> None:
     try:
         side = make()
         pipe.send(dict(side.facts))
-        pipe.send([np.asarray(leaf) for leaf in jax.tree.leaves(side.run())])
+        given = side.run()
+        pipe.send([np.asarray(leaf) for leaf in jax.tree.leaves(given)] if side.compared else [])
         while pipe.recv() == "turn":
             # Of one run, or the mean of as many as fill a fifth of a second.
             runs, seconds = timeit.Timer(side.run).autorange()

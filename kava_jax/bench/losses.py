@@ -9,11 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from kava_jax.bench.harness import Facts, Side, compare, peer_version
+from kava_jax.bench.harness import Facts, Side, compare, compiled, peer_version
 from kava_jax.bench.original import mercator
 from kava_jax.cache import KVCache
 from kava_jax.losses import MercatorKVLoss, cross_entropy
-from kava_jax.plan.compiled import memory_of
 from kava_jax.training.lm_head import Head, weighted_losses
 
 TOLERANCE = 1e-4  # of the largest entry: float32 sums in other orders
@@ -39,7 +38,7 @@ def bench_loss(
     torch = peer_version("torch")
     sides = {"kava": _ours, "read_modify": _read_modify, "torch_eager": _torch}
     made = {side: partial(make, shape) for side, make in sides.items()}
-    made |= {side: partial(_torch, shape, compiled=True) for side in optional}
+    made |= {side: partial(_torch, shape, fused=True) for side in optional}
     found = compare(made, TOLERANCE, optional)
     return {"shape": shape, **found, "torch": torch}
 
@@ -48,7 +47,7 @@ def bench_ce(sizes: tuple[int, int, int, int] = SIZES) -> Facts:
     """Mean cross-entropy, forward and backward in hidden states and head.
 
     Twice: with all positions counted, and without the first half of each row, the prompt.
-    ``naive`` is the plain form, all logits in one array. FLOPs are those of the three matrix
+    ``naive`` is the plain form, all logits in one array. FLOPs count the three matrix
     products at counted positions, ``6 * positions * width * vocabulary``.
     """
     cases = {}
@@ -69,36 +68,27 @@ def inputs(shape: tuple[int, ...]) -> tuple[list[np.ndarray], np.ndarray]:
 
 def _ours(shape: tuple[int, ...]) -> Side:
     """As a user of the package writes it, compiled."""
-    (k, v, *target), mask_BT = inputs(shape)
+    arrays, mask_BT = inputs(shape)
+    s_k, s_v, t_k, t_v, mask = map(jnp.asarray, (*arrays, mask_BT))
 
     def loss(student: KVCache, target: KVCache, mask: Bool[Array, "B T"]) -> Any:
         return MercatorKVLoss(1.0, 0.01)(student, target, mask)
 
-    (s_k, s_v, t_k, t_v), mask = jax.tree.map(jnp.asarray, ([k, v, *target], mask_BT))
-    given = KVCache(s_k, s_v), KVCache(t_k, t_v), mask
-    program = jax.jit(jax.value_and_grad(loss, has_aux=True)).lower(*given).compile()
-
-    def run() -> Any:
-        (_, metrics), gradient = jax.block_until_ready(program(*given))
+    def program(*given: Any) -> Any:
+        (_, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(*given)
         return metrics, tuple(gradient)
 
-    facts = {"inputs": 4 * k.nbytes, "temporaries": memory_of(program).temporaries}
-    return Side(run, facts)
+    return compiled(program, KVCache(s_k, s_v), KVCache(t_k, t_v), mask, inputs=4 * s_k.nbytes)
 
 
 def _read_modify(shape: tuple[int, ...]) -> Side:
     """The floor of memory: both caches are read, and one is written."""
     arrays = [jnp.asarray(x) for x in inputs(shape)[0]]
-    student, target = KVCache(*arrays[:2]), KVCache(*arrays[2:])
-    modify = jax.jit(lambda s, t: jax.tree.map(lambda x, y: x - 0.5 * y, s, t))
-
-    def run() -> None:
-        jax.block_until_ready(modify(student, target))
-
-    return Side(run, {"bytes": 6 * student.k.nbytes})
+    modify = partial(jax.tree.map, lambda x, y: x - 0.5 * y)
+    return compiled(modify, arrays[:2], arrays[2:], compared=False, bytes=6 * arrays[0].nbytes)
 
 
-def _torch(shape: tuple[int, ...], compiled: bool = False) -> Side:
+def _torch(shape: tuple[int, ...], fused: bool = False) -> Side:
     """The original's, mean of keys' and values'."""
     torch: Any = importlib.import_module("torch")
     arrays, mask_BT = inputs(shape)
@@ -110,7 +100,7 @@ def _torch(shape: tuple[int, ...], compiled: bool = False) -> Side:
         (of_k, seen_k), (of_v, seen_v) = (mercator(s, t, where) for s, t in ((k, t_k), (v, t_v)))
         return 0.5 * (of_k + of_v), {name: 0.5 * (seen_k[name] + seen_v[name]) for name in seen_k}
 
-    loss = torch.compile(both) if compiled else both
+    loss = torch.compile(both) if fused else both
 
     def run() -> Any:
         k, v = (x.detach().requires_grad_() for x in (s_k, s_v))
@@ -128,12 +118,9 @@ def _head(form: str, sizes: tuple[int, int, int, int], prompt: int) -> Side:
     table = 0.02 * jax.random.normal(of_head, (vocabulary, width))
     labels_BU = jax.random.randint(of_labels, (rows, length), 0, vocabulary)
     counted_BU = jnp.broadcast_to(jnp.arange(length) >= prompt, (rows, length))
-    given = Head(hidden, table), labels_BU, counted_BU
     loss = jax.value_and_grad(_chunked if form == "kava" else _naive)
-    program = jax.jit(loss).lower(*given).compile()
     flops = 6.0 * rows * (length - prompt) * width * vocabulary
-    facts = {"flops": flops, "temporaries": memory_of(program).temporaries}
-    return Side(lambda: jax.block_until_ready(program(*given)), facts)
+    return compiled(loss, Head(hidden, table), labels_BU, counted_BU, flops=flops)
 
 
 def _chunked(head: Head, labels_BU: Labels, counted_BU: Counted) -> Array:

@@ -71,7 +71,7 @@ Modules = tuple[Any, Any, dict[str, Any]]
 def loaded(folder: Path, projector: Params) -> Modules:
     """The Hugging Face directories ``student`` and ``teacher`` in float32, and our projector.
 
-    The projector's weights are those of one teacher; it is elastic and maps the teacher.
+    ``projector`` holds the weights for one teacher; it is elastic and maps the teacher.
     """
     torch: Any = importlib.import_module("torch")
     load = importlib.import_module("transformers").AutoModelForCausalLM.from_pretrained
@@ -141,7 +141,7 @@ def train_step(
         own, loss = cache(output), output.loss
         for part, mlp in projector.items():
             projected = mlp(target[part][layers].float())
-            # Its metrics too, as the original has them and our step does; nobody reads them here.
+            # Metrics too, because the original and our step compute them; here they are not read.
             ours, theirs = (x.float().unflatten(-1, (heads, -1)) for x in (own[part], projected))
             of_part, _ = mercator(ours, theirs, kv_mask[..., None])
             loss = loss + 0.5 * of_part

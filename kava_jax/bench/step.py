@@ -47,7 +47,7 @@ AXES = {
 
 
 def bench_step(peer: str | None = None, pair: Pair = Pair()) -> Facts:  # noqa: B008 (immutable)
-    """Seconds, tokens and FLOPs per second, and memory of the step, beside the original's loop.
+    """Seconds, tokens and FLOPs per second, and memory of the step, and the original's loop.
 
     All sides load the same weights and read the same batch, so their first losses have to agree.
     ``above_models`` is what a process holds at most during its steps, beyond the libraries and the
@@ -81,14 +81,14 @@ def bench_remat(pair: Pair = DEEP) -> Facts:
 def bench_scaling(
     axes: Mapping[str, tuple[int, ...]] = AXES, middle: Mapping[str, int] = MIDDLE
 ) -> Facts:
-    """Seconds per token of the train step over each axis, beside the floor's FLOPs per token.
+    """Seconds per token of the train step over each axis, and the floor's FLOPs per token.
 
     ``exponent`` is the slope of log(seconds per token) over log(size), by least squares: 0 is a
     cost that does not depend on the size, 1 one in proportion to it. Both models are alike.
     """
     curves = {}
     for axis, sizes in axes.items():
-        found = compare({str(n): partial(_sized, **{**middle, axis: n}) for n in sizes}, None)
+        found = compare({str(n): partial(_sized, **{**middle, axis: n}) for n in sizes})
         seconds = [1 / speed for speed in found["tokens_per_second"].values()]
         flops = [own["flops"] / own["tokens"] for own in found["facts"].values()]
         curves[axis] = {
@@ -167,4 +167,4 @@ def _sized(rows: int, length: int, depth: int, width: int, vocabulary: int) -> S
     model = qwen2(depth, width, 4, 2, 3 * width, vocabulary)
     run = Pair(model, model, rows, length).run()
     batch, facts = batch_of(run, length // 2)
-    return Side(stepping(run, batch)[0], facts)
+    return Side(stepping(run, batch)[0], facts, compared=False)

@@ -1,4 +1,4 @@
-"""``kava bench teacher``: the teacher's pass as it is run, beside a whole forward pass."""
+"""``kava bench teacher``: the teacher's pass as it is run, and a whole forward pass."""
 
 import importlib
 import tempfile
@@ -12,17 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from kava_jax.bench.harness import Facts, Side, compare, peer_version
+from kava_jax.bench.harness import Facts, Side, compare, compiled, peer_version
 from kava_jax.bench.pairs import Pair, batch_of, read_model, write_model
 from kava_jax.cache import KVCache
 from kava_jax.errors import KavaError
 from kava_jax.hf.load import read_spec
+from kava_jax.models.decoder import Params
 from kava_jax.parallel.sharding import put_batch
 from kava_jax.plan.floor import step_floor
 from kava_jax.training.comparison import read
 
 TOLERANCE = 1e-4  # of the largest entry
-# Logits of every so many positions are compared: those of all would be files of a gigabyte.
+# Logits of every eighth position are compared: all of them would be a gigabyte.
 EVERY = 8
 
 
@@ -55,25 +56,24 @@ def _cut(name: str, pair: Pair) -> Side:
     run = pair.run({"teachers.0.layer_map": half} if name == "half" else {})
     batch, params = put_batch(batch_of(run, 0)[0], run.mesh), run.load_teachers()["teacher"]
     graph = run.teachers["teacher"].link.graph
-    cache = jax.jit(lambda params: read(graph, params, batch, key_space="post_rope").cache)
 
-    def work() -> None:
-        jax.block_until_ready(cache(params))
+    def cache(params: Params) -> KVCache:
+        return read(graph, params, batch, key_space="post_rope").cache
 
     flops = step_floor(run, pair.rows, pair.length, 0)["teachers"]
-    return Side(work, {"tokens": pair.rows * pair.length, "flops": flops})
+    tokens = pair.rows * pair.length
+    return compiled(cache, params, compared=False, tokens=tokens, flops=flops)
 
 
 def _whole(directory: Path, pair: Pair) -> Side:
     _, graph, params = read_model(directory)
     batch = jax.tree.map(jnp.asarray, batch_of(pair.run(), 0)[0])
 
-    @jax.jit
-    def forward(params: Any) -> tuple[Any, KVCache]:
+    def forward(params: Params) -> tuple[Any, KVCache]:
         reading = read(graph, params, batch, key_space="post_rope")
         return reading.model.logits(reading.hidden), reading.cache
 
-    return _compared(lambda: forward(params), pair)
+    return _compared(partial(jax.jit(forward), params), pair)
 
 
 def _tunix(directory: Path, pair: Pair) -> Side:

@@ -79,7 +79,7 @@ def command() -> list[str]:
 
 
 def say(text: str) -> None:
-    """A line for people, beside what a program reads."""
+    """A line for people, on stderr: stdout is for what a program reads."""
     print(text, file=sys.stderr)
 
 

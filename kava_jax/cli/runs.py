@@ -76,7 +76,7 @@ def plan(
         float | None, typer.Option(min=0.1, help="GB of one device; the chip's when absent.")
     ] = None,
     every_mesh: Annotated[
-        bool, typer.Option("--search", help="Rank all meshes of so many devices that fit.")
+        bool, typer.Option("--search", help="Rank all meshes of these devices that fit.")
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -126,7 +126,9 @@ def evaluate(
         str, typer.Option(help="JSON(L), parquet or text file, -, hub id or builtin:...")
     ],
     checkpoint: Annotated[str, typer.Option(help="Of a run: last, best or a step.")] = "last",
-    rows: Annotated[int | None, typer.Option(min=1, help="Only the first so many rows.")] = None,
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="Only this many rows, from the start.")
+    ] = None,
     overrides: Annotated[
         list[str] | None, typer.Argument(help="data.field=value or eval.field=value.")
     ] = None,

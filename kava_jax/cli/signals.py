@@ -18,7 +18,7 @@ from kava_jax.errors import PreemptedError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # An exception cannot reach code that is not Python, such as the compiler, and some libraries
-# swallow it. Whatever has not ended so many seconds after the signal is ended then.
+# swallow it. What has not ended this many seconds after the signal is ended then.
 PATIENCE = 3.0
 _SHOW_CURSOR = "\x1b[?25h"
 
@@ -50,12 +50,7 @@ class Ending:
         threading.Thread(target=self._watch, args=[heard], daemon=True).start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._asked is not None:  # whatever a library has made of the exception on its way
             self._end(self._asked)
         self._over = True

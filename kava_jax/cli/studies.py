@@ -53,7 +53,7 @@ def report(
     ] = None,
     samples: Annotated[
         int | None,
-        typer.Option(help="Of a run: let student (before, after) and teachers answer so many."),
+        typer.Option(help="Of a run: let student (before, after) and teachers answer this many."),
     ] = None,
 ) -> None:
     """Write one HTML file about a run (verdict, curves, layers) or a grid (arms compared).
@@ -112,14 +112,13 @@ def bench(
     peer: Annotated[
         str | None,
         typer.Option(
-            help="Beside step and gpu: torch (eager and compiled) or torch-eager; beside teacher: "
-            "tunix."
+            help="For step and gpu: torch (eager and compiled) or torch-eager; for teacher: tunix."
         ),
     ] = None,
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
-    """Measure speed and memory: warmed up, in alternating rounds, beside what else one could use.
+    """Measure speed and memory: warmed up, in alternating rounds, compared with other tools.
 
     docs/performance.md says what each of them measures. The screen shows the main figures; --json
     prints everything.

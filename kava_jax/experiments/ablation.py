@@ -42,7 +42,7 @@ Job = tuple[str, int]
 
 @dataclass(frozen=True)
 class Ablation:
-    """A grid, the base config as it stands in its file, and the directory of its results.
+    """A grid, the base config as its file gives it, and the directory of the results.
 
     It gets ``grid.json`` and ``runs.jsonl``, all that a later call needs to go on, and ``runs/``.
     """
@@ -61,24 +61,21 @@ class Ablation:
         if jobs < 1:
             raise KavaError(f"jobs={jobs} is not positive; use 1 or more")
         with exclusive(self.out, "out"):
-            return self._run(jobs, say)
+            # Seed by seed, so that a grid that is cut short has whole comparisons.
+            wanted = [(arm, seed) for seed in self.grid.seeds for arm in self.grid.arms]
+            known = [job for job in wanted if self._known(job)]
+            self._write_grid()
+            missing = [job for job in wanted if job not in known]
+            seeds = dict.fromkeys(seed for _, seed in missing if self.grid.pretrain is not None)
+            first, places = [(PRETRAINED, seed) for seed in seeds], itertools.count(1)
 
-    def _run(self, jobs: int, say: Callable[[str], None]) -> list[Job]:
-        # Seed by seed, so that a grid that is cut short has whole comparisons.
-        wanted = [(arm, seed) for seed in self.grid.seeds for arm in self.grid.arms]
-        known = [job for job in wanted if self._known(job)]
-        self._write_grid()
-        missing = [job for job in wanted if job not in known]
-        seeds = dict.fromkeys(seed for _, seed in missing if self.grid.pretrain is not None)
-        first, places = [(PRETRAINED, seed) for seed in seeds], itertools.count(1)
+            def tell(job: Job, word: str) -> None:
+                arm, seed = job
+                say(f"{next(places)}/{len(first) + len(wanted)}  {arm} seed {seed}: {word}")
 
-        def tell(job: Job, word: str) -> None:
-            arm, seed = job
-            say(f"{next(places)}/{len(first) + len(wanted)}  {arm} seed {seed}: {word}")
-
-        for job in known:
-            tell(job, "known")
-        return self._all(first, jobs, tell) or self._all(missing, jobs, tell)
+            for job in known:
+                tell(job, "known")
+            return self._all(first, jobs, tell) or self._all(missing, jobs, tell)
 
     def _all(
         self, jobs: Iterable[Job], workers: int, tell: Callable[[Job, str], None]

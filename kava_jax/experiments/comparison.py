@@ -1,7 +1,7 @@
-"""The results of an experiment grid, arm beside arm: figures, differences, and how sure they are.
+"""Compares the arms of an experiment grid: figures, differences, and how sure they are.
 
 Two arms are compared over the seeds that both have, because runs with the same seed share their
-data, their questions and the student's start. Left out on purpose: any text or picture.
+data, their questions and the student's start. ``tables`` and ``report`` show what is found here.
 """
 
 import statistics
@@ -30,7 +30,7 @@ Pair = tuple[str, str]
 
 
 class Compared(NamedTuple):
-    """One arm beside the baseline; None is what was not measured, or what it has no part in."""
+    """One arm compared with the baseline; None is what was not measured or does not apply."""
 
     score: Estimate | None
     difference: Estimate | None

@@ -1,7 +1,7 @@
 """The file of an experiment grid: arms times seeds over one base config.
 
     name: scratch
-    config: demo.yaml              # beside this file, or one that ships with the package
+    config: demo.yaml              # next to this file, or one that ships with the package
     set: {train.steps: 800}        # dotted fields of every run
     pretrain: {train.steps: 2000}  # optional: a student made first by cross-entropy, once per seed
     seeds: [0, 1, 2]
@@ -15,7 +15,7 @@
       long: {teachers: [], train.steps: 1512}  # takes as long as kv, whose step costs 1.89 times
 
 Two arms with the same seed differ in nothing but their own fields: data, their order and the
-student's start are the same. Left out on purpose: running it (``ablation``).
+student's start are the same. ``ablation`` runs the grid.
 """
 
 import json
@@ -91,7 +91,7 @@ class Grid(Section):
 
 
 def load_grid(path: Path, overrides: Iterable[str] = ()) -> tuple[Grid, dict[str, Any]]:
-    """The grid, and its base config as it stands in its file.
+    """The grid, and its base config as its file gives it.
 
     ``overrides`` (``section.field=value``) are put under ``set``. Raises KavaError: file or base
     config missing or broken, or an arm that is no valid run (the arm is named).
@@ -108,8 +108,8 @@ def load_grid(path: Path, overrides: Iterable[str] = ()) -> tuple[Grid, dict[str
             for e in error.errors()
         ]
         raise KavaError(f"grid={str(path)!r}: {'; '.join(problems)}") from None
-    beside = path.parent / written_out(grid.config)
-    base = read_yaml(beside if beside.is_file() else shipped_config(grid.config))
+    near = path.parent / written_out(grid.config)
+    base = read_yaml(near if near.is_file() else shipped_config(grid.config))
     for arm in (*grid.arms, *([] if grid.pretrain is None else [PRETRAINED])):
         run_config(grid, base, arm, grid.seeds[0], Path("runs"))
     return grid, base

@@ -155,7 +155,7 @@ def alignment_chart(log: Log) -> Chart:
 
 
 def gradient_chart(log: Log) -> Chart:
-    """How strongly the KV gradient pulls beside that of cross-entropy, and whether together."""
+    """The KV gradient compared with cross-entropy's: its length, and whether both pull together."""
     named = {"KV / cross-entropy": "kv_gradient_share", "cosine of the two": "kv_gradient_cosine"}
     points = {name: course(log["diagnostics"], key) for name, key in named.items()}
     lines = [Line(name, own, place) for place, (name, own) in enumerate(points.items())]

@@ -3,12 +3,13 @@
 Everything is inside the file: pictures as data, styles, no scripts, nothing to load. It is made
 from what a run left behind (manifest, metrics, answers, calibration), or from a grid's table of
 results; what is still going, or has no teacher, gets the parts that exist. The words are in the
-templates among the package's assets. Left out on purpose: what a difference is worth.
+templates among the package's assets. What a difference is worth is left to the reader.
 """
 
 import base64
 import io
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 REPORT_NAME = "report.html"
 # Dots of a picture per CSS pixel, for sharp screens.
 DENSITY = 1.5
-# Of a grid: what is drawn over the steps, and beside which levels. Exact match is in percent.
+# Of a grid: what is drawn over the steps, and which levels are marked. Exact match is in percent.
 AXES = {
     LOSS: "held-out loss (nats per token)",
     EXACT_MATCH: "exact match (%)",
@@ -135,7 +136,7 @@ def _verdict(of: str, last: Mapping[str, Any]) -> dict[str, Any]:
     """The last evaluation of one teacher (or overall): a word, what it rests on, and signs of
     collapse. Before the first step there is neither word nor sign, without a cosine nothing."""
     figures = {key.removeprefix("eval_"): value for key, value in last.items()}
-    start, tokens = f"{of}/" if of else "", figures.get("sampled_tokens")
+    start = f"{of}/" if of else ""
     own = {k.removeprefix(start): v for k, v in figures.items() if k.startswith(start)}
     cosine, shuffled = own.get("cos_sim"), own.get("cos_shuffled")
     if cosine is None:
@@ -144,7 +145,7 @@ def _verdict(of: str, last: Mapping[str, Any]) -> dict[str, Any]:
     signs = collapse_signs(
         cos_shuffled=shuffled,
         gap=gap,
-        tokens=None if tokens is None else int(tokens),
+        tokens=figures.get("sampled_tokens"),
         **{k: own.get(k) for k in ("cos_centered", "retrieval", "student_rank", "target_rank")},
     )
     signs += [
@@ -256,13 +257,13 @@ def _render(template: str, **parts: Any) -> str:
     environment = Environment(
         loader=PackageLoader("kava_jax", "assets"), autoescape=True, undefined=StrictUndefined
     )
-    environment.filters |= {"number": number, "yaml": _yaml, "image": _image}
+    environment.filters |= {
+        "number": number,
+        "yaml": partial(yaml.safe_dump, sort_keys=False, allow_unicode=True),
+        "image": _image,
+    }
     environment.globals |= {"in_words": in_words}
     return environment.get_template(template).render(parts)
-
-
-def _yaml(content: Any) -> str:
-    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 
 def _image(figure: "Figure") -> dict[str, Any]:

@@ -44,7 +44,7 @@ class Outcome(NamedTuple):
     step_seconds: float | None
     """Median over logged intervals, the first left out: it holds the compilation."""
     gradient_norm: dict[str, Any] | None
-    """Median of the student's, and the std of its logarithm, after the start."""
+    """Standard deviation of the logarithm of the student's (``log_std``), after the start."""
     samples: list[dict[str, str]]
 
     def answers(self, name: str = MAIN_SET) -> Bool[np.ndarray, "Q"] | None:
@@ -70,11 +70,6 @@ def outcome_of(directory: Path, arm: str, seed: int, identity: str) -> Outcome:
     seconds = [r["step_seconds"] for r in train[1:] if r.get("step_seconds") is not None]
     norms = [r["grad_norm_student"] for r in train if r.get("grad_norm_student")]
     logs = np.log(norms[int(SETTLED * len(norms)) :])
-    spread = None
-    if len(logs) > 2:
-        median, deviation = np.exp(np.median(logs)), logs.std(ddof=1)
-        spread = {"median": six_digits(median), "log_std": six_digits(deviation)}
-        spread |= {"intervals": len(logs)}
     asked = answers.get(MAIN_SET, [])[:SAMPLES]
     return Outcome(
         arm=arm,
@@ -89,7 +84,7 @@ def outcome_of(directory: Path, arm: str, seed: int, identity: str) -> Outcome:
         ],
         correct={name: pack([row.strict for row in rows]) for name, rows in answers.items()},
         step_seconds=six_digits(statistics.median(seconds)) if seconds else None,
-        gradient_norm=spread,
+        gradient_norm={"log_std": six_digits(logs.std(ddof=1))} if len(logs) > 2 else None,
         samples=[{"question": a.question, "generated": a.generated, "gold": a.gold} for a in asked],
     )
 

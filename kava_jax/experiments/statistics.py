@@ -4,7 +4,7 @@ One arm is run with S seeds, and each run answers its own Q questions. Two arms 
 answer the same ones: differences are taken question by question, then averaged by seed. A held-out
 loss is one number per seed.
 
-Left out on purpose: the verdict. Whether a difference matters is the reader's to say.
+There is no verdict here: whether a difference matters is for the reader to say.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

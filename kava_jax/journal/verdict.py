@@ -1,8 +1,8 @@
 """The measurements in words: how good an alignment is, and what a person should be warned of.
 
-Plain floats in, words out; every threshold is a constant at the top. NaN says nothing, like None.
-
-Left out on purpose: measuring (``diagnostics``), printing and logging (``training.monitor``).
+Plain floats in, words out. Every threshold is a constant at the top. A figure that is NaN is
+treated like one that is None: as not measured. ``diagnostics`` measures, ``journal.monitor`` prints
+and logs.
 """
 
 import itertools
@@ -16,7 +16,7 @@ EXCELLENT, GOOD, ACCEPTABLE = 0.95, 0.80, 0.50
 # The word is withdrawn when the gap, or its share of what was left to gain, is below these.
 LEAST_GAP, LEAST_GAP_SHARE = 0.05, 0.1
 # Signs of collapse that do not change the word: a centred cosine below this, retrieval that finds
-# at most so many times what chance finds, a student's effective rank below this share of its
+# at most this many times what chance finds, a student's effective rank below this share of its
 # target's.
 LEAST_COS_CENTERED = 0.1
 MOST_TIMES_CHANCE = 3.0
@@ -45,7 +45,7 @@ def collapse_signs(
     gap: float | int | None,
     cos_centered: float | int | None = None,
     retrieval: float | int | None = None,
-    tokens: int | None = None,
+    tokens: float | int | None = None,
     student_rank: float | int | None = None,
     target_rank: float | int | None = None,
 ) -> list[str]:

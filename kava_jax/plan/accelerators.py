@@ -1,7 +1,7 @@
 """The accelerators' own compilers, which need no accelerator: libtpu, and JAX's CUDA plugin.
 
-What a GPU's compiler says is without autotuning, for which it needs the GPU, and without the
-workspaces of cuBLAS and cuDNN.
+A GPU's compiler autotunes only on a GPU, so its figures here are without autotuning. They are also
+without the workspaces of cuBLAS and cuDNN.
 """
 
 import os
@@ -21,7 +21,7 @@ CUDA_PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
 
 
 def described_devices(chip: Chip, devices: int) -> list[Any] | None:
-    """Descriptions of so many chips, to make a mesh of.
+    """Descriptions of ``devices`` chips, to make a mesh of.
 
     None where the chip's compiler is not installed, or there is no such slice of TPUs. The process
     must have ``jax_platforms=cpu`` (``planning.virtual_devices`` sees to it): otherwise the plugin
@@ -31,12 +31,15 @@ def described_devices(chip: Chip, devices: int) -> list[Any] | None:
         plugins, hosts = CUDA_PLUGINS, max(1, devices // chip.domain)
         even = devices == hosts * min(devices, chip.domain)
         topology = f"1x{hosts}x{devices // hosts}" if even else None
-        settings = {"platform": "cuda", "target_config": target_config(GPUS[chip.name])}
+        settings: dict[str, Any] = {
+            "platform": "cuda",
+            "target_config": target_config(GPUS[chip.name]),
+        }
         settings |= {"topology": topology}
     else:
         plugins, topology = ("libtpu",), topology_name(chip, devices)
         settings = {"platform": "tpu", "topology_name": topology}
-        # There is no TPU here, and nobody to ask about one.
+        # There is no TPU here, and no server that knows about one.
         os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost"}
         os.environ |= {"TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3"}
     if topology is None or not any(map(installed, plugins)):
@@ -55,10 +58,10 @@ def installed(module: str) -> bool:
 
 
 def own_memory(blueprint: Blueprint, rows: int, length: int) -> Memory:
-    """The step's memory by the compiler of its devices, whether the chip has so much or not.
+    """The step's memory by the compiler of its devices, even where it is more than the chip has.
 
-    ``blueprint.mesh`` is one of ``described_devices``. A GPU's compiler lays out any program; a
-    TPU's refuses what does not fit, and of that only the temporaries are known (results are 0).
+    ``blueprint.mesh`` consists of ``described_devices``. A GPU's compiler lays out any program. A
+    TPU's refuses what does not fit; then only the temporaries are known, and results are 0.
     """
     program = lowered(blueprint, rows, length)
     try:

@@ -34,21 +34,20 @@ class Chip(NamedTuple):
     """Of one device beyond the domain: 400 Gb/s (A100: 200) a GPU; the data-centre network."""
     topology: str | None
     """Name of the TPU's topologies for the ahead-of-time compiler."""
-    source: str
 
 
-_SCALING_BOOK = "jax-ml.github.io/scaling-book/tpus"
-
+# TPUs: jax-ml.github.io/scaling-book/tpus. GPUs: NVIDIA's data sheets of the A100 80GB SXM, the
+# H100 SXM and the H200 SXM, and of the HGX B200.
 CHIPS = {
     chip.name: chip
     for chip in (
-        Chip("v5e", 197e12, 16e9, 819e9, 90e9, 256, 3.1e9, "v5e", _SCALING_BOOK),
-        Chip("v5p", 459e12, 95e9, 2765e9, 180e9, 8960, 6.2e9, "v5p", _SCALING_BOOK),
-        Chip("v6e", 918e12, 32e9, 1640e9, 180e9, 256, 12.5e9, "v6e", _SCALING_BOOK),
-        Chip("a100", 312e12, 80e9, 2039e9, 300e9, 8, 25e9, None, "NVIDIA A100 80GB SXM data sheet"),
-        Chip("h100", 989e12, 80e9, 3350e9, 450e9, 8, 50e9, None, "NVIDIA H100 SXM data sheet"),
-        Chip("h200", 989e12, 141e9, 4800e9, 450e9, 8, 50e9, None, "NVIDIA H200 SXM data sheet"),
-        Chip("b200", 2250e12, 180e9, 8000e9, 900e9, 8, 50e9, None, "NVIDIA HGX B200 data sheet"),
+        Chip("v5e", 197e12, 16e9, 819e9, 90e9, 256, 3.1e9, "v5e"),
+        Chip("v5p", 459e12, 95e9, 2765e9, 180e9, 8960, 6.2e9, "v5p"),
+        Chip("v6e", 918e12, 32e9, 1640e9, 180e9, 256, 12.5e9, "v6e"),
+        Chip("a100", 312e12, 80e9, 2039e9, 300e9, 8, 25e9, None),
+        Chip("h100", 989e12, 80e9, 3350e9, 450e9, 8, 50e9, None),
+        Chip("h200", 989e12, 141e9, 4800e9, 450e9, 8, 50e9, None),
+        Chip("b200", 2250e12, 180e9, 8000e9, 900e9, 8, 50e9, None),
     )
 }
 
@@ -84,9 +83,9 @@ def roofline(work: Work, memory: float, chip: Chip) -> dict[str, float]:
 
 
 def topology_name(chip: Chip, devices: int) -> str | None:
-    """The smallest torus of so many TPU chips, as the compiler calls it; None if there is none.
+    """The torus of that number of TPU chips, as the compiler calls it; None if there is none.
 
-    Slices of v5e and v6e are rectangles of at most 16 x 16 chips, those of v5p boxes.
+    Slices of v5e and v6e are rectangles of at most 16 x 16 chips; slices of v5p are boxes.
     """
     shapes = {
         2: {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16"}

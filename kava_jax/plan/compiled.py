@@ -29,11 +29,6 @@ class Memory(NamedTuple):
     temporaries: int
     """Gradients, activations, gathered weights."""
 
-    @property
-    def peak(self) -> int:
-        """All of it at once."""
-        return sum(self)
-
 
 def compile_step(blueprint: Blueprint, rows: int, length: int) -> tuple[Work, Memory]:
     """One device's share of the step, for the blueprint's mesh of (virtual) CPU devices."""

@@ -3,13 +3,13 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-# So many times the line is believed.
+# How many guesses are taken from the line before the gap is halved.
 LINES = 4
 
 
 @dataclass(frozen=True, order=True)
 class Tried:
-    """A batch of so many rows, and the bytes of one device that its program needs."""
+    """A batch that was compiled, and the bytes of one device that its program needs."""
 
     rows: int
     arguments: int
@@ -60,8 +60,7 @@ def find_boundary(
         low = fits.rows if fits else 0
         if beyond and beyond.rows - low <= unit:
             return Boundary(fraction, limit, fits, beyond)
-        halve = beyond is not None and turn >= LINES
-        guess = (low + beyond.rows) // 2 if halve else _on_the_line(tried, limit)
+        guess = (low + beyond.rows) // 2 if beyond and turn >= LINES else _on_the_line(tried, limit)
         guess = max(guess // unit * unit, low + unit)
         tried.append(attempt(min(guess, beyond.rows - unit) if beyond else guess))
         turn += 1

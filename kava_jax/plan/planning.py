@@ -21,9 +21,9 @@ from kava_jax.runs.blueprint import Blueprint, make_blueprint
 from kava_jax.runs.calibrate import unmeasured
 from kava_jax.runs.prepare import models_without_weights
 
-# The compiler for CPUs widens bfloat16 and keeps wide copies of whole models, so temporaries are
-# those of a program that is float32 throughout: an accelerator's are at most that, and about this
-# part of it where all could be bfloat16. docs/pods.md has them beside the compiler for TPUs.
+# The compiler for CPUs widens bfloat16 and keeps wide copies of whole models. So temporaries are
+# taken from a program that is float32 throughout. An accelerator needs at most that, and about this
+# part of it where everything can be bfloat16. docs/pods.md compares them with the TPUs' compiler.
 NARROWEST = 0.45
 # Of a GPU's bytes JAX takes the first share by itself, the second where the variable says so.
 SHARES = (0.75, 0.92)
@@ -40,7 +40,7 @@ class Range:
 
 @dataclass(frozen=True)
 class Plan:
-    """One mesh. Bytes, FLOPs and messages are those of one device; times are seconds."""
+    """One mesh. Bytes, FLOPs and messages are per device; times are seconds."""
 
     name: str
     mesh: Mapping[str, int]
@@ -74,7 +74,7 @@ class Plan:
 
 
 def virtual_devices(count: int) -> None:
-    """Make this process see so many CPU devices; has to come before JAX is used for anything.
+    """Make this process see ``count`` CPU devices. Call it before JAX is used for anything.
 
     Raises KavaError when it came too late.
     """
@@ -120,7 +120,7 @@ def search(config: Config, chip: Chip, hbm: float, say: Callable[[str], None]) -
 
     Raises KavaError when there is none.
     """
-    models_without_weights(config)  # a model that is not at hand is no matter of meshes
+    models_without_weights(config)  # a missing model is refused here, and not once for every mesh
     found = []
     for mesh in _meshes(jax.device_count()):
         config_there = _as_on(chip, config).model_copy(
@@ -188,7 +188,8 @@ def _estimate(config: Config, room: float) -> tuple[Range, tuple[int, int]]:
     """Temporaries by the compiler for CPUs, and rows that have room for them.
 
     Both are for the same run in float32 throughout. Temporaries are a line over the rows, drawn
-    through two sizes of batch. ``room`` is in bytes; it holds so many rows surely and at best.
+    through two sizes of batch. ``room`` is in bytes; rows that fit into it are given surely and at
+    best.
     """
     raw = dump_config(config)
     raw["train"]["dtype"] = "float32"
@@ -233,12 +234,12 @@ def _by_own_compiler(config: Config, chip: Chip, say: Callable[[str], None]) -> 
 
 
 def _unit(blueprint: Blueprint) -> int:
-    """Batches are multiples of so many rows."""
+    """Batches are multiples of this number of rows."""
     return batch_shards(blueprint.mesh) * blueprint.config.train.grad_accumulation
 
 
 def _blueprint_on(chip: Chip, config: Config) -> Blueprint:
-    """The blueprint, refused where so many TPUs are several slices that the mesh cannot cross."""
+    """The blueprint; refused where the TPUs are several slices that the mesh cannot cross."""
     blueprint = _blueprint(config)
     if chip.topology is not None:
         check_slices(blueprint.mesh.shape["data"], -(-blueprint.mesh.size // chip.domain))

@@ -58,7 +58,7 @@ def test_the_loss_by_the_command(monkeypatch, capsys) -> None:
     assert set(found["differences"]) == {"torch_eager"}
     assert found["differences"]["torch_eager"] <= losses.TOLERANCE
     cache = 2 * 4 * 2 * 3 * 16 * 2 * 32
-    assert found["facts"]["read_modify"] == {"bytes": 3 * cache}
+    assert found["facts"]["read_modify"]["bytes"] == 3 * cache
     assert found["facts"]["kava"]["inputs"] == 2 * cache
     assert found["facts"]["kava"]["temporaries"] > 0
     assert found["failed"] == {}
