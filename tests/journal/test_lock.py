@@ -62,6 +62,7 @@ def halted(workspace: Path) -> subprocess.Popen:
     return process
 
 
+@pytest.mark.long
 def test_a_second_writer_is_refused_and_readers_are_not_until_the_first_is_killed(
     workspace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -23,9 +23,9 @@ from kava_jax.runs.preemption import AskedToEndError, Preemption, listening
 from kava_jax.runs.profiling import PROFILE_NAME, Profile
 from kava_jax.training.optimizer import Rate, make_optimizer
 from kava_jax.training.probe import make_probe
-from kava_jax.training.step import Skips, initial_state, make_train_step
+from kava_jax.training.step import Skips, make_train_step
 from kava_jax.training.summary import Figures
-from tests.training.small import one_device, rows, setting
+from tests.training.small import jitted, one_device, rows, setting, start
 
 STEPS = 6
 RATES = {
@@ -42,7 +42,7 @@ def made():
 
 @pytest.fixture(scope="module")
 def step(made):
-    return jax.jit(
+    return jitted(
         make_train_step(made.objective, OPTIMIZER, kv_weight=made.kv_weight, microbatches=2)
     )
 
@@ -86,7 +86,7 @@ def train(
 ) -> tuple:
     """Start, or continue from the newest checkpoint, as a run does."""
     stream = BatchStream(rows(11), batch_size=4, max_length=12, seed=1, bucket=12, sink_tokens=2)
-    state = initial_state(made.params, OPTIMIZER, made.statistics)
+    state = start(made, OPTIMIZER)
     places = jax.tree.map(lambda leaf: leaf.sharding, state)
     record = Record(step)
     with Checkpoints(directory, keep=2) as checkpoints:
@@ -167,10 +167,10 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, made, step) -> N
 def test_what_is_measured_along_the_way_resumes_exactly(tmp_path: Path) -> None:
     """Running means and a measured share: all of them in the state and its file."""
     made = setting(names=("big", "other"), center="running", kv_weight=1.0)
-    step = jax.jit(
+    step = jitted(
         make_train_step(made.objective, OPTIMIZER, kv_weight=made.kv_weight, microbatches=2)
     )
-    probe = jax.jit(make_probe(made.objective, kv_weight=made.kv_weight, share=0.2, microbatches=2))
+    probe = jitted(make_probe(made.objective, kv_weight=made.kv_weight, share=0.2, microbatches=2))
     measured = {"probe": probe, "share_every": 3}
     whole, _, record, _ = train(tmp_path / "whole", made, step, until=STEPS, **measured)
     train(tmp_path / "parts", made, step, until=3, **measured)

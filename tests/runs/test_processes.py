@@ -19,6 +19,8 @@ from safetensors.numpy import load_file
 from tests.tiny import CONFIG, JOINED, write_config, write_workspace
 from tests.tolerances import TOL
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[2]
 MESHES = {
     "one": {"data": 1},
@@ -157,8 +159,8 @@ def assert_same_numbers(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
     ("processes", "devices", "meshes"),
     [
         (2, 1, ["tensor2", "fsdp2"]),
-        pytest.param(2, 2, ["fsdp2-tensor2", "data2-tensor2"], marks=pytest.mark.long),
-        pytest.param(4, 1, ["fsdp2-tensor2", "data2-tensor2"], marks=pytest.mark.long),
+        (2, 2, ["fsdp2-tensor2", "data2-tensor2"]),
+        (4, 1, ["fsdp2-tensor2", "data2-tensor2"]),
     ],
 )
 def test_so_many_processes_are_one(
@@ -201,7 +203,6 @@ def assert_same_weights(ours: Path, theirs: Path) -> None:
         np.testing.assert_allclose(found[name], tensor, atol=TOL["after_one_step"])
 
 
-@pytest.mark.long
 def test_axes_cross_hosts_that_are_no_slices(workspace: Path) -> None:
     """JAX numbers "slices" by boot id, so here each process is given another one to read."""
     for number in range(2):

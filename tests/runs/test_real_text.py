@@ -3,11 +3,14 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from kava_jax.config.file import parse_config
 from kava_jax.journal.metrics_file import METRICS_NAME, read_metrics
 from kava_jax.runs.train import train
 
 
+@pytest.mark.long
 def test_gap_rises_and_nothing_is_nan(shared: Path, tmp_path: Path) -> None:
     lines = (shared / "data" / "gsm8k" / "train.jsonl").read_bytes().split(b"\n")[:100]
     (tmp_path / "gsm8k_100.jsonl").write_bytes(b"\n".join(lines) + b"\n")

@@ -77,6 +77,7 @@ def test_import_train_export_transformers(scaling, tmp_path, monkeypatch, capsys
     write_attentive(tmp_path / "student", geometry(scaling))
     write_rows(tmp_path / "data.jsonl", 40)
     train = {"steps": 3, "log_every": 1, "eval_every": None, "checkpoint_every": 3}
+    train |= {"diagnose_every": None}
     write_config(
         tmp_path / "tiny.yaml",
         train=train,

@@ -137,6 +137,7 @@ def test_one_of_them_end_to_end(tmp_path):
     assert "run directory: runs/llama3.2_3b_to_1b_gsm8k-smoke" in said
 
 
+@pytest.mark.long  # a vocabulary of full size and all rows of the real data
 def test_real_text_and_the_real_tokenizer(shared, tmp_path):
     said = smoke(
         tmp_path,

@@ -16,6 +16,8 @@ from kava_jax.journal.lock import exclusive
 from tests.tiny import CONFIG, JOINED, write_config, write_workspace
 from tests.tolerances import TOL
 
+pytestmark = pytest.mark.long
+
 STEPS = 6
 TIMED = ("step_seconds", "tokens_per_second", "probe_seconds", "probe_share_of_time")
 ROOT = Path(__file__).parents[2]

@@ -19,10 +19,12 @@ from kava_jax.data.text import Encoded
 from kava_jax.models.decoder import Decoder
 from kava_jax.models.spec import DecoderSpec
 from kava_jax.parallel.mesh import AXES, batch_shards
+from kava_jax.parallel.sharding import replicated
 from kava_jax.runs.assembly import empty_statistics
 from kava_jax.runs.parts import Part
 from kava_jax.training.comparison import Comparison
 from kava_jax.training.objective import Objective, Statistics, TeacherLink
+from kava_jax.training.step import TrainState, initial_state
 
 SINKS = 2
 PAIRS = ((1, 0), (2, 2))
@@ -169,6 +171,21 @@ def setting(
         shardings,
         teacher_shardings,
     )
+
+
+def jitted(program: Callable) -> Callable:
+    """``jit`` on one device with results where ``start`` puts its state.
+
+    Left to itself, JAX compiles a step again for its own result, and for a state that was read
+    from a file: the same device, written down in another way.
+    """
+    return jax.jit(program, out_shardings=replicated(one_device()))
+
+
+def start(made: Setting, optimizer: optax.GradientTransformation) -> TrainState:
+    """Step 0, placed for ``jitted``."""
+    state = initial_state(made.params, optimizer, made.statistics)
+    return jax.device_put(state, replicated(one_device()))
 
 
 def total_loss(made: Setting) -> Callable:

@@ -8,9 +8,9 @@ import pytest
 
 from kava_jax.training.objective import Share
 from kava_jax.training.optimizer import make_optimizer
-from kava_jax.training.step import initial_state, make_train_step
+from kava_jax.training.step import make_train_step
 from tests.tolerances import TOL
-from tests.training.small import Setting, batch, setting, total_loss
+from tests.training.small import Setting, batch, jitted, setting, start, total_loss
 
 BATCH = batch()
 # Plain descent: Adam would blow the rounding of gradients near zero up to whole steps.
@@ -22,21 +22,17 @@ def rates(student: float, projector: float) -> dict:
     return {name: optax.constant_schedule(rate) for name, rate in groups.items()}
 
 
-def run(made: Setting, optimizer=PLAIN, *, microbatches: int = 1, steps: int = 1, start=None):
-    step = jax.jit(
+def run(made: Setting, optimizer=PLAIN, *, microbatches: int = 1, steps: int = 1, state=None):
+    step = jitted(
         make_train_step(
             made.objective, optimizer, kv_weight=made.kv_weight, microbatches=microbatches
         )
     )
-    state, lines = start_of(made, optimizer) if start is None else start, []
+    state, lines = start(made, optimizer) if state is None else state, []
     for _ in range(steps):
         state, metrics = step(state, made.teachers, BATCH)
         lines.append(jax.device_get(metrics))
     return state, lines
-
-
-def start_of(made: Setting, optimizer):
-    return initial_state(made.params, optimizer, made.statistics)
 
 
 def assert_params_close(left, right) -> None:
@@ -101,10 +97,10 @@ def test_dropout_depends_on_the_step_and_running_means_forget() -> None:
     assert len(set(losses)) == 3
     assert len({float(line["ce"].value) for line in lines}) == 1
     # Step and seed are all there is to the dropout: the third step alone draws the third masks.
-    third = start_of(made, still)._replace(step=jnp.asarray(2, jnp.int32))
-    _, (again,) = run(made, still, start=third)
+    third = start(made, still)._replace(step=jnp.asarray(2, jnp.int32))
+    _, (again,) = run(made, still, state=third)
     assert float(again["big/kv_k"].value) == losses[2]
-    _, (other,) = run(made, still, start=third._replace(seed=jnp.uint32(1)))
+    _, (other,) = run(made, still, state=third._replace(seed=jnp.uint32(1)))
     assert float(other["big/kv_k"].value) != losses[2]
     for name in ("cos", "cos_shuffled"):
         total = count = 0.0
@@ -134,16 +130,16 @@ def test_training_lowers_the_loss() -> None:
 def test_a_step_that_is_not_finite_leaves_everything_bitwise(what: str) -> None:
     """NaN in the teacher makes the loss NaN; a KV weight of 1e38 only the gradient infinite."""
     made = setting(kv_weight=1e38 if what == "gradient" else 0.7)
-    step = jax.jit(make_train_step(made.objective, PLAIN, kv_weight=made.kv_weight, microbatches=2))
-    start = start_of(made, PLAIN)
+    step = jitted(make_train_step(made.objective, PLAIN, kv_weight=made.kv_weight, microbatches=2))
+    before = start(made, PLAIN)
     teachers = made.teachers
     if what == "loss":
         teachers = jax.tree.map(lambda x: x * jnp.nan, teachers)
-    state, metrics = step(start, teachers, BATCH)
+    state, metrics = step(before, teachers, BATCH)
     assert np.isfinite(float(metrics["loss"].sum)) == (what == "gradient")
     assert not np.isfinite(float(metrics["grad_norm_student"].sum))
-    same = state._replace(step=start.step, skips=start.skips)
-    jax.tree.map(np.testing.assert_array_equal, same, start)
+    same = state._replace(step=before.step, skips=before.skips)
+    jax.tree.map(np.testing.assert_array_equal, same, before)
     assert (int(state.step), int(state.skips.total), int(state.skips.in_a_row)) == (1, 1, 1)
     again, _ = step(state, teachers, BATCH)
     assert (int(again.skips.total), int(again.skips.in_a_row)) == (2, 2)

@@ -1,6 +1,5 @@
 """A cosine of 0.9 without anything learnt, and that it is called by its name."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -8,8 +7,8 @@ import optax
 from kava_jax.evaluation.heldout import held_out, make_examine, make_measure
 from kava_jax.journal.verdict import collapse_signs, verdict
 from kava_jax.training.optimizer import make_optimizer
-from kava_jax.training.step import initial_state, make_train_step
-from tests.training.small import Setting, batch, one_device, setting
+from kava_jax.training.step import make_train_step
+from tests.training.small import Setting, batch, jitted, one_device, setting, start
 
 STEPS = 150
 BATCH = batch(0, 16)
@@ -34,10 +33,10 @@ def trained(made: Setting, *, random: bool) -> dict[str, float]:
         b1=0.9,
         b2=0.95,
     )
-    step = jax.jit(
+    step = jitted(
         make_train_step(made.objective, optimizer, kv_weight=made.kv_weight, microbatches=1)
     )
-    state = initial_state(made.params, optimizer, made.statistics)
+    state = start(made, optimizer)
     for number in range(STEPS):
         teachers = unrelated(made, number) if random else made.teachers
         state, _ = step(state, teachers, BATCH)
