@@ -128,7 +128,7 @@ def _head(form: str, sizes: tuple[int, int, int, int], prompt: int) -> Side:
     table = 0.02 * jax.random.normal(of_head, (vocabulary, width))
     labels_BU = jax.random.randint(of_labels, (rows, length), 0, vocabulary)
     counted_BU = jnp.broadcast_to(jnp.arange(length) >= prompt, (rows, length))
-    given = Head(hidden, table), labels_BU, counted_BU
+    given = (hidden, table), labels_BU, counted_BU
     loss = jax.value_and_grad(_chunked if form == "kava" else _naive)
     program = jax.jit(loss).lower(*given).compile()
     flops = 6.0 * rows * (length - prompt) * width * vocabulary
@@ -149,4 +149,5 @@ def _chunked(head: Head, labels_BU: Labels, counted_BU: Counted) -> Array:
 
 
 def _naive(head: Head, labels_BU: Labels, counted_BU: Counted) -> Array:
-    return cross_entropy(head.hidden @ head.table.T, labels_BU, counted_BU).value
+    hidden, table = head
+    return cross_entropy(hidden @ table.T, labels_BU, counted_BU).value

@@ -6,13 +6,13 @@ from typing import Any
 import optax
 from flax import nnx
 
-from kava_jax.alignment.frame import Frame, empty
+from kava_jax.alignment.frame import empty
 from kava_jax.alignment.kv_losses import kv_loss
 from kava_jax.alignment.projector import forgets_length
 from kava_jax.config.run import AutoShare, Config, Ramp
 from kava_jax.models.spec import DecoderSpec
-from kava_jax.training.objective import PARTS, Objective, SideMeans, Statistics, TeacherLink
-from kava_jax.training.optimizer import Rate, make_optimizer
+from kava_jax.training.objective import PARTS, Objective, Statistics, TeacherLink
+from kava_jax.training.optimizer import learning_rate, make_optimizer
 
 
 def make_objective(
@@ -35,10 +35,10 @@ def make_objective(
             mercator_weight=_weight(loss.mercator_weight, steps),
             mse_weight=_weight(loss.mse_weight, steps),
         ),
-        frame=Frame(loss.center, loss.per_head),
+        center=loss.center,
         parts=loss.parts,
         direction=config.projector.direction,
-        attention_weight=loss.attention_weight if loss.kv == "structural" else 0.0,
+        match_attention=loss.kv == "structural",
         ce_weight=_weight(loss.ce_weight, steps),
         kl_weight=loss.kl_weight,
         kl_temperature=loss.kl_temperature,
@@ -61,14 +61,14 @@ def magnitude_note(config: Config) -> str | None:
 def empty_statistics(objective: Objective, student: DecoderSpec) -> Statistics:
     """Statistics of no step yet, for whatever the frame keeps."""
     means: Statistics = {}
-    if objective.frame.center == "running":
+    if objective.center == "running":
         for name, link in objective.teachers.items():
             layer_map = link.comparison.layer_map
             forward = objective.direction == "teacher_to_student"
             heads = student.num_kv_heads if forward else link.spec.num_kv_heads * layer_map.sources
             head_dim = student.head_dim if forward else link.spec.head_dim
             none = empty(len(layer_map), heads, head_dim)
-            means[name] = {part: SideMeans(none, none) for part in PARTS}
+            means[name] = dict.fromkeys(PARTS, (none, none))
     return means
 
 
@@ -100,8 +100,9 @@ def learning_rates(config: Config) -> dict[str, optax.Schedule]:
     settings, steps = config.optimizer, config.train.steps
 
     def rate(peak: float, length: int) -> optax.Schedule:
-        shape = (settings.warmup_steps, settings.schedule, settings.final_lr_share)
-        return Rate(peak, length, *shape).build()
+        ratio = 1.0 if settings.schedule == "constant" else settings.final_lr_share
+        warmup = settings.warmup_steps
+        return learning_rate(peak, length, warmup_steps=warmup, min_lr_ratio=ratio)
 
     rates = {"student": rate(settings.student_lr, steps)}
     waits = config.projector.warmup_steps
@@ -123,9 +124,8 @@ def optimizer_of(
         },
         weight_decay=config.optimizer.weight_decay,
         clip_norm=config.optimizer.clip_norm,
-        b1=config.optimizer.b1,
         b2=config.optimizer.b2,
-        mean_dtype=config.optimizer.mean_dtype,
+        mu_dtype=config.optimizer.mean_dtype,
     )
 
 

@@ -10,7 +10,6 @@ import optax
 from flax import nnx
 from jax.sharding import AxisType, Mesh
 
-from kava_jax.alignment.frame import Frame
 from kava_jax.alignment.kv_losses import kv_loss
 from kava_jax.alignment.layer_map import LayerMap
 from kava_jax.alignment.projector import KVDimensionProjector
@@ -91,7 +90,6 @@ def setting(
     kl_weight: float = 0.0,
     beta: float = 0.01,
     center: str = "none",
-    per_head: bool = True,
     remove_key_bias: bool = False,
     key_space: str = "pre_rope",
     weights: tuple[float, ...] | None = None,
@@ -149,10 +147,10 @@ def setting(
             for name, weight in zip(names, weights, strict=True)
         },
         kv_loss=kv_loss(kv, beta=beta),
-        frame=Frame(center, per_head),
+        center=center,
         parts=parts,
         direction=direction,
-        attention_weight=1.0 if kv == "structural" else 0.0,
+        match_attention=kv == "structural",
         ce_weight=optax.constant_schedule(ce_weight),
         kl_weight=kl_weight,
         kl_temperature=2.0,
@@ -173,8 +171,10 @@ def total_loss(made: Setting) -> Callable:
     """``(params, teachers, batch, step, share) -> (loss, metrics)``, KV weighted as it was set."""
 
     def loss(params, teachers, data, step, share):
-        found, (metrics, _) = made.objective(params, teachers, data, step, share, made.statistics)
-        return found.language + made.kv_weight(step) * found.kv, metrics
+        (language, kv), (metrics, _) = made.objective(
+            params, teachers, data, step, share, made.statistics
+        )
+        return language + made.kv_weight(step) * kv, metrics
 
     return loss
 
