@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 from kava_jax.errors import KavaError
@@ -26,27 +27,17 @@ TIE = 1e-6
 ROUNDING = 1e-5
 
 
-class Alignment(NamedTuple):
-    """How well the student's vectors point where the target's do; each a Mean of [P] layers.
-
-    cos            the student's vector and its target, the headline
-    cos_shuffled   the student's vector and the target at the same position of the *next* example
-    s_magnitude, t_magnitude   lengths of the student's own vectors, and of the targets
-    """
-
-    cos: Mean
-    cos_shuffled: Mean
-    s_magnitude: Mean
-    t_magnitude: Mean
-
-
 def alignment(
     student: Float[Array, "P B T K H"],
     target: Float[Array, "P B T K H"],
     mask_BT: Shaped[Array, "B T"],
     own: Float[Array, "P B T J D"] | None = None,
-) -> Alignment:
-    """Alignment of one batch of keys (or values), layer by layer; add sums and counts over layers.
+) -> dict[str, Mean]:
+    """How well the student's vectors point where the target's do; each a Mean of [P] layers.
+
+    cos            the student's vector and its target, the headline
+    cos_shuffled   the student's vector and the target at the same position of the *next* example
+    s_magnitude, t_magnitude   lengths of the student's own vectors, and of the targets
 
     Only vectors of tokens whose mask is not zero count; what the others hold does not matter.
     ``cos_shuffled`` counts a token where both examples have one, and nothing in a batch of one.
@@ -55,22 +46,21 @@ def alignment(
     mask = (mask_BT != 0)[None, :, :, None]
     keep = jnp.broadcast_to(mask, student.shape[:-1])
     both = keep & jnp.roll(keep, -1, axis=1) & (mask_BT.shape[0] > 1)
-    aligned = compare(student, target, keep)
+    cos, s_length, t_length = compare(student, target, keep)
     # Rolled as it came: a copy in float32 would be the largest array of the KV losses.
-    other = compare(student, jnp.roll(target, -1, axis=1), both)
-    length = aligned.length_a
+    cos_shuffled, _, _ = compare(student, jnp.roll(target, -1, axis=1), both)
     if own is not None:
-        length = magnitude(jnp.where(mask[..., None], own.astype(jnp.float32), 0.0))
+        s_length = magnitude(jnp.where(mask[..., None], own.astype(jnp.float32), 0.0))
     over = (1, 2, 3)
-    return Alignment(
-        cos=masked_mean(aligned.cos, keep, over),
-        cos_shuffled=masked_mean(other.cos, both, over),
-        s_magnitude=masked_mean(length, mask, over),
-        t_magnitude=masked_mean(aligned.length_b, keep, over),
-    )
+    return {
+        "cos": masked_mean(cos, keep, over),
+        "cos_shuffled": masked_mean(cos_shuffled, both, over),
+        "s_magnitude": masked_mean(s_length, mask, over),
+        "t_magnitude": masked_mean(t_length, mask, over),
+    }
 
 
-class Sample(NamedTuple):
+class TokenSample(NamedTuple):
     """Keys (or values) of n tokens in float32; where ``counted`` is False there is no token.
 
     ``own`` are the student's vectors before a projector; None where ``student`` are those.
@@ -88,7 +78,7 @@ def sample_tokens(
     mask_BT: Shaped[Array, "B T"],
     size: int,
     own: Float[Array, "P B T J D"] | None = None,
-) -> Sample:
+) -> TokenSample:
     """``size`` tokens, spread evenly over those of the batch that count, in row-major order.
 
     With ``total`` such tokens, entry i is number ``floor((i + 0.5) * total / size)``. If there are
@@ -113,7 +103,7 @@ def sample_tokens(
     def taken(x: Array) -> Array:
         return jnp.where(counted[None, :, None, None], x[:, row, column].astype(jnp.float32), 0.0)
 
-    return Sample(taken(student), taken(target), counted, None if own is None else taken(own))
+    return TokenSample(taken(student), taken(target), counted, None if own is None else taken(own))
 
 
 def _spread(entry: Int[Array, "n"], total: Int[Array, ""], size: int) -> Int[Array, "n"]:
@@ -123,10 +113,10 @@ def _spread(entry: Int[Array, "n"], total: Int[Array, ""], size: int) -> Int[Arr
     return twice // 2 + ((twice % 2) * size + (2 * entry + 1) * rest) // (2 * size)
 
 
-def join(samples: Sequence[Sample]) -> Sample:
+def join(samples: Sequence[TokenSample]) -> TokenSample:
     """Samples of several batches (at least one) as one sample."""
     own = [sample.own for sample in samples if sample.own is not None]
-    return Sample(
+    return TokenSample(
         jnp.concatenate([sample.student for sample in samples], axis=1),
         jnp.concatenate([sample.target for sample in samples], axis=1),
         jnp.concatenate([sample.counted for sample in samples]),
@@ -134,7 +124,7 @@ def join(samples: Sequence[Sample]) -> Sample:
     )
 
 
-class Diagnostics(NamedTuple):
+def diagnose(sample: TokenSample) -> dict[str, Float[Array, "P"]]:
     """What a sample says of each layer; *vector* is one head's, *token* all K heads as one [K*H].
 
     cos_constant   the target's vectors and the best constant one of their layer and head (the
@@ -151,32 +141,12 @@ class Diagnostics(NamedTuple):
     student_top3, target_top3         share of the squared norm in the 3 largest of them
     mag_ratio_q10, _q50, _q90         quantiles over tokens of |own| / |t|, each a mean over the
                    token's heads, where the target is not zero; 0 if it always is
+
+    One layer is taken after the other: n x n matrices exist for one only.
     """
-
-    cos_constant: Float[Array, "P"]
-    cos_centered: Float[Array, "P"]
-    retrieval: Float[Array, "P"]
-    retrieval_centered: Float[Array, "P"]
-    cka: Float[Array, "P"]
-    student_rank: Float[Array, "P"]
-    target_rank: Float[Array, "P"]
-    student_min_std: Float[Array, "P"]
-    target_min_std: Float[Array, "P"]
-    student_top3: Float[Array, "P"]
-    target_top3: Float[Array, "P"]
-    mag_ratio_q10: Float[Array, "P"]
-    mag_ratio_q50: Float[Array, "P"]
-    mag_ratio_q90: Float[Array, "P"]
-
-
-def diagnose(sample: Sample) -> Diagnostics:
-    """All figures of every layer, one layer after the other: n x n matrices exist for one only."""
-
-    def one(layer: tuple[Array, Array, Array]) -> Diagnostics:
-        return _diagnose_layer(*layer, sample.counted)
-
     own = sample.student if sample.own is None else sample.own
-    return jax.lax.map(one, (sample.student, sample.target, own))
+    layers = (sample.student, sample.target, own)
+    return jax.lax.map(lambda layer: _diagnose_layer(*layer, sample.counted), layers)
 
 
 def _diagnose_layer(
@@ -184,32 +154,30 @@ def _diagnose_layer(
     target: Float[Array, "n K H"],
     own: Float[Array, "n J D"],
     counted: Bool[Array, "n"],
-) -> Diagnostics:
-    """The figures of one layer, scalars."""
+) -> dict[str, Float[Array, ""]]:
+    """The figures of one layer."""
     keep = counted[:, None, None]
     s, t, own = (jnp.where(keep, x.astype(jnp.float32), 0.0) for x in (student, target, own))
+    constant = jnp.broadcast_to(unit(masked_mean(unit(t), keep, 0).value), t.shape)
     s_centred, t_centred = (_centred(x, counted) for x in (s, t))
     s_gram, t_gram = (_gram(x) for x in (s_centred, t_centred))
-    constant = unit(masked_mean(unit(t), keep, 0).value)
     low, middle, high = _magnitude_ratios(own, t)
-    return Diagnostics(
-        cos_constant=masked_mean(
-            cosine(jnp.broadcast_to(constant[None], t.shape), t), keep[..., 0]
-        ).value,
-        cos_centered=masked_mean(cosine(s_centred, t_centred), keep[..., 0]).value,
-        retrieval=_retrieval(s, t, counted),
-        retrieval_centered=_retrieval(s_centred, t_centred, counted),
-        cka=_debiased_cka(s_gram, t_gram, counted),
-        student_rank=_participation_ratio(s_gram),
-        target_rank=_participation_ratio(t_gram),
-        student_min_std=_min_std(s_centred, counted),
-        target_min_std=_min_std(t_centred, counted),
-        student_top3=_top3(s),
-        target_top3=_top3(t),
-        mag_ratio_q10=low,
-        mag_ratio_q50=middle,
-        mag_ratio_q90=high,
-    )
+    return {
+        "cos_constant": masked_mean(cosine(constant, t), keep[..., 0]).value,
+        "cos_centered": masked_mean(cosine(s_centred, t_centred), keep[..., 0]).value,
+        "retrieval": _retrieval(s, t, counted),
+        "retrieval_centered": _retrieval(s_centred, t_centred, counted),
+        "cka": _debiased_cka(s_gram, t_gram, counted),
+        "student_rank": _participation_ratio(s_gram),
+        "target_rank": _participation_ratio(t_gram),
+        "student_min_std": _min_std(s_centred, counted),
+        "target_min_std": _min_std(t_centred, counted),
+        "student_top3": _top3(s),
+        "target_top3": _top3(t),
+        "mag_ratio_q10": low,
+        "mag_ratio_q50": middle,
+        "mag_ratio_q90": high,
+    }
 
 
 def _flat(x: Float[Array, "n K H"]) -> Float[Array, "n D"]:
@@ -322,26 +290,20 @@ def gradient_share(
     The share is 0 where ce is zero, the cosine where either is. Both trees have one structure.
     """
     (kv, kv_length), (ce, ce_length) = (_unit_tree(grads) for grads in (kv_grads, ce_grads))
-    products = jax.tree.map(lambda a, b: jnp.sum(a * b), kv, ce)
     alive = ce_length != 0
     share = jnp.where(alive, kv_length / jnp.where(alive, ce_length, 1.0), 0.0)
-    return share, jnp.clip(_total(products), -1.0, 1.0)
+    return share, jnp.clip(optax.tree.vdot(kv, ce), -1.0, 1.0)
 
 
 def _unit_tree(
     grads: PyTree[Float[Array, "..."]],
 ) -> tuple[PyTree[Float[Array, "..."]], Float[Array, ""]]:
     """A tree divided by its length, and that; zeros stay."""
-    grads = jax.tree.map(lambda x: x.astype(jnp.float32), grads)
-    peak = jnp.max(jnp.stack([_scaled(x)[1] for x in jax.tree.leaves(grads)]))
+    grads = optax.tree.cast(grads, jnp.float32)
+    peak = optax.tree.norm(grads, ord="inf")
     scaled = jax.tree.map(lambda x: x / jnp.where(peak == 0, 1.0, peak), grads)
-    length = jnp.sqrt(_total(jax.tree.map(lambda x: jnp.sum(x * x), scaled)))
+    length = optax.tree.norm(scaled)
     return jax.tree.map(lambda x: x / jnp.where(length == 0, 1.0, length), scaled), peak * length
-
-
-def _total(tree: PyTree[Float[Array, ""]]) -> Float[Array, ""]:
-    """The sum of the scalars in a tree."""
-    return jnp.sum(jnp.stack(jax.tree.leaves(tree)))
 
 
 def alignment_gap(cos: float, cos_shuffled: float | None) -> float | None:

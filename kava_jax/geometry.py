@@ -21,17 +21,6 @@ from jaxtyping import Array, Bool, Float, Shaped
 # Vectors with no entry above this are zero vectors: their direction would have gradients near the
 # end of float32, and below 1.2e-38 XLA flushes to zero anyway.
 SMALLEST = 1e-36
-# Squared lengths whose vectors need no rescaling: no product of their entries that matters leaves
-# float32.
-ORDINARY = (1e-24, 1e30)
-
-
-class Compared(NamedTuple):
-    """Cosine of the angle between two vectors, in [-1, 1], and their lengths."""
-
-    cos: Float[Array, "*B"]
-    length_a: Float[Array, "*B"]
-    length_b: Float[Array, "*B"]
 
 
 class Mean(NamedTuple):
@@ -65,119 +54,92 @@ def masked_mean(
     return Mean(jnp.sum(jnp.where(keep, values, 0.0), axis=axis), count)
 
 
-def _rescale(
+def _scaled_norm(
     x: Float[Array, "*B H"],
-) -> tuple[Float[Array, "*B H"], Float[Array, "*B 1"], Shaped[Array, "*B 1"]]:
-    """x times a scale that puts its largest |entry| at 8, that scale, and where x is not zero.
+) -> tuple[Float[Array, "*B 1"], Float[Array, "*B 1"], Float[Array, "*B 1"]]:
+    """A scale, |x * scale| and |x|; for zero vectors 0, 1 and 0, without a gradient.
 
-    The scale carries no gradient and need not: what is built on it does not depend on it. It is 8
-    over the largest entry, not 1, whose quotient XLA flushes to zero near the end of float32.
+    The scale puts the largest |entry| at 8 before anything is squared. It carries no gradient and
+    needs none, because what is made of it does not depend on it. It is 8 over the entry, not 1,
+    whose quotient XLA flushes to zero near the end of float32.
     """
     x = x.astype(jnp.float32)
     peak = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=-1, keepdims=True))
     alive = ~(peak <= SMALLEST)  # written so that NaN is alive, and stays visible
     scale = 8.0 / jnp.where(alive, peak, 1.0)
-    return x * jnp.where(alive, scale, 0.0), scale, alive
-
-
-def _safe_norm(scaled: Float[Array, "*B H"], alive: Shaped[Array, "*B 1"]) -> Float[Array, "*B 1"]:
-    """Length of a rescaled vector, and 1 with a zero gradient for zero vectors."""
-    return jnp.sqrt(jnp.where(alive, jnp.sum(scaled * scaled, axis=-1, keepdims=True), 1.0))
+    scale_or_zero = jnp.where(alive, scale, 0.0)
+    squares = jnp.sum((x * scale_or_zero) ** 2, axis=-1, keepdims=True)
+    norm = jnp.sqrt(jnp.where(alive, squares, 1.0))
+    return scale_or_zero, norm, jnp.where(alive, norm / scale, 0.0)
 
 
 def unit(x: Float[Array, "*B H"]) -> Float[Array, "*B H"]:
     """x / |x| in float32; zero vectors stay zero, with a zero gradient."""
-    scaled, _, alive = _rescale(x)
-    return scaled / _safe_norm(scaled, alive)
+    scale, norm, _ = _scaled_norm(x)
+    return x.astype(jnp.float32) * scale / norm
 
 
 def magnitude(x: Float[Array, "*B H"]) -> Float[Array, "*B"]:
     """|x| in float32; the gradient at the zero vector is zero."""
-    scaled, scale, alive = _rescale(x)
-    return jnp.where(alive, _safe_norm(scaled, alive) / scale, 0.0)[..., 0]
+    return _scaled_norm(x)[2][..., 0]
 
 
 def cosine(a: Float[Array, "*B H"], b: Float[Array, "*B H"]) -> Float[Array, "*B"]:
     """Cosine of the angle between a and b, in [-1, 1]; 0 where either is the zero vector."""
-    return compare(a, b).cos
+    return compare(a, b)[0]
 
 
 def compare(
     a: Float[Array, "*B H"], b: Float[Array, "*B H"], keep: Bool[Array, "*B"] | None = None
-) -> Compared:
+) -> tuple[Float[Array, "*B"], Float[Array, "*B"], Float[Array, "*B"]]:
     """``cosine(a, b)``, ``magnitude(a)`` and ``magnitude(b)`` in one go.
 
     Vectors that ``keep`` leaves out may hold NaN: they give 0, 1 and 1, and get no gradient. So
-    they need not be zeroed first, which would copy both sides; and the backward pass starts from
-    the vectors themselves and a few numbers per vector, so that nothing of their size is kept.
-
-    Rescaling costs a pass over each side, so sums of plain squares are taken first; only where a
-    vector that counts is not ``ORDINARY``, all are done again with rescaling.
+    they need not be zeroed first, which would copy both sides.
     """
     return _compare(a, b, keep)
 
 
 @jax.custom_vjp
-def _compare(a: Array, b: Array, keep: Array | None) -> Compared:
+def _compare(a: Array, b: Array, keep: Array | None) -> tuple[Array, Array, Array]:
     return _compare_forward(a, b, keep)[0]
 
 
-def _compare_forward(a: Array, b: Array, keep: Array | None) -> tuple[Compared, Any]:
-    x, y = a.astype(jnp.float32), b.astype(jnp.float32)
-    squares_x, squares_y, product = (_dot(*pair) for pair in ((x, x), (y, y), (x, y)))
-    least, most = ORDINARY
-    ordinary = (jnp.minimum(squares_x, squares_y) >= least) & (
-        jnp.maximum(squares_x, squares_y) <= most
-    )
-
-    def plain() -> tuple[Any, Any, Array]:
-        of_x, of_y = jnp.sqrt(squares_x), jnp.sqrt(squares_y)
-        return (of_x, of_y), (1.0 / of_x, 1.0 / of_y), product / of_x / of_y
-
-    def careful() -> tuple[Any, Any, Array]:
-        (of_x, inverse_x), (of_y, inverse_y) = _lengths(x), _lengths(y)
-        return (of_x, of_y), (inverse_x, inverse_y), _dot(x * inverse_x, y * inverse_y)
-
-    everywhere = jnp.all(ordinary if keep is None else ordinary | ~keep[..., None])
-    lengths, inverses, cos = jax.lax.cond(everywhere, plain, careful)
+def _compare_forward(a: Array, b: Array, keep: Array | None) -> tuple[Any, Any]:
+    (scale_a, norm_a, length_a), (scale_b, norm_b, length_b) = _scaled_norm(a), _scaled_norm(b)
+    product = jnp.sum(_times(a, scale_a) * _times(b, scale_b), axis=-1, keepdims=True)
+    cos = product / norm_a / norm_b
     # Rounding can reach 1 + 1e-7. Only the value is clipped; the gradient stays the cosine's own.
-    found = jnp.clip(cos, -1.0, 1.0), *lengths
-    found = Compared(*(x[..., 0] for x in found))
+    found = [x[..., 0] for x in (jnp.clip(cos, -1.0, 1.0), length_a, length_b)]
     if keep is not None:
-        empty = Compared(*map(jnp.float32, (0.0, 1.0, 1.0)))
-        found = jax.tree.map(lambda x, other: jnp.where(keep, x, other), found, empty)
-    return found, (a, b, keep, inverses, cos)
+        found = [jnp.where(keep, x, other) for x, other in zip(found, (0.0, 1.0, 1.0), strict=True)]
+    return tuple(found), (a, b, keep, scale_a / norm_a, scale_b / norm_b, cos)
 
 
-def _compare_backward(saved: Any, slopes: Compared) -> tuple[Array, Array, None]:
+def _compare_backward(saved: Any, slopes: tuple[Array, Array, Array]) -> tuple[Any, ...]:
     """With directions u, v: ``slope_cos / |a| * (v - cos * u) + slope_length * u``; b likewise."""
-    a, b, keep, inverses, cos = saved
-    of_cos, *of_lengths = (slope[..., None] for slope in slopes)
-    crossing = [of_cos * inverse for inverse in inverses]
-    along = [own - cos * other for own, other in zip(of_lengths, crossing, strict=True)]
-    # Numbers per vector stay that: without the barrier XLA would compute them anew for every entry,
-    # and store the directions of the forward pass for this one.
-    inverses, crossing, along = jax.lax.optimization_barrier((inverses, crossing, along))
-    u, v = (x.astype(jnp.float32) * inverse for x, inverse in zip((a, b), inverses, strict=True))
-    gradients = crossing[0] * v + along[0] * u, crossing[1] * u + along[1] * v
+    a, b, keep, inverse_a, inverse_b, cos = saved
+    u, v = _times(a, inverse_a), _times(b, inverse_b)
+    of_cos, of_a, of_b = (slope[..., None] for slope in slopes)
+    gradients = (
+        (of_cos * inverse_a * (v - cos * u) + of_a * u).astype(a.dtype),
+        (of_cos * inverse_b * (u - cos * v) + of_b * v).astype(b.dtype),
+    )
     if keep is not None:
-        gradients = (jnp.where(keep[..., None], gradient, 0.0) for gradient in gradients)
-    of_a, of_b = gradients
-    return of_a.astype(a.dtype), of_b.astype(b.dtype), None
+        gradients = (jnp.where(keep[..., None], gradient, 0) for gradient in gradients)
+    return *gradients, None
+
+
+def _times(x: Array, scale: Array) -> Array:
+    """Vectors in float32 times a number each, computed again wherever they are needed.
+
+    Without the barrier, as with automatic differentiation, the CPU's compiler computes them once
+    and keeps them: half the inputs' bytes instead of 3 %. The H100's compiler does not.
+    """
+    return x.astype(jnp.float32) * jax.lax.optimization_barrier(scale)
 
 
 _compare.defvjp(_compare_forward, _compare_backward)
-
-
-def _lengths(x: Float[Array, "*B H"]) -> tuple[Float[Array, "*B 1"], Float[Array, "*B 1"]]:
-    """|x| and 1 / |x|; both are 0 for zero vectors, the second also above 8e37."""
-    scaled, scale, alive = _rescale(x)
-    norm = _safe_norm(scaled, alive)
-    return jnp.where(alive, norm / scale, 0.0), jnp.where(alive, scale / norm, 0.0)
-
-
-def _dot(x: Float[Array, "*B H"], y: Float[Array, "*B H"]) -> Float[Array, "*B 1"]:
-    return jnp.sum(x * y, axis=-1, keepdims=True)
 
 
 def angular_distance(a: Float[Array, "*B H"], b: Float[Array, "*B H"]) -> Float[Array, "*B"]:

@@ -14,13 +14,14 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from kava_jax.cache import KVCache
 from kava_jax.errors import KavaError
-from kava_jax.geometry import Compared, Mean, compare, cosine, masked_mean
+from kava_jax.geometry import Mean, compare, cosine, masked_mean
 
-EPS = 1e-8
+EPS = 1e-8  # keeps the logarithm of a zero length finite
 
 # int by name: the runtime check of the tests does not take an int for a float.
 Scalar = float | int | Float[Array, ""]
@@ -36,26 +37,24 @@ def mercator(
     *,
     alpha: Scalar = 1.0,
     beta: Scalar = 0.0,
-    eps: float = EPS,
 ) -> Mean:
     """The angle between student and target, blind to length unless beta is above 0.
 
-    Mean over vectors of ``alpha * (1 - cos) + beta * (log(|s| + eps) - log(|t| + eps))^2``.
-    Zero, huge (1e30) and tiny (1e-30) vectors give a finite value and gradient. The caller stops
-    the gradient of whichever side is constant.
+    Mean over vectors of ``alpha * (1 - cos) + beta * (log(|s| + eps) - log(|t| + eps))^2`` with
+    eps = 1e-8. Zero, huge (1e30) and tiny (1e-30) vectors give a finite value and gradient. The
+    caller stops the gradient of whichever side is constant.
 
     Args:
         student, target: vectors of one shape.
         mask: not zero where a vector counts: the rank of the leading axes, size 1 broadcasts; or
             [B, T] for caches [L, B, T, K, H].
         alpha, beta: weights of direction and of magnitude.
-        eps: keeps the logarithm of a zero length finite.
 
     Raises:
         KavaError: the two shapes differ, or the mask fits neither form.
     """
     keep = vector_mask(student, target, mask)
-    return masked_mean(mercator_values(student, target, alpha, beta, eps, keep), keep)
+    return masked_mean(mercator_values(student, target, alpha, beta, keep), keep)
 
 
 def mercator_values(
@@ -63,23 +62,27 @@ def mercator_values(
     t: Float[Array, "*B H"],
     alpha: Scalar = 1.0,
     beta: Scalar = 0.0,
-    eps: float = EPS,
     keep: Bool[Array, "*B"] | None = None,
 ) -> Float[Array, "*B"]:
     """``alpha * (1 - cos) + beta * (log(|s| + eps) - log(|t| + eps))^2`` of each vector.
 
     Vectors that ``keep`` leaves out may hold NaN: they give any number, and get no gradient.
     """
-    return _mercator_of(compare(s, t, keep), alpha, beta, eps)
+    cos, s_length, t_length = compare(s, t, keep)
+    return _weighted(1.0 - cos, _log_ratio_squared(s_length, t_length), alpha, beta)
 
 
-def _mercator_of(
-    compared: Compared, alpha: Scalar, beta: Scalar, eps: float = EPS
-) -> Float[Array, "*B"]:
-    direction = alpha * (1.0 - compared.cos)
+def _weighted(direction: Array, magnitude: Array, alpha: Scalar, beta: Scalar) -> Array:
+    # A weight of 0 costs nothing in the backward pass only if its term is left out.
     if isinstance(beta, float | int) and beta == 0:
-        return direction
-    return direction + beta * _log_ratio_squared(compared, eps)
+        return alpha * direction
+    return alpha * direction + beta * magnitude
+
+
+def _log_ratio_squared(
+    s_length: Float[Array, "*B"], t_length: Float[Array, "*B"]
+) -> Float[Array, "*B"]:
+    return (jnp.log(s_length + EPS) - jnp.log(t_length + EPS)) ** 2
 
 
 def mse(
@@ -104,29 +107,18 @@ def smooth_l1(
     student: Float[Array, "*B H"],
     target: Float[Array, "*C G"],
     mask: Shaped[Array, "..."] | None = None,
-    *,
-    transition: float | int = 1.0,
 ) -> Mean:
     """Mean over vectors of the mean over the last axis of a square that turns into a line.
 
-    ``0.5 * d^2 / transition`` where ``d = |s - t| < transition``, else ``d - 0.5 * transition``
-    (torch's ``beta`` is this ``transition``). Masks and errors as ``mercator``; a transition that
-    is not above 0 is a KavaError too.
+    ``0.5 * d^2`` where ``d = |s - t| < 1``, else ``d - 0.5``. Masks and errors as ``mercator``.
     """
-    if transition <= 0:
-        raise KavaError(f"transition={transition} is not above 0; 1.0 is usual")
     s, t, keep = comparable(student, target, mask)
-    return masked_mean(smooth_l1_values(s, t, transition), keep)
+    return masked_mean(smooth_l1_values(s, t), keep)
 
 
-def smooth_l1_values(
-    s: Float[Array, "*B H"], t: Float[Array, "*B H"], transition: float | int = 1.0
-) -> Float[Array, "*B"]:
-    """Mean over each vector's entries of the square that turns into a line at ``transition``."""
-    distance = jnp.abs(s - t)
-    # No square of a distance beyond the transition: it could be infinite, its gradient NaN.
-    curved = jnp.minimum(distance, transition)
-    return jnp.mean(0.5 * curved**2 / transition + (distance - curved), axis=-1)
+def smooth_l1_values(s: Float[Array, "*B H"], t: Float[Array, "*B H"]) -> Float[Array, "*B"]:
+    """Mean over each vector's entries of the square that turns into a line at 1."""
+    return jnp.mean(optax.losses.huber_loss(s, t), axis=-1)
 
 
 def hybrid(
@@ -198,28 +190,20 @@ def logit_kl(
     mask: Shaped[Array, "..."] | None = None,
     *,
     temperature: Scalar = 1.0,
-    shared_vocab: int | None = None,
 ) -> Mean:
     """Mean over counted positions of ``T^2 * KL(teacher || student)`` at temperature T.
 
-    Both distributions are renormalised over the ids ``[0:shared_vocab]`` that both vocabularies
-    have (by default the smaller width), so rows of padding on either side have no part in it. T^2
-    keeps the gradient's scale (Hinton et al. 2015, section 2.1). The caller stops the teacher's
-    gradient.
-
-    Raises:
-        KavaError: ``shared_vocab`` is wider than one of the vocabularies, or less than 1.
+    Both distributions are renormalised over the ids that both vocabularies have (the smaller
+    width), so rows of padding on either side have no part in it. T^2 keeps the gradient's scale
+    (Hinton et al. 2015, section 2.1). The caller stops the teacher's gradient.
     """
-    narrower = min(student_logits.shape[-1], teacher_logits.shape[-1])
-    shared = narrower if shared_vocab is None else shared_vocab
-    if not 1 <= shared <= narrower:
-        raise KavaError(f"shared_vocab={shared} is not between 1 and {narrower}, the smaller width")
+    shared = min(student_logits.shape[-1], teacher_logits.shape[-1])
     keep = _keep(mask, student_logits.shape[:-1])
     student, teacher = (
         jax.nn.log_softmax(_counted(logits[..., :shared], keep) / temperature, axis=-1)
         for logits in (student_logits, teacher_logits)
     )
-    divergence = jnp.sum(jnp.exp(teacher) * (teacher - student), axis=-1)
+    divergence = optax.losses.kl_divergence_with_log_targets(student, teacher)
     return masked_mean(temperature**2 * divergence, keep)
 
 
@@ -253,10 +237,9 @@ class MercatorKVLoss:
         """The loss, a float32 scalar, and the metrics."""
 
         def one(student: Array, teacher: Array) -> Metrics:
-            keep = vector_mask(student, teacher, mask)
-            compared = compare(student, teacher, keep)
-            loss = masked_mean(_mercator_of(compared, self.alpha, self.beta), keep).value
-            return {"loss": loss} | _sphere_metrics(compared, keep)
+            metrics = _sphere_metrics(student, teacher, mask)
+            terms = metrics["dir_loss"], metrics["mag_loss"]
+            return {"loss": _weighted(*terms, self.alpha, self.beta)} | metrics
 
         return _over_pair(one, student_kv, teacher_kv)
 
@@ -287,13 +270,12 @@ class HybridKVLoss:
         }
 
         def one(student: Array, teacher: Array) -> Metrics:
-            keep = vector_mask(student, teacher, mask)
-            compared = compare(student, teacher, keep)
-            direction = masked_mean(_mercator_of(compared, 1.0, self.beta), keep).value
+            metrics = _sphere_metrics(student, teacher, mask)
+            direction = _weighted(metrics["dir_loss"], metrics["mag_loss"], 1.0, self.beta)
             value = mse(student, teacher, mask).value
             loss = weights["mercator_weight"] * direction + weights["mse_weight"] * value
             terms = {"loss": loss, "mercator_loss": direction, "mse_loss": value}
-            return terms | weights | _sphere_metrics(compared, keep)
+            return terms | weights | metrics
 
         return _over_pair(one, student_kv, teacher_kv)
 
@@ -322,23 +304,20 @@ def _over_pair(
     return metrics["loss"], metrics
 
 
-def _sphere_metrics(compared: Compared, keep: Array | None) -> Metrics:
-    """What every KV loss reports beside itself."""
-    cos, s_length, t_length = compared
-    s_magnitude, t_magnitude = (masked_mean(x, keep).value for x in (s_length, t_length))
-    return {
-        "cos_sim": masked_mean(cos, keep).value,
-        "dir_loss": masked_mean(1.0 - cos, keep).value,
-        "mag_loss": masked_mean(_log_ratio_squared(compared, EPS), keep).value,
-        "s_magnitude": s_magnitude,
-        "t_magnitude": t_magnitude,
-        "mag_ratio": Mean(s_magnitude, t_magnitude).value,  # 0 where the teacher is zero
+def _sphere_metrics(student: Array, teacher: Array, mask: Array | None) -> Metrics:
+    """What every KV loss reports apart from itself."""
+    keep = vector_mask(student, teacher, mask)
+    cos, s_length, t_length = compare(student, teacher, keep)
+    values = {
+        "cos_sim": cos,
+        "dir_loss": 1.0 - cos,
+        "mag_loss": _log_ratio_squared(s_length, t_length),
+        "s_magnitude": s_length,
+        "t_magnitude": t_length,
     }
-
-
-def _log_ratio_squared(compared: Compared, eps: float) -> Float[Array, "*B"]:
-    """``(log(|a| + eps) - log(|b| + eps))^2``."""
-    return (jnp.log(compared.length_a + eps) - jnp.log(compared.length_b + eps)) ** 2
+    means = {name: masked_mean(value, keep).value for name, value in values.items()}
+    # 0 where the teacher is zero.
+    return means | {"mag_ratio": Mean(means["s_magnitude"], means["t_magnitude"]).value}
 
 
 def comparable(

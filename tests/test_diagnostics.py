@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from kava_jax.diagnostics import (
-    Sample,
+    TokenSample,
     alignment,
     diagnose,
     sample_tokens,
@@ -29,10 +29,12 @@ def float32(*arrays: np.ndarray) -> list[jax.Array]:
     return [jnp.asarray(x, jnp.float32) for x in arrays]
 
 
-def sample_of(student: np.ndarray, target: np.ndarray, counted: np.ndarray | None = None) -> Sample:
+def sample_of(
+    student: np.ndarray, target: np.ndarray, counted: np.ndarray | None = None
+) -> TokenSample:
     """A sample [P, n, K, H], all of it counted unless told."""
     everything = np.ones(student.shape[1], bool)
-    return Sample(
+    return TokenSample(
         *float32(student, target), jnp.asarray(everything if counted is None else counted)
     )
 
@@ -74,14 +76,14 @@ def test_alignment_equals_the_loops(offset: float) -> None:
             "t_magnitude": [np.linalg.norm(t[at]) for at in own],
         }
         for name, values in want.items():
-            mean = getattr(found, name)
+            mean = found[name]
             assert mean.count[layer] == len(values), name
             np.testing.assert_allclose(mean.sum[layer], np.sum(values), rtol=CLOSE, atol=CLOSE)
 
 
 def test_a_batch_of_one_has_no_shuffled_baseline() -> None:
     s, t = float32(*(x[:, :1] for x in caches()))
-    assert not alignment(s, t, jnp.asarray(MASK[:1])).cos_shuffled.count.any()
+    assert not alignment(s, t, jnp.asarray(MASK[:1]))["cos_shuffled"].count.any()
 
 
 # --- every figure against numpy ---
@@ -161,10 +163,10 @@ def test_every_figure_equals_float64(n: int, offset: float) -> None:
     found = measure(sample_of(*padded, counted))
     for layer in range(2):
         want = diagnostics64(s[layer], t[layer])
-        assert set(want) == set(found._fields)
+        assert set(want) == set(found)
         for name, value in want.items():
             np.testing.assert_allclose(
-                getattr(found, name)[layer], value, rtol=CLOSE, atol=CLOSE, err_msg=name
+                found[name][layer], value, rtol=CLOSE, atol=CLOSE, err_msg=name
             )
 
 
@@ -172,14 +174,14 @@ def test_every_figure_equals_float64(n: int, offset: float) -> None:
 def test_lengths_whose_squares_leave_float32_change_nothing(scale: float) -> None:
     s, t = tokens(16)
     plain, scaled = (measure(sample_of(factor * s, factor * t)) for factor in (1.0, scale))
-    for name, value in scaled._asdict().items():
+    for name, value in scaled.items():
         unit = scale if name.endswith("std") else 1.0
-        np.testing.assert_allclose(value / unit, getattr(plain, name), rtol=CLOSE, err_msg=name)
+        np.testing.assert_allclose(value / unit, plain[name], rtol=CLOSE, err_msg=name)
 
 
 def test_the_constant_baseline_is_the_best_constant() -> None:
     _, t = tokens(16, offset=1.0)
-    best = float(measure(sample_of(t, t)).cos_constant[0])
+    best = float(measure(sample_of(t, t))["cos_constant"][0])
     for seed in range(200):
         other = np.random.default_rng(seed).normal(size=(1, 2, 6))
         assert (unit64(other) * unit64(t[0])).sum(-1).mean() <= best + CLOSE
@@ -199,17 +201,17 @@ def test_everything_is_finite_whatever_degenerates(n: int, student: str, target:
     counted = np.arange(16) < n
     keep = counted[None, :, None, None]
     found = measure(sample_of(*(np.where(keep, x, np.nan) for x in sides), counted))
-    for name, value in found._asdict().items():
+    for name, value in found.items():
         assert np.isfinite(value).all(), name
     if n < 4:
-        assert not found.cka.any()
+        assert not found["cka"].any()
     if n < 2 or student != "varied" or target != "varied":
         still = ("cos_centered", "retrieval_centered", "cka")
-        assert not np.array([getattr(found, name) for name in still]).any()
+        assert not np.array([found[name] for name in still]).any()
     for side, kind in (("student", student), ("target", target)):
         if kind != "varied" or n < 2:
-            assert not getattr(found, f"{side}_rank").any()
-            assert not getattr(found, f"{side}_min_std").any()
+            assert not found[f"{side}_rank"].any()
+            assert not found[f"{side}_min_std"].any()
 
 
 @pytest.mark.parametrize("n", [37, 64])
@@ -218,14 +220,14 @@ def test_ties_are_not_found(n: int) -> None:
     varied, other = rng.normal(size=(2, 2, n, 2, 6))
     constant = np.broadcast_to(varied[:, :1], varied.shape)
     # One constant student is nearest to one target at most; a constant target ties with itself.
-    assert (measure(sample_of(constant, other)).retrieval <= 1 / n + CLOSE).all()
-    assert not measure(sample_of(other, constant)).retrieval.any()
-    assert not measure(sample_of(constant, constant)).retrieval.any()
-    assert (measure(sample_of(varied, varied)).retrieval == 1).all()
+    assert (measure(sample_of(constant, other))["retrieval"] <= 1 / n + CLOSE).all()
+    assert not measure(sample_of(other, constant))["retrieval"].any()
+    assert not measure(sample_of(constant, constant))["retrieval"].any()
+    assert (measure(sample_of(varied, varied))["retrieval"] == 1).all()
     # Twins in direction are nobody's strict favourite, whatever rounding makes of their lengths.
     pairs = n // 2
     varied[:, pairs : 2 * pairs] = 3.7 * varied[:, :pairs]
-    found = measure(sample_of(varied, varied)).retrieval
+    found = measure(sample_of(varied, varied))["retrieval"]
     np.testing.assert_allclose(found, (n - 2 * pairs) / n, rtol=CLOSE)
 
 
@@ -233,7 +235,7 @@ def test_the_least_bad_target_is_found_and_no_blank_stands_in_its_way() -> None:
     content = np.random.default_rng(0).normal(size=(2, 16, 12))
     content = unit64(content - content.mean(-1, keepdims=True)).reshape(2, 16, 2, 6)
     found = measure(sample_of(content + 1, content - 1, np.arange(16) < 10))
-    assert (found.retrieval == 1).all()  # all cosines are negative, a blank's is 0
+    assert (found["retrieval"] == 1).all()  # all cosines are negative, a blank's is 0
 
 
 @pytest.mark.parametrize("n", [16, 64])
@@ -241,7 +243,7 @@ def test_one_outlier_among_constants_has_no_similarity(n: int) -> None:
     """Its U-centred Gram matrix is zero in exact arithmetic: the rest is rounding, no CKA of 1."""
     s, t = np.full((2, 2, n, 2, 6), 0.1)
     s[:, 3], t[:, 3] = 7.3, 2.9
-    assert not measure(sample_of(s, t)).cka.any()
+    assert not measure(sample_of(s, t))["cka"].any()
 
 
 # --- CKA ---
@@ -258,17 +260,17 @@ def test_cka_sees_through_rotation_scale_and_shift() -> None:
     rotation, _ = np.linalg.qr(rng.normal(size=(12, 12)))
     turned = 3.7 * (s.reshape(2, 64, 12) @ rotation).reshape(s.shape) + rng.normal(size=(2, 6))
     plain, rotated = measure(sample_of(s, t)), measure(sample_of(turned, t))
-    np.testing.assert_allclose(rotated.cka, plain.cka, rtol=CLOSE)
-    assert (np.abs(rotated.cos_centered - plain.cos_centered) > 0.1).all()  # which sees it
-    np.testing.assert_allclose(measure(sample_of(turned, s)).cka, 1.0, rtol=CLOSE)
+    np.testing.assert_allclose(rotated["cka"], plain["cka"], rtol=CLOSE)
+    assert (np.abs(rotated["cos_centered"] - plain["cos_centered"]) > 0.1).all()  # which sees it
+    np.testing.assert_allclose(measure(sample_of(turned, s))["cka"], 1.0, rtol=CLOSE)
     # It does see some dimensions stretched and others shrunk.
-    assert (measure(sample_of(s * np.linspace(5, 0.1, 6), s)).cka < 0.95).all()
+    assert (measure(sample_of(s * np.linspace(5, 0.1, 6), s))["cka"] < 0.95).all()
 
 
 def test_cka_of_independent_tokens_is_near_zero_though_they_are_no_more_than_dimensions() -> None:
     s, t = np.random.default_rng(2).normal(size=(2, 2, 64, 2, 32))
     assert biased_cka(s[0], t[0]) > 0.4  # what debiasing is for
-    assert (np.abs(measure(sample_of(s, t)).cka) < 0.05).all()
+    assert (np.abs(measure(sample_of(s, t))["cka"]) < 0.05).all()
 
 
 # --- the trap ---
@@ -301,8 +303,8 @@ def look(student: np.ndarray, target: np.ndarray) -> dict[str, np.ndarray]:
     mask = jnp.ones((EXAMPLES, LENGTH), bool)
     found = align(s, t, mask)
     sampled = measure(take(s, t, mask, 200))
-    means = {"cos": found.cos.value, "cos_shuffled": found.cos_shuffled.value}
-    return {name: np.asarray(x, np.float64) for name, x in (means | sampled._asdict()).items()}
+    means = {"cos": found["cos"].value, "cos_shuffled": found["cos_shuffled"].value}
+    return {name: np.asarray(x, np.float64) for name, x in (means | sampled).items()}
 
 
 def signs(figures: dict[str, np.ndarray]) -> list[str]:
@@ -358,9 +360,9 @@ def test_a_student_that_shrinks_to_a_line_shows_in_its_rank() -> None:
     target = rng.normal(size=(2, 64, 2, 32))
     line = rng.normal(size=(2, 64, 1, 1)) * rng.normal(size=(2, 1, 2, 32))
     found = measure(sample_of(line, target))
-    np.testing.assert_allclose(found.student_rank, 1.0, rtol=CLOSE)
-    assert (found.target_rank > 20).all()
-    ranks = {side: float(getattr(found, side)[0]) for side in ("student_rank", "target_rank")}
+    np.testing.assert_allclose(found["student_rank"], 1.0, rtol=CLOSE)
+    assert (found["target_rank"] > 20).all()
+    ranks = {side: float(found[side][0]) for side in ("student_rank", "target_rank")}
     (sign,) = collapse_signs(cos_shuffled=None, gap=None, **ranks)
     assert "effective rank" in sign
 

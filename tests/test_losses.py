@@ -177,13 +177,11 @@ def test_cosine_accuracy_of_a_masked_batch() -> None:
 def test_smooth_l1_equals_torch_and_survives_huge_distances() -> None:
     torch = pytest.importorskip("torch", reason="torch, the oracle, is not installed")
     s, t = normal(0, 6, 9) * 3, normal(1, 6, 9)
-    want = torch.nn.functional.smooth_l1_loss(torch.tensor(s), torch.tensor(t), beta=0.7)
-    got = smooth_l1(to_jax(s), to_jax(t), transition=0.7).value
+    want = torch.nn.functional.smooth_l1_loss(torch.tensor(s), torch.tensor(t), beta=1.0)
+    got = smooth_l1(to_jax(s), to_jax(t)).value
     np.testing.assert_allclose(got, want.numpy(), rtol=CLOSE)
     huge = jax.grad(lambda s: smooth_l1(s, to_jax(t)).value)(jnp.full((6, 9), 1e30))
     np.testing.assert_allclose(huge, 1 / 54, rtol=CLOSE)
-    with pytest.raises(KavaError, match="transition=0"):
-        smooth_l1(to_jax(s), to_jax(t), transition=0)
 
 
 def test_cross_entropy_equals_torch_with_ignored_labels() -> None:
@@ -249,10 +247,6 @@ def test_logit_kl_takes_the_real_vocabulary_widths_in_bf16() -> None:
     student = jnp.zeros((1, 151936), jnp.bfloat16)
     teacher = jnp.zeros((1, 152064), jnp.bfloat16).at[0, 152000].set(50.0)
     np.testing.assert_allclose(logit_kl(student, teacher).value, 0.0, atol=CLOSE)
-    fewer = jax.jit(logit_kl, static_argnames="shared_vocab")(student, teacher, shared_vocab=151665)
-    np.testing.assert_allclose(fewer.value, 0.0, atol=CLOSE)
-    with pytest.raises(KavaError, match=r"shared_vocab=152000.*151936"):
-        logit_kl(student, teacher, shared_vocab=152000)
 
 
 def test_the_three_lines_of_the_original() -> None:

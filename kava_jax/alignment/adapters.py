@@ -6,7 +6,7 @@ the result are float32: what is compared may be a small rest of a large sum.
 """
 
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,18 +17,6 @@ InitMethod = Literal["xavier", "kaiming", "normal"]
 AdapterKind = Literal["elastic", "linear"]
 # Kinds whose result does not depend on the length of what comes in.
 NORM_FIRST: tuple[AdapterKind, ...] = ("elastic",)
-
-
-class HeadShape(NamedTuple):
-    """KV heads and head dim of one side."""
-
-    heads: int
-    head_dim: int
-
-    @property
-    def width(self) -> int:
-        """Width of the flattened vector."""
-        return self.heads * self.head_dim
 
 
 def initial_kernel(method: InitMethod, key: Key[Array, ""], shape: tuple[int, ...]) -> Array:
@@ -79,45 +67,40 @@ class Affine(nnx.Module):
         return y + self.bias[...].reshape((1,) * (y.ndim - 1) + (-1,))
 
 
-class LinearAdapter(nnx.Module):
-    """The baseline: one linear layer."""
+class Adapter(nnx.Module):
+    """One linear layer, or the original's bottleneck in front of it.
 
-    def __init__(self, source: HeadShape, target: HeadShape, init: InitMethod, rngs: nnx.Rngs):
-        """Build the layer."""
-        self.out = Affine((source.width, target.width), ("kv_in", "kv_out"), init, rngs)
-
-    def __call__(self, x: Float[Array, "*B I"], key: Key[Array, ""] | None) -> Float[Array, "*B O"]:
-        """Map; ``key`` is for dropout, of which there is none here."""
-        del key
-        return self.out(x)
-
-
-class ElasticAdapter(nnx.Module):
-    """The original's bottleneck: LayerNorm, Linear, SiLU, Dropout, Linear.
-
-    The hidden width is ``int(source width * mlp_ratio)``.
+    linear    the baseline: Linear alone
+    elastic   LayerNorm, Linear, SiLU, Dropout, Linear; the hidden width is
+              ``int(source width * mlp_ratio)``
     """
 
     def __init__(
         self,
-        source: HeadShape,
-        target: HeadShape,
+        kind: Kind,
+        widths: tuple[int, int],
         init: InitMethod,
         rngs: nnx.Rngs,
         *,
         mlp_ratio: float,
         dropout: float,
     ):
-        """Build norm and layers."""
-        hidden = max(1, int(source.width * mlp_ratio))
-        self.scale = nnx.Param(jnp.ones((source.width,)), axes=("kv_in",))
-        self.shift = nnx.Param(jnp.zeros((source.width,)), axes=("kv_in",))
-        self.inner = Affine((source.width, hidden), ("kv_in", "kv_hidden"), init, rngs)
-        self.out = Affine((hidden, target.width), ("kv_hidden", "kv_out"), init, rngs)
-        self.dropout = dropout
+        """Build for vectors of the first width, to give vectors of the second."""
+        (source, target), self.elastic, self.dropout = widths, kind == "elastic", dropout
+        if not self.elastic:
+            self.out = Affine((source, target), ("kv_in", "kv_out"), init, rngs)
+            return
+        hidden = max(1, int(source * mlp_ratio))
+        self.scale = nnx.Param(jnp.ones((source,)), axes=("kv_in",))
+        self.shift = nnx.Param(jnp.zeros((source,)), axes=("kv_in",))
+        self.inner = Affine((source, hidden), ("kv_in", "kv_hidden"), init, rngs)
+        self.out = Affine((hidden, target), ("kv_hidden", "kv_out"), init, rngs)
 
     def __call__(self, x: Float[Array, "*B I"], key: Key[Array, ""] | None) -> Float[Array, "*B O"]:
         """Map; dropout only when a ``key`` is given."""
+        return self.out(self._hidden(x, key) if self.elastic else x)
+
+    def _hidden(self, x: Float[Array, "*B I"], key: Key[Array, ""] | None) -> Array:
         wide = x.astype(jnp.float32)
         # standardize's own variance is mean(x^2) - mean(x)^2, which cancels under a shared offset.
         variance = jnp.var(wide, axis=-1, keepdims=True)
@@ -128,4 +111,4 @@ class ElasticAdapter(nnx.Module):
         if key is not None and self.dropout > 0:
             kept = jax.random.bernoulli(key, 1.0 - self.dropout, hidden.shape)
             hidden = jnp.where(kept, hidden / (1.0 - self.dropout), 0)
-        return self.out(hidden)
+        return hidden

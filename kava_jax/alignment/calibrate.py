@@ -6,8 +6,6 @@ of another, by the share of the variance they explain. All in float64 on the hos
 Left out on purpose: collecting the moments (``grams``), and the projector the fit is put into.
 """
 
-from typing import NamedTuple
-
 import numpy as np
 from jaxtyping import Float
 
@@ -15,29 +13,9 @@ from kava_jax.alignment.grams import Grams
 from kava_jax.alignment.projector import Direction
 from kava_jax.errors import KavaError
 
-
-class AffineWeights(NamedTuple):
-    """One affine map per mapped layer, float32: ``y = x @ kernel + bias``."""
-
-    kernel: Float[np.ndarray, "P I O"]
-    bias: Float[np.ndarray, "P O"]
-
-
-class Fitted(NamedTuple):
-    """The maps of the keys and of the values."""
-
-    k: AffineWeights
-    v: AffineWeights
-
-
-class _Sides(NamedTuple):
-    """Moments of a map's input x and target y; ``variance_y`` is summed over y's dimensions."""
-
-    cov_xx: np.ndarray
-    cov_xy: np.ndarray
-    mean_x: np.ndarray
-    mean_y: np.ndarray
-    variance_y: float
+# Of the keys ("k") and the values ("v") one affine map per mapped layer, ``y = x @ kernel + bias``,
+# as a per-layer linear projector holds them: {"out": {"kernel": [P, I, O], "bias": [P, O]}}.
+Fitted = dict[str, dict[str, dict[str, np.ndarray]]]
 
 
 def linear_cka(grams: Grams, p: int, layer: int) -> float:
@@ -106,12 +84,12 @@ def r_squared(
     and ``SST = tr Cyy``, about this split's own mean. Negative where the map does worse than that
     mean, 0 where the target is constant. Dimensions count by their variance.
     """
-    sides = _sides(grams, p, layers, direction)
-    if sides.variance_y <= 0:
+    cov_xx, cov_xy, mean_x, mean_y, variance_y = _moments(grams, p, layers, direction)
+    if variance_y <= 0:
         return 0.0
-    fitted = np.sum(kernel * (sides.cov_xx @ kernel - 2 * sides.cov_xy))
-    mean_error = sides.mean_y - sides.mean_x @ kernel - bias
-    return float(-(fitted + mean_error @ mean_error) / sides.variance_y)
+    fitted = np.sum(kernel * (cov_xx @ kernel - 2 * cov_xy))
+    mean_error = mean_y - mean_x @ kernel - bias
+    return float(-(fitted + mean_error @ mean_error) / variance_y)
 
 
 def choose_layers(
@@ -129,9 +107,9 @@ def choose_layers(
     """The ``count`` teacher layers of the window that map best, ascending.
 
     Maps are fitted on the ``fit`` split and scored by R^2 on the ``dev`` split, mean of keys' and
-    values'. Teacher to student: each round adds the layer that, beside those already chosen, gives
-    the highest score. Student to teacher, where each layer is predicted by itself: the layers with
-    the highest scores. Of equals the earlier.
+    values'. Teacher to student: each round adds the layer that gives the highest score together
+    with those already chosen. Student to teacher, where each layer is predicted by itself: the
+    layers with the highest scores. Of equals the earlier.
 
     Raises KavaError for a count that the window does not hold.
     """
@@ -183,26 +161,24 @@ def fit(
             f"layers; give each student layer the same number of teacher layers"
         )
 
-    def stack(side: Grams) -> AffineWeights:
+    def stack(side: Grams) -> dict[str, dict[str, np.ndarray]]:
         maps = [_solve(side, p, row, direction, strength) for p, row in enumerate(rows)]
-        kernels, biases = zip(*maps, strict=True)
-        return AffineWeights(*(np.stack(x).astype(np.float32) for x in (kernels, biases)))
+        kernel, bias = (np.stack(x).astype(np.float32) for x in zip(*maps, strict=True))
+        return {"out": {"kernel": kernel, "bias": bias}}
 
-    return Fitted(*(stack(side) for side in grams))
-
-
-def projector_params(fitted: Fitted) -> dict[str, dict[str, dict[str, np.ndarray]]]:
-    """What ``pairs/<teacher>`` of a ``per_layer`` linear KVDimensionProjector holds."""
-    return {name: {"out": side._asdict()} for name, side in fitted._asdict().items()}
+    return {part: stack(side) for part, side in zip("kv", grams, strict=True)}
 
 
 def _solve(
     grams: Grams, p: int, layers: tuple[int, ...], direction: Direction, strength: float | int
 ) -> tuple[np.ndarray, np.ndarray]:
-    return ridge(*_sides(grams, p, layers, direction)[:4], strength)
+    return ridge(*_moments(grams, p, layers, direction)[:4], strength)
 
 
-def _sides(grams: Grams, p: int, layers: tuple[int, ...], direction: Direction) -> _Sides:
+def _moments(
+    grams: Grams, p: int, layers: tuple[int, ...], direction: Direction
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, float]:
+    """Cxx, Cxy, mean x, mean y and the summed variance of y, of a map from x to y."""
     cross, teacher, student = (
         grams.cross_cov(p, layers),
         grams.teacher_cov(layers),
@@ -210,5 +186,5 @@ def _sides(grams: Grams, p: int, layers: tuple[int, ...], direction: Direction) 
     )
     mean_t, mean_s = grams.teacher_mean(layers), grams.student_mean(p)
     if direction == "teacher_to_student":
-        return _Sides(teacher, cross, mean_t, mean_s, float(np.trace(student)))
-    return _Sides(student, cross.T, mean_s, mean_t, float(np.trace(teacher)))
+        return teacher, cross, mean_t, mean_s, float(np.trace(student))
+    return student, cross.T, mean_s, mean_t, float(np.trace(teacher))

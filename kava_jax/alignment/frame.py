@@ -7,7 +7,6 @@ caller keeps with ``merge`` and ``decay``.
 Left out on purpose: keeping running means (the train step), and taking the key bias out of keys.
 """
 
-from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import jax
@@ -16,6 +15,8 @@ from jaxtyping import Array, Float, Shaped
 
 from kava_jax.errors import KavaError
 from kava_jax.geometry import masked_mean
+
+Center = Literal["none", "batch", "running"]
 
 
 class TokenMean(NamedTuple):
@@ -65,48 +66,32 @@ def decay(mean: TokenMean, factor: float | int | Float[Array, ""]) -> TokenMean:
     return mean._replace(count=mean.count * factor)
 
 
-Center = Literal["none", "batch", "running"]
+def framed(
+    x: Float[Array, "P B T K H"],
+    mask_BT: Shaped[Array, "B T"],
+    center: Center,
+    running: TokenMean | None = None,
+) -> Float[Array, "P B T K H"]:
+    """One side's vectors as they are compared, float32; zeros where the mask is 0, even for NaN.
 
+    Args:
+        x: keys or values.
+        mask_BT: not zero where a token counts.
+        center: "none": the origin stays. "batch": the batch's own mean is subtracted; gradients
+            pass through it, as in batch norm. "running": the running mean is, a constant; before
+            there is any, the batch's own as a constant.
+        running: the running mean.
 
-@dataclass(frozen=True)
-class Frame:
-    """How vectors are laid out and from where they are seen, before they are compared.
-
-    center    "none": the origin stays. "batch": the batch's own mean is subtracted; gradients pass
-              through it, as in batch norm. "running": the running mean is, a constant; before there
-              is any, the batch's own as a constant
-    per_head  one vector per head; False: one per token, all heads side by side
+    Raises:
+        KavaError: center is "running" and no running mean is given.
     """
-
-    center: Center = "none"
-    per_head: bool = True
-
-    def __call__(
-        self,
-        x: Float[Array, "P B T K H"],
-        mask_BT: Shaped[Array, "B T"],
-        running: TokenMean | None = None,
-    ) -> Float[Array, "P B T J D"]:
-        """One side's vectors in this frame: [P, B, T, K, H], or [P, B, T, 1, K * H]; float32.
-
-        Tokens whose mask is 0 come out as zeros and may hold NaN.
-
-        Raises:
-            KavaError: center is "running" and no running mean is given.
-        """
-        keep = (mask_BT != 0)[None, :, :, None, None]
-        x = jnp.where(keep, x.astype(jnp.float32), 0.0)
-        if self.center != "none":
-            origin = self._origin(x, mask_BT, running).mean
-            x = jnp.where(keep, x - origin[:, None, None], 0.0)
-        return x if self.per_head else x.reshape(*x.shape[:3], 1, -1)
-
-    def _origin(self, x: Array, mask_BT: Array, running: TokenMean | None) -> TokenMean:
-        own = measure(x, mask_BT)
-        if self.center != "running":
-            return own
+    keep = (mask_BT != 0)[None, :, :, None, None]
+    x = jnp.where(keep, x.astype(jnp.float32), 0.0)
+    if center == "none":
+        return x
+    origin = measure(x, mask_BT).mean
+    if center == "running":
         if running is None:
             raise KavaError("loss.center=running without a running mean; pass it, or use batch")
-        known = running.count > 0
-        chosen = jax.tree.map(lambda theirs, ours: jnp.where(known, theirs, ours), running, own)
-        return jax.lax.stop_gradient(chosen)
+        origin = jax.lax.stop_gradient(jnp.where(running.count > 0, running.mean, origin))
+    return jnp.where(keep, x - origin[:, None, None], 0.0)

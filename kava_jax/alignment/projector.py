@@ -6,9 +6,10 @@ dropped at export). Choosing layers is the layer map's work, not the projector's
 """
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +17,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from kava_jax.alignment.adapters import (
-    NORM_FIRST,
-    AdapterKind,
-    ElasticAdapter,
-    HeadShape,
-    InitMethod,
-    LinearAdapter,
-)
+from kava_jax.alignment.adapters import NORM_FIRST, Adapter, AdapterKind, InitMethod
 from kava_jax.cache import KVCache
 from kava_jax.errors import KavaError
 
@@ -37,24 +31,6 @@ def forgets_length(kind: AdapterKind, direction: Direction) -> bool:
     the student anything.
     """
     return kind in NORM_FIRST and direction == "student_to_teacher"
-
-
-class AdapterPair(nnx.Module):
-    """One teacher's two adapters: keys and values never share weights."""
-
-    def __init__(self, k: nnx.Module, v: nnx.Module):
-        """Hold the two."""
-        self.k = k
-        self.v = v
-
-
-class ProjectorShape(NamedTuple):
-    """What an adapter is built from, apart from the widths of the two sides."""
-
-    kind: AdapterKind = "elastic"
-    mlp_ratio: float = 1.0
-    dropout: float = 0.1
-    init: InitMethod = "xavier"
 
 
 class KVDimensionProjector(nnx.Module):
@@ -96,32 +72,45 @@ class KVDimensionProjector(nnx.Module):
     ):
         """Build one adapter pair per teacher."""
         rngs = nnx.Rngs(0) if rngs is None else rngs
-        student = _head_shape("student_d_model", student_d_model, student_heads)
-        shape = ProjectorShape(kind, mlp_ratio, dropout, init_method)
-        self.trainable, self.per_layer = trainable, per_layer
+        self.kind: AdapterKind = kind
         self.direction: Direction = direction
-        self.student, self.teachers = student, {}
-        pairs = {}
+        self.mlp_ratio, self.dropout, self.init_method = mlp_ratio, dropout, init_method
+        self.trainable, self.per_layer = trainable, per_layer
+        # KV heads and head dim of each side; of a teacher also how many layers are mapped.
+        self.student = student = _heads("student_d_model", student_d_model, student_heads)
+        self.teachers, pairs = {}, {}
         for name, config in teacher_configs.items():
             where = f"teacher_configs.{name}"
-            teacher = _head_shape(f"{where}.d_model", config["d_model"], config.get("num_heads", 1))
-            sides = (teacher, student) if direction == "teacher_to_student" else (student, teacher)
+            teacher = _heads(f"{where}.d_model", config["d_model"], config.get("num_heads", 1))
             layers = config.get("num_layers")
             if per_layer and not layers:
                 raise KavaError(f"{where}.num_layers={layers} with per_layer; give the layer count")
-            count = layers if per_layer else None
-            pairs[name] = AdapterPair(
-                _adapter(*sides, shape, count, rngs), _adapter(*sides, shape, count, rngs)
-            )
             self.teachers[name] = (teacher, layers)
+            widths = math.prod(teacher), math.prod(student)
+            if direction == "student_to_teacher":
+                widths = widths[::-1]
+            # Keys and values never share weights.
+            pairs[name] = nnx.Dict(
+                {part: self._adapter(widths, layers if per_layer else None, rngs) for part in "kv"}
+            )
         self.pairs = nnx.Dict(pairs)
-        self.shape = shape
+
+    def _adapter(self, widths: tuple[int, int], layers: int | None, rngs: nnx.Rngs) -> nnx.Module:
+        """One adapter; with ``layers`` its weights get a leading layer axis."""
+        kind, init = self.kind, self.init_method
+        options = {"mlp_ratio": self.mlp_ratio, "dropout": self.dropout}
+
+        def build(rngs: nnx.Rngs) -> nnx.Module:
+            return Adapter(kind, widths, init, rngs, **options)
+
+        if layers is None:
+            return build(rngs)
+        return nnx.vmap(build, in_axes=0, out_axes=0)(rngs.split(layers))
 
     @property
     def forgets_length(self) -> bool:
         """``forgets_length`` of this projector."""
-        direction: Direction = self.direction  # pyright: ignore[reportAssignmentType]  (nnx widens it)
-        return forgets_length(self.shape.kind, direction)
+        return forgets_length(self.kind, self.direction)
 
     def project_teacher_kv(
         self,
@@ -156,8 +145,9 @@ class KVDimensionProjector(nnx.Module):
     def _apply(self, adapter: nnx.Module, x: Array, key: Key[Array, ""] | None, name: str) -> Array:
         teacher, layers = self.teachers[name]
         source = teacher if self.direction == "teacher_to_student" else self.student
-        if x.shape[-1] != source.width or (self.per_layer and x.shape[0] != layers):
-            expected = f"[{layers}, ..., {source.width}]" if self.per_layer else source.width
+        width = math.prod(source)
+        if x.shape[-1] != width or (self.per_layer and x.shape[0] != layers):
+            expected = f"[{layers}, ..., {width}]" if self.per_layer else width
             raise KavaError(
                 f"vectors for teacher={name!r} have shape {x.shape}, the projector was built for "
                 f"{expected}; d_model is the width of the vectors passed in"
@@ -214,17 +204,17 @@ class KVDimensionProjector(nnx.Module):
         """The constructor's arguments, as JSON can hold them."""
         return {
             "teacher_configs": {
-                name: {"d_model": heads.width, "num_heads": heads.heads}
+                name: {"d_model": math.prod(heads), "num_heads": heads[0]}
                 | ({"num_layers": layers} if layers else {})
                 for name, (heads, layers) in self.teachers.items()
             },
-            "student_d_model": self.student.width,
-            "student_heads": self.student.heads,
-            "mlp_ratio": self.shape.mlp_ratio,
-            "dropout": self.shape.dropout,
-            "init_method": self.shape.init,
+            "student_d_model": math.prod(self.student),
+            "student_heads": self.student[0],
+            "mlp_ratio": self.mlp_ratio,
+            "dropout": self.dropout,
+            "init_method": self.init_method,
             "trainable": self.trainable,
-            "kind": self.shape.kind,
+            "kind": self.kind,
             "direction": self.direction,
             "per_layer": self.per_layer,
         }
@@ -238,24 +228,8 @@ def _taken(tensors: Mapping[str, Any], where: tuple[Any, ...], shape: tuple[int,
     return jnp.asarray(tensors[name])
 
 
-def _head_shape(field: str, width: int, heads: int) -> HeadShape:
+def _heads(field: str, width: int, heads: int) -> tuple[int, int]:
+    """KV heads and head dim."""
     if heads < 1 or width < 1 or width % heads:
         raise KavaError(f"{field}={width} is not divisible by {heads} heads; check both numbers")
-    return HeadShape(heads, width // heads)
-
-
-def _adapter(
-    source: HeadShape, target: HeadShape, shape: ProjectorShape, layers: int | None, rngs: nnx.Rngs
-) -> nnx.Module:
-    """One adapter; with ``layers`` its weights get a leading layer axis."""
-
-    def build(rngs: nnx.Rngs) -> nnx.Module:
-        if shape.kind == "linear":
-            return LinearAdapter(source, target, shape.init, rngs)
-        return ElasticAdapter(
-            source, target, shape.init, rngs, mlp_ratio=shape.mlp_ratio, dropout=shape.dropout
-        )
-
-    if layers is None:
-        return build(rngs)
-    return nnx.vmap(build, in_axes=0, out_axes=0)(rngs.split(layers))
+    return heads, width // heads

@@ -120,7 +120,7 @@ def _head(form: str, sizes: tuple[int, int, int, int], prompt: int) -> Side:
     counted_BU = jnp.broadcast_to(jnp.arange(length) >= prompt, (rows, length))
     loss = jax.value_and_grad(_chunked if form == "kava" else _naive)
     flops = 6.0 * rows * (length - prompt) * width * vocabulary
-    return compiled(loss, Head(hidden, table), labels_BU, counted_BU, flops=flops)
+    return compiled(loss, (hidden, table), labels_BU, counted_BU, flops=flops)
 
 
 def _chunked(head: Head, labels_BU: Labels, counted_BU: Counted) -> Array:
@@ -136,4 +136,5 @@ def _chunked(head: Head, labels_BU: Labels, counted_BU: Counted) -> Array:
 
 
 def _naive(head: Head, labels_BU: Labels, counted_BU: Counted) -> Array:
-    return cross_entropy(head.hidden @ head.table.T, labels_BU, counted_BU).value
+    hidden, table = head
+    return cross_entropy(hidden @ table.T, labels_BU, counted_BU).value

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from kava_jax.data.batches import Batch
 from kava_jax.models.decoder import Params
 from kava_jax.parallel.sharding import replicated
-from kava_jax.training.objective import Metrics, Objective, Share, Statistics
+from kava_jax.training.objective import Metrics, Objective, Statistics
 from kava_jax.training.probe import Examination, examine, figures
 from kava_jax.training.summary import Figures, summarize, summarize_layers
 
@@ -35,8 +35,8 @@ def make_measure(objective: Objective, mesh: Mesh) -> Measure:
         statistics: Statistics,
         batch: Batch,
     ) -> Metrics:
-        whole, step = Share(jnp.ones(()), jnp.ones(())), jnp.zeros((), jnp.int32)
-        return objective(params, teachers, batch, step, whole, statistics)[1][0]
+        step = jnp.zeros((), jnp.int32)
+        return objective(params, teachers, batch, step, (1.0, 1.0), statistics)[1][0]
 
     return jax.jit(measure, out_shardings=replicated(mesh))
 

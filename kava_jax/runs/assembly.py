@@ -6,13 +6,13 @@ from typing import Any
 import optax
 from flax import nnx
 
-from kava_jax.alignment.frame import Frame, empty
+from kava_jax.alignment.frame import empty
 from kava_jax.alignment.kv_losses import Hybrid, Mercator
 from kava_jax.alignment.projector import forgets_length
 from kava_jax.config.run import AutoShare, Config, Ramp
 from kava_jax.models.spec import DecoderSpec
-from kava_jax.training.objective import PARTS, Objective, SideMeans, Statistics, TeacherLink
-from kava_jax.training.optimizer import Rate, make_optimizer
+from kava_jax.training.objective import PARTS, Objective, Statistics, TeacherLink
+from kava_jax.training.optimizer import learning_rate, make_optimizer
 
 
 def make_objective(
@@ -29,10 +29,10 @@ def make_objective(
         projector=projector,
         teachers=teachers,
         kv_loss=loss.kv.model_copy(update={"beta": 0.0}) if magnitude_note(config) else loss.kv,
-        frame=Frame(loss.center),
+        center=loss.center,
         parts=loss.parts,
         direction=config.projector.direction,
-        attention_weight=1.0 if loss.match == "attention" else 0.0,
+        match_attention=loss.match == "attention",
         ce_weight=_weight(loss.ce_weight, steps),
         kl_weight=loss.kl_weight,
         kl_temperature=loss.kl_temperature,
@@ -56,14 +56,14 @@ def magnitude_note(config: Config) -> str | None:
 def empty_statistics(objective: Objective, student: DecoderSpec) -> Statistics:
     """Statistics of no step yet, for whatever the frame keeps."""
     means: Statistics = {}
-    if objective.frame.center == "running":
+    if objective.center == "running":
         for name, link in objective.teachers.items():
             layer_map = link.comparison.layer_map
             forward = objective.direction == "teacher_to_student"
             heads = student.num_kv_heads if forward else link.spec.num_kv_heads * layer_map.sources
             head_dim = student.head_dim if forward else link.spec.head_dim
             none = empty(len(layer_map), heads, head_dim)
-            means[name] = {part: SideMeans(none, none) for part in PARTS}
+            means[name] = dict.fromkeys(PARTS, (none, none))
     return means
 
 
@@ -91,8 +91,8 @@ def learning_rates(config: Config) -> dict[str, optax.Schedule]:
     settings, steps = config.optimizer, config.train.steps
 
     def rate(peak: float, length: int) -> optax.Schedule:
-        shape = (settings.warmup_steps, "cosine", settings.min_lr_ratio)
-        return Rate(peak, length, *shape).build()
+        warmup, ratio = settings.warmup_steps, settings.min_lr_ratio
+        return learning_rate(peak, length, warmup_steps=warmup, min_lr_ratio=ratio)
 
     rates = {"student": rate(settings.student_lr, steps)}
     waits = config.projector.warmup_steps
@@ -114,9 +114,8 @@ def optimizer_of(
         },
         weight_decay=config.optimizer.weight_decay,
         clip_norm=config.optimizer.clip_norm,
-        b1=0.9,
         b2=config.optimizer.b2,
-        mean_dtype=config.optimizer.mu_dtype,
+        mu_dtype=config.optimizer.mu_dtype,
     )
 
 

@@ -21,7 +21,6 @@ from kava_jax.alignment.calibrate import (
     choose_layers,
     fit,
     linear_cka,
-    projector_params,
     r_squared,
 )
 from kava_jax.alignment.grams import Grams
@@ -205,16 +204,16 @@ def _fit(config: Config, layer_map: LayerMap, grams: Splits) -> tuple[Any, dict[
     fitted = fit((grams["fit"]["k"], grams["fit"]["v"]), rows, direction, RIDGE)
     report: dict[str, Any] = {"layer_map": layer_map.as_dict()}
     for part in PARTS:
-        maps, score = getattr(fitted, part), grams["score"][part]
+        maps, score = fitted[part]["out"], grams["score"][part]
         report[f"r2_{part}"] = [
-            r_squared(maps.kernel[p], maps.bias[p], score, p, row, direction)
+            r_squared(maps["kernel"][p], maps["bias"][p], score, p, row, direction)
             for p, row in enumerate(rows)
         ]
         report[f"cka_{part}"] = [
             max(linear_cka(score, p, layer) for layer in row) for p, row in enumerate(rows)
         ]
     report["tokens"] = {split: grams[split]["k"].count for split in grams}
-    return projector_params(fitted), report
+    return fitted, report
 
 
 def _score(

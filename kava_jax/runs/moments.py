@@ -16,7 +16,7 @@ from kava_jax.data.batches import Batch
 from kava_jax.models.decoder import Params
 from kava_jax.parallel.sharding import batch_sharding, put_batch, replicated
 from kava_jax.runs.prepare import Run
-from kava_jax.training.comparison import Comparison, read
+from kava_jax.training.comparison import Comparison, forward
 from kava_jax.training.objective import PARTS
 
 
@@ -99,7 +99,7 @@ def _vectors(
     objective = run.blueprint.objective
     sides = []
     for graph, params in ((objective.student, student), (objective.teachers[name].graph, teacher)):
-        sides.append(comparison.cache(read(graph, params, batch)))
+        sides.append(comparison.cache(forward(graph, params, batch)))
     ours, theirs = (jax.tree.map(lambda x: x.reshape(*x.shape[:3], -1), side) for side in sides)
     mapped = jnp.array(student_layers)
     return {part: (getattr(ours, part)[mapped], getattr(theirs, part)) for part in PARTS}

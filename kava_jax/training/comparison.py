@@ -20,21 +20,26 @@ from kava_jax.alignment.projector import KVDimensionProjector
 from kava_jax.cache import KVCache
 from kava_jax.data.batches import Batch
 from kava_jax.models.decoder import Decoder, Params
-from kava_jax.models.layers import KeySpace, Rotation
+from kava_jax.models.layers import Rotation
 from kava_jax.models.masks import attention_mask, token_positions
 from kava_jax.models.rope import rotate
 
 # A cache can hold keys before their bias too; these two are what may be compared.
 ComparedKeys = Literal["pre_rope", "post_rope"]
 
+# Student and target in one space, [P, B, T, K, H] each, and the student's own mapped vectors. These
+# are its vectors before any projector, in its own heads and width: their lengths are the student's,
+# where a projected vector's length also depends on the projector.
+Compared = tuple[KVCache, KVCache, KVCache]
 
-class Reading(NamedTuple):
-    """One model's pass over a batch."""
+
+class ForwardPass(NamedTuple):
+    """What one model makes of a batch."""
 
     model: Decoder
     hidden: Float[Array, "B T D"]
     cache: KVCache
-    """Keys before their bias, unless ``read`` was asked for others."""
+    """Keys before their bias, unless ``forward`` was asked for others."""
     queries: Float[Array, "L B T N H"] | None
     mask: Bool[Array, "B 1 T S"]
     rotation: Rotation
@@ -42,15 +47,14 @@ class Reading(NamedTuple):
     """Which layers the cache holds; None: all."""
 
 
-def read(
+def forward(
     graph: nnx.GraphDef[Decoder],
     params: Params,
     batch: Batch,
     *,
-    key_space: KeySpace = "pre_bias",
     queries: bool = False,
     layers: tuple[int, ...] | None = None,
-) -> Reading:
+) -> ForwardPass:
     """Run one model over the batch.
 
     With ``queries`` its post-RoPE queries are kept as well, of all layers; without them ``layers``
@@ -59,35 +63,13 @@ def read(
     model = nnx.merge(graph, params)
     positions_BT = token_positions(batch.valid)
     mask = attention_mask(positions_BT, positions_BT, batch.valid, model.spec.sliding_window)
-    inputs = (batch.tokens, positions_BT, mask)
-    asked = None
+    inputs, asked = (batch.tokens, positions_BT, mask), None
     if queries:
-        hidden, cache, asked = model.with_queries(*inputs, key_space=key_space)
+        layers = None
+        hidden, cache, asked = model.with_queries(*inputs, key_space="pre_bias")
     else:
-        hidden, cache = model(*inputs, key_space=key_space, layers=layers)
-    held = None if queries else layers
-    return Reading(model, hidden, cache, asked, mask, model.rotation(positions_BT), held)
-
-
-class Compared(NamedTuple):
-    """Both sides in one space, [P, B, T, K, H] each, and the student's vectors as they are.
-
-    ``own`` is the student's side before any projector, in its own heads and width: its lengths are
-    the student's, where a projected vector's are the projector's as well.
-    """
-
-    student: KVCache
-    target: KVCache
-    own: KVCache
-
-
-class Attended(NamedTuple):
-    """Both sides as the space's own queries read them: keys after RoPE, biases back in."""
-
-    queries: Float[Array, "P B T N H"]
-    student: KVCache
-    target: KVCache
-    mask: Bool[Array, "B 1 T S"]
+        hidden, cache = model(*inputs, key_space="pre_bias", layers=layers)
+    return ForwardPass(model, hidden, cache, asked, mask, model.rotation(positions_BT), layers)
 
 
 @dataclass(frozen=True)
@@ -100,16 +82,12 @@ class Comparison:
     remove_key_bias: bool = False
 
     def __call__(
-        self,
-        projector: KVDimensionProjector,
-        student: Reading,
-        teacher: Reading,
-        dropout_key: Key[Array, ""] | None = None,
+        self, projector: KVDimensionProjector, student: ForwardPass, teacher: ForwardPass
     ) -> Compared:
-        """The mapped layers of both sides; dropout in the projector only when a key is given."""
-        return self.projected(projector, *self.sides(student, teacher), dropout_key)
+        """The mapped layers of both sides in one space, without dropout."""
+        return self.projected(projector, *self.sides(student, teacher))
 
-    def sides(self, student: Reading, teacher: Reading) -> tuple[KVCache, KVCache]:
+    def sides(self, student: ForwardPass, teacher: ForwardPass) -> tuple[KVCache, KVCache]:
         """The mapped layers of student and teacher, each with its own heads and width."""
         layer_map = (
             self.layer_map if teacher.layers is None else self.layer_map.among(teacher.layers)
@@ -124,53 +102,55 @@ class Comparison:
         theirs: KVCache,
         dropout_key: Key[Array, ""] | None = None,
     ) -> Compared:
-        """Both ``sides`` in one space. The projector's factors are in the values' dtype."""
-        forward = projector.direction == "teacher_to_student"
-        source = theirs if forward else ours
+        """Both ``sides`` in one space; dropout in the projector only when a key is given.
+
+        The projector's factors are in the values' dtype.
+        """
+        onto_student = projector.direction == "teacher_to_student"
+        source = theirs if onto_student else ours
         source = source._replace(k=source.k.astype(source.v.dtype))
         mapped = projector.project(self.name, source, dropout_key=dropout_key)
-        return Compared(ours, mapped, ours) if forward else Compared(mapped, theirs, ours)
+        return (ours, mapped, ours) if onto_student else (mapped, theirs, ours)
 
-    def cache(self, reading: Reading) -> KVCache:
-        """The reading's values, and its keys as they are compared.
+    def cache(self, run: ForwardPass) -> KVCache:
+        """The values of a forward pass, and its keys as they are compared.
 
-        They are float32 where a bias is added or RoPE turns them, else as they were read.
+        They are float32 where a bias is added or RoPE turns them, else in the model's dtype.
         """
-        keys = reading.cache.k
-        bias = None if self.remove_key_bias else reading.model.key_bias()
+        keys = run.cache.k
+        bias = None if self.remove_key_bias else run.model.key_bias()
         if bias is not None:
-            held = bias if reading.layers is None else bias[np.array(reading.layers)]
-            keys = _with_bias(keys, held)
-        return reading.cache._replace(
-            k=keys if self.key_space == "pre_rope" else _turned(keys, reading.rotation)
-        )
+            keys = _with_bias(keys, bias if run.layers is None else bias[np.array(run.layers)])
+        if self.key_space == "post_rope":
+            keys = _turned(keys, run.rotation)
+        return run.cache._replace(k=keys)
 
     def can_attend(self, direction: str) -> bool:
         """Whether the space has queries of its own: not where it joins teacher layers."""
         return direction == "teacher_to_student" or self.layer_map.sources == 1
 
     def attended(
-        self, compared: Compared, direction: str, student: Reading, teacher: Reading
-    ) -> Attended:
-        """What the queries of the space (student's or teacher's) need to read both caches."""
-        forward = direction == "teacher_to_student"
-        space = student if forward else teacher
-        layers = np.array(
-            self.layer_map.student_layers
-            if forward
-            else [row[0] for row in self.layer_map.teacher_layers]
-        )
+        self, compared: Compared, direction: str, student: ForwardPass, teacher: ForwardPass
+    ) -> tuple[Float[Array, "P B T N H"], KVCache, KVCache, Bool[Array, "B 1 T S"]]:
+        """What the queries of the space (student's or teacher's) need to read both caches.
+
+        The queries, student and target with keys after RoPE and with biases, and the mask.
+        """
+        space, layers = student, list(self.layer_map.student_layers)
+        if direction != "teacher_to_student":
+            space, layers = teacher, [row[0] for row in self.layer_map.teacher_layers]
         assert space.queries is not None
         bias = space.model.key_bias() if self.remove_key_bias else None
 
-        def read_by_queries(cache: KVCache) -> KVCache:
+        def as_attended(cache: KVCache) -> KVCache:
             if self.key_space == "post_rope":
                 return cache
-            keys = cache.k if bias is None else _with_bias(cache.k, bias[layers])
+            keys = cache.k if bias is None else _with_bias(cache.k, bias[np.array(layers)])
             return cache._replace(k=_turned(keys, space.rotation))
 
-        ours, theirs = read_by_queries(compared.student), read_by_queries(compared.target)
-        return Attended(space.queries[layers], ours, theirs, space.mask)
+        ours, theirs, _ = compared
+        queries = space.queries[np.array(layers)]
+        return queries, as_attended(ours), as_attended(theirs), space.mask
 
 
 def _with_bias(keys: Float[Array, "L B T K H"], bias: Float[Array, "L K H"]) -> Array:

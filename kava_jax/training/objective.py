@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from kava_jax.alignment.attention import attention_kl
 from kava_jax.alignment.controls import Control, controlled
-from kava_jax.alignment.frame import Frame, TokenMean, measure
+from kava_jax.alignment.frame import Center, TokenMean, framed, measure
 from kava_jax.alignment.kv_losses import KVLoss
 from kava_jax.alignment.projector import Direction, KVDimensionProjector
 from kava_jax.data.batches import Batch
@@ -26,7 +26,7 @@ from kava_jax.geometry import Mean, masked_mean
 from kava_jax.losses import cross_entropy, logit_kl, mercator
 from kava_jax.models.decoder import Decoder, Params
 from kava_jax.models.spec import DecoderSpec
-from kava_jax.training.comparison import Compared, Comparison, Reading, read
+from kava_jax.training.comparison import Compared, Comparison, ForwardPass, forward
 from kava_jax.training.lm_head import Head, weighted_losses
 
 Metrics = dict[str, Mean]
@@ -51,61 +51,31 @@ class TeacherLink(NamedTuple):
     control: Control = "none"
 
 
-class Share(NamedTuple):
-    """This microbatch's part of the whole batch's loss-bearing tokens, for CE/KL and for KV."""
-
-    targets: Float[Array, ""]
-    kv: Float[Array, ""]
-
-
-class SideMeans(NamedTuple):
-    """The running mean of one part (keys or values) of both sides."""
-
-    student: TokenMean
-    target: TokenMean
-
-
-# Running means of the frame, by teacher and part: what the objective reads from the train state,
-# and measures for its next step. Empty when the frame keeps none.
-Statistics = dict[str, dict[str, SideMeans]]
-
-
-class Losses(NamedTuple):
-    """CE and KL with their weights, and KV before its weight."""
-
-    language: Float[Array, ""]
-    kv: Float[Array, ""]
-
-
-class _OfTeacher(NamedTuple):
-    """One teacher's pass, its KV loss token by token, its metrics, and its statistics."""
-
-    reading: Reading
-    kv: Float[Array, "B T"]
-    mask: Bool[Array, "B T"]
-    """The tokens that have a target: fewer than count under the shuffled control."""
-    metrics: Metrics
-    means: dict[str, SideMeans]
+# Running means of the frame, by teacher and part, each of student and target: what the objective
+# reads from the train state, and measures for its next step. Empty when the frame keeps none.
+Statistics = dict[str, dict[str, tuple[TokenMean, TokenMean]]]
+# This microbatch's part of the whole batch's loss-bearing tokens, for CE and KL, and for KV.
+Shares = tuple[float | Float[Array, ""], float | Float[Array, ""]]
 
 
 @dataclass(frozen=True)
 class Objective:
     """``ce_weight * CE + kl_weight * KL``, and KV, to which the caller gives its weight.
 
-    KV is the mean of keys' and values' losses, or one of them (``parts``), plus
-    ``attention_weight`` times the attention KL. KV and KL are summed over teachers, each times its
-    weight. ``projector`` is None without teachers.
+    KV is the mean of keys' and values' losses, or one of them (``parts``), plus the attention KL
+    where ``match_attention`` is set. KV and KL are summed over teachers, each times its weight.
+    ``projector`` is None without teachers.
     """
 
     student: nnx.GraphDef[Decoder]
     projector: nnx.GraphDef[KVDimensionProjector] | None
     teachers: Mapping[str, TeacherLink]
     kv_loss: KVLoss
-    frame: Frame
+    center: Center
     ce_weight: optax.Schedule
     parts: Parts = "both"
     direction: Direction = "student_to_teacher"
-    attention_weight: float = 0.0
+    match_attention: bool = False
     kl_weight: float = 0.0
     kl_temperature: float = 1.0
     batch_shards: int = 1
@@ -116,61 +86,42 @@ class Objective:
         teachers: Mapping[str, Params],
         batch: Batch,
         step: Int[Array, ""],
-        share: Share,
+        shares: Shares,
         statistics: Statistics,
         dropout_key: Key[Array, ""] | None = None,
-    ) -> tuple[Losses, tuple[Metrics, Statistics]]:
-        """This microbatch's part of the losses; its metrics as (sum, count), its own statistics.
+    ) -> tuple[tuple[Float[Array, ""], Float[Array, ""]], tuple[Metrics, Statistics]]:
+        """CE and KL with their weights, and KV before its weight; metrics, and new statistics.
 
-        Parts of all microbatches add up to the losses of the whole batch. Dropout is on only when a
-        key is given.
+        Both losses are this microbatch's part: those of all microbatches add up to the losses of
+        the whole batch. Metrics are (sum, count), the statistics its own. Dropout is on only when
+        a key is given.
         """
-        student = self._read(self.student, params["student"], batch)
-        if not self.teachers:
-            language, metrics = self._language(batch, student, {}, step, share)
-            return Losses(language, jnp.zeros(())), (metrics, {})
-        found, metrics = {}, {}
+        student = forward(self.student, params["student"], batch, queries=self.match_attention)
+        kv, passes, metrics, means = jnp.zeros(()), {}, {}, {}
         for index, name in enumerate(self.teachers):
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
-            running = statistics.get(name)
-            found[name] = self._of_teacher(
-                name, params, teachers[name], student, batch, step, running, key
+            passes[name], of_teacher, found, means[name] = self._of_teacher(
+                name, params, teachers[name], student, batch, statistics.get(name), key
             )
-            metrics |= {f"{name}/{term}": mean for term, mean in found[name].metrics.items()}
-        # Each teacher's mean is over its own targets.
-        kv = sum(
-            self.teachers[name].weight * masked_mean(one.kv, one.mask).value
-            for name, one in found.items()
+            kv += of_teacher
+            metrics |= {f"{name}/{term}": mean for term, mean in found.items()}
+        language, found = self._language(
+            batch, student, passes if self.kl_weight > 0 else {}, step, shares[0]
         )
-        readings = {name: one.reading for name, one in found.items()} if self.kl_weight > 0 else {}
-        language, of_language = self._language(batch, student, readings, step, share)
-        new = {name: one.means for name, one in found.items() if one.means}
-        losses = Losses(language, share.kv * kv)
-        return losses, (metrics | of_language, jax.lax.stop_gradient(new))
+        means = jax.lax.stop_gradient({name: own for name, own in means.items() if own})
+        return (language, shares[1] * kv), (metrics | found, means)
 
     def compared(
         self, params: Mapping[str, Params], teachers: Mapping[str, Params], batch: Batch
-    ) -> dict[str, tuple[Compared, Reading, Reading]]:
+    ) -> dict[str, tuple[Compared, ForwardPass, ForwardPass]]:
         """Every teacher's cache and the student's in one space, with queries, without dropout."""
-        student = self._read(self.student, params["student"], batch, queries=True)
+        student = forward(self.student, params["student"], batch, queries=True)
         result = {}
         for name, link in self.teachers.items():
-            teacher = self._read(link.graph, teachers[name], batch, queries=True)
+            teacher = forward(link.graph, teachers[name], batch, queries=True)
             compared = link.comparison(self._projector(params), student, teacher)
             result[name] = (compared, student, teacher)
         return result
-
-    def _read(
-        self,
-        graph: nnx.GraphDef[Decoder],
-        params: Params,
-        batch: Batch,
-        *,
-        queries: bool | None = None,
-        layers: tuple[int, ...] | None = None,
-    ) -> Reading:
-        queries = self.attention_weight > 0 if queries is None else queries
-        return read(graph, params, batch, queries=queries, layers=layers)
 
     def _projector(self, params: Mapping[str, Params]) -> KVDimensionProjector:
         assert self.projector is not None
@@ -181,64 +132,70 @@ class Objective:
         name: str,
         params: Mapping[str, Params],
         teacher_params: Params,
-        student: Reading,
+        student: ForwardPass,
         batch: Batch,
-        step: Int[Array, ""],
-        running: Mapping[str, SideMeans] | None,
+        running: Mapping[str, tuple[TokenMean, TokenMean]] | None,
         dropout_key: Key[Array, ""] | None,
-    ) -> _OfTeacher:
-        """One teacher's part in the losses."""
+    ) -> tuple[ForwardPass, Float[Array, ""], Metrics, dict[str, tuple[TokenMean, TokenMean]]]:
+        """One teacher's forward pass, its weighted KV loss, its metrics, and its statistics."""
         link, projector = self.teachers[name], self._projector(params)
-        needed = link.comparison.layer_map.read_layers
-        teacher = self._read(link.graph, teacher_params, batch, layers=needed)
-        ours, theirs = link.comparison.sides(student, teacher)
-        compared = link.comparison.projected(projector, ours, theirs, dropout_key)
-        aimed, mask = compared, batch.kv_mask
+        comparison, mask = link.comparison, batch.kv_mask
+        teacher = forward(
+            link.graph,
+            teacher_params,
+            batch,
+            queries=self.match_attention,
+            layers=comparison.layer_map.read_layers,
+        )
+        ours, theirs = comparison.sides(student, teacher)
+        aimed = comparison.projected(projector, ours, theirs, dropout_key)
+        metrics = _alignment(aimed, projector, mask)
         if link.control in ("shuffled", "constant"):
+            # Under the shuffled control fewer tokens have a target than count.
             theirs, mask = controlled(link.control, theirs, mask)
-            aimed = link.comparison.projected(projector, ours, theirs, dropout_key)
-        kv, metrics, means = self._kv(aimed, mask, batch, step, running)
-        metrics |= _alignment(compared, projector, batch.kv_mask)
-        if self.attention_weight > 0:
-            attended = link.comparison.attended(aimed, self.direction, student, teacher)
-            attention = attention_kl(
-                jax.lax.stop_gradient(attended.queries),
-                attended.student.k,
-                attended.target.k,
-                attended.mask,
-                mask,
+            aimed = comparison.projected(projector, ours, theirs, dropout_key)
+        kv, of_kv, means = self._kv(aimed, mask, running)
+        metrics |= of_kv
+        if self.match_attention:
+            queries, ours, theirs, visible = comparison.attended(
+                aimed, self.direction, student, teacher
             )
-            kv = kv + self.attention_weight * attention
+            queries = jax.lax.stop_gradient(queries)
+            attention = attention_kl(queries, ours.k, theirs.k, visible, mask)
+            kv = kv + attention
             metrics["attention_kl"] = masked_mean(attention, mask)
-        return _OfTeacher(teacher, kv, mask, metrics, means)
+        # Each teacher's mean is over its own targets.
+        return teacher, link.weight * masked_mean(kv, mask).value, metrics, means
 
     def _language(
         self,
         batch: Batch,
-        student: Reading,
-        teachers: Mapping[str, Reading],
+        student: ForwardPass,
+        teachers: Mapping[str, ForwardPass],
         step: Int[Array, ""],
-        share: Share,
+        share: float | Float[Array, ""],
     ) -> tuple[Float[Array, ""], Metrics]:
         """Weighted cross-entropy, and KL to every teacher that is given; their means as metrics."""
         mask_BU = batch.loss_mask[:, 1:]
-        of_mean = mask_BU / jnp.maximum(mask_BU.sum(), 1) * share.targets
-        weights_BUK = (jnp.asarray(self.ce_weight(step)) * of_mean)[..., None]
-        if teachers:
-            weights = jnp.asarray([self.teachers[name].weight for name in teachers])
-            of_kl = self.kl_weight * of_mean[..., None] * weights.reshape(1, 1, -1)
-            weights_BUK = jnp.concatenate([weights_BUK, of_kl], axis=-1)
+        weights_K = jnp.stack(
+            [
+                jnp.asarray(self.ce_weight(step), jnp.float32),
+                *(jnp.float32(self.kl_weight * self.teachers[name].weight) for name in teachers),
+            ]
+        )
+        of_mean = mask_BU / jnp.maximum(mask_BU.sum(), 1) * share
 
         def losses(logits: dict[str, Array], labels: Array) -> Array:
-            divergences = [self._divergence(logits["student"], logits[name]) for name in teachers]
-            return jnp.stack([_cross_entropy(logits["student"], labels), *divergences], axis=-1)
+            own = logits["student"]
+            divergences = [_divergence(own, logits[name], self.kl_temperature) for name in teachers]
+            return jnp.stack([_cross_entropy(own, labels), *divergences], axis=-1)
 
         total, losses_BUK = weighted_losses(
             _head(student),
-            {name: _head(reading) for name, reading in teachers.items()},
+            {name: _head(teacher) for name, teacher in teachers.items()},
             batch.tokens[:, 1:],
             mask_BU,
-            weights_BUK,
+            of_mean[..., None] * weights_K.reshape(1, 1, -1),
             losses,
             shards=self.batch_shards,
             layouts=student.model.layouts,
@@ -253,47 +210,43 @@ class Objective:
         self,
         aimed: Compared,
         mask_BT: Bool[Array, "B T"],
-        batch: Batch,
-        step: Int[Array, ""],
-        running: Mapping[str, SideMeans] | None,
-    ) -> tuple[Float[Array, "B T"], Metrics, dict[str, SideMeans]]:
+        running: Mapping[str, tuple[TokenMean, TokenMean]] | None,
+    ) -> tuple[Float[Array, "B T"], Metrics, dict[str, tuple[TokenMean, TokenMean]]]:
         """Loss of every token, the mean of keys' and values'; both as metrics; means.
 
         Tokens outside of ``mask_BT`` have no target.
         """
-        tokens, metrics, means = jnp.zeros(batch.tokens.shape), {}, {}
+        tokens, metrics, means = jnp.zeros(mask_BT.shape), {}, {}
         for part in PARTS:
-            sides: list[Array] = [getattr(side, part) for side in (aimed.student, aimed.target)]
+            sides: list[Array] = [getattr(side, part) for side in aimed[:2]]
             known = running[part] if running else (None, None)
-            framed_s, framed_t = (
-                self.frame(side, mask_BT, memory) for side, memory in zip(sides, known, strict=True)
+            student, target = (
+                framed(side, mask_BT, self.center, mean)
+                for side, mean in zip(sides, known, strict=True)
             )
-            losses = self.kv_loss(framed_s, framed_t, mask_BT)
-            losses = jnp.where(mask_BT, losses, 0.0)
+            losses = self.kv_loss(student, target, mask_BT)
             tokens = tokens + PART_WEIGHTS[self.parts][part] * losses
             metrics[f"kv_{part}"] = masked_mean(losses, mask_BT)
             if running:
                 s, t = jax.lax.stop_gradient(sides)
-                means[part] = SideMeans(measure(s, mask_BT), measure(t, mask_BT))
+                means[part] = measure(s, mask_BT), measure(t, mask_BT)
         return tokens, metrics, means
 
-    def _divergence(self, student: Array, teacher: Array) -> Array:
-        def of_token(student: Array, teacher: Array) -> Array:
-            return logit_kl(student, teacher, temperature=self.kl_temperature).value
 
-        return jax.vmap(jax.vmap(of_token))(student, teacher)
-
-
-def _head(reading: Reading) -> Head:
+def _head(run: ForwardPass) -> Head:
     """Of next-token predictions: the last position predicts nothing."""
-    return Head(reading.hidden[:, :-1], reading.model.head_table())
+    return run.hidden[:, :-1], run.model.head_table()
 
 
-def _cross_entropy(student: Array, labels: Array) -> Array:
-    def of_token(row: Array, label: Array) -> Array:
-        return cross_entropy(row, label).value
+def _cross_entropy(logits: Array, labels: Array) -> Array:
+    return jax.vmap(jax.vmap(lambda row, label: cross_entropy(row, label).value))(logits, labels)
 
-    return jax.vmap(jax.vmap(of_token))(student, labels)
+
+def _divergence(student: Array, teacher: Array, temperature: float) -> Array:
+    def of_token(student: Array, teacher: Array) -> Array:
+        return logit_kl(student, teacher, temperature=temperature).value
+
+    return jax.vmap(jax.vmap(of_token))(student, teacher)
 
 
 def _alignment(
@@ -305,11 +258,6 @@ def _alignment(
         s, t, own = (jax.lax.stop_gradient(getattr(side, part)) for side in compared)
         if not projector.forgets_length:
             metrics[f"mag_loss_{part}"] = mercator(s, t, mask_BT, alpha=0.0, beta=1.0)
-        measured = alignment(s, t, mask_BT, own)
-        metrics |= {f"{field}_{part}": _whole(mean) for field, mean in measured._asdict().items()}
+        for name, mean in alignment(s, t, mask_BT, own).items():
+            metrics[f"{name}_{part}"] = jax.tree.map(jnp.sum, mean)
     return metrics
-
-
-def _whole(mean: Mean) -> Mean:
-    """All layers together."""
-    return Mean(mean.sum.sum(), mean.count.sum())

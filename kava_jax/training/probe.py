@@ -17,8 +17,7 @@ from jaxtyping import Array, Float
 from kava_jax.alignment.attention import attention_output_cosine
 from kava_jax.data.batches import Batch
 from kava_jax.diagnostics import (
-    Alignment,
-    Sample,
+    TokenSample,
     alignment,
     diagnose,
     gradient_share,
@@ -27,7 +26,7 @@ from kava_jax.diagnostics import (
 )
 from kava_jax.geometry import Mean
 from kava_jax.models.decoder import Params
-from kava_jax.training.objective import PARTS, Objective, Share
+from kava_jax.training.objective import PARTS, Objective
 from kava_jax.training.step import LossScale, TrainState, split_rows
 
 # Of one probe: enough to see by, few enough to cost little beside the steps.
@@ -41,8 +40,8 @@ Layers = dict[str, Float[Array, "P"]]
 class Examination(NamedTuple):
     """Samples and cosines of both sides by ``teacher/part``, and attention outputs by teacher."""
 
-    samples: dict[str, Sample]
-    aligned: dict[str, Alignment]
+    samples: dict[str, TokenSample]
+    aligned: dict[str, dict[str, Mean]]
     attention: dict[str, Mean]
 
 
@@ -67,8 +66,8 @@ def examine(
             aligned[f"{name}/{part}"] = alignment(ours, theirs, batch.kv_mask, own)
         comparison, direction = objective.teachers[name].comparison, objective.direction
         if comparison.can_attend(direction):
-            read = comparison.attended(compared, direction, student, teacher)
-            attention[name] = attention_output_cosine(*read, batch.kv_mask)
+            attended = comparison.attended(compared, direction, student, teacher)
+            attention[name] = attention_output_cosine(*attended, batch.kv_mask)
     return Examination(samples, aligned, attention)
 
 
@@ -79,10 +78,10 @@ def figures(examinations: Sequence[Examination]) -> Layers:
     for key in first.samples:
         name, part = key.split("/")
         measured = diagnose(join([one.samples[key] for one in examinations]))
-        result |= {f"{name}/{field}_{part}": x for field, x in measured._asdict().items()}
+        result |= {f"{name}/{field}_{part}": x for field, x in measured.items()}
         cosines = _added([one.aligned[key] for one in examinations])
-        result[f"{name}/cos_sim_{part}"] = cosines.cos.value
-        result[f"{name}/cos_shuffled_{part}"] = cosines.cos_shuffled.value
+        result[f"{name}/cos_sim_{part}"] = cosines["cos"].value
+        result[f"{name}/cos_shuffled_{part}"] = cosines["cos_shuffled"].value
     for name in first.attention:
         result[f"{name}/attention_cos"] = _added(
             [one.attention[name] for one in examinations]
@@ -122,12 +121,11 @@ def make_probe(
 
     def probe(state: TrainState, teachers: Mapping[str, Params], batch: Batch) -> Probed:
         few = _few_rows(batch, microbatches, objective.batch_shards)
-        whole = Share(jnp.ones(()), jnp.ones(()))
 
         def losses(student: Params) -> tuple[Array, Array]:
             params = state.params | {"student": student}
-            found, _ = language(params, teachers, few, state.step, whole, state.statistics)
-            return found.language, found.kv
+            known = (state.step, (1.0, 1.0), state.statistics)
+            return language(params, teachers, few, *known)[0]
 
         _, pull = jax.vjp(losses, state.params["student"])
         one, nothing = jnp.ones(()), jnp.zeros(())

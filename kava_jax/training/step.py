@@ -13,7 +13,7 @@ from kava_jax.alignment.frame import TokenMean, decay, merge, merge_stacked
 from kava_jax.data.batches import Batch
 from kava_jax.geometry import Mean
 from kava_jax.models.decoder import Params
-from kava_jax.training.objective import Metrics, Objective, Share, Statistics
+from kava_jax.training.objective import Metrics, Objective, Statistics
 
 RUNNING_DECAY = 0.95
 # Running means of the frame forget one hundredth a step: about a hundred batches count.
@@ -107,12 +107,12 @@ def make_train_step(
         def loss(
             params: Any, rows: Batch, index: Array
         ) -> tuple[Array, tuple[Metrics, Statistics]]:
-            share = jax.tree.map(_part, loss_tokens(rows), totals)
+            shares = jax.tree.map(_part, loss_tokens(rows), totals)
             dropout_key = jax.random.fold_in(key, index)
-            losses, seen = objective(
-                params, teachers, rows, state.step, share, state.statistics, dropout_key
+            (language, kv), seen = objective(
+                params, teachers, rows, state.step, shares, state.statistics, dropout_key
             )
-            return losses.language + weight * losses.kv, seen
+            return language + weight * kv, seen
 
         def accumulate(grads: Any, xs: tuple[Batch, Array]) -> tuple[Any, Any]:
             (value, seen), new = jax.value_and_grad(loss, has_aux=True)(state.params, *xs)
@@ -174,9 +174,9 @@ def split_rows(batch: Batch, parts: int) -> Batch:
     return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1), batch)
 
 
-def loss_tokens(batch: Batch) -> Share:
+def loss_tokens(batch: Batch) -> tuple[Int[Array, ""], Int[Array, ""]]:
     """Tokens that carry cross-entropy (the first of a row is never predicted) and KV loss."""
-    return Share(batch.loss_mask[:, 1:].sum(), batch.kv_mask.sum())
+    return batch.loss_mask[:, 1:].sum(), batch.kv_mask.sum()
 
 
 def _counted(skips: Skips, finite: Array) -> Skips:

@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from kava_jax.alignment.adapters import (
-    ElasticAdapter,
-    HeadShape,
-    LinearAdapter,
-    initial_kernel,
-)
+from kava_jax.alignment.adapters import Adapter, initial_kernel
 from tests.tolerances import TOL
 
-SOURCE, TARGET = HeadShape(4, 6), HeadShape(2, 5)
+SOURCE, TARGET = 24, 10
+
+
+def elastic(init: str, *, mlp_ratio: float, dropout: float) -> Adapter:
+    widths = (SOURCE, TARGET)
+    return Adapter("elastic", widths, init, nnx.Rngs(0), mlp_ratio=mlp_ratio, dropout=dropout)
 
 
 def noisy(module: nnx.Module, seed: int = 0) -> dict:
@@ -31,16 +31,16 @@ def vectors(width: int, *lead: int) -> np.ndarray:
 
 
 def test_linear_is_numpys_affine_map() -> None:
-    adapter = LinearAdapter(SOURCE, TARGET, "xavier", nnx.Rngs(0))
-    weights, x = noisy(adapter), vectors(SOURCE.width, 3, 4)
+    adapter = Adapter("linear", (SOURCE, TARGET), "xavier", nnx.Rngs(0), mlp_ratio=1.0, dropout=0.1)
+    weights, x = noisy(adapter), vectors(SOURCE, 3, 4)
     want = x.astype(np.float64) @ weights["out"]["kernel"] + weights["out"]["bias"]
     np.testing.assert_allclose(adapter(jnp.asarray(x), None), want, atol=TOL["float32"])
 
 
 @pytest.mark.parametrize("ratio", [0.5, 1.0])
 def test_elastic_is_layer_norm_linear_silu_linear(ratio: float) -> None:
-    adapter = ElasticAdapter(SOURCE, TARGET, "kaiming", nnx.Rngs(0), mlp_ratio=ratio, dropout=0.4)
-    w, x = noisy(adapter), vectors(SOURCE.width, 2, 3, 4)
+    adapter = elastic("kaiming", mlp_ratio=ratio, dropout=0.4)
+    w, x = noisy(adapter), vectors(SOURCE, 2, 3, 4)
     assert w["inner"]["kernel"].shape == (24, int(24 * ratio))
     wide = x.astype(np.float64)
     variance = wide.var(axis=-1, keepdims=True)
@@ -52,8 +52,8 @@ def test_elastic_is_layer_norm_linear_silu_linear(ratio: float) -> None:
 
 
 def test_elastic_survives_vectors_that_are_all_offset() -> None:
-    adapter = ElasticAdapter(SOURCE, TARGET, "xavier", nnx.Rngs(0), mlp_ratio=1.0, dropout=0.0)
-    w, x = noisy(adapter), 300.0 + vectors(SOURCE.width, 64)
+    adapter = elastic("xavier", mlp_ratio=1.0, dropout=0.0)
+    w, x = noisy(adapter), 300.0 + vectors(SOURCE, 64)
     x[0] = 0.0
     wide = x.astype(np.float64)
     variance = wide.var(axis=-1, keepdims=True)
@@ -64,26 +64,26 @@ def test_elastic_survives_vectors_that_are_all_offset() -> None:
 
 
 def test_dropout_needs_a_key_and_keeps_the_mean() -> None:
-    adapter = ElasticAdapter(SOURCE, TARGET, "xavier", nnx.Rngs(0), mlp_ratio=1.0, dropout=0.25)
-    x = jnp.asarray(vectors(SOURCE.width, 1))
+    adapter = elastic("xavier", mlp_ratio=1.0, dropout=0.25)
+    x = jnp.asarray(vectors(SOURCE, 1))
     plain = adapter(x, None)
     np.testing.assert_array_equal(plain, adapter(x, None))
     first, second = (adapter(x, jax.random.key(i)) for i in (1, 2))
     assert not np.array_equal(first, second)
     assert not np.array_equal(first, plain)
     np.testing.assert_array_equal(first, adapter(x, jax.random.key(1)))
-    many = adapter(jnp.broadcast_to(x, (20_000, SOURCE.width)), jax.random.key(3))
+    many = adapter(jnp.broadcast_to(x, (20_000, SOURCE)), jax.random.key(3))
     error = many.std(axis=0) / np.sqrt(20_000)
     assert np.all(np.abs(many.mean(axis=0) - plain[0]) < 5 * error)
 
 
 def test_dropout_zeroes_the_asked_share_of_hidden_units() -> None:
-    adapter = ElasticAdapter(SOURCE, TARGET, "xavier", nnx.Rngs(0), mlp_ratio=1.0, dropout=0.25)
+    adapter = elastic("xavier", mlp_ratio=1.0, dropout=0.25)
     # With one hidden unit wired through, the output shows whether that unit was kept.
     out = np.zeros((24, 10), np.float32)
     out[5, 0] = 1.0
     adapter.out.kernel[...] = jnp.asarray(out)
-    x = jnp.broadcast_to(jnp.asarray(vectors(SOURCE.width, 1)), (20_000, SOURCE.width))
+    x = jnp.broadcast_to(jnp.asarray(vectors(SOURCE, 1)), (20_000, SOURCE))
     plain, dropped = adapter(x, None)[0, 0], adapter(x, jax.random.key(0))[:, 0]
     kept = np.asarray(dropped) != 0
     np.testing.assert_allclose(dropped[kept], plain / 0.75, rtol=TOL["float32"])
@@ -92,13 +92,13 @@ def test_dropout_zeroes_the_asked_share_of_hidden_units() -> None:
 
 def test_bf16_in_float32_out_with_float32_weights() -> None:
     for adapter in (
-        LinearAdapter(SOURCE, TARGET, "xavier", nnx.Rngs(0)),
-        ElasticAdapter(SOURCE, TARGET, "xavier", nnx.Rngs(0), mlp_ratio=1.0, dropout=0.1),
+        Adapter("linear", (SOURCE, TARGET), "xavier", nnx.Rngs(0), mlp_ratio=1.0, dropout=0.1),
+        elastic("xavier", mlp_ratio=1.0, dropout=0.1),
     ):
-        x = jnp.asarray(vectors(SOURCE.width, 2, 3))
+        x = jnp.asarray(vectors(SOURCE, 2, 3))
         got = adapter(x.astype(jnp.bfloat16), jax.random.key(0))
         assert got.dtype == jnp.float32
-        assert got.shape == (2, 3, TARGET.width)
+        assert got.shape == (2, 3, TARGET)
         assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(adapter))} == {jnp.dtype("f4")}
 
 

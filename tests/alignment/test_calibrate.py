@@ -11,7 +11,6 @@ from kava_jax.alignment.calibrate import (
     choose_layers,
     fit,
     linear_cka,
-    projector_params,
     r_squared,
     ridge,
 )
@@ -57,6 +56,11 @@ def side_by_side(x: np.ndarray, layers) -> np.ndarray:
     return np.concatenate([x[n] for n in layers], axis=-1)
 
 
+def maps_of(fitted: dict) -> list[dict[str, np.ndarray]]:
+    """Those of the keys and of the values."""
+    return [fitted[part]["out"] for part in "kv"]
+
+
 def relative_error(found: np.ndarray, wanted: np.ndarray) -> float:
     return float(np.linalg.norm(found - wanted) / np.linalg.norm(wanted))
 
@@ -86,13 +90,15 @@ def test_a_planted_map_from_two_teacher_layers_is_found() -> None:
     )
     assert rows == PLANTED
     fitted = fit(tuple(fits), rows, FORWARD, WEAK)
-    for i, side in enumerate(fitted):
-        assert side.kernel.dtype == side.bias.dtype == np.float32
-        assert side.kernel.shape == (2, 2 * ET, ES)
-        assert relative_error(side.kernel, kernels[i]) < 1e-3
-        assert relative_error(side.bias, np.full((2, ES), 7.0)) < 1e-2  # a mean of 600 times 1e-6
+    for i, side in enumerate(maps_of(fitted)):
+        assert side["kernel"].dtype == side["bias"].dtype == np.float32
+        assert side["kernel"].shape == (2, 2 * ET, ES)
+        assert relative_error(side["kernel"], kernels[i]) < 1e-3
+        assert (
+            relative_error(side["bias"], np.full((2, ES), 7.0)) < 1e-2
+        )  # a mean of 600 times 1e-6
         for p, row in enumerate(rows):
-            score = r_squared(side.kernel[p], side.bias[p], devs[i], p, row, FORWARD)
+            score = r_squared(side["kernel"][p], side["bias"][p], devs[i], p, row, FORWARD)
             assert score == pytest.approx(1, abs=TOL["float32"])
 
 
@@ -116,12 +122,12 @@ def test_a_planted_map_from_the_student_is_found() -> None:
     )
     assert rows == ((0, 3), (1, 4))
     fitted = fit(tuple(fits), rows, BACKWARD, WEAK)
-    for i, side in enumerate(fitted):
-        assert side.kernel.shape == (2, ES, 2 * ET)
+    for i, side in enumerate(maps_of(fitted)):
+        assert side["kernel"].shape == (2, ES, 2 * ET)
         wanted = np.stack([np.concatenate(kernels[i][j : j + 2], axis=1) for j in (0, 2)])
-        assert relative_error(side.kernel, wanted) < 1e-3
+        assert relative_error(side["kernel"], wanted) < 1e-3
         for p, row in enumerate(rows):
-            score = r_squared(side.kernel[p], side.bias[p], devs[i], p, row, BACKWARD)
+            score = r_squared(side["kernel"][p], side["bias"][p], devs[i], p, row, BACKWARD)
             assert score == pytest.approx(1, abs=TOL["float32"])
 
 
@@ -282,7 +288,7 @@ def test_repeated_and_constant_inputs_break_nothing() -> None:
     assert r_squared(kernel, bias, grams, 0, (0, 2), FORWARD) > 0.999
     # Nothing was learnt from what never changed.
     assert np.abs(kernel[[5, ET + 5]]).max() < TOL["float32"]
-    assert np.isfinite(fit((grams, grams), PLANTED, BACKWARD, 1e-5).k.kernel).all()
+    assert np.isfinite(fit((grams, grams), PLANTED, BACKWARD, 1e-5)["k"]["out"]["kernel"]).all()
 
 
 def test_a_ridge_of_zero_is_refused_where_it_is_needed() -> None:
@@ -325,10 +331,10 @@ def test_the_fit_fits_the_projector(direction) -> None:
     rows = ((1, 0), (2, 4))
     fitted = fit((moments(*k), moments(*v)), rows, direction, 1e-3)
     for p, row in enumerate(rows):
-        for side, data in zip(fitted, (k, v), strict=True):
+        for side, data in zip(maps_of(fitted), (k, v), strict=True):
             kernel, bias = fit_one(moments(*data), p, row, direction, 1e-3)
-            assert relative_error(side.kernel[p], kernel) < TOL["float32"]
-            assert relative_error(side.bias[p], bias) < TOL["float32"]
+            assert relative_error(side["kernel"][p], kernel) < TOL["float32"]
+            assert relative_error(side["bias"][p], bias) < TOL["float32"]
     projector = KVDimensionProjector(
         {"big": {"d_model": 2 * ET, "num_heads": 4, "num_layers": 2}},
         ES,
@@ -337,16 +343,16 @@ def test_the_fit_fits_the_projector(direction) -> None:
         student_heads=2,
         per_layer=True,
     )
-    params = projector_params(fitted)
+    params = fitted
     state = nnx.to_pure_dict(nnx.state(projector, nnx.Param))
     assert jax.tree.map(np.shape, state) == {"pairs": {"big": jax.tree.map(np.shape, params)}}
     nnx.update(projector, {"pairs": {"big": jax.tree.map(jnp.asarray, params)}})
     source = KVCache(*(jnp.asarray(rng.normal(size=(2, 1, 3, 2, 8)), jnp.float32) for _ in "kv"))
     if direction == FORWARD:
         source = KVCache(*(x.reshape(2, 1, 3, 4, 4) for x in source))
-    for x, side, y in zip(source, fitted, projector.project("big", source), strict=True):
+    for x, side, y in zip(source, maps_of(fitted), projector.project("big", source), strict=True):
         flat = np.asarray(x, np.float64).reshape(2, 3, -1)
-        wanted = np.stack([flat[p] @ side.kernel[p] + side.bias[p] for p in (0, 1)])
+        wanted = np.stack([flat[p] @ side["kernel"][p] + side["bias"][p] for p in (0, 1)])
         np.testing.assert_allclose(np.asarray(y).reshape(2, 3, -1), wanted, atol=TOL["float32"])
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kava_jax.alignment.frame import Frame, TokenMean, decay, empty, measure, merge, merge_stacked
+from kava_jax.alignment.frame import TokenMean, decay, empty, framed, measure, merge, merge_stacked
 from kava_jax.errors import KavaError
 from kava_jax.parallel.mesh import make_mesh
 from kava_jax.parallel.sharding import put_batch
@@ -58,11 +58,11 @@ def to_jax(x: np.ndarray) -> jax.Array:
 
 
 @functools.cache
-def jitted(frame: Frame):
+def jitted(center: str):
     """(x, mask, running, weights) -> the framed vectors and the gradient of their weighted sum."""
 
     def weighted(x, mask, running, weights):
-        y = frame(x, mask, running)
+        y = framed(x, mask, center, running)
         return (y.reshape(weights.shape) * weights).sum(), y
 
     return jax.jit(jax.grad(weighted, has_aux=True))
@@ -73,30 +73,25 @@ NOTHING = empty(P, K, H)
 measured = jax.jit(measure)
 
 
-def run(frame: Frame, x: np.ndarray, running: TokenMean = NOTHING, mask: np.ndarray = MASK):
-    gradient, y = jitted(frame)(to_jax(x), jnp.asarray(mask), running, to_jax(WEIGHTS))
+def run(center: str, x: np.ndarray, running: TokenMean = NOTHING, mask: np.ndarray = MASK):
+    gradient, y = jitted(center)(to_jax(x), jnp.asarray(mask), running, to_jax(WEIGHTS))
     return y, gradient
 
 
 @pytest.mark.parametrize("center", CENTERS)
 def test_vectors_equal_numpy_under_a_large_offset(center: str) -> None:
     x, memory = vectors(), vectors(1)
-    y, _ = run(Frame(center), x, measured(to_jax(memory), jnp.asarray(MASK)))
+    y, _ = run(center, x, measured(to_jax(memory), jnp.asarray(MASK)))
     assert y.dtype == jnp.float32
     want = frame64(x, memory if center == "running" else x, center)
     # What is left of float32 numbers near 605, in units of the spread: 2**-15 / 22 a rounding.
     np.testing.assert_allclose(y / SPREAD, want / SPREAD, rtol=CLOSE, atol=CLOSE)
-    side_by_side, _ = run(
-        Frame(center, per_head=False), x, measured(to_jax(memory), jnp.asarray(MASK))
-    )
-    assert side_by_side.shape == (P, B, T, 1, K * H)
-    np.testing.assert_array_equal(side_by_side.reshape(y.shape), y)
 
 
 @pytest.mark.parametrize("center", ["none", "batch"])
 def test_gradients_pass_through_the_batch_own_statistics(center: str) -> None:
     x, step = vectors(), normal(4, P, B, T, K, H)
-    _, gradient = run(Frame(center), x)
+    _, gradient = run(center, x)
     ahead, behind = (frame64(x + h * step, x + h * step, center) for h in (1e-3, -1e-3))
     slope = (WEIGHTS * (ahead - behind)).sum() / 2e-3
     np.testing.assert_allclose((gradient * step).sum(), slope, rtol=CLOSE)
@@ -104,26 +99,25 @@ def test_gradients_pass_through_the_batch_own_statistics(center: str) -> None:
 
 def test_running_statistics_are_constants() -> None:
     x, mask = vectors(), jnp.asarray(MASK)
-    frame = Frame("running")
-    y, gradient = run(frame, x, measured(to_jax(x), mask))
-    batch, through = run(Frame("batch"), x)
+    y, gradient = run("running", x, measured(to_jax(x), mask))
+    batch, through = run("batch", x)
     np.testing.assert_allclose(y / SPREAD, batch / SPREAD, atol=CLOSE)
     want = np.where(MASK[None, :, :, None, None], WEIGHTS, 0)
     np.testing.assert_allclose(gradient, want, rtol=CLOSE, atol=CLOSE)
     assert not np.allclose(through, want, rtol=0.01, atol=CLOSE)
     # Before anything was counted: the batch's own, as constants too.
-    first, its_gradient = run(frame, x)
+    first, its_gradient = run("running", x)
     np.testing.assert_allclose(first / SPREAD, batch / SPREAD, atol=CLOSE)
     np.testing.assert_allclose(its_gradient, want, rtol=CLOSE, atol=CLOSE)
 
 
 @pytest.mark.parametrize("center", CENTERS)
 def test_tokens_that_do_not_count_change_nothing(center: str) -> None:
-    frame, x = Frame(center), vectors()
+    x = vectors()
     hole = ~MASK[None, :, :, None, None]
     for bad in (np.nan, np.inf):
         spoilt = np.where(hole, bad, x)
-        for got, want in zip(run(frame, spoilt), run(frame, x), strict=True):
+        for got, want in zip(run(center, spoilt), run(center, x), strict=True):
             np.testing.assert_array_equal(got, want)
             assert jnp.isfinite(got).all()
             assert not np.asarray(got)[np.broadcast_to(hole, got.shape)].any()
@@ -136,9 +130,9 @@ def test_a_token_alone_no_token_and_zeros_are_finite(center: str) -> None:
     alone, nobody = np.zeros((B, T), bool), np.zeros((B, T), bool)
     alone[1, 2] = True
     for x, mask in ((vectors(), alone), (vectors(), nobody), (0 * vectors(), MASK)):
-        for found in run(Frame(center), x, mask=mask):
+        for found in run(center, x, mask=mask):
             assert jnp.isfinite(found).all()
-    y, _ = run(Frame(center), vectors(), mask=alone)
+    y, _ = run(center, vectors(), mask=alone)
     want = vectors()[:, 1, 2] if center == "none" else np.zeros((P, K, H))
     np.testing.assert_allclose(y[:, 1, 2], want)
 
@@ -193,11 +187,11 @@ def test_a_memory_of_one_batch_does_not_drift() -> None:
 
 @pytest.mark.parametrize("center", ["batch", "running"])
 def test_rows_may_lie_on_eight_devices(center: str) -> None:
-    frame, mesh = Frame(center), make_mesh()
+    mesh = make_mesh()
 
     def both(rows, mask):
         x = jnp.moveaxis(rows, 0, 1)
-        gradient, y = jitted(frame)(x, mask, NOTHING, to_jax(WEIGHTS))
+        gradient, y = jitted(center)(x, mask, NOTHING, to_jax(WEIGHTS))
         return y, gradient, measure(x, mask)
 
     arguments = (np.moveaxis(vectors(), 1, 0).astype(np.float32), MASK)
@@ -211,6 +205,5 @@ def test_rows_may_lie_on_eight_devices(center: str) -> None:
 def test_a_running_mean_is_asked_for() -> None:
     x, mask = to_jax(vectors()), jnp.asarray(MASK)
     with pytest.raises(KavaError, match=r"loss\.center=running"):
-        Frame("running")(x, mask)
-    assert Frame("batch")(x, mask).shape == x.shape
-    assert hash(Frame("batch")) == hash(Frame("batch", True))
+        framed(x, mask, "running")
+    assert framed(x, mask, "batch").shape == x.shape

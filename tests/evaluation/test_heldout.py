@@ -9,7 +9,6 @@ import pytest
 
 from kava_jax.data.batches import collate, eval_batches
 from kava_jax.evaluation.heldout import held_out, make_examine, make_measure
-from kava_jax.training.objective import Share
 from tests.tolerances import TOL
 from tests.training.small import SINKS, one_device, rows, setting, total_loss
 
@@ -44,7 +43,7 @@ def test_uneven_batches_equal_one_big_one() -> None:
     alone = [figures(made, [part], measure).values["eval_loss"] for part in parts]
     assert abs(np.mean(alone) - one["eval_loss"]) > 1e-3
     # Without dropout and without the training's weights.
-    share = Share(jnp.ones(()), jnp.ones(()))
+    share = (1.0, 1.0)
     zero = jnp.zeros((), jnp.int32)
     objective = jax.jit(lambda params: total_loss(made)(params, made.teachers, whole, zero, share))
     _, metrics = objective(made.params)

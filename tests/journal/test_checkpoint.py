@@ -28,7 +28,6 @@ OPTIMIZER = make_optimizer(
     dict.fromkeys(("student", "projector"), RATE),
     weight_decay=0.1,
     clip_norm=1.0,
-    b1=0.9,
     b2=0.95,
 )
 

@@ -82,7 +82,6 @@ def test_moments_lie_where_their_parameters_lie() -> None:
         dict.fromkeys(("student", "projector"), rate),
         weight_decay=0.1,
         clip_norm=1.0,
-        b1=0.9,
         b2=0.95,
     )
     state = jax.eval_shape(lambda: initial_state(made.params, optimizer, made.statistics))

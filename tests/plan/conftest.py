@@ -25,10 +25,9 @@ def _once(compile_: Callable) -> Callable:
     return answer
 
 
-_STEP, _MEMORY = _once(planning.compile_step), _once(planning.compiled_memory)
+_STEP = _once(planning.compile_step)
 
 
 @pytest.fixture(autouse=True)
 def _each_program_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planning, "compile_step", _STEP)
-    monkeypatch.setattr(planning, "compiled_memory", _MEMORY)

@@ -8,7 +8,6 @@ import pytest
 
 from kava_jax.config.file import parse_config
 from kava_jax.runs.assembly import kv_weight
-from kava_jax.training.objective import Share
 from tests.tiny import CONFIG
 from tests.tolerances import TOL
 from tests.training.small import batch, setting
@@ -38,7 +37,7 @@ def test_a_ramp_arrives_when_its_part_of_the_run_is_over(ramp, expected):
 def test_cross_entropy_counts_as_its_own_ramp_says():
     made = setting(names=())
     objective = replace(made.objective, ce_weight=optax.linear_schedule(0.0, 2.0, 4))
-    share = Share(jnp.ones(()), jnp.ones(()))
+    share = (1.0, 1.0)
 
     def language(step: int) -> float:
         found, _ = objective(made.params, {}, batch(), jnp.int32(step), share, made.statistics)

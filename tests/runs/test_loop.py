@@ -21,7 +21,7 @@ from kava_jax.journal.skips import SkipLog
 from kava_jax.runs.loop import Cadence, run_steps
 from kava_jax.runs.preemption import AskedToEndError, Preemption, listening
 from kava_jax.runs.profiling import PROFILE_NAME, Profile
-from kava_jax.training.optimizer import Rate, make_optimizer
+from kava_jax.training.optimizer import learning_rate, make_optimizer
 from kava_jax.training.probe import make_probe
 from kava_jax.training.step import Skips, make_train_step
 from kava_jax.training.summary import Figures
@@ -29,10 +29,10 @@ from tests.training.small import jitted, one_device, rows, setting, start
 
 STEPS = 6
 RATES = {
-    "student": Rate(1e-2, STEPS, warmup_steps=2).build(),
-    "projector": Rate(3e-2, STEPS, warmup_steps=2).build(),
+    "student": learning_rate(1e-2, STEPS, warmup_steps=2),
+    "projector": learning_rate(3e-2, STEPS, warmup_steps=2),
 }
-OPTIMIZER = make_optimizer(RATES, weight_decay=0.1, clip_norm=1.0, b1=0.9, b2=0.95)
+OPTIMIZER = make_optimizer(RATES, weight_decay=0.1, clip_norm=1.0, b2=0.95)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,6 @@ import optax
 from flax import nnx
 from jax.sharding import AxisType, Mesh
 
-from kava_jax.alignment.frame import Frame
 from kava_jax.alignment.kv_losses import AnyKVLoss
 from kava_jax.alignment.layer_map import LayerMap
 from kava_jax.alignment.projector import KVDimensionProjector
@@ -153,10 +152,10 @@ def setting(
             for name, weight in zip(names, weights, strict=True)
         },
         kv_loss=KV_LOSSES[kv](**({"beta": beta} if "beta" in KV_LOSSES[kv].model_fields else {})),
-        frame=Frame(center),
+        center=center,
         parts=parts,
         direction=direction,
-        attention_weight=1.0 if match == "attention" else 0.0,
+        match_attention=match == "attention",
         ce_weight=optax.constant_schedule(ce_weight),
         kl_weight=kl_weight,
         kl_temperature=2.0,
@@ -192,8 +191,10 @@ def total_loss(made: Setting) -> Callable:
     """``(params, teachers, batch, step, share) -> (loss, metrics)``, KV weighted as it was set."""
 
     def loss(params, teachers, data, step, share):
-        found, (metrics, _) = made.objective(params, teachers, data, step, share, made.statistics)
-        return found.language + made.kv_weight(step) * found.kv, metrics
+        (language, kv), (metrics, _) = made.objective(
+            params, teachers, data, step, share, made.statistics
+        )
+        return language + made.kv_weight(step) * kv, metrics
 
     return loss
 

@@ -18,7 +18,7 @@ from kava_jax.cache import KVCache
 from kava_jax.config.recipes import RECIPES
 from kava_jax.geometry import masked_mean
 from kava_jax.models.layers import Dtypes, Projection, RMSNorm
-from kava_jax.training.comparison import Comparison, read
+from kava_jax.training.comparison import Comparison, forward
 from kava_jax.training.objective import Match
 from kava_jax.training.step import initial_state, make_train_step
 from tests.tolerances import TOL
@@ -143,8 +143,8 @@ def with_large_bias(direction: str, dtype: str) -> OneLayer:
     ]
 
     def look(params: Any, teachers: Any) -> OneLayer:
-        student = read(objective.student, params["student"], rows, queries=True)
-        teacher = read(link.graph, teachers["big"], rows, queries=True)
+        student = forward(objective.student, params["student"], rows, queries=True)
+        teacher = forward(link.graph, teachers["big"], rows, queries=True)
         ours, theirs = link.comparison.sides(student, teacher)
 
         def compared(keys: jax.Array, projector: Any) -> Any:
@@ -174,8 +174,8 @@ def with_large_bias(direction: str, dtype: str) -> OneLayer:
         }
         both = compared(ours.k, params["projector"])
         attended = link.comparison.attended(both, direction, student, teacher)
-        forward = direction == "teacher_to_student"
-        spaces["attended"] = attended.student.k if forward else attended.target.k
+        onto_student = direction == "teacher_to_student"
+        spaces["attended"] = attended[1].k if onto_student else attended[2].k
         return OneLayer(ours, theirs, gradients, spaces)
 
     found = jax.jit(look)(params, teachers)

@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from kava_jax.config.recipes import RECIPES
-from kava_jax.training.objective import Share
 from kava_jax.training.probe import examine, figures
 from kava_jax.training.summary import summarize
 from tests.tolerances import TOL
@@ -31,7 +30,7 @@ def program(recipe: str, kind: str | None = None) -> Callable[[float], tuple[Any
     fields |= {"projector.kind": kind} if kind else {}
     blueprint, params, teachers = made(recipe, "float32", 1, **fields)
     objective, statistics = blueprint.objective, blueprint.empty_statistics()
-    whole, step = Share(jnp.ones(()), jnp.ones(())), jnp.int32(0)
+    whole, step = (1.0, 1.0), jnp.int32(0)
 
     def look(params: Any, teachers: Any, factor: jax.Array) -> tuple[Any, Any]:
         attention = params["student"]["blocks"]["attention"]

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from kava_jax.data.batches import Batch
-from kava_jax.training.objective import Share
+from kava_jax.training import lm_head
 from tests.tolerances import TOL
 from tests.training.small import (
     PAIRS,
@@ -24,7 +24,7 @@ from tests.training.small import (
 
 BATCH = batch()
 STEP = jnp.zeros((), jnp.int32)
-WHOLE = Share(jnp.ones(()), jnp.ones(()))
+WHOLE = (1.0, 1.0)
 
 
 @cache
@@ -215,7 +215,7 @@ def test_where_the_kv_gradient_goes(direction) -> None:
 def test_shares_scale_the_loss_and_not_the_metrics() -> None:
     _, run = program()
     (whole, metrics), _ = run()
-    quarter = Share(jnp.asarray(0.25), jnp.asarray(0.5))
+    quarter = (jnp.asarray(0.25), jnp.asarray(0.5))
     (part, same), _ = run(share=quarter)
     kv = 0.7 * float(metrics["big/kv_k"].value + metrics["big/kv_v"].value) / 2
     ce = float(metrics["ce"].value)

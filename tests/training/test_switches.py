@@ -16,7 +16,7 @@ import pytest
 
 from kava_jax.alignment.layer_map import LayerMap
 from kava_jax.config.alignment import LossConfig
-from kava_jax.training.objective import Match, Share
+from kava_jax.training.objective import Match
 from tests.training.small import KV_LOSSES, MAP, TEACHER, batch, setting
 
 SIDE_BY_SIDE = LayerMap((0, 2), ((0, 1), (1, 2)))
@@ -133,11 +133,11 @@ def made_of(row: Row):
 
 def program(made):
     """``(batch, weights of language and KV, statistics) -> ((loss, seen), gradients)``."""
-    whole, step = Share(jnp.ones(()), jnp.ones(())), jnp.zeros((), jnp.int32)
+    whole, step = (1.0, 1.0), jnp.zeros((), jnp.int32)
 
     def loss(params, teachers, data, weights, statistics):
         losses, seen = made.objective(params, teachers, data, step, whole, statistics)
-        return weights[0] * losses.language + weights[1] * losses.kv, seen
+        return weights[0] * losses[0] + weights[1] * losses[1], seen
 
     run = jax.jit(jax.value_and_grad(loss, has_aux=True))
     # From the host: statistics that a step left on the device would be compiled for once more.

@@ -30,7 +30,6 @@ def trained(made: Setting, *, random: bool) -> dict[str, float]:
         dict.fromkeys(("student", "projector"), rate),
         weight_decay=0.0,
         clip_norm=1.0,
-        b1=0.9,
         b2=0.95,
     )
     step = jitted(
