@@ -77,7 +77,7 @@ class Adapter(nnx.Module):
 
     def __init__(
         self,
-        kind: Kind,
+        kind: AdapterKind,
         widths: tuple[int, int],
         init: InitMethod,
         rngs: nnx.Rngs,

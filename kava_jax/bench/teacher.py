@@ -20,7 +20,7 @@ from kava_jax.hf.load import read_spec
 from kava_jax.models.decoder import Params
 from kava_jax.parallel.sharding import put_batch
 from kava_jax.plan.floor import step_floor
-from kava_jax.training.comparison import read
+from kava_jax.training.comparison import forward
 
 TOLERANCE = 1e-4  # of the largest entry
 # Logits of every eighth position are compared: all of them would be a gigabyte.
@@ -58,7 +58,7 @@ def _cut(name: str, pair: Pair) -> Side:
     graph = run.teachers["teacher"].link.graph
 
     def cache(params: Params) -> KVCache:
-        return read(graph, params, batch, key_space="post_rope").cache
+        return forward(graph, params, batch, key_space="post_rope").cache
 
     flops = step_floor(run, pair.rows, pair.length, 0)["teachers"]
     tokens = pair.rows * pair.length
@@ -69,11 +69,11 @@ def _whole(directory: Path, pair: Pair) -> Side:
     _, graph, params = read_model(directory)
     batch = jax.tree.map(jnp.asarray, batch_of(pair.run(), 0)[0])
 
-    def forward(params: Params) -> tuple[Any, KVCache]:
-        reading = read(graph, params, batch, key_space="post_rope")
-        return reading.model.logits(reading.hidden), reading.cache
+    def whole(params: Params) -> tuple[Any, KVCache]:
+        found = forward(graph, params, batch, key_space="post_rope")
+        return found.model.logits(found.hidden), found.cache
 
-    return _compared(partial(jax.jit(forward), params), pair)
+    return _compared(partial(jax.jit(whole), params), pair)
 
 
 def _tunix(directory: Path, pair: Pair) -> Side:
