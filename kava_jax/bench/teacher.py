@@ -20,7 +20,7 @@ from kava_jax.hf.load import load_decoder_params, read_spec
 from kava_jax.models.decoder import Decoder
 from kava_jax.parallel.sharding import put_batch
 from kava_jax.plan.floor import step_floor
-from kava_jax.training.comparison import read
+from kava_jax.training.comparison import forward
 
 TOLERANCE = 1e-4  # of the largest entry
 # Logits of every so many positions are compared: those of all would be files of a gigabyte.
@@ -56,7 +56,7 @@ def _cut(name: str, pair: Pair) -> Side:
     run = pair.run({"teachers.0.layer_map": half} if name == "half" else {})
     batch, params = put_batch(batch_of(run, 0)[0], run.mesh), run.load_teachers()["teacher"]
     graph = run.teachers["teacher"].link.graph
-    cache = jax.jit(lambda params: read(graph, params, batch, key_space="post_rope").cache)
+    cache = jax.jit(lambda params: forward(graph, params, batch, key_space="post_rope").cache)
 
     def work() -> None:
         jax.block_until_ready(cache(params))
@@ -72,11 +72,11 @@ def _whole(directory: Path, pair: Pair) -> Side:
     batch = jax.tree.map(jnp.asarray, batch)
 
     @jax.jit
-    def forward(params: Any) -> tuple[Any, KVCache]:
-        reading = read(graph, params, batch, key_space="post_rope")
-        return reading.model.logits(reading.hidden), reading.cache
+    def whole(params: Any) -> tuple[Any, KVCache]:
+        run = forward(graph, params, batch, key_space="post_rope")
+        return run.model.logits(run.hidden), run.cache
 
-    return _compared(lambda: forward(params), pair)
+    return _compared(lambda: whole(params), pair)
 
 
 def _tunix(directory: Path, pair: Pair) -> Side:

@@ -73,10 +73,12 @@ def _changes(config: Config) -> str:
     raw, recipe = dump_config(config), dict(RECIPES[config.recipe])
     per_teacher = recipe.pop("teachers", {})
     given = {section: {name: raw[section][name] for name in recipe[section]} for section in recipe}
-    changes = [str(change) for change in config_diff(_whole(recipe), _whole(given))]
+    differ = config_diff(_whole(recipe), _whole(given)).items()
+    changes = [f"{field} {change}" for field, change in differ]
     for index, teacher in enumerate(raw["teachers"]):
         own = {name: teacher[name] for name in per_teacher}
-        changes += [f"teachers.{index}.{change}" for change in config_diff(per_teacher, own)]
+        differ = config_diff(per_teacher, own).items()
+        changes += [f"teachers.{index}.{field} {change}" for field, change in differ]
     if not changes:
         return "Every field that it sets is as it sets it."
     return f"Set otherwise here: {'; '.join(changes)}."

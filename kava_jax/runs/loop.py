@@ -75,7 +75,12 @@ def run_steps(
         PreemptedError: the run was asked to end before its last step; what was done is saved.
     """
     start = int(state.step)
-    skips = SkipLog(state.skips, most=cadence.most_skipped, stream=stream, monitor=monitor)
+    skips = SkipLog(
+        state.skips,
+        max_consecutive_skips=cadence.most_skipped,
+        stream=stream,
+        monitor=monitor,
+    )
     lines = Lines(start, monitor, skips, rates, cadence.steps)
     upcoming = _Upcoming(stream, mesh, cadence.steps)
     saved, done = time.monotonic(), start
