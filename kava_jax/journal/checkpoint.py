@@ -30,8 +30,8 @@ DAMAGED_NAME = "checkpoints_damaged"
 class Checkpoints:
     """The ``checkpoints/`` directory of one run; a context manager that waits for writes to end."""
 
-    def __init__(self, run_dir: Place, keep: int, *, read_only: bool = False):
-        """Keep the newest ``keep`` checkpoints and the one with the lowest held-out loss.
+    def __init__(self, run_dir: Place, max_to_keep: int, *, read_only: bool = False):
+        """Keep the newest ``max_to_keep`` checkpoints and the one with the lowest held-out loss.
 
         ``read_only`` creates and deletes nothing.
         """
@@ -45,10 +45,10 @@ class Checkpoints:
             n=1,
             keep_checkpoints_without_metrics=False,
         )
-        policy = keeping.AnyPreservationPolicy([keeping.LatestN(n=keep), best])
+        policy = keeping.AnyPreservationPolicy([keeping.LatestN(n=max_to_keep), best])
         self._items = orbax_items
         self._directory = absolute(run_dir) / "checkpoints"
-        self._keep = keep
+        self._keep = max_to_keep
         self._intact: set[int] = set()
         self._manager = orbax_items.Manager(
             self._directory,

@@ -9,7 +9,6 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,14 +19,6 @@ from kava_jax.journal.monitor import Monitor
 from kava_jax.journal.skips import SkipLog
 from kava_jax.training.objective import Metrics
 from kava_jax.training.summary import summarize
-
-
-class _Line(NamedTuple):
-    """One line to come: the step, its metrics on the device, and tokens of the run so far."""
-
-    done: int
-    metrics: Metrics
-    tokens: int
 
 
 class Lines:
@@ -55,20 +46,21 @@ class Lines:
         # behind every step that waits there.
         numbers = jnp.arange(steps)
         self._rates = {name: np.asarray(jax.vmap(rate)(numbers)) for name, rate in rates.items()}
-        self._pending: deque[_Line] = deque()
+        # Lines to come: the step, its metrics on the device, and tokens of the run so far.
+        self._pending: deque[tuple[int, Metrics, int]] = deque()
         self._tokens = 0
 
     def step(self, done: int, metrics: Metrics, tokens: int) -> None:
         """Step ``done`` was begun; ``tokens`` of its batch are real."""
         self._tokens += tokens
         self._skips.add(done, metrics["skipped"])
-        if self._pending and _ready(self._pending[0].metrics):
+        if self._pending and _ready(self._pending[0][1]):
             self.settle()
 
     def add(self, done: int, metrics: Metrics) -> None:
         """Step ``done`` gets a line; the line before it is written now."""
         self.settle()
-        self._pending.append(_Line(done, metrics, self._tokens))
+        self._pending.append((done, metrics, self._tokens))
 
     def settle(self) -> None:
         """Write what has been added, waiting for it.
@@ -76,16 +68,16 @@ class Lines:
         Raises StoppedError when too many steps in a row were skipped.
         """
         while self._pending:
-            line = self._pending.popleft()
-            values = summarize(line.metrics)
-            lap = self.clock.lap(line.done, line.tokens)
-            self._skips.settle(line.done)
+            done, metrics, tokens = self._pending.popleft()
+            values = summarize(metrics)
+            lap = self.clock.lap(done, tokens)
+            self._skips.settle(done)
             # A skipped step is none to the optimizer, whose count the rates go by; this step's rate
             # is the one that it would have taken.
             before = int(values["skipped"]) - int(self._skips.last_was_skipped)
-            taken = line.done - 1 - before
+            taken = done - 1 - before
             rates = {f"lr_{name}": float(table[taken]) for name, table in self._rates.items()}
-            self._monitor.log(line.done, values | rates | lap)
+            self._monitor.log(done, values | rates | lap)
 
     def restart_clock(self, done: int) -> None:
         """Leave out what was done since step ``done`` ended; all lines are settled."""
@@ -106,7 +98,7 @@ class Clock:
         self.restart(step, 0)
 
     def restart(self, step: int, tokens: int) -> None:
-        """Begin a lap after ``step`` steps and so many tokens."""
+        """Begin a lap after ``step`` steps and ``tokens`` tokens of the run."""
         self._step, self._tokens, self._time = step, tokens, time.perf_counter()
 
     @contextmanager
@@ -118,7 +110,7 @@ class Clock:
         self._time += self._pauses[-1]
 
     def lap(self, step: int, tokens: int) -> dict[str, float]:
-        """End a lap at ``step`` and so many tokens of the run; begin the next."""
+        """End a lap at ``step`` and ``tokens`` tokens of the run; begin the next."""
         seconds, read = time.perf_counter() - self._time, tokens - self._tokens
         steps = max(1, step - self._step)
         self._laps.append(seconds / steps)

@@ -51,25 +51,6 @@ class Fingerprints(NamedTuple):
     tokens: str | None = None
 
 
-class Hardware(NamedTuple):
-    """What a run stands on, as the caller counted it."""
-
-    hosts: int
-    devices: int
-    device_kind: str
-
-
-class Change(NamedTuple):
-    """One dotted config field with its old and new value, as JSON text (``absent`` if missing)."""
-
-    field: str
-    old: str
-    new: str
-
-    def __str__(self) -> str:
-        return f"{self.field} {self.old} -> {self.new}"
-
-
 def write_config(run_dir: Place, config: Mapping[str, Any]) -> None:
     """Write the resolved config as ``config.yaml``, atomically, making the directory if need be."""
     text = yaml.safe_dump(_plain(config), sort_keys=False, allow_unicode=True)
@@ -83,8 +64,10 @@ def config_hash(config: Mapping[str, Any]) -> str:
 
 def config_diff(
     old: Mapping[str, Any], new: Mapping[str, Any], free: Sequence[str] = ()
-) -> list[Change]:
-    """Every dotted field in which two nested configs differ, in the order of ``new``.
+) -> dict[str, str]:
+    """Dotted fields in which two nested configs differ, each with ``old -> new`` as JSON text.
+
+    They are in the order of ``new``; a value that is missing is ``absent``.
 
     Args:
         old: the config a run directory was made with.
@@ -92,10 +75,12 @@ def config_diff(
         free: fields that may change. A field frees everything below it, and ``*`` stands for any
             characters: ``run``, ``checkpoint.every``, ``teachers.*.path``.
     """
-    old_fields, new_fields = fields_of(old, free), fields_of(new, free)
-    fields = dict.fromkeys([*new_fields, *old_fields])
-    changes = [Change(f, old_fields.get(f, "absent"), new_fields.get(f, "absent")) for f in fields]
-    return [change for change in changes if change.old != change.new]
+    before, after = fields_of(old, free), fields_of(new, free)
+    return {
+        field: f"{before.get(field, 'absent')} -> {after.get(field, 'absent')}"
+        for field in dict.fromkeys([*after, *before])
+        if before.get(field) != after.get(field)
+    }
 
 
 def fields_of(config: Mapping[str, Any], without: Sequence[str] = ()) -> dict[str, str]:
@@ -110,16 +95,17 @@ def write_manifest(
     config: Mapping[str, Any],
     fingerprints: Fingerprints,
     today: date,
-    hardware: Hardware,
+    hardware: Mapping[str, Any],
     directories: Sequence[str] = (),
 ) -> None:
     """Write ``manifest.json``; on an existing one add this start to its list of starts.
 
     Only one process of a run may call this. Identity (config and its hash, fingerprints, the date
-    that chat templates write, which is that of the first start) stands at the top, in one file so
-    that a kill cannot leave two halves that disagree; what may differ from
-    start to start (command, versions, git revision, hardware, time) in ``starts``, oldest first.
-    ``directories`` are the models' paths that name local directories and no hub ids.
+    that chat templates write, which is that of the first start) comes first. It is in the same
+    file as the starts, so that a kill cannot leave two halves that disagree. What may differ from
+    start to start (command, versions, git revision, hardware, time) is in ``starts``, oldest first.
+    ``hardware`` is what the caller counted: hosts, devices and their kind. ``directories`` are the
+    models' paths that name local directories and no hub ids.
     ``config.yaml`` is the copy for people; write it first.
     """
     earlier = read_manifest(run_dir) if (run_dir / MANIFEST_NAME).exists() else {}
@@ -128,7 +114,7 @@ def write_manifest(
         "command": shlex.join(command),
         "versions": versions(),
         "git": _git_revision(),
-        "hardware": hardware._asdict(),
+        "hardware": dict(hardware),
     }
     manifest = {
         "config": _plain(config),
@@ -188,12 +174,12 @@ def check_manifest(
         free = [*free, *paths]
     if changes := config_diff(manifest["config"], config, free):
         raise KavaError(
-            f"run.dir={run_dir} belongs to another config: {', '.join(map(str, changes))};"
+            f"run.dir={run_dir} belongs to another config: {_listed(changes)};"
             " put the old values back or name another run.dir"
         )
     if changes := _fingerprint_changes(manifest["fingerprints"], fingerprints):
         raise KavaError(
-            f"run.dir={run_dir} was started from other files: {', '.join(map(str, changes))};"
+            f"run.dir={run_dir} was started from other files: {_listed(changes)};"
             " restore the files or name another run.dir"
         )
     return manifest["config"]
@@ -227,19 +213,23 @@ def _comparable(old: Mapping[str, Any], new: Fingerprints) -> bool:
     )
 
 
-def _fingerprint_changes(old: Mapping[str, Any], new: Fingerprints) -> list[Change]:
-    pairs = [("student weights", old.get("student"), new.student)]
-    pairs += [("data", old.get("data"), new.data)]
-    pairs += [("tokens of the data, or the tokenizer", old.get("tokens"), new.tokens)]
-    pairs += [
-        (f"weights of teacher {name}", old["teachers"].get(name), value)
-        for name, value in new.teachers.items()
-    ]
-    return [
-        Change(what, before[:12], after[:12])
-        for what, before, after in pairs
+def _fingerprint_changes(old: Mapping[str, Any], new: Fingerprints) -> dict[str, str]:
+    pairs = {
+        "student weights": (old.get("student"), new.student),
+        "data": (old.get("data"), new.data),
+        "tokens of the data, or the tokenizer": (old.get("tokens"), new.tokens),
+    }
+    for name, value in new.teachers.items():
+        pairs[f"weights of teacher {name}"] = old["teachers"].get(name), value
+    return {
+        what: f"{before[:12]} -> {after[:12]}"
+        for what, (before, after) in pairs.items()
         if before is not None and after is not None and before != after
-    ]
+    }
+
+
+def _listed(changes: Mapping[str, str]) -> str:
+    return ", ".join(f"{what} {change}" for what, change in changes.items())
 
 
 def _leaves(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:

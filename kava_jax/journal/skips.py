@@ -18,14 +18,16 @@ class SkipLog:
 
     Args:
         start: the counts that the run starts with.
-        most: so many skipped steps in a row stop the run.
+        max_consecutive_skips: this number of skipped steps in a row stops the run.
         stream: says which rows a step had.
         monitor: gets a record of each skipped step.
     """
 
-    def __init__(self, start: Skips, *, most: int, stream: BatchStream, monitor: Monitor):
+    def __init__(
+        self, start: Skips, *, max_consecutive_skips: int, stream: BatchStream, monitor: Monitor
+    ):
         self._total, self._in_a_row = int(start.total), int(start.in_a_row)
-        self._most, self._stream, self._monitor = most, stream, monitor
+        self._most, self._stream, self._monitor = max_consecutive_skips, stream, monitor
         self._pending: list[tuple[int, Mean]] = []
 
     @property
@@ -34,7 +36,7 @@ class SkipLog:
         return self._in_a_row > 0
 
     def add(self, done: int, total: Mean) -> None:
-        """Step number ``done`` (from 1) ended with so many skipped in all; not looked at yet."""
+        """Step number ``done`` (from 1) ended with ``total`` skipped in all; not looked at yet."""
         self._pending.append((done, total))
 
     def settle(self, upto: int) -> None:
@@ -54,7 +56,7 @@ class SkipLog:
             if self._in_a_row == self._most:
                 raise StoppedError(
                     f"loss or gradient was not finite for {self._most} steps in a row, up to step "
-                    f"{done} (train.max_consecutive_skips), and the weights were left as they "
-                    f"were; look at the rows that metrics.jsonl names, lower the learning rates, "
-                    f"and call again to go on from the last checkpoint, if there is one"
+                    f"{done} (train.max_consecutive_skips), and the weights were left as they were;"
+                    f" look at the rows that metrics.jsonl names, lower the learning rates, and "
+                    f"call again to go on from the last checkpoint, if there is one"
                 )

@@ -68,10 +68,11 @@ def _changes(config: Config) -> str:
     kept = {name: raw[name] for name in ("recipe", "student", "data")}
     recipe = dump_config(parse_config(kept | {"teachers": bare}))
     set_by = partial(_set_by_recipe, config.recipe)
-    changes = config_diff(set_by(recipe), set_by(raw))
+    differ = config_diff(set_by(recipe), set_by(raw))
+    changes = [f"{field} {change}" for field, change in differ.items()]
     if not changes:
         return "Every field that it sets is as it sets it."
-    return f"Set otherwise here: {'; '.join(map(str, changes))}."
+    return f"Set otherwise here: {'; '.join(changes)}."
 
 
 def _set_by_recipe(recipe: str, raw: dict[str, Any]) -> dict[str, Any]:

@@ -71,7 +71,12 @@ def run_steps(
         PreemptedError: the run was asked to end before its last step; what was done is saved.
     """
     start = int(state.step)
-    skips = SkipLog(state.skips, most=cadence.max_consecutive_skips, stream=stream, monitor=monitor)
+    skips = SkipLog(
+        state.skips,
+        max_consecutive_skips=cadence.max_consecutive_skips,
+        stream=stream,
+        monitor=monitor,
+    )
     lines = Lines(start, monitor, skips, rates, cadence.steps)
     upcoming = _Upcoming(stream, mesh, cadence.steps)
     done = start

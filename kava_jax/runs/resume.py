@@ -67,9 +67,9 @@ def changes_in_words(
     now = dump_config(config)
     paths = fields_of(now).keys() - fields_of(now, PATH_FIELDS).keys()
     moved = [
-        f"{change}: another place, the same content"
-        for change in config_diff(earlier, now)
-        if change.field in paths
+        f"{field} {change}: another place, the same content"
+        for field, change in config_diff(earlier, now).items()
+        if field in paths
     ]
     if earlier["train"]["steps"] == config.train.steps:
         return moved

@@ -17,7 +17,6 @@ from kava_jax.journal.checkpoint import Checkpoints, newest_step
 from kava_jax.journal.lock import alone
 from kava_jax.journal.manifest import (
     Fingerprints,
-    Hardware,
     check_manifest,
     write_config,
     write_manifest,
@@ -123,9 +122,11 @@ def _train(
             fingerprints=fingerprints,
             today=run.encoder.today,
             directories=directories_of(config),
-            hardware=Hardware(
-                jax.process_count(), jax.device_count(), jax.devices()[0].device_kind
-            ),
+            hardware={
+                "hosts": jax.process_count(),
+                "devices": jax.device_count(),
+                "device_kind": jax.devices()[0].device_kind,
+            },
         )
     share = _share(config)
     with Checkpoints(run.directory, config.train.max_to_keep) as checkpoints:

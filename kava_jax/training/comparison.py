@@ -20,7 +20,7 @@ from kava_jax.alignment.projector import KVDimensionProjector
 from kava_jax.cache import KVCache
 from kava_jax.data.batches import Batch
 from kava_jax.models.decoder import Decoder, Params
-from kava_jax.models.layers import Rotation
+from kava_jax.models.layers import KeySpace, Rotation
 from kava_jax.models.masks import attention_mask, token_positions
 from kava_jax.models.rope import rotate
 
@@ -52,6 +52,7 @@ def forward(
     params: Params,
     batch: Batch,
     *,
+    key_space: KeySpace = "pre_bias",
     queries: bool = False,
     layers: tuple[int, ...] | None = None,
 ) -> ForwardPass:
@@ -66,9 +67,9 @@ def forward(
     inputs, asked = (batch.tokens, positions_BT, mask), None
     if queries:
         layers = None
-        hidden, cache, asked = model.with_queries(*inputs, key_space="pre_bias")
+        hidden, cache, asked = model.with_queries(*inputs, key_space=key_space)
     else:
-        hidden, cache = model(*inputs, key_space="pre_bias", layers=layers)
+        hidden, cache = model(*inputs, key_space=key_space, layers=layers)
     return ForwardPass(model, hidden, cache, asked, mask, model.rotation(positions_BT), layers)
 
 

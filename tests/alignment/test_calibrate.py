@@ -294,7 +294,7 @@ def test_repeated_and_constant_inputs_break_nothing() -> None:
 def test_a_ridge_of_zero_is_refused_where_it_is_needed() -> None:
     twice = np.ones((2, 2))
     with pytest.raises(
-        KavaError, match=r"strength=0 leaves 2 input dimensions.*raise it"
+        KavaError, match=r"strength=0 leaves 2 input dimensions.*give more"
     ) as caught:
         ridge(twice, twice, np.ones(2), np.ones(2), 0)
     assert "\n" not in str(caught.value)

@@ -64,11 +64,11 @@ def assert_bitwise(left, right) -> None:
 
 def test_a_state_comes_back_bit_for_bit_on_this_mesh_and_on_another(tmp_path: Path) -> None:
     state, places = full_state(make_mesh(1, 8, 1))
-    with Checkpoints(tmp_path, keep=2) as checkpoints:
+    with Checkpoints(tmp_path, max_to_keep=2) as checkpoints:
         checkpoints.save(state, None)
     other, moved = full_state(make_mesh(2, 2, 2))
     single, alone = full_state(one_device())
-    with Checkpoints(tmp_path, keep=2) as checkpoints:
+    with Checkpoints(tmp_path, max_to_keep=2) as checkpoints:
         assert checkpoints.steps() == [7]
         for target, where in ((state, places), (other, moved), (single, alone)):
             restored = checkpoints.restore(7, abstract_state(target, where))
@@ -124,7 +124,7 @@ def test_saving_leaves_the_question_whether_to_stop_to_preemption(tmp_path, monk
     """JAX keeps one count: another caller's number would put the moment to stop into the past."""
     asked = []
     monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", asked.append)
-    with Checkpoints(tmp_path, keep=2) as checkpoints:
+    with Checkpoints(tmp_path, max_to_keep=2) as checkpoints:
         checkpoints.save(small_state(1), None)
         checkpoints.save(small_state(2), {"eval_loss": 1.0})
         checkpoints.wait()

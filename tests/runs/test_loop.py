@@ -89,7 +89,7 @@ def train(
     state = start(made, OPTIMIZER)
     places = jax.tree.map(lambda leaf: leaf.sharding, state)
     record = Record(step)
-    with Checkpoints(directory, keep=2) as checkpoints:
+    with Checkpoints(directory, max_to_keep=2) as checkpoints:
         if checkpoints.steps():
             state = checkpoints.restore(checkpoints.steps()[-1], abstract_state(state, places))
         with Monitor(directory, total_steps=STEPS, start_step=int(state.step)) as monitor:
@@ -117,7 +117,7 @@ def train(
                 profile=Profile(directory, profiled),
                 evaluated=evaluated,
             )
-    with Checkpoints(directory, keep=2) as checkpoints:
+    with Checkpoints(directory, max_to_keep=2) as checkpoints:
         kept = checkpoints.steps()
     return state, evaluation, record, kept
 
@@ -246,7 +246,7 @@ def test_too_many_in_a_row_stop_the_run_with_its_checkpoint_whole(tmp_path, made
     words = r"not finite for 2 steps in a row, up to step 5 \(train.max_consecutive_skips\)"
     with pytest.raises(StoppedError, match=words):
         train(tmp_path, made, poisoned(step, {3, 4, 5}), until=STEPS)
-    with Checkpoints(tmp_path, keep=2) as checkpoints:
+    with Checkpoints(tmp_path, max_to_keep=2) as checkpoints:
         assert checkpoints.newest_intact(print) == 3
     train(tmp_path, made, step, until=STEPS)  # the cause is gone: it goes on
     train(tmp_path / "whole", made, step, until=STEPS)
@@ -312,7 +312,7 @@ def test_asked_before_the_first_step_nothing_is_saved(tmp_path, made, step, monk
     monkeypatch.setattr(Record, "evaluate", cut_short)
     with pytest.raises(PreemptedError, match="before the first step, nothing to save"):
         train(tmp_path, made, step, until=STEPS)
-    with Checkpoints(tmp_path, keep=2) as checkpoints:
+    with Checkpoints(tmp_path, max_to_keep=2) as checkpoints:
         assert checkpoints.steps() == []
 
 
@@ -324,7 +324,7 @@ def test_the_host_does_not_wait_for_a_line(monkeypatch, tmp_path, ready: bool, w
     zero = jnp.zeros((), jnp.int32)
     metrics = {name: Mean(jnp.zeros(()), jnp.ones(())) for name in ("loss", "skipped")}
     with Monitor(tmp_path, total_steps=STEPS) as monitor:
-        skips = SkipLog(Skips(zero, zero), most=2, stream=stream, monitor=monitor)
+        skips = SkipLog(Skips(zero, zero), max_consecutive_skips=2, stream=stream, monitor=monitor)
         late = Lines(0, monitor, skips, RATES, STEPS)
         seen = []
         for done in range(1, 6):
@@ -342,7 +342,7 @@ def test_a_first_step_that_is_skipped_has_the_first_rate(tmp_path):
     stream = BatchStream(rows(11), batch_size=4, max_length=12, bucket=12, sink_tokens=2)
     zero, one = jnp.zeros((), jnp.int32), jnp.ones(())
     with Monitor(tmp_path, total_steps=STEPS) as monitor:
-        skips = SkipLog(Skips(zero, zero), most=2, stream=stream, monitor=monitor)
+        skips = SkipLog(Skips(zero, zero), max_consecutive_skips=2, stream=stream, monitor=monitor)
         late = Lines(0, monitor, skips, RATES, STEPS)
         metrics = {"loss": Mean(jnp.nan * one, one), "skipped": Mean(one, one)}
         late.step(1, metrics, tokens=10)
