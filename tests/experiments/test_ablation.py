@@ -69,7 +69,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-def ended(code: int) -> SimpleNamespace:
+def process_over(code: int) -> SimpleNamespace:
     """A process that is over already."""
     return SimpleNamespace(poll=lambda: code, wait=lambda: code, returncode=code)
 
@@ -169,7 +169,9 @@ def test_a_finished_grid_runs_nothing_again(finished: Path, monkeypatch, capsys)
 def test_the_records_alone_are_enough_to_go_on_from(finished: Path, monkeypatch, tmp_path) -> None:
     monkeypatch.chdir(finished)
     calls: list[Job] = []
-    monkeypatch.setattr(Ablation, "_call", lambda self, job, *_: calls.append(job) or ended(1))
+    monkeypatch.setattr(
+        Ablation, "_call", lambda self, job, *_: calls.append(job) or process_over(1)
+    )
     grid, raw = load_grid(write_grid(finished / "more.yaml", seeds=[3, 4]))
     (tmp_path / "runs.jsonl").write_bytes((finished / "out" / "runs.jsonl").read_bytes())
     failed = Ablation(grid, raw, tmp_path).run(1, lambda words: None)
@@ -197,7 +199,7 @@ def test_a_run_that_is_refused_says_so_in_its_own_words(finished: Path, monkeypa
 def test_a_run_that_fails_is_told_and_the_others_go_on(finished: Path, monkeypatch, capsys):
     monkeypatch.chdir(finished)
     write_grid(finished / "two.yaml", pretrain=None, seeds=[3, 4])
-    monkeypatch.setattr(Ablation, "_call", lambda self, job, *_: ended(int(job[0] == "kv")))
+    monkeypatch.setattr(Ablation, "_call", lambda self, job, *_: process_over(int(job[0] == "kv")))
     kept: list[Job] = []
     monkeypatch.setattr(Ablation, "_keep", lambda self, job: kept.append(job))
     ended = kava(capsys, "ablate", "two.yaml", "--out", "elsewhere")
