@@ -564,8 +564,8 @@ OLD = {
     "changed data": Case(TRAIN, ("run.dir=run", "data", "restore the files"), change_row),
     "broken manifest": Case(
         TRAIN,
-        ("manifest.json", "not readable JSON", "restore it"),
-        lambda w: (w / "run" / "manifest.json").write_text("{"),
+        ("manifest.yaml", "not readable YAML", "restore it"),
+        lambda w: (w / "run" / "manifest.yaml").write_text("{"),
     ),
     "unknown checkpoint": Case(
         ("export", "run", "--out", "exported", "--checkpoint", "7"),
@@ -636,11 +636,6 @@ OLD = {
         ("export", "run", "--out", "exported"),
         ("student.path='student'", "gone now", "put it back"),
         without("student"),
-    ),
-    "record that cannot be read": Case(
-        (*TRAIN, "train.steps=3"),
-        ("run/record.yaml", "cannot be read", "mend or remove it"),
-        lambda w: (w / "run" / "record.yaml").write_text("conclusion: ["),
     ),
     "unknown dtype": Case(
         ("export", "run", "--out", "exported", "--dtype", "int8"),

@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from kava_jax.journal.checkpoint import Checkpoints
+from kava_jax.journal.manifest import read_manifest
 from tests.tiny import CONFIG, contents, write_config, write_workspace
 
 ROOT = Path(__file__).parents[1]
@@ -237,14 +238,14 @@ def check_saved(run: Path, ended: Ended) -> None:
 @pytest.fixture(scope="module")
 def last(workspace) -> Ended:
     """A run that is asked to end while it writes its last file, ``run``."""
-    moment = "kava_jax.runs.train:write_record"
+    moment = "kava_jax.runs.train:write_results"
     return signalled(workspace, AT_A_CALL, moment, "train", "short.yaml")
 
 
 def test_while_the_last_things_are_written_nothing_is_lost(workspace, last):
     assert last.code == 75
     assert last.lines[-1].startswith("preempted: saved at step 2, the last; ")
-    assert (workspace / "run" / "record.yaml").is_file()
+    assert read_manifest(workspace / "run")["results"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])

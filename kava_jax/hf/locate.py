@@ -218,7 +218,7 @@ def _download(name: str, revision: str | None) -> Path:
 
 def _require_safetensors(directory: Path, name: str) -> None:
     if not (directory / "config.json").is_file():
-        if (directory / "manifest.json").is_file() and (directory / "checkpoints").is_dir():
+        if (directory / "config.yaml").is_file() and (directory / "checkpoints").is_dir():
             raise KavaError(
                 f"model path={name!r} is a run directory; write its student with `kava export "
                 f"{name} --out DIR` and give DIR"

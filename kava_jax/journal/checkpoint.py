@@ -213,7 +213,7 @@ class Checkpoints:
             reason = " ".join(str(error).split())[:200]
             raise KavaError(
                 f"checkpoint={step}: {self._name()} does not hold the state that this run has "
-                f"({reason}); use the version of kava_jax that wrote it (see manifest.json)"
+                f"({reason}); use the version of kava_jax that wrote it (see manifest.yaml)"
             ) from error
 
     def _problem(self, step: int) -> str:

@@ -1,4 +1,4 @@
-"""Whose run directory is this: config, versions, hardware and fingerprints, written once a start.
+"""``manifest.yaml``: what a run is, what it ran on, and what came out, for people and for resuming.
 
 A run directory must never quietly continue another experiment. ``check_manifest`` compares what a
 start is about to do with what the directory was made for, before anything is written.
@@ -28,7 +28,12 @@ from kava_jax.journal.lock import LOCK_NAME
 from kava_jax.storage import Place
 
 CONFIG_NAME = "config.yaml"
-MANIFEST_NAME = "manifest.json"
+MANIFEST_NAME = "manifest.yaml"
+HEADER = "# Written by kava train. The conclusion is yours, and is kept.\n"
+# The manifest of earlier versions, and the last commit that reads their runs (docs/findings.md,
+# "Options that went").
+OLD_MANIFEST_NAME = "manifest.json"
+LAST_WITH_OLD_MANIFESTS = "855d6f7"
 # What `kava calibrate` leaves for a run that has not started yet.
 CALIBRATION_NAME = "calibration"
 PACKAGES = (
@@ -97,16 +102,25 @@ def write_manifest(
     today: date,
     hardware: Mapping[str, Any],
     directories: Sequence[str] = (),
+    facts: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write ``manifest.json``; on an existing one add this start to its list of starts.
+    """Write ``manifest.yaml``; on an existing one add this start to its list of starts.
 
-    Only one process of a run may call this. Identity (config and its hash, fingerprints, the date
-    that chat templates write, which is that of the first start) comes first. It is in the same
-    file as the starts, so that a kill cannot leave two halves that disagree. What may differ from
-    start to start (command, versions, git revision, hardware, time) is in ``starts``, oldest first.
-    ``hardware`` is what the caller counted: hosts, devices and their kind. ``directories`` are the
-    models' paths that name local directories and no hub ids.
-    ``config.yaml`` is the copy for people; write it first.
+    Only one process of a run may call this. Everything is in one file, so that a kill cannot leave
+    two halves that disagree: the date of the first start (which chat templates write), a person's
+    conclusion, the results, ``facts``, the run's identity (config and its hash, fingerprints) and
+    ``starts``, oldest first, with what may differ from start to start (command, versions, git
+    revision, hardware, time).
+
+    Args:
+        run_dir: the run directory; write ``config.yaml``, the copy to start other runs from, first.
+        command: as it was called.
+        config: the resolved config.
+        fingerprints: of what the run reads.
+        today: the date that chat templates write.
+        hardware: what the caller counted: hosts, devices and their kind.
+        directories: the models' paths that name local directories and no hub ids.
+        facts: further sections for people.
     """
     earlier = read_manifest(run_dir) if (run_dir / MANIFEST_NAME).exists() else {}
     start = {
@@ -117,30 +131,60 @@ def write_manifest(
         "hardware": dict(hardware),
     }
     manifest = {
-        "config": _plain(config),
-        "config_hash": config_hash(config),
+        "date": str(today),
+        "conclusion": earlier.get("conclusion", ""),
+        "results": None,  # those of an earlier start are no longer of this run
+        **(facts or {}),
         "fingerprints": fingerprints._asdict() | {"teachers": dict(fingerprints.teachers)},
         "directories": list(directories),
-        "date": str(today),
+        "config_hash": config_hash(config),
+        "config": config,
         "starts": [*earlier.get("starts", []), start],
     }
-    write_atomically(run_dir / MANIFEST_NAME, json.dumps(manifest, indent=2) + "\n")
+    _write(run_dir, manifest)
+
+
+def write_results(run_dir: Place, results: Mapping[str, Any]) -> None:
+    """Add the results of a finished run to its manifest; a person's conclusion stays."""
+    _write(run_dir, read_manifest(run_dir) | {"results": results})
+
+
+def _write(run_dir: Place, manifest: Mapping[str, Any]) -> None:
+    text = HEADER + yaml.safe_dump(_plain(manifest), sort_keys=False, allow_unicode=True)
+    write_atomically(run_dir / MANIFEST_NAME, text)
 
 
 def read_manifest(run_dir: Place) -> dict[str, Any]:
-    """Read ``manifest.json`` of a run directory; a missing or broken file is a ``KavaError``."""
+    """Read ``manifest.yaml`` of a run directory; a missing or broken file is a ``KavaError``."""
     path = run_dir / MANIFEST_NAME
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
+        _refuse_earlier_version(run_dir)
         raise KavaError(f"{path} is missing; name a run directory made by `kava train`") from None
-    except ValueError as error:
+    except (ValueError, yaml.YAMLError) as error:
         raise KavaError(
-            f"{path} is not readable JSON ({_one_line(error)}); restore it or name another run.dir"
+            f"{path} is not readable YAML ({_one_line(error)}); correct it, restore it or name "
+            f"another run.dir"
         ) from None
     if not isinstance(manifest, dict) or not {"config", "fingerprints"} <= manifest.keys():
         raise KavaError(f"{path} is no manifest of a run; restore it or name another run.dir")
     return manifest
+
+
+def _refuse_earlier_version(run_dir: Place) -> None:
+    """Raises KavaError with the version that made a run whose fields and files were others."""
+    path = run_dir / OLD_MANIFEST_NAME
+    if not path.is_file():
+        return
+    try:
+        made = json.loads(path.read_text(encoding="utf-8"))["starts"][-1]["versions"]["kava_jax"]
+    except (ValueError, LookupError, TypeError):
+        made = "of an earlier version"
+    raise KavaError(
+        f"{run_dir} is a run of kava_jax {made}, whose config and files were others; commit "
+        f"{LAST_WITH_OLD_MANIFESTS} resumes, exports, evaluates and reports it"
+    )
 
 
 def check_manifest(
@@ -187,9 +231,10 @@ def check_manifest(
 
 def _check_fresh(run_dir: Place) -> None:
     """Refuse a directory that is not ours. A lone config.yaml is a start that died early."""
+    _refuse_earlier_version(run_dir)
     if run_dir.exists() and not run_dir.is_dir():
         raise KavaError(f"run.dir={run_dir} is a file; name a directory")
-    # manifest.json too: the first process may be writing it while another one looks.
+    # The manifest too: the first process may be writing it while another one looks.
     ours = [Path(CONFIG_NAME), Path(MANIFEST_NAME)]
     known = {path.name for name in ours for path in (name, _temporary(name))}
     known |= {CALIBRATION_NAME, LOCK_NAME}
@@ -201,16 +246,9 @@ def _check_fresh(run_dir: Place) -> None:
 
 
 def _comparable(old: Mapping[str, Any], new: Fingerprints) -> bool:
-    """Whether all that the run reads has fingerprints on both sides.
-
-    Earlier versions took none of the tokens. A student that is not read has none on either side.
-    """
-    found = new._asdict()
-    return (
-        all(old.get(name) and found[name] for name in ("data", "tokens"))
-        and bool(old.get("student")) == bool(new.student)
-        and old["teachers"].keys() == new.teachers.keys()
-    )
+    """Whether both sides have fingerprints of the same models; one that is random has none."""
+    same_student = bool(old["student"]) == bool(new.student)
+    return same_student and old["teachers"].keys() == new.teachers.keys()
 
 
 def _fingerprint_changes(old: Mapping[str, Any], new: Fingerprints) -> dict[str, str]:

@@ -7,7 +7,7 @@ from typing import Any
 from kava_jax.config.file import parse_config
 from kava_jax.data.dataset import HeldOut
 from kava_jax.errors import KavaError, StoppedError
-from kava_jax.journal.manifest import MANIFEST_NAME
+from kava_jax.journal.manifest import MANIFEST_NAME, OLD_MANIFEST_NAME
 from kava_jax.runs.evaluate import answer_notes, choice_note, evaluate
 from kava_jax.runs.prepare import Run, data_loader, prepare
 from kava_jax.runs.reopen import config_of, gone, reopen, reopen_student, restore, restore_student
@@ -35,7 +35,7 @@ def assess(
             raise KavaError(f"override={override!r}: kava eval takes data.* and eval.* fields only")
     directory = place(model, "model")
     check_access(directory, "model")
-    if (directory / MANIFEST_NAME).is_file():
+    if any((directory / name).is_file() for name in (MANIFEST_NAME, OLD_MANIFEST_NAME)):
         lost = gone(config_of(directory, overrides))
         run = reopen_student(directory, overrides) if lost else reopen(directory, overrides)
         held = _held_out(run, data, rows)

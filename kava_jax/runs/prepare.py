@@ -168,8 +168,7 @@ def today_of(run_dir: Place) -> date:
     """
     day = _day_of_start()
     if (run_dir / MANIFEST_NAME).is_file():
-        manifest = read_manifest(run_dir)
-        day = date.fromisoformat(manifest.get("date") or manifest["starts"][0]["time"][:10])
+        day = date.fromisoformat(read_manifest(run_dir)["date"])
     return day
 
 

@@ -56,27 +56,12 @@ def reopen_student(run_dir: Place, overrides: Sequence[str] = ()) -> Run:
     return replace(prepare(parse_config(raw)), config=config)
 
 
-# The last commit whose config has the fields named in docs/findings.md, "Options that went".
-LAST_WITH_ALL_FIELDS = "855d6f7"
-
-
 def recorded_config(run_dir: Place, overrides: Sequence[str] = ()) -> Config:
     """The config that a run's manifest holds.
 
-    Raises KavaError: there is no manifest, an override is wrong, or the run is of an earlier
-    version with other fields; the version and a commit that reads such a run are named.
+    Raises KavaError: there is no manifest of this version, or an override is wrong.
     """
-    manifest = read_manifest(run_dir)
-    text = json.dumps(manifest["config"])  # parsing fills in overrides and recipes in place
-    try:
-        parse_config(json.loads(text))
-    except KavaError as error:
-        made = manifest["starts"][-1]["versions"]["kava_jax"]
-        raise KavaError(
-            f"{run_dir} is a run of kava_jax {made}, whose config had other fields; "
-            f"commit {LAST_WITH_ALL_FIELDS} exports, evaluates and reports it ({error})"
-        ) from None
-    return parse_config(json.loads(text), overrides)
+    return parse_config(read_manifest(run_dir)["config"], overrides)
 
 
 def config_of(run_dir: Place, overrides: Sequence[str]) -> Config:

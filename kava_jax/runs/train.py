@@ -20,6 +20,7 @@ from kava_jax.journal.manifest import (
     check_manifest,
     write_config,
     write_manifest,
+    write_results,
 )
 from kava_jax.journal.monitor import Monitor
 from kava_jax.parallel.hosts import from_first, on_host
@@ -34,7 +35,7 @@ from kava_jax.runs.loop import Cadence, projector_path, run_steps
 from kava_jax.runs.preemption import Preemption, listening
 from kava_jax.runs.prepare import Run, fingerprints_of, load_dataset, prepare
 from kava_jax.runs.profiling import Profile
-from kava_jax.runs.record import check_record, write_record
+from kava_jax.runs.record import facts, results
 from kava_jax.runs.reopen import (
     check_directories,
     check_finite,
@@ -71,7 +72,6 @@ def train(
     """
     check_target(config.run.directory, "run.dir")
     check_directories(config)
-    check_record(config.run.directory)
     idle = idle_settings(config)
     with alone(config.run.directory, "run.dir") as unlocked, listening() as preemption:
         told = [unlocked, *idle] if unlocked else idle
@@ -122,6 +122,7 @@ def _train(
             fingerprints=fingerprints,
             today=run.encoder.today,
             directories=directories_of(config),
+            facts=facts(run, dataset),
             hardware={
                 "hosts": jax.process_count(),
                 "devices": jax.device_count(),
@@ -180,7 +181,7 @@ def _train(
     if run.blueprint.projector:
         _save_projector(run, state)
     if write:
-        write_record(run, dataset, evaluation)
+        write_results(run.directory, results(evaluation))
     return Trained(run, dataset, state, evaluation)
 
 

@@ -16,6 +16,7 @@ from kava_jax.experiments import ablation
 from kava_jax.experiments.ablation import Ablation, Job
 from kava_jax.experiments.grid import PRETRAINED, load_grid, run_config
 from kava_jax.experiments.results import Outcome, pack, read_runs, unpack
+from kava_jax.journal.manifest import read_manifest
 from tests.tiny import CONFIG, GEOMETRY, kava, write_model, write_rows
 from tests.tolerances import TOL
 
@@ -95,9 +96,9 @@ def test_arms_share_start_and_data_and_differ_in_their_own_fields(finished: Path
 
 
 def test_all_runs_have_the_day_on_which_the_grid_was_begun(finished: Path) -> None:
-    manifests = list((finished / "out" / "runs").rglob("manifest.json"))
+    manifests = list((finished / "out" / "runs").rglob("manifest.yaml"))
     assert len(manifests) == 3
-    assert {json.loads(path.read_text())["date"] for path in manifests} == {"2001-09-09"}
+    assert {read_manifest(path.parent)["date"] for path in manifests} == {"2001-09-09"}
     assert json.loads((finished / "out" / "grid.json").read_text())["started"] == 10**9
 
 

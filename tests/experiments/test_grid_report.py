@@ -298,7 +298,7 @@ def test_the_command_knows_a_grid_from_a_run(grid, tmp_path, capsys):
     assert out.read_text() == (grid / "report.html").read_text()
     ended = kava(capsys, "report", str(tmp_path))
     assert ended.code == 2
-    assert "manifest.json is missing; name a run directory" in ended.err
+    assert "manifest.yaml is missing; name a run directory" in ended.err
     (tmp_path / "grid.json").write_text("{")
     ended = kava(capsys, "report", str(tmp_path))
     assert (ended.code, len(ended.err.splitlines())) == (2, 1)

@@ -13,7 +13,7 @@ from kava_jax.alignment.layer_map import LayerMap
 from kava_jax.config.file import dump_config, parse_config
 from kava_jax.errors import KavaError
 from kava_jax.experiments.report import write_report
-from kava_jax.journal.manifest import Fingerprints, Hardware, write_manifest
+from kava_jax.journal.manifest import Fingerprints, write_manifest
 from tests.experiments.pages import Page, check_stands_alone, ids_and_labels
 from tests.tiny import GEOMETRY, kava
 from tests.tiny_models import write_directory
@@ -40,7 +40,7 @@ def make_run(directory, records, *, teachers=("big",), metrics=True, **sections)
         config=dump_config(parse_config(config | sections)),
         fingerprints=Fingerprints(dict.fromkeys(names, "5e" * 32), data="da" * 32),
         today=date(2026, 1, 2),
-        hardware=Hardware(2, 16, "TPU v5e"),
+        hardware={"hosts": 2, "devices": 16, "device_kind": "TPU v5e"},
     )
     if metrics:
         lines = "".join(json.dumps(record) + "\n" for record in records)
@@ -434,9 +434,9 @@ def test_the_command_writes_the_file_and_names_it(tmp_path, capsys):
 
 def test_what_is_no_run_is_refused(finished, tmp_path, capsys):
     for run, problem in (
-        (tmp_path, "manifest.json is missing; name a run directory"),
+        (tmp_path, "manifest.yaml is missing; name a run directory"),
         (tmp_path / "none", "is no directory; name one made by `kava train`"),
-        (finished / "manifest.json", "is no directory"),
+        (finished / "manifest.yaml", "is no directory"),
     ):
         ended = kava(capsys, "report", str(run))
         assert (ended.code, ended.out) == (2, "")

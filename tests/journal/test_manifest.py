@@ -1,6 +1,5 @@
 """A run directory keeps its identity: what a start may change, and what it may not."""
 
-import json
 import subprocess
 import sys
 from datetime import date
@@ -17,6 +16,7 @@ from kava_jax.journal.manifest import (
     read_manifest,
     write_config,
     write_manifest,
+    write_results,
 )
 
 CONFIG = {
@@ -184,7 +184,7 @@ def test_a_foreign_directory_is_refused(tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(KavaError) as error:
         check(tmp_path)
-    assert "is not empty and has no manifest.json" in one_line(error)
+    assert "is not empty and has no manifest.yaml" in one_line(error)
     with pytest.raises(KavaError, match="is a file"):
         check(tmp_path / "thesis.tex")
 
@@ -212,7 +212,7 @@ def test_a_start_that_died_between_its_two_files_can_start_again(tmp_path):
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}"])
 def test_a_broken_manifest_is_refused(tmp_path, text):
     start(tmp_path)
-    (tmp_path / "manifest.json").write_text(text)
+    (tmp_path / "manifest.yaml").write_text(text)
     with pytest.raises(KavaError, match=r"restore it or name another run\.dir"):
         check(tmp_path)
 
@@ -242,10 +242,37 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path, monkeypatch)
     with pytest.raises(OSError, match="No space left"):
         write_config(tmp_path, changed(steps=200))
     assert (tmp_path / "config.yaml").read_bytes() == before
-    assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "manifest.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "manifest.yaml"}
 
 
-def test_files_are_plain_yaml_and_json(tmp_path):
+def test_files_are_plain_yaml(tmp_path):
     start(tmp_path)
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["steps"] == 100
-    assert json.loads((tmp_path / "manifest.json").read_text())["fingerprints"]["data"] == "c" * 64
+    assert (
+        yaml.safe_load((tmp_path / "manifest.yaml").read_text())["fingerprints"]["data"] == "c" * 64
+    )
+
+
+def test_a_conclusion_is_kept_and_results_are_those_of_the_last_start(tmp_path):
+    own = 'Raised the score: see "findings".\nAgain with 8 seeds. \N{GREEK SMALL LETTER BETA}'
+    start(tmp_path)
+    assert read_manifest(tmp_path)["conclusion"] == ""
+    write_results(tmp_path, {"held_out_loss": 1.5})
+    path = tmp_path / "manifest.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | {"conclusion": own}))
+    assert read_manifest(tmp_path)["results"] == {"held_out_loss": 1.5}
+    start(tmp_path)
+    manifest = read_manifest(tmp_path)
+    assert (manifest["conclusion"], manifest["results"]) == (own, None)
+    write_results(tmp_path, {"held_out_loss": 1.25})
+    assert read_manifest(tmp_path) == manifest | {"results": {"held_out_loss": 1.25}}
+    assert path.read_text().startswith("# Written by kava train. The conclusion is yours")
+
+
+@pytest.mark.parametrize("text", ['{"starts": [{"versions": {"kava_jax": "0.1.0"}}]}', "{}", "["])
+def test_a_run_of_an_earlier_version_is_told_and_left_alone(tmp_path, text):
+    (tmp_path / "manifest.json").write_text(text)
+    for read in (check, read_manifest):
+        with pytest.raises(KavaError, match=r"is a run of kava_jax (0\.1\.0|of an).*855d6f7"):
+            read(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["manifest.json"]

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from kava_jax.journal.checkpoint import Checkpoints
+from kava_jax.journal.manifest import read_manifest
 from kava_jax.journal.monitor import Monitor
 from kava_jax.runs import evaluate as evaluating
 from kava_jax.runs import train as training
@@ -31,7 +32,7 @@ LATER = (
     (evaluating, "held_out"),
     (Monitor, "evaluation"),
     (Checkpoints, "score"),
-    (training, "write_record"),
+    (training, "write_results"),
 )
 
 
@@ -92,14 +93,14 @@ def test_what_fails_after_the_last_step_is_done_again_and_no_step_is(
             with pytest.raises(BrokenError):
                 kava(capsys, *COMMAND, "run.dir=broken")
         check_saved(run)
-        assert not (run / "record.yaml").exists()
+        assert read_manifest(run)["results"] is None
 
     ended = kava(capsys, *COMMAND, "run.dir=broken")
     assert ended.code == 0, ended.err
     assert left(run) == left(workspace / "whole")
     for name in ("answers.jsonl", "projector.safetensors"):
         assert (run / name).read_bytes() == (workspace / "whole" / name).read_bytes()
-    assert (run / "record.yaml").is_file()
+    assert read_manifest(run)["results"]
     for directory in (run, workspace / "whole"):
         with Checkpoints(directory, 1, read_only=True) as checkpoints:
             assert checkpoints.steps() == [STEPS]

@@ -164,9 +164,9 @@ def test_a_killed_run_ends_up_as_if_nothing_had_happened(
     bucket: Bucket, whole: list[dict], killed: str
 ) -> None:
     assert bucket.lines(killed) == whole
-    names = {"answers.jsonl", "config.yaml", "manifest.json", "projector.safetensors"}
+    names = {"answers.jsonl", "config.yaml", "manifest.yaml", "projector.safetensors"}
     listed = {name.removeprefix(f"{killed}/").split("/")[0] for name in bucket.names(killed)}
-    assert listed == names | {"checkpoints", "metrics.jsonl", "record.yaml", "tensorboard"}
+    assert listed == names | {"checkpoints", "metrics.jsonl", "tensorboard"}
     ours = bucket.read(f"{killed}/answers.jsonl").decode()
     assert ours == (bucket.workspace / "whole" / "answers.jsonl").read_text()
     # No directory of that name was made where the command ran.

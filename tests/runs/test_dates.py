@@ -1,6 +1,5 @@
 """A chat template that writes the date: a run has one, on whatever day it is called again."""
 
-import json
 from datetime import date
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import pytest
 from kava_jax.config.file import load_config
 from kava_jax.data.tokenizer import builtin_tokenizer
 from kava_jax.errors import KavaError
+from kava_jax.journal.manifest import read_manifest
 from kava_jax.runs import prepare
 from kava_jax.runs.assess import assess
 from kava_jax.runs.train import train
@@ -41,7 +41,7 @@ def on(day: int | str, monkeypatch) -> None:
 
 
 def manifest(run: str) -> dict:
-    return json.loads((Path(run) / "manifest.json").read_text())
+    return read_manifest(Path(run))
 
 
 def test_a_run_keeps_its_day(workspace, monkeypatch):

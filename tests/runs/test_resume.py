@@ -218,18 +218,6 @@ def test_what_is_elsewhere_and_not_the_same_is_refused(what, workspace, capsys):
     assert contents(workspace) == before
 
 
-def test_a_run_without_all_fingerprints_keeps_its_paths(workspace, capsys):
-    """As earlier versions left it: what has no fingerprint stays compared by its name."""
-    path = workspace / "run/manifest.json"
-    manifest = json.loads(path.read_text())
-    del manifest["fingerprints"]["tokens"]
-    path.write_text(json.dumps(manifest))
-    changed = ["train.steps=4", "data.path=./data.jsonl"]
-    ended = kava(capsys, "train", "tiny.yaml", *EVERY, *changed)
-    assert ended.code == 2
-    assert 'data.path "data.jsonl" -> "./data.jsonl"' in ended.err
-
-
 def test_a_calibration_is_not_measured_again_where_only_paths_changed(workspace, capsys):
     recipe = {"recipe": "calibrated"}
     write_config(workspace / "tiny.yaml", data=QUICK["data"], **recipe)

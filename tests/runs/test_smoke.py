@@ -130,7 +130,7 @@ def test_one_of_them_end_to_end(tmp_path):
     said = smoke(tmp_path, "llama3.2_3b_to_1b_gsm8k")
     run = tmp_path / "runs" / "llama3.2_3b_to_1b_gsm8k-smoke"
     assert {line["kind"] for line in finite_metrics(run)} == {"train", "eval", "diagnostics"}
-    assert {"config.yaml", "manifest.json", "checkpoints", "projector.safetensors"} <= set(
+    assert {"config.yaml", "manifest.yaml", "checkpoints", "projector.safetensors"} <= set(
         os.listdir(run)
     )
     assert not (tmp_path / "runs" / "llama3.2_3b_to_1b_gsm8k").exists()
