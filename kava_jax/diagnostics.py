@@ -145,8 +145,11 @@ def diagnose(sample: TokenSample) -> dict[str, Float[Array, "P"]]:
     One layer is taken after the other: n x n matrices exist for one only.
     """
     own = sample.student if sample.own is None else sample.own
-    layers = (sample.student, sample.target, own)
-    return jax.lax.map(lambda layer: _diagnose_layer(*layer, sample.counted), layers)
+
+    def one(layer: tuple[Array, Array, Array]) -> dict[str, Array]:
+        return _diagnose_layer(*layer, sample.counted)
+
+    return jax.lax.map(one, (sample.student, sample.target, own))
 
 
 def _diagnose_layer(

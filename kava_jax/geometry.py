@@ -1,12 +1,12 @@
 """Geometry on the unit sphere, and masked means as (sum, count).
 
 The last axis is always the vector; everything is float32 inside, whatever comes in. Vectors are
-divided by their largest entry before anything is squared, so cosines, angles and magnitudes of
-1e30 and 1e-30 are as good as those of 1, in value and in gradient. NaNs are not hidden: a vector
-that counts and holds one gives NaN.
+divided by their largest entry before anything is squared. So cosines, angles and magnitudes of
+vectors of length 1e30 or 1e-30 are as exact as at length 1, in value and in gradient. NaNs are not
+hidden: a vector that counts and holds one gives NaN.
 
-``compare``, on which ``cosine`` stands, is written so that a whole cache costs little more than
-reading it and writing its gradient.
+``compare``, which ``cosine`` is made of, keeps nothing of the size of its inputs for the backward
+pass.
 
 Left out on purpose: losses (``losses``), what is done with these numbers (``diagnostics``), and
 forward-mode derivatives of ``compare`` and ``cosine``.

@@ -123,7 +123,7 @@ class LayerMap:
             found = sorted(map(str, raw)) if isinstance(raw, dict) else raw
             raise KavaError(
                 f"{where}: a layer map has the keys {', '.join(keys)}, found {shortened(found)}; "
-                f"make it anew with `kava calibrate CONFIG`"
+                f"make it again with `kava calibrate CONFIG`"
             )
         try:
             return cls(
@@ -237,7 +237,7 @@ def _from_pairs(
     students = [student for _, student in pairs]
     twice = sorted({student for student in students if students.count(student) > 1})
     if not pairs or twice:
-        problem = f"student layers {twice} stand twice" if twice else "it holds no pairs"
+        problem = f"student layers {twice} appear twice" if twice else "it holds no pairs"
         raise KavaError(f"{field}: {problem}; give one [teacher, student] pair per student layer")
     return LayerMap(tuple(students), tuple((teacher,) for teacher, _ in pairs))
 

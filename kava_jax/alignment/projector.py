@@ -1,6 +1,6 @@
 """``KVDimensionProjector``: one pair of adapters (keys, values) per teacher.
 
-The projector stands on the teacher's side (``teacher_to_student``, the original) or on the
+The projector is on the teacher's side (``teacher_to_student``, the original) or on the
 student's (``student_to_teacher``: the target is the teacher's own cache and cannot drift; it is
 dropped at export). Choosing layers is the layer map's work, not the projector's.
 """
@@ -74,7 +74,8 @@ class KVDimensionProjector(nnx.Module):
         rngs = nnx.Rngs(0) if rngs is None else rngs
         self.kind: AdapterKind = kind
         self.direction: Direction = direction
-        self.mlp_ratio, self.dropout, self.init_method = mlp_ratio, dropout, init_method
+        self.init_method: InitMethod = init_method
+        self.mlp_ratio, self.dropout = mlp_ratio, dropout
         self.trainable, self.per_layer = trainable, per_layer
         # KV heads and head dim of each side; of a teacher also how many layers are mapped.
         self.student = student = _heads("student_d_model", student_d_model, student_heads)
@@ -86,9 +87,8 @@ class KVDimensionProjector(nnx.Module):
             if per_layer and not layers:
                 raise KavaError(f"{where}.num_layers={layers} with per_layer; give the layer count")
             self.teachers[name] = (teacher, layers)
-            widths = math.prod(teacher), math.prod(student)
-            if direction == "student_to_teacher":
-                widths = widths[::-1]
+            sides = (teacher, student) if direction == "teacher_to_student" else (student, teacher)
+            widths = math.prod(sides[0]), math.prod(sides[1])
             # Keys and values never share weights.
             pairs[name] = nnx.Dict(
                 {part: self._adapter(widths, layers if per_layer else None, rngs) for part in "kv"}

@@ -22,7 +22,7 @@ def strict_answer(text: str) -> str:
 
 
 def flexible_answer(text: str) -> str:
-    """The *last* thing that looks like a number, wherever it stands, else ``[invalid]``."""
+    """The *last* thing that looks like a number, wherever it is, else ``[invalid]``."""
     matches = _FLEXIBLE.findall(text)
     return next(group for group in matches[-1] if group) if matches else INVALID
 

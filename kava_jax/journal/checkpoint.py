@@ -9,7 +9,6 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from types import TracebackType
 from typing import Any
 
 import jax
@@ -23,7 +22,7 @@ from kava_jax.storage import Place, absolute, move
 from kava_jax.training.step import TrainState
 
 BEST_METRIC = "eval_loss"
-# Beside ``checkpoints/``: what was found damaged there, moved and never deleted.
+# Next to ``checkpoints/``: what was found damaged there, moved and never deleted.
 DAMAGED_NAME = "checkpoints_damaged"
 
 
@@ -67,12 +66,7 @@ class Checkpoints:
         """Nothing to do; the manager is ready."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *raised: Any) -> None:
         """Wait for the last asynchronous write."""
         with self._stops_told():
             self._manager.close()
@@ -183,7 +177,7 @@ class Checkpoints:
         raise KavaError(f"checkpoint={which!r} does not exist; use last, best or one of {listed}")
 
     def restore_student(self, step: int, abstract: Params) -> Params:
-        """The student's parameters alone, whatever stands beside them; as ``restore``."""
+        """The student's parameters alone, whatever else is in the checkpoint; as ``restore``."""
         found = self._restored(
             step, lambda place: self._items.restore_part(place, {"params": {"student": abstract}})
         )

@@ -17,7 +17,6 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from types import TracebackType
 from typing import Any
 
 from rich.console import Console, Group
@@ -102,13 +101,8 @@ class Monitor:
             self._exit = stack.pop_all()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._exit.__exit__(kind, error, traceback)
+    def __exit__(self, *raised: Any) -> None:
+        self._exit.__exit__(*raised)
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Record and show one logging interval of training; alarms are said when they begin."""
@@ -222,7 +216,7 @@ def shown(
 ) -> list[tuple[str, str]]:
     """Names and values as people read them, most important first; what is absent is left out.
 
-    The verdict word stands beside the cosine and is taken over the same steps: the running mean
+    The verdict word follows the cosine and is taken over the same steps: the running mean
     with its running gap where there is one, else this step's cosine and shuffled cosine;
     ``judged`` False leaves it out.
     ``more`` adds further metrics: their key, the name to show, and the number's format.

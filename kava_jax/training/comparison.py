@@ -1,7 +1,7 @@
 """One teacher's cache and the student's, brought into one space.
 
-Models are read before their keys get a bias, and what stands between that and the keys to compare
-(bias, RoPE) is done here in float32: in bfloat16 a large bias leaves little of a key. The layer map
+Models give their keys before the bias. What is still missing from the keys to compare (bias, RoPE)
+is added here in float32: in bfloat16 a large bias leaves little of a key. The layer map
 picks layers and the projector maps one side's vectors onto the other's: what comes out has one
 shape, [P, B, T, K, H] on both sides. The *space* is the side that is not projected.
 """

@@ -29,7 +29,7 @@ from kava_jax.models.decoder import Params
 from kava_jax.training.objective import PARTS, Objective
 from kava_jax.training.step import LossScale, TrainState, split_rows
 
-# Of one probe: enough to see by, few enough to cost little beside the steps.
+# Of one probe: enough for stable figures, few enough to cost little compared with the steps.
 ROWS, TOKENS = 8, 512
 # What is left of a measured ratio at the next measurement: about the last two count.
 MEMORY = 0.5
@@ -162,7 +162,7 @@ def _few_rows(batch: Batch, microbatches: int, shards: int) -> Batch:
 def share_is_due(number: int, every: int | None) -> bool:
     """Whether the KV weight's share is measured before step ``number`` (None: never).
 
-    Every so many steps, and at 1, 2, 4, 8, ... too: gradients change fastest at the start.
+    Every ``every`` steps, and at 1, 2, 4, 8, ... too: gradients change fastest at the start.
     """
     if every is None:
         return False

@@ -83,7 +83,7 @@ def test_explicit_pairs_are_put_in_student_order() -> None:
         ("calibrated", ["='calibrated' needs a calibration", "`kava calibrate CONFIG` makes it"]),
         ([], ["holds no pairs"]),
         ([(8, 0), (0, 4), (1, 1), (-1, 2)], ["[[8, 0], [-1, 2], [0, 4]]", "8 and", "of 4 layers"]),
-        ([(0, 1), (1, 1), (2, 3), (3, 3), (4, 0)], ["[1, 3] stand twice"]),
+        ([(0, 1), (1, 1), (2, 3), (3, 3), (4, 0)], ["[1, 3] appear twice"]),
     ],
 )
 def test_errors_name_the_field_and_every_bad_item(setting, words: list[str]) -> None:
@@ -269,7 +269,7 @@ def test_a_malformed_file_is_named(change: dict, words: list[str]) -> None:
 
 @pytest.mark.parametrize("raw", [None, 3, [[0, 0]], "ratio", {}, {"student_layers": [0]}])
 def test_something_else_than_a_map_is_named(raw) -> None:
-    with pytest.raises(KavaError, match=r"^map\.json: a layer map has the keys .*make it anew"):
+    with pytest.raises(KavaError, match=r"^map\.json: a layer map has the keys .*make it again"):
         LayerMap.from_dict(raw, "map.json")
 
 
