@@ -24,6 +24,7 @@ def _place(tmp_path: Path, monkeypatch) -> None:
         data=CONFIG["data"] | {"batching": "bucketed", "bucket": 16, "max_length": 96},
         # A measured weight is put into the state between steps.
         loss={"kv_weight": "auto(0.2)"},
+        eval={"exact_match": False, "batch_size": 8},
         train={"steps": STEPS, "log_every": 1, "checkpoint_every": 4, "keep_checkpoints": 3},
     )
 
