@@ -11,7 +11,7 @@ import jax
 import pytest
 
 from kava_jax.runs import train
-from tests.tiny import CONFIG, kava, write_config, write_workspace
+from tests.tiny import CONFIG, kava, write_config, write_model, write_workspace
 
 STEPS = 9
 
@@ -19,6 +19,8 @@ STEPS = 9
 @pytest.fixture
 def _place(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(write_workspace(tmp_path))
+    for name, seed in (("teacher", 1), ("student", 2)):  # a layer each: there is much to compile
+        write_model(tmp_path / name, seed=seed, num_hidden_layers=1)
     write_config(
         tmp_path / "bucketed.yaml",
         data=CONFIG["data"] | {"batching": "bucketed", "bucket": 16, "max_length": 96},
