@@ -11,7 +11,7 @@ import jax
 import pytest
 
 from kava_jax.runs import train
-from tests.tiny import CONFIG, kava, write_config, write_workspace
+from tests.tiny import CONFIG, kava, write_config, write_model, write_workspace
 
 STEPS = 9
 
@@ -19,11 +19,14 @@ STEPS = 9
 @pytest.fixture
 def _place(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.chdir(write_workspace(tmp_path))
+    for name, seed in (("teacher", 1), ("student", 2)):  # a layer each: there is much to compile
+        write_model(tmp_path / name, seed=seed, num_hidden_layers=1)
     write_config(
         tmp_path / "bucketed.yaml",
         data=CONFIG["data"] | {"batching": "bucketed", "bucket": 16, "max_length": 96},
         # A measured weight is put into the state between steps.
         loss={"kv_weight": "auto(0.2)"},
+        eval={"max_new_tokens": 0, "batch_size": 8},
         train={"steps": STEPS, "log_every": 1, "checkpoint_every": 4, "max_to_keep": 3},
     )
 

@@ -11,21 +11,37 @@ from flax import nnx
 from scipy.stats import ortho_group
 
 from kava_jax.alignment.projector import KVDimensionProjector
+from kava_jax.config.file import load_config
 from kava_jax.data.tokenizer import builtin_tokenizer
 from kava_jax.hf.export import export_model
 from kava_jax.hf.load import load_decoder_params, read_spec
 from kava_jax.runs import calibrate
-from tests.tiny import contents, kava, write_config, write_model, write_rows, write_workspace
+from kava_jax.runs.train import train
+from tests.tiny import (
+    CONFIG,
+    contents,
+    kava,
+    write_config,
+    write_model,
+    write_rows,
+    write_workspace,
+)
 from tests.tolerances import TOL
 
-RECIPE = {"recipe": "calibrated"}
+RECIPE = {
+    "recipe": "calibrated",
+    "train": CONFIG["train"] | {"steps": 1},
+    "eval": {"max_new_tokens": 0, "batch_size": 8},
+}
 
 
-@pytest.fixture(autouse=True)
-def _small(monkeypatch):
+@pytest.fixture(autouse=True, scope="module")
+def _small():
     """Few rows, one layer each and hardly a ridge: what is planted has to come out."""
-    for name, value in {"ROWS": 48, "LAYERS": 1, "RIDGE": 1e-6}.items():
-        monkeypatch.setattr(calibrate, name, value)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"ROWS": 48, "LAYERS": 1, "RIDGE": 1e-6}.items():
+            patch.setattr(calibrate, name, value)
+        yield
 
 
 def turned(params: dict, seed: int) -> dict:
@@ -119,50 +135,67 @@ def test_cka_finds_the_layer_and_another_student_is_not_explained(tmp_path, monk
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> Path:
-    """A workspace after a calibrated run of two steps."""
+    """A workspace after a calibrated run of one step."""
     directory = write_workspace(tmp_path_factory.mktemp("calibrated") / "work")
     write_config(directory / "tiny.yaml", **RECIPE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(directory)
+        train(load_config(Path("tiny.yaml"), []), ["kava"])
     return directory
 
 
-def test_a_calibrated_run_measures_trains_and_is_read_again(finished, monkeypatch, capsys):
-    monkeypatch.chdir(finished)
-    ended = kava(capsys, "train", "tiny.yaml", "train.steps=1")
-    assert ended.code == 0, ended.err
-    before = contents(finished / "run/calibration")
+@pytest.fixture
+def own(finished, tmp_path, monkeypatch) -> Path:
+    """A copy of it, to work in."""
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_calibrated_run_measures_trains_and_is_read_again(own, capsys):
+    before = contents(own / "run/calibration")
     names = ("run/calibration/projector.safetensors", "run/projector.safetensors")
     weights = [
-        nnx.to_pure_dict(nnx.state(KVDimensionProjector.load(finished / name), nnx.Param))
+        nnx.to_pure_dict(nnx.state(KVDimensionProjector.load(own / name), nnx.Param))
         for name in names
     ]
     jax.tree.map(np.testing.assert_array_equal, *weights)  # frozen
-    lines = (finished / "run/metrics.jsonl").read_text().splitlines()
+    lines = (own / "run/metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     first = next(record for record in records if record["kind"] == "eval")
     # The run starts from what was fitted. It was scored on other rows, so not to the digit.
-    fitted = calibration(finished)["teachers"]["big"]["cos_sim"]
+    fitted = calibration(own)["teachers"]["big"]["cos_sim"]
     assert first["eval_cos_sim"] == pytest.approx(fitted, abs=0.1)
     assert kava(capsys, "eval", "run", "--data", "data.jsonl", "--rows", "8").code == 0
     assert kava(capsys, "export", "run", "--out", "exported").code == 0
     # Started again, it has nothing to measure.
-    assert kava(capsys, "train", "tiny.yaml", "train.steps=1").code == 0
-    assert contents(finished / "run/calibration") == before
-    shutil.rmtree(finished / "run/calibration")
+    assert kava(capsys, "train", "tiny.yaml").code == 0
+    assert contents(own / "run/calibration") == before
+    shutil.rmtree(own / "run/calibration")
     ended = kava(capsys, "eval", "run", "--data", "data.jsonl")
     assert ended.code == 2
     assert "calibration.json' cannot be read" in ended.err
     assert ended.err.count("\n") == 1
 
 
-def test_another_config_does_not_touch_the_calibration_of_a_run(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(write_workspace(tmp_path))
-    write_config(tmp_path / "tiny.yaml", **RECIPE)
-    assert kava(capsys, "train", "tiny.yaml", "train.steps=1").code == 0
-    before = contents(tmp_path / "run")
-    ended = kava(capsys, "train", "tiny.yaml", "train.steps=1", "loss.sink_tokens=3")
-    assert ended.code == 2
-    assert "loss.sink_tokens 4 -> 3" in ended.err
-    assert contents(tmp_path / "run") == before
+from tests.tiny import (
+    CONFIG,
+)
+
+RECIPE = {
+    "recipe": "calibrated",
+    "train": CONFIG["train"] | {"steps": 1},
+    "eval": {"max_new_tokens": 0, "batch_size": 8},
+}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _small():
+    """Few rows, one layer each and hardly a ridge: what is planted has to come out."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"ROWS": 48, "LAYERS": 1, "RIDGE": 1e-6}.items():
+            patch.setattr(calibrate, name, value)
+        yield
 
 
 def test_kava_calibrate_alone_is_what_the_run_then_uses_unless_the_data_changed(
@@ -185,7 +218,7 @@ def test_a_given_map_is_fitted_as_it_is_and_warmup_starts_from_the_fit(
     monkeypatch.chdir(write_workspace(tmp_path))
     write_config(tmp_path / "tiny.yaml", **RECIPE)
     overrides = ["teachers.0.layer_map=[[2, 1]]", "projector.training=joint"]
-    ended = kava(capsys, "train", "tiny.yaml", "train.steps=1", *overrides)
+    ended = kava(capsys, "train", "tiny.yaml", *overrides)
     assert ended.code == 0, ended.err
     found = calibration(tmp_path)["teachers"]["big"]["layer_map"]
     assert found == {"student_layers": [1], "teacher_layers": [[2]]}
