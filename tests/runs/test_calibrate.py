@@ -178,24 +178,12 @@ def test_a_calibrated_run_measures_trains_and_is_read_again(own, capsys):
     assert ended.err.count("\n") == 1
 
 
-from tests.tiny import (
-    CONFIG,
-)
-
-RECIPE = {
-    "recipe": "calibrated",
-    "train": CONFIG["train"] | {"steps": 1},
-    "eval": {"max_new_tokens": 0, "batch_size": 8},
-}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _small():
-    """Few rows, one layer each and hardly a ridge: what is planted has to come out."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"ROWS": 48, "LAYERS": 1, "RIDGE": 1e-6}.items():
-            patch.setattr(calibrate, name, value)
-        yield
+def test_another_config_does_not_touch_the_calibration_of_a_run(own, capsys):
+    before = contents(own / "run")
+    ended = kava(capsys, "train", "tiny.yaml", "loss.sink_tokens=3")
+    assert ended.code == 2
+    assert "loss.sink_tokens 4 -> 3" in ended.err
+    assert contents(own / "run") == before
 
 
 def test_kava_calibrate_alone_is_what_the_run_then_uses_unless_the_data_changed(
