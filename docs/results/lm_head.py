@@ -1,7 +1,4 @@
-"""The LM head's loss and gradient as written, and by ``jax.checkpoint``; writes lm_head.json.
-
-Seconds: medians of alternating CPU rounds, half the tokens counted. H100: its compiler's plan.
-"""
+"""The LM head as written and by ``jax.checkpoint``, in alternating CPU rounds, and H100 memory."""
 
 import json
 from pathlib import Path

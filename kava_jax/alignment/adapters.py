@@ -14,9 +14,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 InitMethod = Literal["xavier", "kaiming", "normal"]
-Kind = Literal["elastic", "linear"]
+AdapterKind = Literal["elastic", "linear"]
 # Kinds whose result does not depend on the length of what comes in.
-NORM_FIRST: tuple[Kind, ...] = ("elastic",)
+NORM_FIRST: tuple[AdapterKind, ...] = ("elastic",)
 
 
 def initial_kernel(method: InitMethod, key: Key[Array, ""], shape: tuple[int, ...]) -> Array:
@@ -77,7 +77,7 @@ class Adapter(nnx.Module):
 
     def __init__(
         self,
-        kind: Kind,
+        kind: AdapterKind,
         widths: tuple[int, int],
         init: InitMethod,
         rngs: nnx.Rngs,

@@ -17,14 +17,14 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Key
 
-from kava_jax.alignment.adapters import NORM_FIRST, Adapter, InitMethod, Kind
+from kava_jax.alignment.adapters import NORM_FIRST, Adapter, AdapterKind, InitMethod
 from kava_jax.cache import KVCache
 from kava_jax.errors import KavaError
 
 Direction = Literal["teacher_to_student", "student_to_teacher"]
 
 
-def forgets_length(kind: Kind, direction: Direction) -> bool:
+def forgets_length(kind: AdapterKind, direction: Direction) -> bool:
     """Whether the student's vectors meet a norm before they are compared.
 
     How long they come out is then the projector's doing alone, so a loss of lengths cannot teach
@@ -64,7 +64,7 @@ class KVDimensionProjector(nnx.Module):
         init_method: InitMethod = "xavier",
         trainable: bool = True,
         *,
-        kind: Kind = "elastic",
+        kind: AdapterKind = "elastic",
         direction: Direction = "teacher_to_student",
         student_heads: int = 1,
         per_layer: bool = False,
@@ -72,7 +72,7 @@ class KVDimensionProjector(nnx.Module):
     ):
         """Build one adapter pair per teacher."""
         rngs = nnx.Rngs(0) if rngs is None else rngs
-        self.kind: Kind = kind
+        self.kind: AdapterKind = kind
         self.direction: Direction = direction
         self.init_method: InitMethod = init_method
         self.mlp_ratio, self.dropout = mlp_ratio, dropout

@@ -20,7 +20,7 @@ from kava_jax.models.spec import DecoderSpec
 from kava_jax.parallel.mesh import AXES, batch_shards
 from kava_jax.runs.assembly import empty_statistics
 from kava_jax.runs.parts import Part
-from kava_jax.training.comparison import Comparison
+from kava_jax.training.comparison import CacheComparison
 from kava_jax.training.objective import Objective, Statistics, TeacherLink
 
 SINKS = 2
@@ -139,7 +139,7 @@ def setting(
         teachers={
             name: TeacherLink(
                 teacher_part.graph,
-                Comparison(name, layer_map, key_space, remove_key_bias),
+                CacheComparison(name, layer_map, key_space, remove_key_bias),
                 TEACHER,
                 weight,
                 control,
