@@ -37,7 +37,7 @@ from kava_jax.runs.assembly import (
 )
 from kava_jax.runs.models import Models
 from kava_jax.runs.parts import Part, TeacherPart, place_slices
-from kava_jax.training.comparison import Comparison
+from kava_jax.training.comparison import CacheComparison
 from kava_jax.training.objective import Objective, Statistics, TeacherLink
 from kava_jax.training.step import (
     TrainState,
@@ -252,7 +252,7 @@ def _teacher(
         attention=_attention(config, mesh, f"teachers.{index}", spec, dtype).implementation,
     )
     part = Part.of(build, mesh, config.mesh.indivisible)
-    comparison = Comparison(
+    comparison = CacheComparison(
         teacher.name, layer_map, config.loss.key_space, config.loss.remove_key_bias
     )
     link = TeacherLink(part.graph, comparison, spec, teacher.weight, teacher.control)

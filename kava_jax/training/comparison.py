@@ -74,7 +74,7 @@ def forward(
 
 
 @dataclass(frozen=True)
-class Comparison:
+class CacheComparison:
     """How one teacher's cache and the student's become comparable."""
 
     name: str

@@ -6,8 +6,9 @@ head. Each token's weight is known before its logits are computed, so one pass g
 and its gradient. No logits are stored, and none are computed twice.
 
 The gradient is written out. Automatic differentiation of the same chunks under ``jax.checkpoint``
-computes the logits twice: it takes 1.3 to 1.9 times as long on a CPU and holds 1.8 to 2.0 times the
-temporaries on an H100 (docs/results/lm_head.json).
+computes the logits twice. At the sizes of a training step it took 1.2 to 1.6 times as long on a
+(busy) CPU, and an H100's compiler plans 1.8 to 2.0 times the temporaries for it
+(docs/results/lm_head.json).
 """
 
 import math

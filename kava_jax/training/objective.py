@@ -26,7 +26,7 @@ from kava_jax.geometry import Mean, masked_mean
 from kava_jax.losses import cross_entropy, logit_kl, mercator
 from kava_jax.models.decoder import Decoder, Params
 from kava_jax.models.spec import DecoderSpec
-from kava_jax.training.comparison import Compared, Comparison, ForwardPass, forward
+from kava_jax.training.comparison import CacheComparison, Compared, ForwardPass, forward
 from kava_jax.training.lm_head import Head, weighted_losses
 
 Metrics = dict[str, Mean]
@@ -44,7 +44,7 @@ class TeacherLink(NamedTuple):
     """How one teacher is tied to the student; its weights are an argument of the step."""
 
     graph: nnx.GraphDef[Decoder]
-    comparison: Comparison
+    comparison: CacheComparison
     spec: DecoderSpec
     weight: float = 1.0
     """Of its terms in the loss."""

@@ -21,7 +21,7 @@ from kava_jax.parallel.mesh import AXES, batch_shards
 from kava_jax.parallel.sharding import replicated
 from kava_jax.runs.assembly import empty_statistics
 from kava_jax.runs.parts import Part
-from kava_jax.training.comparison import Comparison
+from kava_jax.training.comparison import CacheComparison
 from kava_jax.training.objective import Objective, Statistics, TeacherLink
 from kava_jax.training.step import TrainState, initial_state
 
@@ -144,7 +144,7 @@ def setting(
         teachers={
             name: TeacherLink(
                 teacher_part.graph,
-                Comparison(name, layer_map, key_space, remove_key_bias),
+                CacheComparison(name, layer_map, key_space, remove_key_bias),
                 TEACHER,
                 weight,
                 control,

@@ -18,7 +18,7 @@ from kava_jax.cache import KVCache
 from kava_jax.config.recipes import RECIPES
 from kava_jax.geometry import masked_mean
 from kava_jax.models.layers import Dtypes, Projection, RMSNorm
-from kava_jax.training.comparison import Comparison, forward
+from kava_jax.training.comparison import CacheComparison, forward
 from kava_jax.training.objective import Match
 from kava_jax.training.step import initial_state, make_train_step
 from tests.tolerances import TOL
@@ -169,7 +169,7 @@ def with_large_bias(direction: str, dtype: str) -> OneLayer:
             for i, kind in enumerate(KV_LOSSES)
         }
         spaces = {
-            space: Comparison("big", link.comparison.layer_map, space).cache(student).k
+            space: CacheComparison("big", link.comparison.layer_map, space).cache(student).k
             for space in ("pre_rope", "post_rope")
         }
         both = compared(ours.k, params["projector"])

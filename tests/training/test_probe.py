@@ -16,7 +16,7 @@ from kava_jax.alignment.projector import KVDimensionProjector
 from kava_jax.data.batches import Batch
 from kava_jax.diagnostics import TokenSample, diagnose
 from kava_jax.geometry import Mean
-from kava_jax.training.comparison import Comparison
+from kava_jax.training.comparison import CacheComparison
 from kava_jax.training.objective import TeacherLink
 from kava_jax.training.probe import TOKENS, Probed, examine, figures, make_probe, share_is_due
 from kava_jax.training.step import LossScale, TrainState, initial_state
@@ -177,7 +177,7 @@ def itself() -> Setting:
         lambda x: jnp.eye(width) if x.ndim == 2 else jnp.zeros_like(x), nnx.to_pure_dict(weights)
     )
     student = made.objective.student
-    comparison = Comparison("self", layer_map, remove_key_bias=True)
+    comparison = CacheComparison("self", layer_map, remove_key_bias=True)
     objective = replace(
         made.objective,
         projector=graph,
