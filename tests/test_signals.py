@@ -23,6 +23,9 @@ from tests.tiny import CONFIG, contents, write_config, write_workspace
 ROOT = Path(__file__).parents[1]
 # As long as nobody waits; only a signal that is lost takes this long.
 LIMIT = 300
+# Each is a process of its own. `make test` sends one signal of each kind: before the first step,
+# after it, and one that is not Ctrl-C.
+LONG = pytest.mark.long
 # Sends this process the signal at a moment. Of ``MODULE:NAME#2``: when it is called a second time.
 PROGRAM = """
 import importlib, os, signal, sys, time
@@ -182,28 +185,16 @@ def signalled(
 @pytest.mark.parametrize(
     ("way", "moment"),
     [
-        (AT_AN_IMPORT, "kava_jax.cli.studies"),
-        (AT_AN_IMPORT, "numpy"),
-        (AT_AN_IMPORT, "jaxlib"),
-        (IN_A_COLLECTION, "flax"),
-        (STUCK, ""),
-        (SWALLOWED, ""),
-        (DISGUISED, ""),
-        (AT_A_CALL, "kava_jax.config.file:load_config"),
-        (AT_A_CALL, "kava_jax.data.text:Encoder.encode_all"),
-        (AT_A_CALL, "jax.stages:Lowered.compile"),
-    ],
-    ids=[
-        "first import",
-        "import of numpy",
-        "import of jaxlib",
-        "garbage collection",
-        "stuck",
-        "swallowed",
-        "disguised",
-        "config",
-        "tokens",
-        "compilation",
+        pytest.param(AT_A_CALL, "kava_jax.config.file:load_config", id="config"),
+        pytest.param(AT_AN_IMPORT, "kava_jax.cli.studies", id="first import", marks=LONG),
+        pytest.param(AT_AN_IMPORT, "numpy", id="import of numpy", marks=LONG),
+        pytest.param(AT_AN_IMPORT, "jaxlib", id="import of jaxlib", marks=LONG),
+        pytest.param(IN_A_COLLECTION, "flax", id="garbage collection", marks=LONG),
+        pytest.param(STUCK, "", id="stuck", marks=LONG),
+        pytest.param(SWALLOWED, "", id="swallowed", marks=LONG),
+        pytest.param(DISGUISED, "", id="disguised", marks=LONG),
+        pytest.param(AT_A_CALL, "kava_jax.data.text:Encoder.encode_all", id="tokens", marks=LONG),
+        pytest.param(AT_A_CALL, "jax.stages:Lowered.compile", id="compilation", marks=LONG),
     ],
 )
 def test_before_there_is_anything_to_save_ctrl_c_is_130(workspace, way, moment):
@@ -215,11 +206,10 @@ def test_before_there_is_anything_to_save_ctrl_c_is_130(workspace, way, moment):
 @pytest.mark.parametrize(
     "moment",
     [
-        "kava_jax.journal.lines:Lines.step",
-        "kava_jax.runs.loop:_evaluated#2",
-        "kava_jax.journal.checkpoint:Checkpoints.save",
+        pytest.param("kava_jax.journal.lines:Lines.step", id="step"),
+        pytest.param("kava_jax.runs.loop:_evaluated#2", id="evaluation", marks=LONG),
+        pytest.param("kava_jax.journal.checkpoint:Checkpoints.save", id="checkpoint", marks=LONG),
     ],
-    ids=["step", "evaluation", "checkpoint"],
 )
 def test_after_a_step_ctrl_c_saves_and_is_75(workspace, moment, request):
     run = f"saved-{request.node.callspec.id}"
@@ -242,13 +232,14 @@ def last(workspace) -> Ended:
     return signalled(workspace, AT_A_CALL, moment, "train", "short.yaml")
 
 
+@LONG
 def test_while_the_last_things_are_written_nothing_is_lost(workspace, last):
     assert last.code == 75
     assert last.lines[-1].startswith("preempted: saved at step 2, the last; ")
     assert read_manifest(workspace / "run")["results"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=LONG)])
 def test_other_signals_before_a_step_mean_call_again(workspace, number):
     moment, command = "kava_jax.config.file:load_config", ("train", "long.yaml", "run.dir=none")
     ended = signalled(workspace, AT_A_CALL, moment, *command, number=number)
@@ -266,6 +257,7 @@ def test_what_nohup_ignores_stays_ignored(workspace):
     assert ended.lines[-1].startswith("error: config='absent.yaml'")
 
 
+@LONG
 def test_a_closed_terminal_does_not_keep_a_run_from_saving(workspace):
     ours, terminal = pty.openpty()
     program = "import fcntl, termios; fcntl.ioctl(2, termios.TIOCSCTTY, 0)" + PROGRAM % ""
@@ -287,6 +279,7 @@ def test_a_closed_terminal_does_not_keep_a_run_from_saving(workspace):
         assert checkpoints.newest_intact(pytest.fail)
 
 
+@LONG
 @pytest.mark.parametrize(
     ("moment", "command"),
     [
@@ -308,6 +301,7 @@ def test_other_commands_leave_nothing_that_looks_whole(workspace, last, moment, 
     assert [name for name in after if name not in before and "compiled/" not in name] == []
 
 
+@LONG
 def test_a_grid_ends_its_runs(workspace):
     """Only the grid is told, as ``kill -INT`` does; at a terminal its runs hear Ctrl-C too."""
     process = begin(
