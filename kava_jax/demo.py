@@ -20,8 +20,8 @@ from kava_jax.hf.export import check_destination
 from kava_jax.journal.metrics_file import METRICS_NAME
 from kava_jax.models.decoder import Params
 from kava_jax.runs.evaluate import answer, evaluate
-from kava_jax.runs.export import export
 from kava_jax.runs.prepare import prepare
+from kava_jax.runs.student_export import export
 from kava_jax.runs.train import train
 from kava_jax.storage import check_target
 

@@ -49,7 +49,7 @@ SHAPE = (2, 10, 128)
 ONE_DRAW_TOLERANCE = 0.06
 
 
-class Row(NamedTuple):
+class TableRow(NamedTuple):
     """One computed figure and the figure it must equal, which is "published" or "exact"."""
 
     table: str
@@ -67,13 +67,13 @@ class Row(NamedTuple):
         return abs(self.computed - self.expected) <= self.tolerance
 
 
-def as_dict(rows: Sequence[Row], notes: Sequence[str]) -> dict[str, Any]:
+def as_dict(rows: Sequence[TableRow], notes: Sequence[str]) -> dict[str, Any]:
     """The verification as plain data, for JSON."""
     found = [row._asdict() | {row.source: row.expected, "holds": row.holds} for row in rows]
     return {"holds": all(row.holds for row in rows), "rows": found, "notes": list(notes)}
 
 
-def run_verification(seed: int = 0) -> tuple[list[Row], list[str]]:
+def run_verification(seed: int = 0) -> tuple[list[TableRow], list[str]]:
     """Compute all three tables; the seed draws the directions and the noise.
 
     Returns all rows, and notes on what a reader of the published tables should know.
@@ -93,20 +93,22 @@ def run_verification(seed: int = 0) -> tuple[list[Row], list[str]]:
         )
         exact = math.cos(radians), "exact", 0.5e-4, 4
         rows.append(_published("angles", key, label, "cos, mixed", mixed))
-        rows.append(Row("angles", label, "cos, rotated", float(rotated), *exact))
+        rows.append(TableRow("angles", label, "cos, rotated", float(rotated), *exact))
     for beta in PUBLISHED["beta"]:
         total = MercatorKVLoss(beta=float(beta))(direction, longer)[0]
         rows.append(_published("beta", beta, f"beta = {beta}", "total loss", total))
     return rows, _notes(teacher, noise, mean_square_error=rows[0].computed)
 
 
-def _published(table: str, key: str, label: str, quantity: str, computed: Array | float) -> Row:
+def _published(
+    table: str, key: str, label: str, quantity: str, computed: Array | float
+) -> TableRow:
     """A row that must agree with ``PUBLISHED[table][key]``."""
     text = PUBLISHED[table][key]
     decimals = len(text.partition(".")[2])
     one_draw = (table, key) == ("angles", "90")
     tolerance = ONE_DRAW_TOLERANCE if one_draw else 0.5 * 10.0 ** -min(decimals, 4)
-    return Row(
+    return TableRow(
         table, label, quantity, float(computed), float(text), "published", tolerance, decimals
     )
 
@@ -143,14 +145,14 @@ def _notes(
     ]
 
 
-def render(rows: Sequence[Row], notes: Sequence[str]) -> "RenderableType":
+def render(rows: Sequence[TableRow], notes: Sequence[str]) -> "RenderableType":
     """The tables and notes for a terminal: a line per label, its quantities side by side."""
     from rich.console import Group
     from rich.table import Table
 
     parts = []
     for name, title in TITLES.items():
-        lines: dict[str, list[Row]] = {}
+        lines: dict[str, list[TableRow]] = {}
         for row in (row for row in rows if row.table == name):
             lines.setdefault(row.label, []).append(row)
         table = Table("")
@@ -165,7 +167,7 @@ def render(rows: Sequence[Row], notes: Sequence[str]) -> "RenderableType":
     return Group(*parts, *(f"\n{note}" for note in notes), f"\n{summary}")
 
 
-def _cells(row: Row) -> tuple[str, str, str]:
+def _cells(row: TableRow) -> tuple[str, str, str]:
     """Computed, expected (with its tolerance if that is not the last decimal) and the outcome."""
     # Adding 0.0 after rounding turns "-0.0000" into "0.0000".
     computed, expected = (

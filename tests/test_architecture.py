@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,18 @@ def test_the_import_reader_sees_every_spelling(tmp_path, monkeypatch):
         "kava_jax.training.loop",
         "kava_jax.data.batches.make",
     ]
+
+
+def test_one_name_means_one_thing():
+    """No two modules and no two classes of one name, private ones included."""
+    modules = [path.parent.name if path.stem == "__init__" else path.stem for path in MODULES]
+    classes = [
+        node.name
+        for path in MODULES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ClassDef)
+    ]
+    assert not [name for name, times in Counter(modules + classes).items() if times > 1]
 
 
 def test_no_room_is_a_drawer():

@@ -8,13 +8,13 @@ import sys
 
 import pytest
 
-from kava_jax.cli import runs, studies
+from kava_jax.cli import run_commands, studies
 from kava_jax.cli.app import app
 from kava_jax.journal.manifest import read_manifest
 from tests.tiny import contents, kava, write_workspace
 from tests.tolerances import TOL
 
-assert runs.app is studies.app is app  # both add their commands to it
+assert run_commands.app is studies.app is app  # both add their commands to it
 COMMANDS = sorted(
     # One without a name is called after its function, which every command here has.
     command.name or command.callback.__name__  # pyright: ignore[reportOptionalMemberAccess]

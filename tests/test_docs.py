@@ -14,7 +14,7 @@ import pytest
 import typer
 import yaml
 
-from kava_jax.cli import runs, studies
+from kava_jax.cli import run_commands, studies
 from kava_jax.cli.app import app
 from kava_jax.config.file import load_config, parse_config
 from kava_jax.config.run import Config
@@ -147,7 +147,7 @@ SHELL = [
 
 
 def test_the_guide_uses_every_command():
-    assert runs.app is studies.app is app  # both add their commands to it
+    assert run_commands.app is studies.app is app  # both add their commands to it
     names = set(typer.main.get_command(app).commands)  # pyright: ignore  (a group)
     assert {words[0] for name, words in SHELL if name == "guide.md"} >= names - {"bench", "verify"}
 

@@ -8,11 +8,11 @@ import pytest
 from rich.console import Console
 
 from kava_jax import verify
-from kava_jax.verify import Row, as_dict, render, run_verification
+from kava_jax.verify import TableRow, as_dict, render, run_verification
 
 
 @pytest.fixture(scope="module")
-def verification() -> tuple[list[Row], list[str]]:
+def verification() -> tuple[list[TableRow], list[str]]:
     return run_verification()
 
 

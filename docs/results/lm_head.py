@@ -8,7 +8,7 @@ from timeit import timeit
 import jax
 import jax.numpy as jnp
 
-from kava_jax.bench.losses import _chunked as written
+from kava_jax.bench.loss import _chunked as written
 from kava_jax.losses import cross_entropy
 from kava_jax.plan.accelerators import described_devices
 from kava_jax.plan.chips import find_chip

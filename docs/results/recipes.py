@@ -20,7 +20,7 @@ from kava_jax.config.run import Config
 from kava_jax.journal.metrics_file import METRICS_NAME, read_metrics
 from kava_jax.journal.verdict import verdict
 from kava_jax.runs.calibrate import calibrate
-from kava_jax.runs.export import export
+from kava_jax.runs.student_export import export
 from kava_jax.runs.train import train
 
 STEPS, TEACHER = 400, "stories260k"

@@ -20,7 +20,7 @@ from lines import head, row
 from scipy.stats import pearsonr, rankdata
 from speed import SPEED
 
-from kava_jax.experiments.comparison import COSINE, GAP, compare, figure_points
+from kava_jax.experiments.contrasts import COSINE, GAP, compare, figure_points
 from kava_jax.experiments.results import read_results
 from kava_jax.experiments.statistics import RankCorrelation, in_words, interval_of_rho
 from kava_jax.experiments.tables import (

@@ -15,7 +15,7 @@ from kava_jax.config.file import dump_config, load_config, parse_config, shipped
 from kava_jax.config.run import Config
 from kava_jax.journal.metrics_file import METRICS_NAME, read_metrics
 from kava_jax.runs.assess import assess
-from kava_jax.runs.export import export
+from kava_jax.runs.student_export import export
 from kava_jax.runs.train import Trained, train
 
 

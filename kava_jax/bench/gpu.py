@@ -26,7 +26,7 @@ from kava_jax.parallel.sharding import put_batch
 from kava_jax.plan.chips import chip_of
 from kava_jax.runs.blueprint import Blueprint, make_blueprint
 from kava_jax.runs.calibrate import unmeasured
-from kava_jax.runs.models import Found
+from kava_jax.runs.find_models import Found
 from kava_jax.runs.prepare import models_without_weights
 
 CHECKED = Pair(*[qwen2(4, 64, 4, 2, 128, vocabulary=512)] * 2, rows=4, length=64)

@@ -23,7 +23,7 @@ from kava_jax.parallel.sharding import put_batch
 from kava_jax.plan.compiled import Memory, memory_of
 from kava_jax.plan.floor import step_floor
 from kava_jax.runs.blueprint import Blueprint, make_blueprint
-from kava_jax.runs.models import Found, Models
+from kava_jax.runs.find_models import Found, Models
 
 Geometry = dict[str, Any]
 

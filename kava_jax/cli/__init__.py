@@ -18,7 +18,7 @@ def main() -> None:
         from kava_jax.cli.surroundings import fit_surroundings
 
         fit_surroundings()
-        from kava_jax.cli import runs, studies  # noqa: F401  (their commands join the app)
+        from kava_jax.cli import run_commands, studies  # noqa: F401  (their commands join the app)
         from kava_jax.cli.app import app
 
         try:

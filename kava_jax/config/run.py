@@ -12,8 +12,8 @@ from pydantic_core import PydanticCustomError
 
 from kava_jax.alignment.controls import Control
 from kava_jax.alignment.layer_map import LayerMapName
-from kava_jax.config.alignment import LossConfig, ProjectorConfig
-from kava_jax.config.values import (
+from kava_jax.config.distillation import LossConfig, ProjectorConfig
+from kava_jax.config.weights import (
     Address,
     AutoShare,
     Dtype,

@@ -28,7 +28,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from kava_jax.config.file import parse_config, read_override, read_yaml, shipped_config
 from kava_jax.config.run import Config
-from kava_jax.config.values import Section
+from kava_jax.config.weights import Section
 from kava_jax.errors import KavaError
 from kava_jax.storage import written_out
 

@@ -21,7 +21,7 @@ from kava_jax.config.run import AutoShare, Config, TeacherConfig
 from kava_jax.diagnostics import alignment_gap
 from kava_jax.errors import KavaError
 from kava_jax.experiments import pictures, tables
-from kava_jax.experiments.comparison import COSINE, EXACT_MATCH, GAP, LOSS, compare
+from kava_jax.experiments.contrasts import COSINE, EXACT_MATCH, GAP, LOSS, compare
 from kava_jax.experiments.grid import run_config
 from kava_jax.experiments.pictures import Chart, Line, number
 from kava_jax.experiments.results import Results, read_results

@@ -6,7 +6,7 @@ Exact match is in percent and its differences in points; other figures are in th
 from statistics import fmean
 from typing import NamedTuple
 
-from kava_jax.experiments.comparison import EXACT_MATCH, LOSS, Comparison
+from kava_jax.experiments.contrasts import EXACT_MATCH, LOSS, Comparison
 from kava_jax.experiments.grid import Grid
 from kava_jax.experiments.pictures import number
 from kava_jax.experiments.results import Results

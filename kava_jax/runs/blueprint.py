@@ -35,7 +35,7 @@ from kava_jax.runs.assembly import (
     make_objective,
     optimizer_of,
 )
-from kava_jax.runs.models import Models
+from kava_jax.runs.find_models import Models
 from kava_jax.runs.parts import Part, TeacherPart, place_slices
 from kava_jax.training.comparison import CacheComparison
 from kava_jax.training.objective import Objective, Statistics, TeacherLink

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kava_jax.alignment.calibrate import (
+from kava_jax.alignment.closed_form import (
     choose_by_cka,
     choose_layers,
     fit,

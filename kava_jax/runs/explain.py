@@ -17,8 +17,8 @@ from kava_jax.errors import KavaError
 from kava_jax.journal.manifest import config_diff
 from kava_jax.runs.assembly import magnitude_note
 from kava_jax.runs.calibrate import LAYERS
+from kava_jax.runs.find_models import Models, at_hand, find_models
 from kava_jax.runs.idle import idle_settings
-from kava_jax.runs.models import Models, at_hand, find_models
 
 MAPS = {
     "ratio": "the one at its own relative depth (first meets first, last meets last)",

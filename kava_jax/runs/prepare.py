@@ -36,8 +36,8 @@ from kava_jax.journal.manifest import (
 from kava_jax.parallel.hosts import from_first
 from kava_jax.parallel.mesh import make_mesh
 from kava_jax.runs.blueprint import Blueprint, make_blueprint
+from kava_jax.runs.find_models import Models, at_hand, find_models
 from kava_jax.runs.idle import compared_notes
-from kava_jax.runs.models import Models, at_hand, find_models
 from kava_jax.storage import Place
 
 if TYPE_CHECKING:

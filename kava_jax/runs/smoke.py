@@ -28,7 +28,7 @@ from kava_jax.journal.lock import alone
 from kava_jax.journal.manifest import MANIFEST_NAME
 from kava_jax.models.spec import DecoderSpec, LongRopeScaling
 from kava_jax.parallel.hosts import meet
-from kava_jax.runs.models import at_hand_or_downloaded, find_models
+from kava_jax.runs.find_models import at_hand_or_downloaded, find_models
 from kava_jax.storage import absolute, check_target, remove
 
 # Two rows are the fewest with a shuffled cosine. Every other length of a batch is compiled anew,

@@ -29,7 +29,6 @@ from kava_jax.runs.ahead import compiled_ahead
 from kava_jax.runs.assembly import magnitude_note
 from kava_jax.runs.calibrate import calibrated, place, unmeasured
 from kava_jax.runs.evaluate import evaluation_notes, evaluator
-from kava_jax.runs.export import check_exportable
 from kava_jax.runs.idle import idle_settings
 from kava_jax.runs.loop import Cadence, projector_path, run_steps
 from kava_jax.runs.preemption import Preemption, listening
@@ -44,6 +43,7 @@ from kava_jax.runs.reopen import (
     restore_target,
 )
 from kava_jax.runs.resume import FREE_FIELDS, PATH_FIELDS, changes_in_words, check_steps
+from kava_jax.runs.student_export import check_exportable
 from kava_jax.storage import check_target, local_file
 from kava_jax.training.probe import make_probe
 from kava_jax.training.step import TrainState

@@ -10,10 +10,10 @@ import pytest
 from kava_jax.bench import (
     decode,
     harness,
-    losses,
+    loss,
     original,
-    step,
     teacher,
+    train_step,
     waiting,
 )
 from kava_jax.bench.pairs import Pair, qwen2
@@ -45,8 +45,8 @@ def medians(found) -> dict[str, float]:
 @needs_torch
 def test_the_loss_by_the_command(monkeypatch, capsys) -> None:
     """Without torch.compile: it takes most of a minute."""
-    real = losses.bench_loss
-    monkeypatch.setattr(losses, "bench_loss", lambda: real(SHAPE, optional=()))
+    real = loss.bench_loss
+    monkeypatch.setattr(loss, "bench_loss", lambda: real(SHAPE, optional=()))
     ended = kava(capsys, "bench", "loss", "--json")
     assert ended.code == 0, ended.err
     found = json.loads(ended.out)
@@ -56,7 +56,7 @@ def test_the_loss_by_the_command(monkeypatch, capsys) -> None:
         name: pytest.approx(median / own["kava"]) for name, median in own.items()
     }
     assert set(found["differences"]) == {"torch_eager"}
-    assert found["differences"]["torch_eager"] <= losses.TOLERANCE
+    assert found["differences"]["torch_eager"] <= loss.TOLERANCE
     cache = 2 * 4 * 2 * 3 * 16 * 2 * 32
     assert found["facts"]["read_modify"]["bytes"] == 3 * cache
     assert found["facts"]["kava"]["inputs"] == 2 * cache
@@ -65,7 +65,7 @@ def test_the_loss_by_the_command(monkeypatch, capsys) -> None:
     assert found["torch"]
     assert found["name"] == "loss"
     assert found["versions"]["jax"]
-    monkeypatch.setattr(losses, "bench_loss", lambda: found)
+    monkeypatch.setattr(loss, "bench_loss", lambda: found)
     ended = kava(capsys, "bench", "loss")
     rows = [line.split() for line in ended.out.splitlines()]
     assert [row[0] for row in rows] == list(own)
@@ -77,7 +77,7 @@ def test_the_peer_is_the_original_loss_with_a_mask() -> None:
     """Formulas in float64; the originals' names of metrics."""
     import torch
 
-    (s, _, t, _), mask = losses.inputs(SHAPE)
+    (s, _, t, _), mask = loss.inputs(SHAPE)
     keep = np.broadcast_to(mask[None, :, :, None], s.shape[:-1]).copy()
     wide = [x.astype(np.float64)[keep] for x in (s, t)]
     of_s, of_t = (np.linalg.norm(x, axis=-1) for x in wide)
@@ -99,7 +99,7 @@ def test_the_peer_is_the_original_loss_with_a_mask() -> None:
 
 
 def test_the_head_with_and_without_prompts() -> None:
-    found = losses.bench_ce((2, 24, 8, 400))
+    found = loss.bench_ce((2, 24, 8, 400))
     positions = {"all": 2 * 24, "answers": 2 * 12}
     assert set(found["cases"]) == set(positions)
     for name, own in found["cases"].items():
@@ -107,7 +107,7 @@ def test_the_head_with_and_without_prompts() -> None:
             medians(own)["naive"] / medians(own)["kava"]
         )
         assert set(own["differences"]) == {"naive"}
-        assert own["differences"]["naive"] <= losses.CLOSE
+        assert own["differences"]["naive"] <= loss.CLOSE
         facts = own["facts"]
         assert facts["naive"]["temporaries"] >= 4 * 2 * 24 * 400
         assert facts["kava"]["temporaries"] > 0
@@ -127,9 +127,9 @@ def test_decoding_gives_the_same_tokens() -> None:
 @needs_torch
 def test_the_step_beside_the_originals_loop() -> None:
     """Same weights, same first loss."""
-    found = step.bench_step("torch-eager", PAIR)
+    found = train_step.bench_step("torch-eager", PAIR)
     ours, theirs = (found["facts"][side] for side in ("kava", "torch_eager"))
-    assert ours["first_loss"] == pytest.approx(theirs["first_loss"], rel=step.TOLERANCE)
+    assert ours["first_loss"] == pytest.approx(theirs["first_loss"], rel=train_step.TOLERANCE)
     assert set(found["differences"]) == {"torch_eager"}
     own = medians(found)
     assert found["times_ours"]["torch_eager"] == pytest.approx(own["torch_eager"] / own["kava"])
@@ -151,7 +151,7 @@ def test_ours_alone_needs_no_torch(nothing_installed) -> None:
 
 def test_an_unknown_peer_is_told() -> None:
     with pytest.raises(KavaError, match="--peer='tensorflow' is unknown; use torch or torch-eager"):
-        step.bench_step("tensorflow")
+        train_step.bench_step("tensorflow")
     with pytest.raises(KavaError, match="--peer='torch' is unknown; use tunix, or leave it out"):
         teacher.bench_teacher("torch")
 
@@ -181,14 +181,14 @@ def test_the_cut_teacher_beside_the_whole_one() -> None:
 
 def test_an_exponent_is_the_slope_of_a_power_law() -> None:
     sizes = (1, 2, 4, 8)
-    assert step.exponent(sizes, [3.0 * size**1.5 for size in sizes]) == pytest.approx(1.5)
-    assert step.exponent(sizes, [7.0] * 4) == pytest.approx(0, abs=1e-12)
+    assert train_step.exponent(sizes, [3.0 * size**1.5 for size in sizes]) == pytest.approx(1.5)
+    assert train_step.exponent(sizes, [7.0] * 4) == pytest.approx(0, abs=1e-12)
 
 
 def test_scaling_over_an_axis() -> None:
     middle = {"rows": 2, "length": 8, "depth": 1, "width": 16, "vocabulary": 64}
-    assert set(step.AXES) < set(step.MIDDLE) == set(middle)
-    curves = step.bench_scaling({"rows": (2, 4), "depth": (1, 2)}, middle)["curves"]
+    assert set(train_step.AXES) < set(train_step.MIDDLE) == set(middle)
+    curves = train_step.bench_scaling({"rows": (2, 4), "depth": (1, 2)}, middle)["curves"]
     # FLOPs of a token do not depend on the rows, and grow with the layers.
     assert curves["rows"]["floor_exponent"] == pytest.approx(0, abs=1e-9)
     one, two = curves["depth"]["flops_per_token"]

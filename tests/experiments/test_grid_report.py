@@ -9,7 +9,7 @@ import pytest
 
 from kava_jax.errors import KavaError
 from kava_jax.experiments import report as page_of
-from kava_jax.experiments.comparison import compare
+from kava_jax.experiments.contrasts import compare
 from kava_jax.experiments.report import write_grid_report
 from kava_jax.experiments.results import read_results
 from kava_jax.experiments.statistics import in_words

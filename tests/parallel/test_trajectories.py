@@ -17,7 +17,7 @@ from kava_jax.config.file import parse_config, read_yaml, shipped_config
 from kava_jax.parallel.mesh import make_mesh
 from kava_jax.parallel.sharding import put_batch
 from kava_jax.runs.blueprint import make_blueprint
-from kava_jax.runs.models import find_models
+from kava_jax.runs.find_models import find_models
 from kava_jax.runs.prepare import load_dataset, prepare
 from tests.tolerances import TOL
 

@@ -12,7 +12,7 @@ from kava_jax.parallel.mesh import make_mesh
 from kava_jax.plan.compiled import compile_step
 from kava_jax.plan.floor import step_floor
 from kava_jax.runs.blueprint import Blueprint, make_blueprint
-from kava_jax.runs.models import Found, Models
+from kava_jax.runs.find_models import Found, Models
 from tests.tiny import CONFIG
 
 PAIR = Pair()

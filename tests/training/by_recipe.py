@@ -7,7 +7,7 @@ from kava_jax.alignment.layer_map import LayerMap
 from kava_jax.config.file import parse_config
 from kava_jax.models.spec import DecoderSpec
 from kava_jax.runs.blueprint import Blueprint, make_blueprint
-from kava_jax.runs.models import Found, Models
+from kava_jax.runs.find_models import Found, Models
 from tests.training.small import STUDENT, TEACHER, one_device, random_values
 
 # Both sides with a key bias, unlike the teacher of ``small``.

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from kava_jax.alignment.layer_map import LayerMap
-from kava_jax.config.alignment import LossConfig
+from kava_jax.config.distillation import LossConfig
 from kava_jax.training.objective import Match
 from tests.training.small import KV_LOSSES, MAP, TEACHER, batch, setting
 

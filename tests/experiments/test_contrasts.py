@@ -7,7 +7,7 @@ import pytest
 import scipy.stats
 
 from kava_jax.errors import KavaError
-from kava_jax.experiments.comparison import COSINE, compare, figure_points
+from kava_jax.experiments.contrasts import COSINE, compare, figure_points
 from kava_jax.experiments.results import pack, read_results
 from kava_jax.experiments.statistics import estimate
 from tests.experiments.made_up import change_run, outcome, write_made_up, write_results

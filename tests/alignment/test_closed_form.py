@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from kava_jax.alignment.calibrate import (
+from kava_jax.alignment.closed_form import (
     choose_by_cka,
     choose_layers,
     fit,

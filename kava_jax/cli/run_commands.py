@@ -168,8 +168,8 @@ def export(
     """
     from kava_jax.hf.export import check_destination
     from kava_jax.runs.evaluate import choice_note
-    from kava_jax.runs.export import export as export_run
     from kava_jax.runs.reopen import reopen_student, restore_student
+    from kava_jax.runs.student_export import export as export_run
     from kava_jax.storage import place
 
     if dtype not in ("auto", "float32", "bfloat16", "float16"):

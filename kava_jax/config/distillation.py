@@ -8,7 +8,7 @@ from kava_jax.alignment.adapters import AdapterKind, InitMethod
 from kava_jax.alignment.frame import Center
 from kava_jax.alignment.kv_losses import Mercator
 from kava_jax.alignment.projector import Direction
-from kava_jax.config.values import KVWeight, NamedKVLoss, Positive, Ramp, Section, Weight
+from kava_jax.config.weights import KVWeight, NamedKVLoss, Positive, Ramp, Section, Weight
 from kava_jax.training.comparison import ComparedKeys
 from kava_jax.training.objective import Match, Parts
 
