@@ -71,6 +71,8 @@ class _Loader(yaml.SafeLoader):
 
 
 _INT = "tag:yaml.org,2002:int"
+# YAML 1.1 reads 10:15 as a number to the base of 60. Its integers are taken out and added again
+# without those, in a table of this loader's own: SafeLoader's is shared by all of its users.
 _Loader.yaml_implicit_resolvers = {
     first: [(tag, pattern) for tag, pattern in resolvers if tag != _INT]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -80,6 +82,7 @@ _Loader.add_implicit_resolver(
     re.compile(r"^[-+]?(0|[1-9][0-9_]*|0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]+)$"),
     list("-+0123456789"),
 )
+# YAML 1.1 wants a dot in a float, and a sign in its exponent.
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
@@ -112,6 +115,7 @@ def parse_config(raw: dict[str, Any], overrides: Iterable[str] = ()) -> Config:
     try:
         return Config.model_validate(apply_recipe(raw))
     except ValidationError as error:
+        # Once each: several members of a union may have the same problem.
         problems = dict.fromkeys(_problem(raw, dict(item)) for item in error.errors())
         raise KavaError("; ".join(problems)) from None
 
@@ -166,6 +170,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     node: Any = raw
     *parents, last = parts = key.split(".")
     for position, part in enumerate(parents, start=1):
+        # ``loss.kv: mse`` is short for a mapping, which must be there before a field of it is set.
         short = isinstance(node, dict) and isinstance(node.get(part), str)
         if short and (model := _model_at(parts[:position])) and _kind(model):
             node[part] = {"kind": node[part]}
@@ -190,6 +195,7 @@ def _assign(node: Any, last: str, value: Any, override: str) -> None:
     if isinstance(node, dict):
         node[last] = value
     elif isinstance(node, list) and last.isdigit() and int(last) <= len(node):
+        # A slice, because it also appends where the index is one past the end.
         node[int(last) : int(last) + 1] = [value]
     else:
         raise KavaError(f"override={override!r}: there is no field {last!r} to set; check the key")

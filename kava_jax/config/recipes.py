@@ -13,6 +13,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "original": {
         "projector": {"kind": "elastic", "direction": "teacher_to_student", "training": "joint"},
         "loss": {"kv": "mercator", "center": "none"},
+        # Rates and decay are those that the authors recommend.
         "optimizer": {"student_lr": 5e-5, "projector_lr": 1e-3, "weight_decay": 0.01},
     },
     # The projector stands on the student's side and is dropped at export, so the target is the
@@ -56,6 +57,7 @@ def apply_recipe(raw: Mapping[str, Any]) -> dict[str, Any]:
     name = raw.get("recipe", "anchored")
     recipe = RECIPES.get(name, {}) if isinstance(name, str) else {}
     merged = dict(raw)
+    # One level deep: a kv loss or a weight that is given is not mixed with the recipe's own.
     for section, fields in recipe.items():
         given = merged.get(section)
         if section == "teachers":

@@ -32,6 +32,7 @@ from kava_jax.storage import Place, place
 
 # The name of the run's own held-out rows among ``eval.sets``.
 MAIN_SET = "held_out"
+# No slash, which separates a set's name from the figure in ``metrics.jsonl``.
 SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
 
 
@@ -334,6 +335,7 @@ class Config(Section):
         names = [teacher.name for teacher in self.teachers]
         if len(set(names)) < len(names):
             raise ValueError(f"teachers need different names, these repeat: {names}")
+        # Where models are kept by name, the student is kept under this one.
         if "student" in names:
             raise ValueError("a teacher cannot be called student; give it another name")
         if self.data.batch_size % self.train.grad_accumulation:

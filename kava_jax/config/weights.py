@@ -84,6 +84,7 @@ def _kind_of_weight(value: Any) -> str:
     return "ramp" if isinstance(value, Ramp | dict) else "number"
 
 
+# The last of these runs first, so ``auto(0.2)`` is a mapping when the discriminator sees it.
 KVWeight = Annotated[
     Annotated[Weight, Tag("number")]
     | Annotated[Ramp, Tag("ramp")]

@@ -75,10 +75,12 @@ def exact_match(
     if not examples:
         raise KavaError("exact match needs at least one row; give a data set that is not empty")
     prompts = [encoder.encode_prompt(example) for example in examples]
+    # Prompts of similar length share a batch, so little is padded and few lengths are compiled.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     texts = [""] * len(prompts)
     for start in range(0, len(order), batch_size):
         places = order[start : start + batch_size]
+        # A last batch with fewer rows would be another shape to compile.
         filled = places + places[-1:] * (batch_size - len(places))
         new_BM = generate(*_left_padded([prompts[i] for i in filled], pad_id(encoder.tokenizer)))
         for i, new_M in zip(places, new_BM, strict=False):
@@ -93,6 +95,7 @@ def _left_padded(
     tokens_BT = np.full((len(prompts), length), pad, np.int32)
     valid_BT = np.zeros((len(prompts), length), bool)
     for b, prompt in enumerate(prompts):
+        # On the left, so that the first new token of every row has the same slot in the cache.
         tokens_BT[b, length - len(prompt) :] = prompt
         valid_BT[b, length - len(prompt) :] = True
     return tokens_BT, valid_BT
@@ -100,6 +103,7 @@ def _left_padded(
 
 def _answer_text(new_M: np.ndarray, encoder: Encoder) -> str:
     tokenizer = encoder.tokenizer
+    # The student's config may know further ends. Whichever it was, pad ids follow it.
     ended = (new_M == tokenizer.eos_token_id) | (new_M == pad_id(tokenizer))
     if ended.any():
         new_M = new_M[: int(ended.argmax())]

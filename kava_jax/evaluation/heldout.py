@@ -21,6 +21,7 @@ from kava_jax.training.summary import Figures, summarize, summarize_layers
 Measure = Callable[[Mapping[str, Params], Mapping[str, Params], Statistics, Batch], Metrics]
 Examine = Callable[[Mapping[str, Params], Mapping[str, Params], Batch, int], Examination]
 
+# Some figures compare all pairs of tokens, so their cost grows with the square of TOKENS.
 EXAMINED, TOKENS = 8, 1024
 # Their values on held-out data would depend on weights and schedules, not on the model.
 _LEFT_OUT = ("kv", "dir_loss", "mag_loss")
@@ -35,9 +36,11 @@ def make_measure(objective: Objective, mesh: Mesh) -> Measure:
         statistics: Statistics,
         batch: Batch,
     ) -> Metrics:
+        # Step and shares weigh the total, which is not returned; the metrics do not depend on them.
         step = jnp.zeros((), jnp.int32)
         return objective(params, teachers, batch, step, (1.0, 1.0), statistics)[1][0]
 
+    # Every process reads the figures, and it can read only what its own devices hold.
     return jax.jit(measure, out_shardings=replicated(mesh))
 
 
@@ -66,11 +69,13 @@ def held_out(
     on a whole sample.
     """
     total: Metrics | None = None
+    # Spread over the whole set, because neighbouring rows may be alike.
     chosen = range(0, len(batches), -(-len(batches) // EXAMINED))
     examined = []
     for number, make in enumerate(batches):
         batch = make()
         metrics = measure(params, teachers, statistics, batch)
+        # Sums and counts are added: the mean of batches' means is not the mean over tokens.
         total = metrics if total is None else jax.tree.map(jnp.add, total, metrics)
         if examine and teachers and number in chosen:
             examined.append(examine(params, teachers, batch, TOKENS // len(chosen)))
@@ -79,6 +84,7 @@ def held_out(
     layers: dict[str, list[float]] = {}
     if examined:
         found = summarize_layers(jax.jit(figures)(examined))
+        # Of a figure that both have, the mean over all batches counts and not that of the sample.
         values, layers = found.values | values, found.layers
         counted = next(iter(zip(*(one.samples.values() for one in examined), strict=True)))
         values["sampled_tokens"] = float(sum(int(sample.counted.sum()) for sample in counted))

@@ -39,6 +39,8 @@ class Checkpoints:
 
         from kava_jax.journal import orbax_items
 
+        # BestN keeps the end of an ascending order, so a loss goes in with its sign turned.
+        # Checkpoints without metrics have no place in that order; Orbax would keep all of them.
         best = keeping.BestN(
             get_metric_fn=lambda metrics: -metrics[BEST_METRIC],
             n=1,
@@ -48,6 +50,7 @@ class Checkpoints:
         self._items = orbax_items
         self._directory = absolute(run_dir) / "checkpoints"
         self._keep = max_to_keep
+        # Steps that were checked. A resume asks twice: to choose a step, and before it reads it.
         self._intact: set[int] = set()
         self._manager = orbax_items.Manager(
             self._directory,
@@ -58,6 +61,7 @@ class Checkpoints:
                 best_mode="min",
                 create=not read_only,
                 read_only=read_only,
+                # A reader may look while a run writes, whose temporary directory is not abandoned.
                 cleanup_tmp_directories=not read_only,
             ),
         )
@@ -78,6 +82,8 @@ class Checkpoints:
         write before it finds the disk full, or another process does not take part.
         """
         step = int(state.step)
+        # Orbax raises for a step that it has. A run that is asked to end during its last evaluation
+        # has saved that step already.
         if step in self._manager.all_steps():
             return
         # A loss that is NaN would be neither better nor worse than any other: it does not count.
@@ -104,12 +110,15 @@ class Checkpoints:
             return
         if jax.process_index() == 0:
             # Where and how Orbax writes the metrics that ``save`` is given.
+            # The digests are of the state alone, so the checkpoint stays intact.
             write_atomically(
                 self._directory / str(step) / "metrics" / "metrics", json.dumps(metrics)
             )
+        # No process may read the steps again before the file is there.
         meet("checkpoint scored")
         steps = self.steps()  # of memory: the same on all processes, whatever a shared disk shows
         self._manager.reload()
+        # Orbax deletes by its policy only while it saves, and after the last step nothing is saved.
         best = from_first(self._manager.best_step() or 0, "best checkpoint")
         for other in steps[: -self._keep]:
             if other != best:
@@ -132,6 +141,7 @@ class Checkpoints:
             return None
         problems: dict[int, str] = {}
         intact = None
+        # All are judged before one is moved: where none is intact, all must stay in their place.
         for step in reversed(steps):
             if not (problem := self._problem(step)):
                 intact = step
@@ -151,6 +161,7 @@ class Checkpoints:
             )
         # Until the first process has moved them, no other may look again.
         meet("damaged checkpoints moved")
+        # Orbax lists the steps from memory, where those that were moved still are.
         self._manager.reload()
         return intact
 
@@ -178,6 +189,7 @@ class Checkpoints:
 
     def restore_student(self, step: int, abstract: Params) -> Params:
         """The student's parameters alone, whatever else is in the checkpoint; as ``restore``."""
+        # The optimizer's moments are left on the disk, which together are larger than the student.
         found = self._restored(
             step, lambda place: self._items.restore_part(place, {"params": {"student": abstract}})
         )
@@ -218,6 +230,7 @@ class Checkpoints:
         if step in self._intact:
             return ""
         place = self._directory / str(step) / "default"
+        # All must restore the same step, so each hears what the others found in their shares.
         found = damage(place, jax.process_index(), jax.process_count())
         problem = next(filter(None, from_all(found or "", f"checkpoint {step} checked")), "")
         if not problem:
@@ -226,6 +239,7 @@ class Checkpoints:
 
     def _put_aside(self, step: int) -> None:
         place = self._directory.parent / DAMAGED_NAME
+        # The same step may be written again and be damaged again.
         number = sum(1 for path in place.glob(f"{step}*"))
         move(self._directory / str(step), place / (f"{step}.{number}" if number else str(step)))
 
@@ -266,6 +280,7 @@ def newest_step(run_dir: Place) -> int:
 
 def abstract_state(state: Any, shardings: Any) -> Any:
     """Shapes and dtypes of a state with our own shardings, as a restore target."""
+    # ``eval_shape`` keeps no shardings, and without them Orbax would restore to other places.
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         state,

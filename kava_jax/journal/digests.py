@@ -28,6 +28,7 @@ def write_digests(directory: Place) -> None:
     """Write ``sha256.json``: the digests of all other files below the directory, the lists too."""
     names = _files(directory)
     lists = {f"sha256.{_writer(name)}.json" for name in names} & set(names)
+    # A file whose process left no list is digested here, so that every file is in some list.
     others = [name for name in names if f"sha256.{_writer(name)}.json" not in lists]
     _write(directory, DIGESTS_NAME, others)
 
@@ -37,9 +38,11 @@ def damage(directory: Place, process: int = 0, processes: int = 1) -> str | None
     expected = _read(directory / DIGESTS_NAME)
     if isinstance(expected, str):
         return expected
+    # An empty list would match whatever lies there.
     if not expected:
         return f"its {DIGESTS_NAME} names no file"
     lists = {name: int(found[1]) for name in expected if (found := _LIST.fullmatch(name))}
+    # Fewer processes than wrote take several lists each; of more, the last ones take none.
     mine = {name for name, writer in lists.items() if writer % processes == process}
     own = {n: digest for n, digest in expected.items() if n in mine or process == 0}
     if problem := _changed(directory, own):
@@ -85,6 +88,7 @@ def _writer(name: str) -> int | None:
 
 
 def _files(directory: Place) -> list[str]:
+    # A list cannot hold its own digest.
     return [name for name in files_below(directory) if name.rpartition("/")[2] != DIGESTS_NAME]
 
 

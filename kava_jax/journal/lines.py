@@ -54,12 +54,14 @@ class Lines:
         """Step ``done`` was begun; ``tokens`` of its batch are real."""
         self._tokens += tokens
         self._skips.add(done, metrics["skipped"])
+        # The device finishes steps in their order, so only the oldest line has to be asked for.
         if self._pending and _ready(self._pending[0][1]):
             self.settle()
 
     def add(self, done: int, metrics: Metrics) -> None:
         """Step ``done`` gets a line; the line before it is written now."""
         self.settle()
+        # The tokens are those of now: when the line is written, later steps have added theirs.
         self._pending.append((done, metrics, self._tokens))
 
     def settle(self) -> None:
@@ -69,6 +71,7 @@ class Lines:
         """
         while self._pending:
             done, metrics, tokens = self._pending.popleft()
+            # Reading the values waits for the step, so the lap ends when the step did.
             values = summarize(metrics)
             lap = self.clock.lap(done, tokens)
             self._skips.settle(done)
@@ -85,6 +88,7 @@ class Lines:
 
 
 def _ready(metrics: Metrics) -> bool:
+    # This asks without waiting, while every way of reading a value waits for it.
     return all(leaf.is_ready() for leaf in jax.tree.leaves(metrics))
 
 

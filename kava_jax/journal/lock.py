@@ -38,6 +38,7 @@ def alone(directory: Place, field: str) -> Iterator[str | None]:
                 note = stack.enter_context(exclusive(directory, field))
             except KavaError as error:
                 problem = str(error)
+        # The other processes wait here, so they must hear that the first one failed, and why.
         if told := from_all(problem, f"lock of {field}")[0]:
             raise KavaError(told)
         yield note
@@ -69,9 +70,11 @@ def exclusive(directory: Place, field: str) -> Iterator[str | None]:
     try:
         yield _unlocked(field, directory, refused) if refused else None
     finally:
+        # Removed while it is held: once released, it may be the lock of the next run already.
         path.unlink(missing_ok=True)
         os.close(descriptor)
         with suppress(OSError):  # not empty, as a run's directory is
+            # The innermost comes first, since a directory can be removed only when it is empty.
             for one in absent:
                 one.rmdir()
 
@@ -79,15 +82,19 @@ def exclusive(directory: Place, field: str) -> Iterator[str | None]:
 def _acquired(path: Path, field: str) -> tuple[int, str]:
     """The open lock file, and why the file system has no locks ("" when it is held)."""
     while True:
+        # A child that inherited the descriptor would hold the lock after this process has ended.
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         try:
+            # Not lockf: its locks belong to a process, so a second run in it would get one too.
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # Its last holder may have removed it since it was opened: then it guards nothing.
             if os.fstat(descriptor).st_nlink:
+                # The name of a holder that was killed may be there still, and longer than ours.
                 os.ftruncate(descriptor, 0)
                 os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
                 return descriptor, ""
         except OSError as error:
+            # These two say that somebody else holds it; any other error, that there are no locks.
             if error.errno not in (errno.EAGAIN, errno.EACCES):
                 return descriptor, f"its file system refuses locks: {error.strerror}"
             holder = os.pread(descriptor, 200, 0).decode(errors="replace") or "another process"

@@ -162,6 +162,7 @@ def read_manifest(run_dir: Place) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError):
         _refuse_earlier_version(run_dir)
         raise KavaError(f"{path} is missing; name a run directory made by `kava train`") from None
+    # ValueError is raised for bytes that are not UTF-8.
     except (ValueError, yaml.YAMLError) as error:
         raise KavaError(
             f"{path} is not readable YAML ({_one_line(error)}); correct it, restore it or name "
@@ -214,6 +215,7 @@ def check_manifest(
         _check_fresh(run_dir)
         return None
     manifest = read_manifest(run_dir)
+    # A path may differ only where fingerprints show that what lies there does not.
     if _comparable(manifest["fingerprints"], fingerprints):
         free = [*free, *paths]
     if changes := config_diff(manifest["config"], config, free):
@@ -260,6 +262,7 @@ def _fingerprint_changes(old: Mapping[str, Any], new: Fingerprints) -> dict[str,
     for name, value in new.teachers.items():
         pairs[f"weights of teacher {name}"] = old["teachers"].get(name), value
     return {
+        # Twelve hex digits tell two hashes apart, and two whole ones would fill the line.
         what: f"{before[:12]} -> {after[:12]}"
         for what, (before, after) in pairs.items()
         if before is not None and after is not None and before != after
@@ -291,6 +294,7 @@ def _matches(field: str, free: Sequence[str]) -> bool:
 def _plain(value: Any) -> Any:
     """The same value in the types YAML and JSON share, so that both round trips compare equal."""
     if isinstance(value, Mapping):
+        # JSON has no keys but text, and reads back a number that was a key as text.
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
@@ -312,6 +316,7 @@ def _git_revision() -> dict[str, str | bool] | None:
     """Revision of the current directory's repository; None without git, repository or commit."""
     try:
         revision = _git("rev-parse", "HEAD")
+        # Untracked files do not count: a run directory in the checkout would make every run dirty.
         return {"revision": revision, "dirty": bool(_git("status", "--porcelain", "-uno"))}
     except (OSError, subprocess.CalledProcessError):
         return None
@@ -333,6 +338,8 @@ def write_atomically(path: Place, text: str) -> None:
         with temporary.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
+            # Otherwise the rename may reach the disk before the text does, and a power cut leaves
+            # an empty file under the final name.
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
@@ -340,6 +347,7 @@ def write_atomically(path: Place, text: str) -> None:
 
 
 def _temporary(path: Path) -> Path:
+    # In the same directory, because a rename is atomic only within one file system.
     return path.with_name(f".{path.name}.tmp")
 
 

@@ -44,6 +44,7 @@ def cut(path: Path, step: int) -> None:
     if not path.exists():
         return
     end = 0
+    # The length of whole lines is a position in the file only when it is counted in bytes.
     with path.open("r+b") as file:
         for line in file:
             record = _parse(line)
@@ -67,5 +68,6 @@ def _parse(line: bytes) -> dict[str, Any] | None:
         record = json.loads(line)
     except ValueError:
         return None
+    # Without its newline, a line would be continued by the next one that is appended.
     whole = isinstance(record, dict) and {"step", "kind"} <= record.keys() and line.endswith(b"\n")
     return record if whole else None

@@ -84,9 +84,11 @@ class Monitor:
             return self
         from tensorboardX import SummaryWriter
 
+        # Where one of these cannot be opened, those before it are closed again.
         with ExitStack() as stack:
             self._files = stack.enter_context(growing(self._run_dir, METRICS_NAME))
             path = self._files.directory / METRICS_NAME
+            # Cut before it is opened, or the lines of an earlier attempt would come twice.
             cut(path, self._start_step)
             self._file = stack.enter_context(path.open("a", encoding="utf-8"))
             self._tensorboard = stack.enter_context(
@@ -151,6 +153,7 @@ class Monitor:
     def publish(self) -> None:
         """Make what was recorded so far outlast this machine, where the run is on a bucket."""
         if self._write:
+            # The writer keeps events in memory for ``flush_secs``.
             self._tensorboard.flush()
             self._files.publish()
 
@@ -185,7 +188,9 @@ class Monitor:
                 self._tensorboard.add_scalar(f"{kind}/{key}", value, global_step=step)
 
     def _write_line(self, record: Mapping[str, Any]) -> None:
+        # Python would write NaN, which no other reader of JSON takes; ``_finite`` has made it null.
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        # A resumed run writes no line up to its checkpoint again, so a kill must not lose any.
         self._file.flush()
 
     def _alarms(self, metrics: Metrics) -> list[str]:
@@ -193,6 +198,7 @@ class Monitor:
         mag_ratio = finite.get("mag_ratio")
         if (dir_loss := finite.get("dir_loss")) is not None:
             self._dir_losses.append(dir_loss)
+        # A ratio that is unknown must raise no alarm, and a ratio of 1 raises none.
         found = alarms(
             mag_ratio=1.0 if mag_ratio is None else mag_ratio,
             mag_loss=finite["mag_loss"] or 0.0 if "mag_loss" in finite else None,
@@ -226,6 +232,7 @@ def shown(
         cosine, gap, shuffled = "cos_sim", "alignment_gap", metrics.get("cos_shuffled")
     cos_value, gap_value = metrics.get(cosine), metrics.get(gap)
     if cos_value is not None and gap_value is not None:
+        # ``summarize`` keeps the running gap and drops the shuffled cosine behind it.
         shuffled = cos_value - gap_value
     formats = {
         "loss": ("loss", "{:.4f}"),
@@ -271,6 +278,7 @@ class _Terminal:
     """For eyes: a bar and a table that stay in place, with everything said scrolling above."""
 
     def __init__(self, start_step: int, total_steps: int):
+        # Messages hold paths and lists in brackets, which rich would take for its own markup.
         console = Console(stderr=True, force_terminal=True, highlight=False, markup=False)
         self._bar = Progress(
             SpinnerColumn(),

@@ -38,6 +38,7 @@ class DigestedHandler(ocp.StandardCheckpointHandler):
     async def async_save(self, directory: Any, *args: Any, **kwargs: Any) -> list[Any]:
         """What Orbax waits for in its own thread; the digests are the last of it."""
         writes = await super().async_save(directory, *args, **kwargs) or []
+        # Last in the list and waiting for the others, so that it digests files that are complete.
         return [*writes, _OwnDigests(writes, directory)]
 
     def finalize(self, directory: epath.Path) -> None:
@@ -67,6 +68,7 @@ class _OwnDigests:
 
 def restore_part(directory: Place, abstract: Any) -> Any:
     """Of what was saved there, only what ``abstract`` has, with its dtypes and shardings."""
+    # The standard handler restores whole trees only.
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         return reader.restore(
             str(directory),
@@ -78,6 +80,7 @@ def restore_part(directory: Place, abstract: Any) -> Any:
         )
 
 
+# Orbax finds a handler by the class of its arguments, so ours needs classes of its own.
 @ocp.args.register_with_handler(DigestedHandler, for_save=True)
 @dataclasses.dataclass
 class DigestedSave(ocp.args.StandardSave):

@@ -44,8 +44,10 @@ class SkipLog:
 
         Raises StoppedError when too many steps in a row were skipped.
         """
+        # Steps are added in their order, so those that are due are at the front.
         due = [one for one in self._pending if one[0] <= upto]
         self._pending = self._pending[len(due) :]
+        # All counts come in one transfer, instead of one wait for each step.
         for done, mean in jax.device_get(due):
             total = int(mean.sum)
             self._in_a_row = self._in_a_row + 1 if total > self._total else 0

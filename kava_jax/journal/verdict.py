@@ -14,6 +14,8 @@ from kava_jax.diagnostics import alignment_gap
 # Lower ends of the original method's bands; below the last one it is "Poor".
 EXCELLENT, GOOD, ACCEPTABLE = 0.95, 0.80, 0.50
 # The word is withdrawn when the gap, or its share of what was left to gain, is below these.
+# Noise can make a gap up to the first. The share does not depend on an offset that all vectors
+# have in common (docs/theory.md, What the gap measures).
 LEAST_GAP, LEAST_GAP_SHARE = 0.05, 0.1
 # Signs of collapse that do not change the word: a centred cosine below this, retrieval that finds
 # at most this many times what chance finds, a student's effective rank below this share of its
@@ -32,6 +34,7 @@ def verdict(cos: float, cos_shuffled: float | None = None) -> str:
     gap = alignment_gap(cos, cos_shuffled)
     if cos_shuffled is not None and gap is not None and gap < _least_gap(cos_shuffled):
         return "collapsed"
+    # The original's bands: above the first limit, from the second on.
     if cos > EXCELLENT:
         return "Excellent"
     if cos >= GOOD:
@@ -96,6 +99,7 @@ def collapsed_layers(
         shuffled = layers.get(f"{teacher}/cos_shuffled_{figure[-1]}", ())
         rows = [
             row
+            # Without a baseline there are no pairs, and nothing is called collapsed.
             for row, (cos, baseline) in enumerate(zip(cosines, shuffled, strict=False))
             if cos is not None and verdict(cos, baseline) == "collapsed"
         ]
@@ -122,6 +126,7 @@ def alarms(
         dir_losses: the last few logged direction losses, oldest first (see ``oscillates``).
     """
     found = []
+    # These limits, and the one of the magnitude loss below, are the original method's.
     if not 0.1 <= mag_ratio <= 10.0:
         what = "has exploded" if mag_ratio > 10.0 else "has collapsed"
         remedy = "lower the learning rates" + (
@@ -154,6 +159,7 @@ def oscillates(losses: Sequence[float], share: float = 0.1) -> bool:
     steps = [after - before for before, after in itertools.pairwise(losses)]
     turns = sum(a * b < 0 for a, b in itertools.pairwise(steps))
     mean_step = sum(map(abs, steps)) / len(steps)
+    # Noise around a settled loss turns as often, but by little: the swings must be large too.
     return 3 * turns >= 2 * (len(steps) - 1) and mean_step > share * sum(losses) / len(losses)
 
 

@@ -37,6 +37,7 @@ def compiled_ahead(
     if lengths:  # none are left when a run that has ended is called again
         count = f"{len(lengths)} padded length{'s' if len(lengths) > 1 else ''}"
         tell(f"compiling the step for {count}: {', '.join(map(str, longest_first))}")
+    # Kept here, because ``jit`` does not find what was compiled ahead and would compile it again.
     programs = {
         length: step.lower(state, teachers, abstract_batch(rows, length)).compile()
         for length in longest_first

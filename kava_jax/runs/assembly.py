@@ -59,6 +59,7 @@ def empty_statistics(objective: Objective, student: DecoderSpec) -> Statistics:
     if objective.center == "running":
         for name, link in objective.teachers.items():
             layer_map = link.comparison.layer_map
+            # Both sides, and so their means, have the shape of the side that is not projected.
             forward = objective.direction == "teacher_to_student"
             heads = student.num_kv_heads if forward else link.spec.num_kv_heads * layer_map.sources
             head_dim = student.head_dim if forward else link.spec.head_dim
@@ -98,6 +99,7 @@ def learning_rates(config: Config) -> dict[str, optax.Schedule]:
     waits = config.projector.warmup_steps
     if config.teachers and config.projector.training == "warmup":
         later = rate(settings.student_lr, steps - waits)
+        # At a rate of 0 there is no decay either: AdamW multiplies it by the rate.
         rates["student"] = optax.join_schedules([optax.constant_schedule(0.0), later], [waits])
     return rates | {"projector": rate(settings.projector_lr, steps)}
 
@@ -121,6 +123,7 @@ def optimizer_of(
 
 def _weight(weight: float | Ramp, steps: int) -> Callable[[Any], Any]:
     if isinstance(weight, Ramp):
+        # Steps count from 0, so the last of n steps is number n - 1.
         moving = max(1, round(weight.over * steps) - 1)
         return optax.linear_schedule(weight.start, weight.end, moving)
     return optax.constant_schedule(weight)

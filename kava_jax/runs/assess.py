@@ -31,6 +31,7 @@ def assess(
     The built-in generator is asked for its test split unless ``data.eval_split`` says otherwise.
     """
     for override in overrides:
+        # Any other field would describe another model than the one whose weights are read.
         if not override.startswith(("data.", "eval.")):
             raise KavaError(f"override={override!r}: kava eval takes data.* and eval.* fields only")
     directory = place(model, "model")
@@ -58,6 +59,7 @@ def assess(
             f"checkpoint={checkpoint!r}: {model!r} is not a run directory; leave it out"
         )
     fields = {
+        # Otherwise it would be runs/run, and a run there would give its date to chat templates.
         "run": {"dir": model},
         "student": {"path": model},
         "data": {"path": data, "batch_size": 32},

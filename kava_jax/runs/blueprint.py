@@ -98,6 +98,8 @@ class Blueprint:
         if projector is None:
             projector = self.projector.fresh(seed + 1) if self.projector else {}
         params = {"student": student, "projector": projector}
+        # The moments are made where they will lie: whole, they may not fit on one device. The seed
+        # is an argument, so that runs with other seeds share the program.
         start = jax.jit(self._state_of, out_shardings=self.state_shardings())
         return start(params, jnp.uint32(seed))
 
@@ -246,6 +248,7 @@ def _teacher(
         blocks=blocks,
         tail=headless,
         head=not headless,
+        # A teacher never learns, so it needs no float32 weights to add small steps to.
         param_dtype=dtype,
         dtype=dtype,
         layouts=layouts(mesh),
@@ -266,6 +269,7 @@ def _projector(
     settings = config.projector
     shapes = {
         name: {
+            # Teacher layers that are mixed for one student layer lie side by side in the width.
             "d_model": teacher.spec.kv_width * teacher.layer_map.sources,
             "num_heads": teacher.spec.num_kv_heads * teacher.layer_map.sources,
             "num_layers": len(teacher.layer_map),
@@ -331,4 +335,5 @@ def _build_decoder(spec: DecoderSpec, rngs: nnx.Rngs, **options: Any) -> Decoder
 
 
 def _initial(part: Part | None) -> Params:
+    # Only shapes are asked for, so any seed will do.
     return {} if part is None else nnx.to_pure_dict(nnx.split(part.build(nnx.Rngs(0)))[1])

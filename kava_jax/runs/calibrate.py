@@ -187,6 +187,7 @@ def _layer_map(config: Config, index: int, candidates: Candidates, grams: Splits
             fit_v,
             p,
             row,
+            # A shallow teacher has fewer layers than that to choose from.
             min(LAYERS, len(row)),
             RIDGE,
             config.projector.direction,
@@ -227,6 +228,7 @@ def _score(
 
     Without a baseline (batches of one row) there is no gap: it is left out, JSON has no NaN.
     """
+    # Built again: the maps, by which teachers are cut, are known only now.
     run = prepare(config, maps)
     objective = run.blueprint.objective
     params = {"student": student, "projector": place(run, projector)}
@@ -269,6 +271,7 @@ def place(run: Run, projector: Params) -> Params:
 def _batches(run: Run, rows: Sequence[Any], places: tuple[int, ...]) -> list[Batch]:
     """One split's rows, every batch of one shape."""
     data = run.config.data
+    # Dealt out in turn, because the rows of a file may be sorted.
     kept = [row for index, row in enumerate(rows) if index % LEAST_ROWS in places]
     batches = eval_batches(
         kept,
@@ -283,6 +286,8 @@ def _batches(run: Run, rows: Sequence[Any], places: tuple[int, ...]) -> list[Bat
 
 def _identity(config: Config, fingerprints: Fingerprints) -> str:
     raw = dump_config(config)
+    # Paths do not count, as the fingerprints say whether the files are the same. The seed does: it
+    # draws the weights of a fresh student, and of a teacher under the control ``random``.
     fields: dict[str, Any] = dict(fields_of({name: raw[name] for name in IDENTITY}, PATH_FIELDS))
     fields |= {name: raw["loss"][name] for name in FRAME_FIELDS}
     fields |= {"seed": raw["run"]["seed"], "files": fingerprints._asdict()}

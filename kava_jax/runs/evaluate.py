@@ -110,6 +110,7 @@ def evaluator(
             answers[name] = answer(run, sets[name], state.params["student"], check)
             prefix = "" if name == MAIN_SET else f"{name}/"
             values |= {f"{prefix}{key}": value for key, value in scores(answers[name]).items()}
+        # All processes answer, since the model is spread over them; one of them writes.
         if last and answers and jax.process_index() == 0:
             write_answers(run.directory, answers)
         return found._replace(values=values)
@@ -152,6 +153,7 @@ def choice_note(config: Config) -> str | None:
         place, name = f"data.eval_split={data.eval_split}", data.eval_split
     else:
         return None
+    # As a word of its own: ``latest`` and ``contest`` name no test set.
     if "test" not in re.split(r"[^a-z]+", name.lower()):
         return None
     return (
@@ -229,8 +231,10 @@ def _generate(run: Run, student: Params, check: Callable[[], None]) -> Generate:
     """Greedy continuation, by the run's own ends."""
 
     def continued(prompt_BT: np.ndarray, valid_BT: np.ndarray) -> np.ndarray:
+        # All processes ask here, in step with each other (``Preemption.asked``).
         check()
         new_BM = generate(
+            # Not the graph of training batches: its attention kernels take no padding on the left.
             run.blueprint.student.graph,
             student,
             spread_rows(prompt_BT, run.mesh),
@@ -261,4 +265,5 @@ def _held_out_batches(
         check()
         return put_batch(batch, run.mesh)
 
+    # Each goes to the devices when it is called for: a whole set may not fit next to the state.
     return [partial(placed, batch) for batch in batches]

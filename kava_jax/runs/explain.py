@@ -65,6 +65,7 @@ def _changes(config: Config) -> str:
     """The fields in which the config differs from its recipe."""
     raw = dump_config(config)
     bare = [{"name": teacher.name, "path": teacher.path} for teacher in config.teachers]
+    # The recipe is filled in for the same models and data, so only what it sets can differ.
     kept = {name: raw[name] for name in ("recipe", "student", "data")}
     recipe = dump_config(parse_config(kept | {"teachers": bare}))
     set_by = partial(_set_by_recipe, config.recipe)

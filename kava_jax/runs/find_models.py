@@ -55,6 +55,7 @@ def at_hand(address: str) -> Found:
         found = try_to_load_from_cache(hub_id, "config.json", revision=revision)
     except HFValidationError:  # a path, not an id
         found = None
+    # The cache also remembers files that a repository does not have, by an object that is no path.
     if not isinstance(found, str):
         raise KavaError(f"model path={address!r} is not at hand; give a directory")
     return Found(Path(found).parent, read_spec(Path(found).parent))
@@ -98,6 +99,7 @@ def find_models(
 
 
 def _check_vocabulary(who: str, spec: DecoderSpec, vocabulary: int) -> None:
+    # More rows than ids are usual, since tables are padded: 152064 rows for 151665 ids.
     if vocabulary > spec.vocab_size:
         raise KavaError(
             f"{who} has vocab_size={spec.vocab_size} rows and the tokenizer {vocabulary} ids; use "

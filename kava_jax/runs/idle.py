@@ -30,6 +30,7 @@ def idle_settings(config: Config) -> list[str]:
         if every is not None and every > steps and every != _default(config, f"train.{name}"):
             notes.append(f"train.{name}={every} is more than train.steps={steps}: only at the end")
     often, every = config.train.eval_every, config.eval.exact_match_every
+    # At the last step there are answers in any case, so a multiple there is none in between.
     if config.eval.max_new_tokens and often and every and math.lcm(often, every) >= steps:
         notes.append(
             f"eval.exact_match_every={every} and train.eval_every={often} have no multiple in "
@@ -60,6 +61,7 @@ def _unread(config: Config) -> dict[str, str]:
     unless(config.eval.max_new_tokens > 0, "eval.max_new_tokens=0", every)
     if reachable(config.data.path, "data.path").is_file():
         unless(False, "data.path is a file", "data.subset")
+        # A single file has no splits; the name would only apply to ``eval_path``.
         unless(config.data.eval_path is not None, "data.path is a file", "data.eval_split")
     return found
 

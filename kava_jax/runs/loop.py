@@ -84,16 +84,21 @@ def run_steps(
     try:
         if start == 0 or not evaluated:
             evaluation = _evaluated(evaluate, state, start, monitor)
+        # A finished run needs its figures for the results, which are written after the loop; their
+        # line has been written before.
         elif start >= cadence.steps:
             evaluation = evaluate(state, start)
         if start > 0 and evaluation.values:
+            # This checkpoint was written before its evaluation was whole.
             checkpoints.score(start, evaluation.values)
         lines.restart_clock(start)
         for number in range(start, cadence.steps):
             rows, batch = upcoming.take(number)
             measuring = share_is_due(number, cadence.share_every)
             if probe and (measuring or _due(number, cadence.diagnose_every)):
+                # Lines are in the order of the steps, and the probe's comes after this one.
                 lines.settle()
+                # One length for all batches, so that the probe is compiled once.
                 whole = put_batch(padded(rows, stream.max_length), mesh)
                 scale = _probed(probe, state, teachers, whole, monitor, lines.clock)
                 # Only then: how often one looks must not change what is learnt.
@@ -119,9 +124,11 @@ def run_steps(
                 evaluation = _evaluated(evaluate, state, done, monitor)
                 measured = evaluation.values
                 lines.restart_clock(done)
+            # Asked once a step whatever else is due, so that all processes ask equally often.
             asked = preemption.asked()
             if last:
                 checkpoints.score(done, evaluation.values)
+            # A run that is asked to end saves below, where it also waits for the write.
             elif done % cadence.checkpoint_every == 0 and not asked:
                 _settled(lines, skips, monitor, done)
                 checkpoints.save(state, measured)
@@ -177,6 +184,7 @@ def _settled(lines: Lines, skips: SkipLog, monitor: Monitor, done: int) -> None:
     """Nothing up to step ``done`` is left unwritten, so that a checkpoint may follow."""
     lines.settle()
     skips.settle(done)
+    # A resumed run writes only what comes after its checkpoint, so no earlier line may be missing.
     monitor.publish()
 
 

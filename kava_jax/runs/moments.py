@@ -49,7 +49,9 @@ class Moments:
             part.part.shardings,
             batch_sharding(run.mesh),
         )
+        # Every process solves for the maps by itself, so each needs all of the sums.
         everywhere = replicated(run.mesh)
+        # A program of its own: the shift must be known before any product is summed.
         self._means = jax.jit(
             lambda student, teacher, batch: {
                 part: tuple(token_mean(x, batch.kv_mask) for x in sides)
@@ -73,6 +75,7 @@ class Moments:
         sums: dict[str, Grams] = {}
         for batch in batches:
             placed = put_batch(batch, self._run.mesh)
+            # The first batch gives the shift of all splits. It need not be exact, only near.
             if self._shifts is None:
                 self._shifts = self._means(self._student, self._teacher, placed)
             found: dict[str, BatchGrams] = self._grams(

@@ -35,6 +35,7 @@ class Part:
     def of(cls, build: Any, mesh: Mesh, indivisible: Indivisible = "error") -> "Part":
         """Trace ``build(rngs)`` without allocating anything."""
         graph, abstract = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
+        # ``eval_shape`` drops shardings, so they are found by the names of the axes.
         shardings, misfits = param_shardings(abstract, mesh, indivisible)
         return cls(graph, build, abstract, shardings, tuple(misfits))
 
@@ -45,6 +46,7 @@ class Part:
             rngs = nnx.Rngs(jax.random.key(seed))
             return nnx.to_pure_dict(nnx.split(self.build(rngs))[1])
 
+        # The seed is an argument and no constant, so that all seeds share one program.
         return jax.jit(init, out_shardings=self.shardings)(jnp.uint32(seed))
 
 

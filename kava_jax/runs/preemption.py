@@ -60,6 +60,7 @@ class Preemption:
             return self._asked
         from jax.experimental.multihost_utils import reached_preemption_sync_point
 
+        # JAX wants a number that rises at every call; a step's stays the same within an evaluation.
         self._moments += 1
         return reached_preemption_sync_point(self._moments)
 
@@ -75,6 +76,7 @@ class Preemption:
         signal.signal(number, signal.SIG_DFL)
         if number == signal.SIGHUP:
             _leave_terminal()
+        # JAX listens to SIGTERM alone.
         if jax.process_count() > 1:  # JAX tells the other processes
             signal.raise_signal(signal.SIGTERM)
 

@@ -85,6 +85,7 @@ def prepare(config: Config, measured_maps: Mapping[str, LayerMap] | None = None)
         train_on=data.train_on,
         today=today_of(config.run.directory),
     )
+    # Chat models may end a turn with another token than the tokenizer's eos.
     ends = {int(tokenizer.eos_token_id)}  # pyright: ignore[reportArgumentType]  (Encoder demands an eos)
     if blueprint.student_dir is not None:
         ends |= end_ids(blueprint.student_dir)
@@ -109,6 +110,7 @@ def _compare_models(
     Keys of the models' config.json that are not known are among it.
     """
     models = {f"teachers.{n}": teacher.directory for n, teacher in blueprint.teachers.items()}
+    # Without a tokenizer that is named, the run's is the student's own.
     if config.student.tokenizer is not None and blueprint.student_dir is not None:
         models["student.path"] = blueprint.student_dir
     found = {who: check_same_ids(tokenizer, directory, who) for who, directory in models.items()}
@@ -152,6 +154,7 @@ def load_dataset(run: Run) -> Dataset:
         },
     )
     sets = (dataset.stream.rows, dataset.held_out.rows, *(m.rows for m in dataset.more.values()))
+    # Renamed tokens do harm only in use, and only encoded rows show which are used.
     told = [check_unused(renamed, chain(*sets), who) for who, renamed in run.renamed.items()]
     compared = {"training": dataset.stream.rows, "held-out": dataset.held_out.measured}
     short = compared_notes(compared if run.config.teachers else {}, run.config.loss.sink_tokens)
@@ -166,6 +169,7 @@ def today_of(run_dir: Place) -> date:
 
     Raises KavaError when SOURCE_DATE_EPOCH is no number of seconds.
     """
+    # Asked in any case: all processes must ask, even if some do not see the manifest yet.
     day = _day_of_start()
     if (run_dir / MANIFEST_NAME).is_file():
         day = date.fromisoformat(read_manifest(run_dir)["date"])

@@ -67,8 +67,10 @@ def recorded_config(run_dir: Place, overrides: Sequence[str] = ()) -> Config:
 def config_of(run_dir: Place, overrides: Sequence[str]) -> Config:
     """The config that a run was started with, at the place where the run lies now."""
     check_access(run_dir, "run")
+    # First, so that an override can still name a kernel.
     chosen = ["train.attention=auto", *overrides]
     config = recorded_config(run_dir, chosen)
+    # The directory may have been moved, and the manifest has the place where it was.
     located = config.run.model_copy(update={"dir": str(run_dir)})
     return config.model_copy(update={"run": located})
 
@@ -159,6 +161,7 @@ def restore(run: Run, checkpoint: str = "last") -> TrainState:
 
 def check_finite(run: Run, params: Params, step: int) -> None:
     """Raises KavaError with the restored weights that hold NaN or infinity."""
+    # Judged where the weights lie: one flag for each tensor comes back, and no weights move.
     every = jax.jit(
         lambda params: jax.tree.map(lambda x: jnp.isfinite(x).all(), params),
         out_shardings=replicated(run.mesh),

@@ -85,6 +85,7 @@ def _rescheduled(before: Config, now: Config, state: TrainState) -> str:
     changed = []
     for name, schedule in new.items():
         at = taken if name.startswith("lr_") else step
+        # Compared as they are printed: a line of two equal numbers would say nothing.
         left, right = (f"{float(np.asarray(one(at))):.4g}" for one in (old[name], schedule))
         if left != right:
             changed.append(f"{name} {left} -> {right}")

@@ -40,6 +40,7 @@ def answer_all(run_dir: Place, count: int) -> list[Answered]:
             f"samples={count}: the rows of data.path={run.config.data.path} are no questions with "
             f"answers; leave --samples out"
         )
+    # Only answers are wanted, so nothing has to be encoded.
     few = HeldOut([], held.answered[:count])
     return list(_everyone(run, few))
 

@@ -48,6 +48,7 @@ def smoke_config(config: Config) -> Config:
     named = absolute(named) if named.name in ("", "..") else named  # `.` has no name of its own
     directory = named.with_name(f"{named.name}-smoke")
     with alone(directory, "run.dir"):
+        # Under the lock of the directory, where another smoke run may be at work.
         if jax.process_index() == 0 and (directory / MANIFEST_NAME).is_file():
             remove(directory)
     raw = dump_config(config)
@@ -80,6 +81,7 @@ def smoke_config(config: Config) -> Config:
     if raw["projector"]["training"] == "warmup":
         raw["projector"]["warmup_steps"] = 1
     raw["optimizer"]["warmup_steps"] = min(1, raw["optimizer"]["warmup_steps"])
+    # The real run's mesh need not divide the tiny widths.
     raw["mesh"] = {"data": -1, "fsdp": 1, "tensor": 1}
     raw["run"] |= {"name": f"{config.run.name}-smoke", "dir": str(directory)}
     return parse_config(raw)
@@ -142,14 +144,17 @@ def _at_hand(path: str, split: str, subset: str | None) -> bool:
 def _depth_divisor(specs: Any) -> int:
     """The largest common divisor of all depths, or less, that leaves no model too deep."""
     depths = [spec.num_layers for spec in specs]
+    # Only a common divisor keeps the ratio of the depths, by which layers are mapped.
     return math.gcd(*depths) if max(depths) > LARGEST_DEPTH else 1
 
 
 def _shrunk(spec: DecoderSpec, depth: int, largest_head_dim: int, vocabulary: int) -> DecoderSpec:
+    # Even, because RoPE turns pairs of dimensions.
     head_dim = max(2, 2 * (spec.head_dim * LARGEST_HEAD_DIM // largest_head_dim // 2))
     head_dim = min(spec.head_dim, head_dim)
     rope = spec.rope_scaling
     if isinstance(rope, LongRopeScaling):  # one factor for each pair of the head dim
+        # Each pair that is left takes the factor of the pair at the same relative place.
         places = [pair * spec.head_dim // head_dim for pair in range(head_dim // 2)]
         fewer = {
             name: tuple(getattr(rope, name)[place] for place in places)
@@ -163,6 +168,7 @@ def _shrunk(spec: DecoderSpec, depth: int, largest_head_dim: int, vocabulary: in
         rope_scaling=rope,
         hidden_size=max(8, spec.hidden_size // WIDTH_SHRINK),
         intermediate_size=max(16, spec.intermediate_size // WIDTH_SHRINK),
+        # Not shrunk: every id of the real tokenizer needs a row.
         vocab_size=max(spec.vocab_size, vocabulary),
     )
 

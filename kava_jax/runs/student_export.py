@@ -41,6 +41,7 @@ def check_exportable(run: Run) -> None:
 def _tokenizer(run: Run) -> Any:
     """The directory whose files are copied, else the tokenizer itself."""
     directory = Path(run.tokenizer_source)
+    # Files are copied where there are some: other versions of transformers write them differently.
     return directory if directory.is_dir() else run.tokenizer
 
 

@@ -102,6 +102,7 @@ def _train(
         free=FREE_FIELDS,
         paths=PATH_FIELDS,
     )
+    # One process decides, because on a shared disk others may not see the newest checkpoint yet.
     newest = from_first(newest_step(run.directory), "start of training")
     if newest < 0:
         check_exportable(run)
@@ -114,6 +115,8 @@ def _train(
     teachers = run.blueprint.load_teachers()
     write = jax.process_index() == 0
     if write:
+        # The manifest comes second, since it makes the directory a run: a lone config may be
+        # replaced. Both come before the first checkpoint, which alone would belong to no run.
         write_config(run.directory, plain)
         write_manifest(
             run.directory,
@@ -175,12 +178,15 @@ def _train(
                 ),
                 preemption=preemption,
                 profile=Profile(run.directory, profiled),
+                # Only the first process has the lines. All know whether one is due, so all ask
+                # or none does.
                 evaluated=not _evaluation_is_due(config, int(start.step))
                 or bool(from_first(monitor.has_evaluation(int(start.step)), "last evaluation")),
             )
     if run.blueprint.projector:
         _save_projector(run, state)
     if write:
+        # Last of all: a manifest with results is one of a run that has ended.
         write_results(run.directory, results(evaluation))
     return Trained(run, dataset, state, evaluation)
 
@@ -228,6 +234,7 @@ def _share(config: Config) -> AutoShare | None:
 def _save_projector(run: Run, state: TrainState) -> None:
     projector = run.blueprint.projector
     assert projector is not None
+    # All processes take part, since each may hold only a part; one of them writes.
     params = jax.tree.map(partial(on_host, place="projector"), state.params["projector"])
     if jax.process_index() == 0:
         module: KVDimensionProjector = nnx.merge(projector.graph, params)
