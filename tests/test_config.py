@@ -293,6 +293,7 @@ def test_a_kv_loss_is_a_name_or_a_kind_with_its_own_fields(overrides, loss):
         (["loss.kv.beta=-1"], "loss.kv.beta=-1 is not valid"),
         (["data.fields=[a, b, c]"], "data.fields=['a', 'b', 'c'] is not valid: write [prompt"),
         (["data.fields=[a, null]"], "write [prompt, answer]"),
+        (["data.format={{prompt}}"], "a key is a mapping or a list (quote text with braces)"),
         (["data.format=plain"], "data.format='plain' is not valid: write qa, chat, or a text with"),
     ],
 )

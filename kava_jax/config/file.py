@@ -59,9 +59,14 @@ class _Loader(yaml.SafeLoader):
     """Safe YAML with numbers like ``1e-3``, no repeated keys, and no sixties: 10:15 is text."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """Build a dict, refusing a key that stands twice."""
+        """Build a dict; a key given twice is refused, and so is one that is no text."""
         seen = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(
+                    problem="a key is a mapping or a list (quote text with braces)",
+                    problem_mark=key_node.start_mark,
+                )
             if key_node.value in seen:
                 raise yaml.MarkedYAMLError(
                     problem=f"key {key_node.value!r} is given twice", problem_mark=node.start_mark

@@ -5,7 +5,7 @@ the progress display on a terminal, or a plain line where stderr is none. Everyt
 to stderr; stdout belongs to ``--json``.
 
 Left out on purpose: where metrics come from (plain floats are handed in), what is good or bad
-(``kava_jax.diagnostics`` says it in words), and Weights & Biases.
+(``verdict`` says it in words), and Weights & Biases.
 """
 
 import json

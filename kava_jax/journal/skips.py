@@ -55,7 +55,7 @@ class SkipLog:
             if self._in_a_row:
                 rows = [int(row) for row in self._stream.row_indices(done - 1)]
                 self._monitor.skipped(done, rows)
-            if self._in_a_row == self._most:
+            if self._in_a_row >= self._most:
                 raise StoppedError(
                     f"loss or gradient was not finite for {self._most} steps in a row, up to step "
                     f"{done} (train.max_consecutive_skips), and the weights were left as they were;"

@@ -36,6 +36,7 @@ from kava_jax.evaluation.heldout import held_out, make_examine, make_measure
 from kava_jax.journal.lock import alone
 from kava_jax.journal.manifest import Fingerprints, check_manifest, config_hash, fields_of
 from kava_jax.models.decoder import Params
+from kava_jax.parallel.hosts import from_first
 from kava_jax.parallel.sharding import put_batch
 from kava_jax.runs.moments import Candidates, Moments
 from kava_jax.runs.prepare import Run, fingerprints_of, load_dataset, prepare
@@ -76,7 +77,9 @@ def calibrated(
     if not config.needs_calibration:
         return None
     path, identity = calibration_path(config.run.directory), _identity(config, fingerprints)
-    if path.is_file() and _written_identity(path) == identity:
+    # All processes measure or none: on a shared disk one of them may see the file later.
+    known = path.is_file() and _written_identity(path) == identity
+    if from_first(known, "calibration"):
         return _read(config)
     found = _measure(config, run, dataset, identity)
     if jax.process_index() == 0:
@@ -135,6 +138,7 @@ def _measure(config: Config, run: Run, dataset: Dataset, identity: str) -> Calib
         maps[teacher.name] = _layer_map(config, index, candidates, grams)
         found = _fit(config, maps[teacher.name], grams)
         weights[teacher.name], report[teacher.name] = found
+        del moments  # it holds the teacher, and the next one needs the room
     projector = {"pairs": weights} if config.projector.init == "calibrated" else None
     scored = _score(config, maps, projector, student, batches["score"]) if projector else {}
     teachers = {name: report[name] | scored.get(name, {}) for name in report}

@@ -106,7 +106,7 @@ def evaluator(
         every = settings.exact_match_every
         due = last or (every is not None and step > 0 and step % every == 0)
         answers = {}
-        for name in answered if last else answered[:1] if due else ():
+        for name in answered if last else {MAIN_SET} & {*answered} if due else ():
             answers[name] = answer(run, sets[name], state.params["student"], check)
             prefix = "" if name == MAIN_SET else f"{name}/"
             values |= {f"{prefix}{key}": value for key, value in scores(answers[name]).items()}

@@ -51,6 +51,8 @@ def _everyone(run: Run, held: HeldOut) -> Iterator[Answered]:
     for teacher in run.config.teachers:
         raw = dump_config(run.config)
         raw["student"] = {"path": teacher.path}
+        # Without teachers there is nothing else to learn from, and the config would be refused.
         raw["teachers"], raw["recipe"] = [], "anchored"
+        raw["loss"] |= {"ce_weight": 1.0, "kv_weight": 1.0}
         alone = prepare(parse_config(raw))
         yield Answered(teacher.name, answer(alone, held, alone.blueprint.load_student()))
