@@ -54,7 +54,6 @@ class _Random:
 
     def between(self, low: int, high: int) -> int:
         """A number from ``low`` to ``high``, both included."""
-        # The constants are those of splitmix64.
         self._state = (self._state + 0x9E3779B97F4A7C15) % 2**64
         z = self._state
         z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64

@@ -137,9 +137,8 @@ class Encoder:
     def _rows(self, examples: Sequence[Example], cut_documents: bool = True) -> list[Encoded]:
         pieces = [self._pieces(example) for example in examples]
         # The text up to the end of every piece, of all rows at once.
-        # A merge may cross the boundary of two pieces, so the ids of a text are not those of its
-        # pieces in a row. Tokenizing the text up to each boundary shows where the pieces end in
-        # ids.
+        # A merge may cross the boundary of two pieces, so pieces tokenized alone give other ids
+        # than the whole text. The text up to each boundary shows where the pieces end in ids.
         upto = [text for row in pieces for text in itertools.accumulate(row)]
         ids = iter(self._ids(upto))
         return [

@@ -151,8 +151,8 @@ def check_same_ids(
             untrained += [] if found else [index]
             continue
         names = f"id {index} is {token!r} in the run and {found or 'another token'!r} there"
-        # Ordinary tokens can occur in any text, also in a generated one, so they must agree. Special
-        # ones may differ as long as no row uses them.
+        # Ordinary tokens can occur in any text, also in a generated one, so they must agree.
+        # Special ones may differ as long as no row uses them.
         if index not in special or not (found is None or index in other.added_tokens_decoder):
             raise KavaError(_DISAGREEMENT.format(who, names))
         renamed[index] = names
