@@ -137,6 +137,7 @@ def check_access(where: Place, field: str) -> None:
 
     conf["gcs"] = conf.get("gcs", {}) | {"use_listings_cache": False}  # others write there too
     try:
+        # The parts of gs://bucket/run are "/", "gs", "bucket" and "run".
         google.Client().get_bucket(where.parts[2])  # as Orbax does, which asks what kind it is
     except Exception as error:  # of Google's packages for access, network and names: no base class
         raise KavaError(
@@ -193,9 +194,11 @@ def _obstacle(where: Path) -> str | None:
     if len(os.fsencode(whole)) > os.pathconf(there, "PC_PATH_MAX") - _LONGER_PATH:
         return "the path is too long"
     try:
+        # Only making a file is a sure test: os.access may be wrong on network file systems.
         with tempfile.TemporaryFile(dir=there):
             return None
     except OSError as error:
+        # Another path is no remedy here, and a full disk has an exit code of its own.
         if is_full_disk(error):
             raise
         return f"{there}: {_reason(error)}"
@@ -214,6 +217,7 @@ class Growing:
             return
         sizes = {path: path.stat().st_size for path in _files(self.directory)}
         for path, size in sizes.items():
+            # These files only grow, so an equal size means that nothing was added.
             if self._published.get(path) != size:
                 _upload(path, self._target / path.relative_to(self.directory).as_posix())
         self._published = sizes
@@ -237,6 +241,7 @@ def growing(run_dir: Place, *names: str) -> Iterator[Growing]:
         try:
             yield copies
         finally:
+            # A run that fails publishes too: the last lines are those that lead up to the fault.
             copies.publish()
 
 
@@ -250,6 +255,7 @@ def local_file(where: Place) -> Iterator[Path]:
         path = Path(folder) / where.name
         if where.exists():
             path.write_bytes(where.read_bytes())
+        # No ``finally`` here: after an error the object in the bucket stays as it was.
         before = path.stat().st_mtime_ns if path.exists() else None
         yield path
         if path.exists() and path.stat().st_mtime_ns != before:
@@ -267,6 +273,7 @@ def upload(directory: Path, target: Place, *, first: str = "", last: str = "") -
 
     Raises StoppedError when an upload fails.
     """
+    # The new files may lie in a folder of the target itself, which must not be removed.
     present = [path for path in target.iterdir() if path != directory] if target.exists() else []
     for path in sorted(present, key=lambda path: (path.name == first, path.name != last)):
         remove(path) if path.is_dir() else path.unlink()
@@ -292,6 +299,7 @@ def files_below(directory: Place) -> list[str]:
     """Relative names of all files below a directory, in order."""
     if isinstance(directory, Path):
         return [path.relative_to(directory).as_posix() for path in _files(directory)]
+    # fsspec lists names without the scheme.
     start = str(directory).removeprefix(_BUCKET) + "/"
     return sorted(name.removeprefix(start) for name in _file_system(directory).find(str(directory)))
 

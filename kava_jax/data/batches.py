@@ -114,6 +114,8 @@ class BatchStream:
         # The T that each row needs; a batch takes the largest of its rows.
         self._padded = padded_lengths[np.searchsorted(padded_lengths, self._lengths)]
         order = self._bucketed_order if bucketed else self._shuffled_order
+        # The order is asked for once per row of a batch. Two orders are kept, because a batch may
+        # reach into the next epoch.
         self._order = functools.lru_cache(maxsize=2)(order)
 
     @property
@@ -123,6 +125,8 @@ class BatchStream:
 
     def lengths(self, first: int, last: int) -> tuple[int, ...]:
         """Every T that the batches from step ``first`` to before ``last`` can have, ascending."""
+        # A short rest of a run may miss some lengths, and each one left out saves a compilation. A
+        # longer rest is taken to meet all of them, because looking at every step takes time.
         if last - first > MOST_LENGTHS:
             return tuple(int(length) for length in np.unique(self._padded))
         steps = range(first, last)
@@ -173,11 +177,15 @@ class BatchStream:
 
     def row_indices(self, step: int) -> Int[np.ndarray, "B"]:
         """Which of ``rows`` the global batch of this step holds."""
+        # Epochs follow each other without a gap. So the epoch and the place in it follow from the
+        # step number alone, and nothing else has to be saved.
         places = step * self.batch_size + np.arange(self.batch_size)
         epochs, within = np.divmod(places, len(self.rows))
         return np.array([self._order(int(e))[w] for e, w in zip(epochs, within, strict=True)])
 
     def _shuffled_order(self, epoch: int) -> np.ndarray:
+        # A stable sort defines the order of equal keys too, so the order does not depend on numpy's
+        # sort.
         return np.argsort(_mixed(len(self.rows), self.seed, epoch), kind="stable")
 
     def _bucketed_order(self, epoch: int) -> np.ndarray:
@@ -188,13 +196,18 @@ class BatchStream:
         """
         order = self._shuffled_order(epoch)
         order = order[np.argsort(-self._padded[order], kind="stable")]  # still shuffled in a bucket
+        # The epochs before have len(order) * epoch rows; this many complete their last batch. A
+        # tiny data set may have fewer rows than that.
         head = min(-epoch * len(order) % self.batch_size, len(order))
         whole = (len(order) - head) // self.batch_size
+        # The order is descending in length, so the rows that share a batch with another epoch are
+        # the shortest ones, and that batch is padded little.
         rows, shared = np.split(order, [whole * self.batch_size])
         rows_WB = rows.reshape(whole, self.batch_size)
         # The extra salt makes the order of batches independent of the order of rows in them.
         rows_WB = rows_WB[np.argsort(_mixed(whole, self.seed, epoch, 1), kind="stable")]
         if epoch == 0:  # one batch of every T goes first
+            # np.unique sorts ascending; the minus sign puts the longest batch first.
             _, one_of_each = np.unique(-self._padded[rows_WB].max(axis=1), return_index=True)
             others = np.delete(np.arange(whole), one_of_each)
             rows_WB = rows_WB[np.concatenate([one_of_each, others])]
@@ -215,6 +228,7 @@ def eval_batches(
     Fully masked rows fill the last batch, so all batches have the same number of rows.
     """
     kept = _with_targets(rows, max_length)
+    # A row without ids has no target and no valid token, so it adds nothing to any mean.
     filler = Encoded(np.zeros(0, np.int32), 0, False)
     for start in range(0, len(kept), batch_size):
         group = kept[start : start + batch_size]
@@ -259,6 +273,8 @@ def best_lengths(
     kept: list[tuple[int, ...]] = [(int(length),) for length in allowed]
     for _ in range(most - 1):
         for j in range(len(allowed) - 1, 0, -1):  # downwards: shorter ones still have n - 1
+            # Rows up to the shorter length keep their cost; all longer ones are padded to
+            # allowed[j].
             split = positions[:j] + (held[j] - held[:j]) * allowed[j]
             i = int(split.argmin())
             if split[i] < positions[j]:
@@ -290,13 +306,18 @@ def _with_targets(rows: Sequence[Encoded], max_length: int) -> list[Encoded]:
 
 
 def _rounded(length: int, bucket: int, max_length: int) -> int:
+    # max_length need not be a multiple of the bucket, and no row is longer than it.
     return min(-(-length // bucket) * bucket, max_length)
 
 
 def _mixed(count: int, *salts: int) -> np.ndarray:
     """splitmix64 of (salts, index), because numpy's generators may change between versions."""
+    # The constants of splitmix64, and one multiplier of Steele and Vigna's for 64-bit generators.
+    # It spreads small salts (seeds, epochs) over all bits.
     z = np.arange(count, dtype=np.uint64)
     for salt in salts:
+        # The salt is reduced in Python's integers: numpy warns when a uint64 scalar overflows,
+        # while arrays wrap around.
         z = z + np.uint64((salt * 0xD1342543DE82EF95 + 0x9E3779B97F4A7C15) % 2**64)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

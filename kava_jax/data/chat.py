@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 TrainOn = Literal["last", "assistant"]
 Render = Callable[..., str]
 
+# transformers gives templates a strftime_now() that reads the clock. Only a call with a literal
+# format can be replaced in the text.
 _NOW = re.compile(r"strftime_now\(\s*(?:\"([^\"]*)\"|'([^']*)')\s*\)")
 
 
@@ -62,6 +64,8 @@ def chat_pieces(
         ]
     pieces, done = [], 0
     for place in trained:
+        # A reply begins where the generation prompt ends. So training reads exactly the text that
+        # generation starts from.
         prompt = render(messages[:place], add_generation_prompt=True)
         last = place == len(messages) - 1
         if last and prompt.startswith(whole[:done]):
@@ -92,6 +96,7 @@ def _render(
     messages: Sequence[Message],
     **options: Any,
 ) -> str:
+    # A tokenizer may hold a second template for tools. Any list selects it, an empty one too.
     template = tokenizer.get_chat_template(tools=None if tools is None else [])
     try:
         return str(
@@ -111,11 +116,13 @@ def _render(
         ) from error
 
 
+# Every row asks for the same template and date.
 @functools.cache
 def _dated(template: str, today: date) -> str:
     """The template's text with the date written into it."""
 
     def written(match: re.Match[str]) -> str:
+        # A JSON string is also a string literal of Jinja, whatever quotes the format contains.
         return json.dumps(today.strftime(match[1] or match[2] or ""))
 
     dated = _NOW.sub(written, template)
@@ -162,6 +169,8 @@ def _arguments_as_wanted(messages: Sequence[Message], render: Render) -> Sequenc
     In the form of the OpenAI API they are JSON text. Some templates write them as they are, most
     expect objects and would write the text as a quoted string.
     """
+    # The examples themselves stay as they are: their text is the data's fingerprint, which must not
+    # depend on the template.
     changed = [copy.deepcopy(dict(message)) for message in messages]
     entries = [call for message in changed for call in message.get("tool_calls") or ()]
     # A call's function is an object of its own, or the call itself.
@@ -170,6 +179,8 @@ def _arguments_as_wanted(messages: Sequence[Message], render: Render) -> Sequenc
     if not calls:
         return messages
     whole = render(messages)
+    # The template wants objects if its tojson filter has quoted the text. That filter of
+    # transformers does not escape letters beyond ASCII, so this search does not either.
     if not any(json.dumps(call["arguments"], ensure_ascii=False) in whole for call in calls):
         return messages
     for call in calls:

@@ -95,6 +95,8 @@ def split_examples(
     if eval_path is not None or eval_split is not None:
         where, what = eval_path or path, eval_split or split
         return load(path, split=split, rows=rows), load(where, split=what, rows=eval_rows)
+    # All rows are read whatever data.rows is. The held-out rows come from the end of all of them,
+    # so a run with more rows never trains on what a run with fewer held out.
     examples = load(path, split=split, rows=None)
     if len(examples) < 2:
         raise KavaError(
@@ -150,7 +152,10 @@ def token_fingerprint(
     for rows in parts:
         digest.update(f"{len(rows)} rows\n".encode())
         for row in rows:
+            # The lengths separate the rows. The ids alone could be cut into other rows with the
+            # same bytes.
             digest.update(f"{row.prompt_length} of {len(row.ids)}\n".encode())
+            # Little-endian, so that every machine gets the same fingerprint.
             digest.update(row.ids.astype("<i4").tobytes())
             digest.update(b"" if row.trained is None else row.trained.tobytes())
     return digest.hexdigest()
@@ -177,6 +182,7 @@ def _overlaps(training: Sequence[Example], sets: Mapping[str, Sequence[Example]]
 
 
 def _text_of(row: Example) -> str:
+    # Messages from tables may hold dates and other values that JSON does not know.
     return json.dumps(row, default=str)
 
 

@@ -57,6 +57,7 @@ def read_text(name: str) -> str:
     """
     try:
         with _opened(name) as stream:
+            # Without the byte order mark that some editors write first: it is no text.
             return stream.read().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise KavaError(f"data.path={name!r} cannot be read as UTF-8 text ({error})") from error
@@ -72,10 +73,13 @@ def json_rows(name: str) -> tuple[str, Numbered]:
     skipped = b""
     for number, line in lines:
         start = line.strip()
+        # A line with nothing but a brace opens an object over several lines; with one object per
+        # line it would be broken JSON.
         if start.startswith(b"[") or start == b"{":
             return "row", _document(skipped + line + b"".join(rest for _, rest in lines))
         if start:
             return "line", _each(itertools.chain([(number, line)], lines))
+        # Blank lines count, so that an error in a document names the line of the file.
         skipped += line
     return "line", iter(())
 
@@ -113,6 +117,7 @@ def plain(value: Any) -> Any:
     """The value with Python's own numbers instead of ``Number``."""
     if isinstance(value, Number):
         try:
+            # Python refuses to convert more than 4300 digits to an integer, with a ValueError.
             return json.loads(value)
         except ValueError:
             raise BadRowError(f"the number {value[:20]}... has too many digits") from None
@@ -151,6 +156,8 @@ def short_numbers(
         return
     for row in rows:
         short = {
+            # The text of a narrow numpy float is the shortest one that reads back as the same
+            # value.
             name: Number(kind(row[name]))
             for name, kind in columns.items()
             if row[name] is not None and math.isfinite(row[name])
@@ -162,10 +169,14 @@ def short_numbers(
 def _opened(name: str) -> Iterator[IO[bytes]]:
     """The file's bytes, unzipped; raises KavaError when opening or reading it fails."""
     try:
+        # A pipe cannot seek back behind the two bytes that tell whether it is zipped, so it is read
+        # whole.
         with io.BytesIO(_piped(name)) if is_pipe(name) else Path(name).open("rb") as stream:
             zipped = stream.read(2) == b"\x1f\x8b"
             stream.seek(0)
             yield gzip.GzipFile(fileobj=stream) if zipped else stream  # pyright: ignore[reportReturnType]  (reads as any file)
+    # gzip raises all three: for a bad header or checksum, for a file that is cut off, and for
+    # damaged data.
     except (OSError, EOFError, zlib.error) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
         raise KavaError(
@@ -207,6 +218,7 @@ def _document(content: bytes) -> Numbered:
 
 
 def _values(text: str) -> list[Any]:
+    # raw_decode does not skip whitespace before a value.
     values, place = [], _SPACE.match(text).end()
     while place < len(text):
         value, place = _DECODER.raw_decode(text, place)

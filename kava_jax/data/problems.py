@@ -59,6 +59,8 @@ class _Random:
         z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
         z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
         z ^= z >> 31
+        # The high 64 bits of the product scale the draw to the range without floats. The
+        # relative bias is below the range's size divided by 2**64.
         return low + (z * (high - low + 1) >> 64)
 
     def choice(self, items: Sequence[Item]) -> Item:
@@ -115,6 +117,8 @@ def problem(split: str, seed: int, index: int, mixture: str = "all") -> Example:
     if index < 0:
         raise KavaError(f"index={index} of a generated problem is negative; count from 0")
     random = _Random(f"{split}:{seed}:{index}")
+    # Problems of the other split are drawn again from the same key. So a problem is found without a
+    # look at any other index.
     while True:  # on average about 2 draws for train, 12 for test
         drawn = _draw(random, MIXTURES[mixture])
         if drawn is not None and split in _splits_of(drawn[1]):
@@ -133,6 +137,7 @@ def word_problems(split: str, seed: int, rows: int, mixture: str = "all") -> lis
 
 
 def _hash(text: str) -> int:
+    # Python's own hash of a text differs between processes.
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
@@ -140,6 +145,7 @@ def _splits_of(equations: Sequence[str]) -> tuple[str, ...]:
     number = _hash(";".join(equations))
     if number % _TEST_SHARE:
         return ("train",)
+    # Other bits of the hash decide the half, because those below are zero for all of test.
     return "test", "confirm" if number // _TEST_SHARE % 2 else "dev"
 
 
@@ -188,6 +194,7 @@ def _change(
     random: _Random, words: Mapping[str, str], value: int, mixture: Mixture
 ) -> tuple[str, str, int]:
     """Something is gained or lost: the sentence, its equation and what there is after it."""
+    # At least 2 change and at least 1 remains, so no problem reaches zero or a negative number.
     can_gain, can_lose = value + 2 <= mixture.largest, value > 2
     gain = can_gain and (not can_lose or random.between(0, 1) == 1)
     n = random.between(2, min(mixture.change, mixture.largest - value if gain else value - 1))

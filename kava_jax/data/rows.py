@@ -91,6 +91,7 @@ def _text(value: Any, what: str) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         shown = "null" if value is None else "NaN"
         raise BadRowError(f"{what} is {shown}, a missing value")
+    # True is an int in Python too, but no number that somebody wrote.
     if isinstance(value, Number | int | float | Decimal) and not isinstance(value, bool):
         return _digits(str(value), what)
     if not isinstance(value, str):
@@ -98,6 +99,8 @@ def _text(value: Any, what: str) -> str:
     if not value.strip():
         raise BadRowError(f"{what} is empty")
     try:
+        # JSON can spell half a surrogate pair, which no UTF-8 text holds. Here it is reported with
+        # its row; a tokenizer would not know the row.
         value.encode()
     except UnicodeEncodeError:
         raise BadRowError(f"{what} holds half a surrogate pair") from None
@@ -108,6 +111,7 @@ def _digits(number: str, what: str) -> str:
     """The number as it was written; with an exponent, written out."""
     if not set(number) & set("eEfFnN"):
         return number
+    # Written out, 1e999999 would be a text of a million digits.
     size = abs(float(number))
     if not math.isfinite(size) or (size == 0 and Decimal(number) != 0):
         raise BadRowError(f"{what} is {number}, which no 64-bit number holds; write it as text")
@@ -147,6 +151,8 @@ def _message(message: Any, what: str) -> Message:
     # Tables fill what one message lacks with nulls; a template shall not see them.
     texts = ("content", "value")
     given = {
+        # A number in a text keeps its author's spelling. Other fields reach the template as Python
+        # values.
         key: value if key in texts else plain(value)
         for key, value in message.items()
         if value is not None
@@ -157,6 +163,7 @@ def _message(message: Any, what: str) -> Message:
             raise BadRowError(f"{what} is from {role!r}; use one of {', '.join(ROLES)}")
         given = {"role": ROLES[role], "content": content} | given
     role = _text(_value(given, "role"), f"role of {what}")
+    # A system prompt or a tool's result may be empty, and a reply may consist of tool calls alone.
     silent = role in ("system", "tool") or (role == "assistant" and bool(given.get("tool_calls")))
     content = _content(given.get("content"), f"content of {what}", may_be_empty=silent)
     return {**given, "role": role} | ({} if content is None else {"content": content})

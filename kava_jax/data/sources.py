@@ -118,6 +118,7 @@ def _check_exists(name: str, file: Path) -> None:
                 f"{', '.join(FILES)} (or zipped, .jsonl.gz)"
             )
         return
+    # A name like data/train.jsonl also reads as a hub id; its ending shows that a file was meant.
     if looks_local(name) or ending(file) in FILES:
         raise KavaError(
             f"data.path={name!r} does not exist; give a file ({', '.join(FILES)}), a data set "

@@ -137,6 +137,8 @@ class Encoder:
     def _rows(self, examples: Sequence[Example], cut_documents: bool = True) -> list[Encoded]:
         pieces = [self._pieces(example) for example in examples]
         # The text up to the end of every piece, of all rows at once.
+        # A merge may cross the boundary of two pieces, so pieces tokenized alone give other ids
+        # than the whole text. The text up to each boundary shows where the pieces end in ids.
         upto = [text for row in pieces for text in itertools.accumulate(row)]
         ids = iter(self._ids(upto))
         return [
@@ -172,6 +174,8 @@ class Encoder:
     def _windows(self, row: Encoded) -> list[Encoded]:
         if len(row.ids) <= self.max_length:
             return [row]
+        # Even windows: full ones would leave a last one of a few ids, which have little before them
+        # to be predicted from.
         pieces = np.array_split(row.ids, math.ceil(len(row.ids) / self.max_length))
         return [Encoded(piece, 0, False) for piece in pieces]
 
@@ -184,6 +188,8 @@ class Encoder:
     def _ids(self, texts: list[str]) -> list[list[int]]:
         if not texts:
             return []
+        # verbose=False: transformers would warn of texts beyond the model's length, and rows are
+        # cut later.
         return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
 
     def _pieces(self, example: Example) -> list[str]:
@@ -199,6 +205,8 @@ class Encoder:
             )
         filled = self._template.format(prompt=example.prompt, question=example.prompt, answer=_MARK)
         before, _, after = filled.rpartition(_MARK)
+        # BPE joins a space with the word after it. A prompt that kept the space would end in an id
+        # that is not in the ids of the whole row.
         boundary = len(before) - self._spaces
         return [before[:boundary], before[boundary:] + example.answer + after]
 

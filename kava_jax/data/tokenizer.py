@@ -91,6 +91,7 @@ def builtin_tokenizer() -> "PreTrainedTokenizerFast":
         tokenizer_file=str(files("kava_jax") / "assets/demo_teacher/tokenizer.json"),
         eos_token=EOS,
         pad_token=PAD,
+        # Cleaning up would drop spaces before punctuation, and the decoded text would differ.
         clean_up_tokenization_spaces=False,
         model_max_length=2048,
     )
@@ -150,6 +151,8 @@ def check_same_ids(
             untrained += [] if found else [index]
             continue
         names = f"id {index} is {token!r} in the run and {found or 'another token'!r} there"
+        # Ordinary tokens can occur in any text, also in a generated one, so they must agree.
+        # Special ones may differ as long as no row uses them.
         if index not in special or not (found is None or index in other.added_tokens_decoder):
             raise KavaError(_DISAGREEMENT.format(who, names))
         renamed[index] = names

@@ -88,6 +88,7 @@ def without_machine_path(text: str) -> str:
     """A local path's last component; hub ids, ``builtin:`` names and plain words unchanged."""
     local = (
         _PATH_START.match(text)
+        # A hub id has at most one slash.
         or (" " not in text and text.count("/") > 1)
         or ("/" in text and os.path.exists(text))
     )

@@ -164,12 +164,14 @@ def _refuse_unsupported(config: Mapping[str, Any], name: str, where: str) -> Non
         )
     if name == "llama" and (window := config.get("sliding_window")) is not None:
         longest = config.get("max_position_embeddings") or FAMILIES[name].max_position_embeddings
+        # A window of at least the longest row the model is made for changes nothing.
         if not isinstance(window, int) or window < longest:
             faults.append(
                 f"sliding_window={window!r} has no effect on Llama in transformers; set it to "
                 "null, or use MistralForCausalLM, which has one"
             )
     kinds = set(config.get("layer_types") or [])
+    # Mistral's class reads sliding_window alone and gives all its layers the same mask.
     allowed = {"sliding_attention", "full_attention"} if name == "mistral" else {"full_attention"}
     if len(kinds) > 1 or not kinds <= allowed:
         faults.append(

@@ -146,6 +146,7 @@ def unknown_keys(config: Mapping[str, Any]) -> list[str]:
     unknown = [key for key in config if key not in READ | IGNORED.keys() | REFUSED.keys()]
     if not unknown:
         return []
+    # transformers is slow to import, and most configs have no key that needs it.
     from transformers import GenerationConfig, PretrainedConfig
 
     general = PretrainedConfig().to_dict().keys() | GenerationConfig().to_dict().keys()

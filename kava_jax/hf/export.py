@@ -92,6 +92,8 @@ def export_model(
         """One tensor in Hugging Face's layout, on the host."""
         row, layer = tensors[name]
         ours = on_host(flat[row.ours][layer] if row.stacked else flat[row.ours], "export")
+        # safetensors writes an array's memory as it lies. Of a transposed view it would write the
+        # values in another order, without an error.
         return np.ascontiguousarray(cast(row.to_theirs(ours, spec), jnp.dtype(dtype), name))
 
     if jax.process_index() != 0:  # it holds parts of the tensors that the first process writes
@@ -99,12 +101,15 @@ def export_model(
             fetch(name)
         return
     with _written_whole(directory) as partial:
+        # The weights take longest, so the rest is written and checked before them. The tokenizer is
+        # read back next to config.json, because that file decides which class reads it.
         _write_tokenizer(partial, source_dir if tokenizer is None else tokenizer)
         _write_configs(partial, spec, dtype, tokenizer, source_dir)
         if tokenizer is not None:
             _check_tokenizer_reads_back(partial, tokenizer, spec)
         _write_weights(partial, shards, fetch)
         (partial / "README.md").write_text(card, encoding="utf-8")
+        # The list lets the next export tell its own files from a user's, which are never replaced.
         names = sorted([_MARKER, *(path.name for path in partial.iterdir())])
         _write_json(partial / _MARKER, {"written_by": "kava-jax", "files": names})
 
@@ -132,7 +137,9 @@ def _written_whole(directory: Place) -> Iterator[Path]:
     directory = directory.resolve()  # through a link, and ``.`` gets a name
     new = not directory.exists()
     # A directory that exists may be a mount or the working directory, so it is not replaced.
+    # A new one is renamed into place from the same folder: no rename crosses file systems.
     partial = (directory.parent if new else directory) / f"{_PARTIAL}{directory.name}-{os.getpid()}"
+    # A killed process with the same id may have left one.
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
@@ -152,6 +159,7 @@ def check_destination(directory: Place) -> None:
     """
     check_target(directory, "out")
     found = [path.name for path in directory.iterdir()] if directory.exists() else []
+    # What a killed export left behind counts as nobody's file.
     present = {name for name in found if not name.startswith(_PARTIAL)}
     if not present:
         return
@@ -188,6 +196,8 @@ def _write_weights(
     directory: Path, shards: StateDictSplit, fetch: Callable[[str], np.ndarray]
 ) -> None:
     for file, names in shards.filename_to_tensors.items():
+        # transformers 4.x refuses a file whose metadata do not name a framework. The tensors are
+        # "pt" because they have PyTorch's layout.
         save_file({name: fetch(name) for name in names}, directory / file, {"format": "pt"})
     if shards.is_sharded:
         index = {"metadata": shards.metadata, "weight_map": shards.tensor_to_filename}
@@ -207,7 +217,10 @@ def _write_configs(
         kept = {key: value for key, value in config.items() if key not in _NOT_KEPT}
         if (source / GENERATION).is_file():
             generation = passed_on(read_json(source / GENERATION))
+    # Null says that there is no such token. Where the key is absent, Llama's and Mistral's classes
+    # take 1 for the beginning and 2 for the end.
     unsaid = {**dict.fromkeys(_TOKEN_IDS), "attention_dropout": 0.0, "use_cache": True}
+    # Our geometry wins over the source's, because the source may use another spelling or dtype.
     config = unsaid | kept | config_from_spec(spec, dtype=dtype)
     if generation is None:
         generation = {key: config[key] for key in _TOKEN_IDS if config[key] is not None}

@@ -44,6 +44,7 @@ def end_ids(directory: Path) -> frozenset[int]:
 
 def passed_on(source: Mapping[str, Any]) -> dict[str, Any]:
     """A model's generation config without what it does not use."""
+    # transformers decodes greedily and with one beam where these keys are absent or null.
     unused = () if source.get("do_sample") is True else _SAMPLING
     if (source.get("num_beams") or 1) == 1:
         unused = (*unused, *_BEAMS)

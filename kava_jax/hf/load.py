@@ -89,6 +89,7 @@ def load_decoder_params(
     dtype, put = jnp.dtype(param_dtype), put or _put_whole
     files = TensorFiles(directory)
     if spec.tie_embeddings:
+        # Before the check: a head that is stored alone would count as a missing embedding.
         files.settle_tied_head()
     check_tensors(files, spec, head=head)
     flat: dict[str, jax.Array] = {}
@@ -136,6 +137,8 @@ def _check_finite(files: TensorFiles) -> None:
     names = compact(sorted(files.not_finite))
     where = sorted({files.tensors[name].file.name for name in files.not_finite})
     own = f"{', '.join(names)} in {', '.join(where)}" if names else ""
+    # All processes raise the same error. One that went on would wait for the others at the next
+    # collective operation.
     found = next(filter(None, from_all(own, f"weights of {files.directory.name} read")), "")
     if found:
         raise KavaError(
@@ -150,7 +153,8 @@ def cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
         return array
     with np.errstate(over="ignore"):
         result = array.astype(dtype)
-    # Only float16 and narrowing from float64 can overflow; asking costs a pass over the data.
+    # Looking costs a pass over the data, so it is done only for float16 and for narrowing from
+    # float64. bfloat16 has float32's exponents and ends at 3.39e38, far above any weight.
     narrow = dtype == np.float16 or array.dtype == np.float64
     if narrow and not np.array_equal(np.isfinite(result), np.isfinite(array)):
         raise KavaError(f"dtype={dtype} cannot hold the values of {name}; use bfloat16 or float32")

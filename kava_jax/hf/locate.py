@@ -85,6 +85,8 @@ def model_fingerprint(directory: Path) -> str:
         file = directory / name
         try:
             size = file.stat().st_size
+            # Sizes and zero bytes mark where names and contents end, so the same bytes cut into
+            # other files give another digest.
             digest.update(f"{name}\0{size}\0".encode())
             with file.open("rb") as stream:
                 for start, length in _sampled_ranges(file, size):
@@ -168,6 +170,8 @@ def _sampled_ranges(file: Path, size: int) -> list[tuple[int, int]]:
     if size <= _WHOLE_UP_TO:
         return [(0, size)]
     with file.open("rb") as stream:
+        # The file begins with the length of its header in 8 bytes. The header names every tensor
+        # with its dtype and shape, so it is read whole.
         header = 8 + int.from_bytes(stream.read(8), "little")
     samples = [(start, _MIB) for start in range(0, size, _SAMPLE_EVERY)]
     return [(0, min(header, size)), *samples, (size - _MIB, _MIB)]
@@ -196,6 +200,8 @@ def _download(name: str, revision: str | None) -> Path:
         )
 
     # Of these the first kind that the error belongs to is said.
+    # A gated repository's error is a kind of the missing one's, and both are OSErrors. So the
+    # narrow kinds come first.
     faults = {
         errors.GatedRepoError: f"is gated; accept its licence on https://huggingface.co/{name} and "
         "log in with `hf auth login` (or set HF_TOKEN)",
@@ -208,6 +214,7 @@ def _download(name: str, revision: str | None) -> Path:
     }
     try:
         directory = fetched(list(_DOWNLOADED))
+        # The patterns find the usual names. Only the index knows shards in subfolders.
         shards = set(weight_index(directory).values())
         absent = [file for file in shards if not (directory / file).is_file()]
         return fetched([*_DOWNLOADED, *absent]) if absent else directory

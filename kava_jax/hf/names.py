@@ -56,6 +56,8 @@ class Row:
         for size, group in zip(part.shape, self._groups(), strict=True):
             rest = [sizes[axis] for axis in group[1:]]
             order += group
+            # The part may hold fewer heads than the model has, so their number follows from its
+            # size.
             shape += [size // math.prod(rest), *rest]
         return part.reshape(shape).transpose([order.index(a) for a in self.our_axes.split()])
 
@@ -73,6 +75,7 @@ class Row:
         ``(N H)`` axis whole heads are read, so ``inner`` cuts only inside the head dimension.
         """
         sizes, ours = _sizes(spec), self.our_axes.split()
+        # Shardings ask for contiguous ranges, so a slice's step is always 1.
         ranges = {a: index[i].indices(sizes[a])[:2] for i, a in enumerate(ours)}
         outer, inner = [], [slice(None)] * len(ours)
         for group in self._groups():

@@ -57,6 +57,7 @@ def read_rope(
             impossible.
     """
     seen = _merged(config, where)
+    # 10,000 is RoFormer's base (arXiv 2104.09864) and the default of transformers.
     theta = positive_float(seen, "rope_theta", where, default=10_000.0)
     seen.pop("rope_theta", None)
     kind = seen.pop("rope_type", None)
@@ -81,6 +82,8 @@ def read_rope(
             f"{', '.join(ROPE_TYPES)}{renamed}"
         )
     scaling = ROPE_TYPES[kind]
+    # transformers does not read the original length for these two: linear needs no length, and
+    # dynamic counts from max_position_embeddings.
     if original is not None and scaling not in (LinearRopeScaling, DynamicRopeScaling):
         _add(seen, _ORIGINAL, original, where)
     if scaling is DynamicRopeScaling and seen.pop(_ORIGINAL, positions) != positions:

@@ -24,6 +24,7 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _BASE = re.compile(r"(embed_tokens|layers|norm)\.")
 # A copy of a tied head is compared in pieces of about this many numbers.
 _PIECE = 1 << 24
+# Numbers in a piece that is checked for NaN and infinity; in float32 it takes 1 MiB.
 _CACHED = 1 << 18
 
 
@@ -110,6 +111,8 @@ class TensorFiles:
         rows = max(1, _PIECE // shape[-1])
         starts = range(0, shape[0], rows)
         pieces = [(slice(start, min(start + rows, shape[0])),) for start in starts]
+        # The two may be stored in different dtypes, and float32 holds every float16 and bfloat16
+        # exactly. NaNs count as equal here, because the embedding's are reported when it is read.
         both = ([self.read(n, p).astype(np.float32) for n in (EMBEDDING, HEAD)] for p in pieces)
         return not all(np.array_equal(*pair, equal_nan=True) for pair in both)
 

@@ -12,6 +12,7 @@ def positive_int(
     """``config[key]``, or the default where it is absent or null."""
     value = config.get(key)
     value = default if value is None else value
+    # True is an int in Python, but as a size it is a mistake.
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise KavaError(f"{where}: {key}={value!r} is not a positive integer; correct config.json")
     return value

@@ -144,6 +144,7 @@ def attend(
             k_BSKH,
             v_BSKH,
             is_causal=True,
+            # JAX counts the keys on the left without the query's own.
             local_window_size=None if window is None else (window - 1, 0),
             implementation="cudnn",
         )
@@ -164,6 +165,8 @@ def _by_blocks(
     if k_BSKH.shape[1] != length:  # with a cache: keys of earlier tokens come first
         return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask_BTS)
     size = BLOCK * math.ceil(length / BLOCK / MOST_BLOCKS)
+    # A Python loop and no lax.scan, because each block reads another number of keys, and the steps
+    # of a scan must have equal shapes.
     blocks = [(start, min(start + size, length)) for start in range(0, length, size)]
     parts = [
         jax.nn.dot_product_attention(
@@ -210,6 +213,8 @@ def _splash(
 
     if rows is None:
         return local(q_BTNH, k_BTKH, v_BTKH, valid_BT)
+    # A device needs a query's key/value head with it, so heads are split only where both counts
+    # divide. Otherwise every device of the tensor axis computes all heads of its rows.
     axis = RULES["heads"]
     divided = all(x.shape[2] % rows.mesh.shape[axis] == 0 for x in (q_BTNH, k_BTKH))
     by_heads = PartitionSpec(rows.spec[0], None, axis if divided else None, None)
@@ -236,6 +241,7 @@ def _splash_kernel(length: int, heads: int, window: int | None, interpret: bool)
     )
     return splash.make_splash_mha(
         splash.MultiHeadMask([mask] * heads),
+        # Without block sizes for dkv and dq the kernel has no backward pass.
         block_sizes=splash.BlockSizes(
             block_q=block,
             block_kv=block,
@@ -244,6 +250,7 @@ def _splash_kernel(length: int, heads: int, window: int | None, interpret: bool)
             block_q_dq=block,
             block_kv_dq=block,
         ),
+        # shard_map has already given this device its own rows and heads.
         head_shards=1,
         q_seq_shards=1,
         interpret=interpret,

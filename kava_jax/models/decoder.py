@@ -165,6 +165,7 @@ class Decoder(nnx.Module):
             def layer(x_BTD: Array, xs: tuple[Any, KVCache | None]) -> tuple[Array, Any]:
                 params, layer_past = xs
                 x_BTD, new = nnx.merge(graph, params)(x_BTD, rotation, mask_BTS, layer_past, how)
+                # ``keep`` runs inside the scan, so what it drops is never stacked over layers.
                 return self._by_rows(x_BTD), keep(new)
 
             run = _remat(layer, self.remat)
@@ -198,7 +199,10 @@ class Decoder(nnx.Module):
     def _embedded(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         x_BTD = self.embed.embedding[...][tokens_BT]
         if self.layouts is not None:
+            # The lookup's result first lies as the table does. Without this step the partitioner
+            # would go to the layout of rows by way of whole copies.
             x_BTD = jax.lax.with_sharding_constraint(x_BTD, self.layouts.embedded)
+        # After the lookup, so that only the rows of the batch are cast and not the whole table.
         return x_BTD.astype(self.dtype)
 
     def _by_rows(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -230,6 +234,8 @@ def _scan_keeping(
     Every layer writes its output. An unwanted layer writes to the slot of the next wanted one,
     which then overwrites it. Layers after the last wanted one share a slot that is dropped.
     """
+    # A scan that returned every layer's output would hold the caches of all layers at once, even if
+    # most are dropped afterwards.
     places = np.searchsorted(wanted, np.arange(depth))
     one = jax.eval_shape(lambda x, xs: layer(x, jax.tree.map(lambda a: a[0], xs))[1], x, xs)
     room = int(places.max()) + 1
@@ -257,8 +263,12 @@ def _remat(layer: Any, policy: Remat) -> Any:
     """In the backward pass recompute nothing, all but matmul results (``dots``), or everything."""
     if policy == "none":
         return layer
+    # Attention scores have batch dimensions and projections have none. So ``dots`` keeps the
+    # projections and computes the scores, which grow with the square of the length, again.
     saved = {
         "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
         "full": jax.checkpoint_policies.nothing_saveable,
     }
+    # Inside a scan the recomputation is not merged with the forward pass, so prevent_cse would only
+    # cost time (documentation of jax.checkpoint).
     return jax.checkpoint(layer, policy=saved[policy], prevent_cse=False)

@@ -41,6 +41,7 @@ def generate(
     # start.
     read = partial(model, key_space="post_rope", lengths_B=lengths_B + max_new_tokens)
     hidden_BTD, cache = read(prompt_BT, positions_BT, mask)
+    # The state of a while loop has fixed shapes, so the cache gets room for all new tokens now.
     room = [(0, 0), (0, 0), (0, max_new_tokens), (0, 0), (0, 0)]
     cache = jax.tree.map(lambda array: jnp.pad(array, room), cache)
     new_M = jnp.arange(max_new_tokens)
@@ -62,6 +63,8 @@ def generate(
 
     def advance(state: tuple[Any, ...]) -> tuple[Any, ...]:
         step, token_B, done_B, cache, output_BM = state
+        # The model appends the token's own key to the cache, so the token's slot counts as empty
+        # until the next step.
         written_BM = jnp.broadcast_to(new_M[None, :] < step - 1, (batch, max_new_tokens))
         own_B1 = jnp.ones((batch, 1), bool)
         position_B1 = (lengths_B + step - 1)[:, None]
@@ -72,6 +75,7 @@ def generate(
             window,
         )
         hidden, new = read(token_B[:, None], position_B1, mask, past=cache)
+        # Prompts are padded on the left, so all rows write their new token to the same slot.
         slot = length + step - 1
         cache = jax.tree.map(
             lambda old, add: jax.lax.dynamic_update_slice_in_dim(old, add, slot, axis=2), cache, new

@@ -67,6 +67,8 @@ class Projection(nnx.Module):
         if self.bias is None:
             return y
         bias = self.bias[...].astype(jnp.float32)
+        # The bias is broadcast in float32, because autodiff sums its gradient over tokens in that
+        # dtype.
         wide = y.astype(jnp.float32) + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
         return wide.astype(self.dtype)
 
@@ -184,6 +186,7 @@ class Attention(nnx.Module):
         """
         new, q_BTNH = self.keys_values(x_BTD, rotation), self.queries(x_BTD, rotation)
         k_BSKH, v_BSKH = new.post_rope, new.v
+        # Keys in the past are rotated already; only the new ones were rotated above.
         if past is not None:
             k_BSKH = jnp.concatenate([past.k, k_BSKH], axis=1)
             v_BSKH = jnp.concatenate([past.v, v_BSKH], axis=1)

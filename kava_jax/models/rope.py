@@ -36,6 +36,8 @@ def rope_frequencies(spec: DecoderSpec, lengths_B: Int[Array, "B"]) -> Float[Arr
     Source: RoFormer (arXiv 2104.09864) section 3.2.2; scalings: transformers'
     ``modeling_rope_utils``.
     """
+    # In float64, rounded once at the end: an angle is position times frequency, so the error of a
+    # frequency grows along the row.
     exponent = np.arange(0, spec.head_dim, 2, dtype=np.float64) / spec.head_dim
     plain = spec.rope_theta**-exponent
     match spec.rope_scaling:
@@ -54,6 +56,8 @@ def rope_frequencies(spec: DecoderSpec, lengths_B: Int[Array, "B"]) -> Float[Arr
                 jnp.asarray(plain / np.array(divisors), jnp.float32)
                 for divisors in (scaling.short_factor, scaling.long_factor)
             )
+            # Lengths are known only when the program runs, so both tables are in it and each row
+            # takes one.
             beyond_B1 = (lengths_B > scaling.original_max_position_embeddings)[:, None]
             return jnp.where(beyond_B1, long[None], short[None])
     return jnp.asarray(scaled, jnp.float32)[None]
@@ -81,6 +85,7 @@ def _yarn(frequencies: np.ndarray, scaling: YarnRopeScaling, spec: DecoderSpec) 
         low, high = math.floor(low), math.ceil(high)
     # The last pair has index H / 2 - 1, but transformers clips to H - 1. We must match it.
     low, high = max(low, 0), min(high, dim - 1)
+    # As transformers does, so that the blend does not divide by zero.
     if low == high:
         high += 0.001
     divided = np.clip((np.arange(dim // 2) - low) / (high - low), 0.0, 1.0)
@@ -98,6 +103,8 @@ def _dynamic(
     longest = spec.max_position_embeddings
     times_B = jnp.maximum(lengths_B, longest).astype(jnp.float32) / longest
     stretch_B = factor * times_B - (factor - 1)
+    # The base grows by stretch ** (H / (H - 2)). A frequency is base ** -exponent, so it changes by
+    # this power of the stretch.
     power = -exponent * spec.head_dim / (spec.head_dim - 2)
     plain, power = jnp.asarray(frequencies, jnp.float32), jnp.asarray(power, jnp.float32)
     return plain[None] * stretch_B[:, None] ** power[None]
@@ -113,6 +120,8 @@ def attention_factor(spec: DecoderSpec) -> float:
     assert isinstance(scaling, YarnRopeScaling)
 
     def scale(by: float) -> float:
+        # YaRN's sqrt(1/t) (arXiv 2309.00071), fitted by its authors. It scales queries and keys, so
+        # the scores grow by its square.
         return 0.1 * by * math.log(scaling.factor) + 1.0 if scaling.factor > 1 else 1.0
 
     if scaling.mscale and scaling.mscale_all_dim:

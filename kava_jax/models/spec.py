@@ -28,6 +28,7 @@ class YarnRopeScaling:
     factor: float
     original_max_position_embeddings: int
     attention_factor: float | None = None
+    # 32 and 1 turns in the original length are the values of YaRN's authors.
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     mscale: float | None = None

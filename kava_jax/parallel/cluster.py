@@ -46,11 +46,13 @@ def find_cluster(
                 f"--process together, or none of them"
             )
         alone = not any(_several(environment.get(name)) for name in COUNTS.values())
+        # A slice of a single host has one name without a comma.
         alone = alone and "," not in environment.get(TPU_HOSTS, "")
         return None if alone and not detect else Cluster()
     assert coordinator is not None
     assert processes is not None
     assert process is not None
+    # The last colon, because an IPv6 address contains others.
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdigit():
         raise KavaError(

@@ -49,6 +49,8 @@ def start(cluster: Cluster) -> None:
 
 def _keep_stdout_clean() -> None:
     """Gloo, which joins CPU processes, prints to the stdout that belongs to ``--json``."""
+    # Gloo is C++ and writes to the file descriptor, so replacing sys.stdout alone would not stop
+    # it.
     own = os.dup(1)
     os.dup2(2, 1)
     sys.stdout = os.fdopen(own, "w", encoding="utf-8")
@@ -78,6 +80,7 @@ def meet(place: str) -> None:
 
 def absent(error: BaseException | None) -> str | None:
     """The processes that a barrier's timeout names, in words; None for any other error."""
+    # Libraries such as Orbax raise their own errors from the barrier's.
     while error is not None:
         if "Barrier timed out" in str(error):
             _, _, listed = str(error).partition("task names:")
@@ -101,7 +104,9 @@ def from_all(text: str, place: str) -> list[str]:
         return [text]
     from jax.experimental.multihost_utils import process_allgather
 
+    # A collective operation waits without a limit; the barrier has one and names who is missing.
     meet(place)
+    # All processes must gather arrays of one shape, so texts are cut and filled to a fixed length.
     own = np.frombuffer(text.encode()[:_LONGEST].ljust(_LONGEST, b"\0"), np.uint8)
     rows = np.asarray(process_allgather(own))
     return [row.tobytes().rstrip(b"\0").decode(errors="replace") for row in rows]
@@ -117,4 +122,5 @@ def on_host(array: Any, place: str) -> np.ndarray:
     from jax.experimental.multihost_utils import process_allgather
 
     meet(place)
+    # JAX gathers an array that is spread over processes only with tiled=True.
     return np.asarray(process_allgather(array, tiled=True))

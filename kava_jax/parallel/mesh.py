@@ -39,6 +39,8 @@ def make_mesh(
             f"{written} does not use exactly the {len(devices)} devices; make the product "
             f"{len(devices)} or set one axis to -1"
         )
+    # Auto: the partitioner chooses layouts, and with_sharding_constraint corrects it in a few
+    # places.
     types = (AxisType.Auto,) * len(AXES)
     slices = len(slices_of(devices))
     if slices > 1:

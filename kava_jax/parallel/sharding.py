@@ -18,12 +18,15 @@ from kava_jax.parallel.mesh import batch_shards
 
 Indivisible = Literal["error", "replicate"]
 
+# A layer's first products (q, k, v, gate, up) are split by what they give, its second ones (o,
+# down) by what they take. Both lie on the tensor axis, so only the second need a sum over devices.
 RULES: dict[str | None, str | None] = {
     "layers": None,
     "vocab": "tensor",
     "embed": "fsdp",
     "heads": "tensor",
     "kv_heads": "tensor",
+    # RoPE pairs the two halves of a head, so splitting a head would send them between devices.
     "head_dim": None,
     "ffw": "tensor",
     "kv_in": "fsdp",
@@ -130,6 +133,7 @@ def matching_shardings(tree: Any, params: Any, mesh: Mesh) -> Any:
 
     def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
         names = _names(path)
+        # The longest ending first: a short one could also be the path of another parameter.
         for start in range(len(names)):
             if names[start:] in by_path and np.ndim(leaf):
                 return by_path[names[start:]]
@@ -162,5 +166,6 @@ def spread_rows(rows: np.ndarray, mesh: Mesh) -> jax.Array:
 
     The last row is repeated until the devices divide them; the caller drops what is added.
     """
+    # A copy of a real row ends its answer when that row does, so the copies never prolong decoding.
     missing = -len(rows) % batch_shards(mesh)
     return put_batch(np.concatenate([rows, np.repeat(rows[-1:], missing, axis=0)]), mesh)
