@@ -40,6 +40,7 @@ def run_demo(out: Path, command: Sequence[str]) -> dict[str, Any]:
     distilled student, and where everything was put.
     """
     started = time.monotonic()
+    # Both places are checked now, and not after the trainings.
     check_target(out, "out")
     exported = out / "export"
     check_destination(exported)
@@ -54,6 +55,7 @@ def run_demo(out: Path, command: Sequence[str]) -> dict[str, Any]:
     of_teacher = prepare(_of_directory(config, config.teachers[0].path))
     teacher = of_teacher.blueprint.load_student()
     untrained = run.blueprint.fresh_state().params["student"]
+    # Both students begin alike, so the run without teachers measures their start.
     values = [
         evaluate(of, held, {"student": params, "projector": {}}, {})
         for of, params in ((of_teacher, teacher), (ce_only.run, untrained))
@@ -102,6 +104,7 @@ def _placed(config: Config, directory: Path, *, alone: bool = False) -> Config:
     raw = dump_config(config)
     raw["run"]["dir"] = str(directory)
     if alone:
+        # A student from a geometry has its teacher's tokenizer, which is now to be named.
         raw["student"]["tokenizer"] = raw["student"]["tokenizer"] or raw["teachers"][0]["path"]
         raw["teachers"] = []
     return parse_config(raw)

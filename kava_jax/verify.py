@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 # Published figures of the original method, as printed (REFERENCES: "The original method").
+# As text, because the number of printed decimals gives each figure's tolerance.
 PUBLISHED: dict[str, dict[str, str]] = {
     "scale": {"MSE": "76.57", "Mercator loss": "0.000000", "cosine": "1.000000"},
     "angles": {
@@ -80,6 +81,7 @@ def run_verification(seed: int = 0) -> tuple[list[TableRow], list[str]]:
     """
     keys = jax.random.split(jax.random.key(seed))
     direction, noise = (unit(jax.random.normal(key, SHAPE)) for key in keys)
+    # The original script's lengths: 100 in tables 1 and 3, 50 for the angles.
     longer, teacher = 100.0 * direction, 50.0 * direction
     loss, metrics = MercatorKVLoss()(direction, longer)
     scale = {"MSE": mse(direction, longer).value, "Mercator loss": loss}

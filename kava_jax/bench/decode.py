@@ -34,6 +34,7 @@ def bench_decode(rows: int = 16, prompt: int = 32, new_tokens: int = 64) -> Fact
             "transformers": partial(_transformers, *given),
             "transformers_one_thread": partial(_transformers, *given, threads=1),
         }
+        # Tokens are whole numbers: the default tolerance of 0 demands the same ones.
         found = compare(sides)
     return {"model": MODEL, "rows": rows, "prompt": prompt, **found, "torch": torch}
 
@@ -50,11 +51,13 @@ def _transformers(
     directory: Path, prompt_BT: np.ndarray, new_tokens: int, threads: int | None = None
 ) -> Side:
     torch: Any = importlib.import_module("torch")
+    # The number of threads holds for the whole process, so each variant needs its own.
     if threads is not None:
         torch.set_num_threads(threads)
     transformers: Any = importlib.import_module("transformers")
     model = transformers.AutoModelForCausalLM.from_pretrained(directory)
     prompt = torch.from_numpy(prompt_BT.astype(np.int64))
+    # Else a row that draws this id ends early, and the sides do unequal work.
     model.generation_config.eos_token_id = None
 
     def run() -> Any:

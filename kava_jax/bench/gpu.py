@@ -46,6 +46,7 @@ def bench_gpu(
     """
     sides = ("kava", *original.peer_sides(peer))
     given = config or shipped_config("qwen2.5_14b_to_1.5b_gsm8k.yaml"), overrides or []
+    # In a process of its own: what JAX takes of a GPU there is free again for the sides.
     checks = compare({"check": _check})["facts"]
     cases = {}
     for side in sides:
@@ -55,6 +56,7 @@ def bench_gpu(
             raise KavaError(found["failed"][side])
         speeds, own = found.get("flops_per_second"), found["facts"].get(side)
         chip = own and chip_of(own["device"])
+        # By the side's own devices: PyTorch runs on one, and ours on all of them.
         found["mfu"] = speeds[side] / chip.flops / own["devices"] if chip and speeds else None
     return {"config": given[0].name, "overrides": given[1], "checks": checks, "cases": cases}
 
@@ -81,6 +83,7 @@ def _ours(path: Path, overrides: list[str]) -> Side:
         "devices": jax.device_count(),
         "mesh": dict(run.mesh.shape),
         "attention": run.attending,
+        # How much memory JAX may take decides which batches have room.
         "environment": {k: v for k, v in os.environ.items() if k.startswith("XLA_PYTHON_CLIENT")},
         "compiled": memory._asdict() | {"peak": sum(memory)},
     }
@@ -92,6 +95,7 @@ def _ours(path: Path, overrides: list[str]) -> Side:
             raise KavaError(f"the loss of step {len(losses)} is not finite")
 
     def last() -> Facts:
+        # CPU devices keep no such statistics and give None.
         stats = [device.memory_stats() or {} for device in jax.local_devices()]
         names = {"bytes_in_use", "peak_bytes_in_use", "bytes_limit"} & stats[0].keys()
         memory = {name: max(own[name] for own in stats) for name in names}  # the fullest device's
@@ -130,6 +134,7 @@ def _check() -> Side:
         found[dtype] = max(abs(a / b - 1) for a, b in figures)
         if not found[dtype] < close:
             raise KavaError(f"{dtype} is off by {found[dtype]:.2e}; {close:g} is allowed")
+    # The errors are facts, and there is nothing to time.
     return Side(lambda: None, found)
 
 
@@ -138,6 +143,8 @@ def _figures(dtype: str, device: Any) -> list[float]:
         wanted = {"train.dtype": kind, "optimizer.warmup_steps": 0}
         return CHECKED.run(wanted, device=device)
 
+    # By default GPUs multiply float32 in TF32 and TPUs in bfloat16. That would hide errors of
+    # the program behind those of the products.
     with jax.default_matmul_precision("float32"):
         # Weights drawn in another dtype are other weights, so they are drawn in one and cast.
         teachers = jax.tree.map(lambda x: x.astype(dtype), run("float32").load_teachers())

@@ -23,6 +23,7 @@ from kava_jax.errors import KavaError
 from kava_jax.plan.compiled import memory_of
 
 ROUNDS = 7
+# A fork copies JAX's locks without the threads that hold them, and can deadlock.
 _SPAWN = multiprocessing.get_context("spawn")
 
 Facts = dict[str, Any]
@@ -73,12 +74,14 @@ def compare(
                         raise KavaError(f"{name} failed: {error}") from None
             return answers
 
+        # Facts come before the first run: a side without room for it has told its memory by then.
         facts = each()
         differences = _differences(each(), tolerance)
         rounds = [each("turn") for _ in range(ROUNDS)]
         last = each("end")
     seconds = {name: _summary([turns[name] for turns in rounds]) for name in last}
     medians = {name: own["median"] for name, own in seconds.items()}
+    # Where our own side is optional and failed, there is nothing to take a multiple of.
     ours = medians.get(next(iter(sides)), math.nan)
     rates = {
         what: {name: facts[name][what] / m for name, m in medians.items() if what in facts[name]}
@@ -125,7 +128,9 @@ def _differences(given: Mapping[str, list[np.ndarray]], tolerance: float) -> dic
             np.abs(a - b).max() / (np.abs(a).max() or 1.0) if a.shape == b.shape else math.inf
             for a, b in zip(given[first], given[name], strict=True)
         ]
+        # numpy's maximum keeps a NaN, which Python's may pass over.
         found[name] = float(np.max(far))
+        # Written so that NaN, for which every comparison is false, is refused.
         if not found[name] <= tolerance:
             raise KavaError(
                 f"{name} differs from {first} by {found[name]:.3g} of the largest number; it does "
@@ -140,10 +145,12 @@ def _started(make: Make) -> Iterator[tuple[Any, Any]]:
     ours, theirs = _SPAWN.Pipe()
     process = _SPAWN.Process(target=_serve, args=(make, theirs), daemon=True)
     process.start()
+    # As long as this process has that end too, ``recv`` waits for ever for a side that died.
     theirs.close()
     try:
         yield process, ours
     finally:
+        # Killed, because a side that is computing reads no message.
         process.kill()
         process.join()
         process.close()
@@ -156,6 +163,7 @@ def _answer(process: Any, pipe: Any, question: str) -> Any:
         if question:
             pipe.send(question)
         answer = pipe.recv()
+    # It ended without a word, as a process does that is killed for its memory.
     except (EOFError, OSError):
         process.join()
         answer = KavaError(f"exit code {process.exitcode}")
@@ -170,10 +178,13 @@ def _serve(make: Make, pipe: Any) -> None:
     try:
         side = make()
         pipe.send(dict(side.facts))
+        # This run compiles and warms the caches. It is compared, and never timed.
         given = side.run()
+        # As numpy arrays: the process that reads them imports no peer's library.
         pipe.send([np.asarray(leaf) for leaf in jax.tree.leaves(given)] if side.compared else [])
         while pipe.recv() == "turn":
             # Of one run, or the mean of as many as fill a fifth of a second.
+            # The garbage collector is off meanwhile, as timeit has it.
             runs, seconds = timeit.Timer(side.run).autorange()
             pipe.send(seconds / runs)
         pipe.send(side.last())

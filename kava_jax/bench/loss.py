@@ -85,6 +85,7 @@ def _read_modify(shape: tuple[int, ...]) -> Side:
     """The floor of memory: both caches are read, and one is written."""
     arrays = [jnp.asarray(x) for x in inputs(shape)[0]]
     modify = partial(jax.tree.map, lambda x, y: x - 0.5 * y)
+    # Keys and values of two caches are read and of one are written: six arrays.
     return compiled(modify, arrays[:2], arrays[2:], compared=False, bytes=6 * arrays[0].nbytes)
 
 

@@ -18,6 +18,7 @@ from kava_jax.errors import KavaError
 from kava_jax.hf.config_json import spec_from_config
 from kava_jax.models.decoder import Params
 
+# The original's own eps, and the beta that it found best.
 BETA, EPS = 0.01, 1e-8
 PEERS = {None: (), "torch": ("torch_eager", "torch_compiled"), "torch-eager": ("torch_eager",)}
 
@@ -81,6 +82,7 @@ def loaded(folder: Path, projector: Params) -> Modules:
         layers = own["inner"], own["out"]
         (width, inner), (_, out) = (layer["kernel"].shape for layer in layers)
         mlps[part] = _mlp(torch, width, inner, out)
+        # In the order of ``parameters()``: the norm's, then each Linear's weight and bias.
         values = [own["scale"], own["shift"]]
         # Our kernels are [in, out], PyTorch's [out, in].
         values += [array for layer in layers for array in (layer["kernel"].T, layer["bias"])]
@@ -115,6 +117,7 @@ def train_step(
     student, teacher, projector = modules
     student.train()
     teacher.eval().requires_grad_(False)
+    # Learning rates, weight decay and the clip of each group are the original's.
     trained = {5e-5: student, 1e-3: torch.nn.ModuleDict(projector)}
     groups = [{"params": list(module.parameters()), "lr": lr} for lr, module in trained.items()]
     optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.01)
@@ -135,7 +138,9 @@ def train_step(
         tokens = tokens.long()
         with torch.no_grad():
             target = cache(teacher(input_ids=tokens, use_cache=True))
+        # Transformers leaves labels of -100 out of the loss, and shifts all of them itself.
         labels = tokens.masked_fill(~loss_mask, -100)
+        # The teacher's weights are in ``dtype`` already; the student's are float32.
         with cast:
             output = student(input_ids=tokens, labels=labels, use_cache=True)
         own, loss = cache(output), output.loss
@@ -150,6 +155,7 @@ def train_step(
         for group in groups:
             torch.nn.utils.clip_grad_norm_(group["params"], 1.0)
         optimizer.step()
+        # Reading the number waits for all that was queued on a GPU, the optimizer included.
         return float(loss.detach())
 
     return step

@@ -71,6 +71,7 @@ def batch_of(run: Blueprint, prompt: int) -> tuple[Batch, dict[str, Any]]:
     """
     shape = rows, length = run.config.data.batch_size, run.config.data.max_length
     specs = [run.student_spec, *(teacher.spec for teacher in run.teachers.values())]
+    # Models of one family can differ in vocabulary rows; every model needs every id.
     vocabulary = min(spec.vocab_size for spec in specs)
     tokens = np.random.default_rng(0).integers(0, vocabulary, shape, dtype=np.int32)
     answers = np.broadcast_to(np.arange(length) >= prompt, shape).copy()
@@ -126,6 +127,7 @@ def stepping(
     """
     placed = put_batch(batch, run.mesh)
     shapes = run.abstract_state(), run.abstract_teachers(), placed
+    # From shapes, before any weight is made: a step without room still tells its memory.
     program = run.jitted_step().lower(*shapes).compile()
     held: list[Any] = []
 

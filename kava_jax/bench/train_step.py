@@ -24,9 +24,11 @@ from kava_jax.plan.compiled import compile_step
 FRAME = {
     "recipe": "original",
     "train.dtype": "float32",
+    # Each library draws dropout its own way, and then first losses could not agree.
     "projector.dropout": 0.0,
     "loss.key_space": "post_rope",
     "loss.sink_tokens": 0,
+    # The PyTorch loop has no schedule: constant rates, from the first step on.
     "optimizer.min_lr_ratio": 1.0,
     "optimizer.warmup_steps": 0,
 }
@@ -103,6 +105,7 @@ def bench_scaling(
 
 def _ours(folder: Path, pair: Pair, batch: Batch, projector: Params, facts: Facts) -> Side:
     run = pair.run(FRAME, folder)
+    # The backend starts with its first array; what it takes belongs to the libraries.
     jax.block_until_ready(jnp.zeros(1))
     imported = resident()
     leaves = jax.tree.leaves((run.abstract_teachers(), run.abstract_state().params))
@@ -133,6 +136,7 @@ def _watched(step: Callable[[], float], facts: Facts, imported: int, weights: in
             # Give back what was freed since the start, and begin a new peak.
             gc.collect()
             ctypes.CDLL(None).malloc_trim(0)
+            # 5 resets the peak that VmHWM gives (man 5 proc).
             Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
         return losses[0]
 
@@ -167,4 +171,5 @@ def _sized(rows: int, length: int, depth: int, width: int, vocabulary: int) -> S
     model = qwen2(depth, width, 4, 2, 3 * width, vocabulary)
     run = Pair(model, model, rows, length).run()
     batch, facts = batch_of(run, length // 2)
+    # Models of other sizes have other losses.
     return Side(stepping(run, batch)[0], facts, compared=False)

@@ -77,12 +77,15 @@ def _first_step(folder: Path, kind: str) -> float:
     run = folder / kind
     command = [sys.executable, "-m", "kava_jax", "train", str(shipped_config("demo.yaml"))]
     command += ["train.log_every=1", f"run.dir={run}"]
+    # The user's own cache may hold these programs; then no start would be cold.
     environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(folder / "compiled")}
     errors, started = folder / f"{kind}.stderr", time.perf_counter()
+    # Into a file: a process stops when it writes to a pipe that is full and that nobody reads.
     with errors.open("w", encoding="utf-8") as words:
         process = subprocess.Popen(command, env=environment, stderr=words)
     try:
         metrics = run / METRICS_NAME
+        # Each line is flushed when it is written, so the file tells the moment.
         while not (metrics.is_file() and '"kind": "train"' in metrics.read_text("utf-8")):
             if process.poll() is not None or time.perf_counter() - started > LIMIT:
                 said = errors.read_text(encoding="utf-8").strip().splitlines()
@@ -90,5 +93,6 @@ def _first_step(folder: Path, kind: str) -> float:
             time.sleep(0.05)
         return time.perf_counter() - started
     finally:
+        # Not asked to end: it would save a run whose folder is removed anyway.
         process.kill()
         process.wait()

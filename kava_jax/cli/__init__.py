@@ -15,6 +15,7 @@ __all__ = ["main"]
 def main() -> None:
     """Entry point; the exit codes are listed in docs/troubleshooting.md."""
     with Ending():
+        # JAX and transformers read the environment when they are imported, so this comes first.
         from kava_jax.cli.surroundings import fit_surroundings
 
         fit_surroundings()
@@ -24,6 +25,7 @@ def main() -> None:
         try:
             app()
         except (KavaError, StoppedError, PreemptedError) as error:
+            # A library's words inside a message may have line breaks, and an error is one line.
             word = "preempted" if isinstance(error, PreemptedError) else "error"
             print(f"{word}: {' '.join(str(error).split())}", file=sys.stderr)
             raise SystemExit(error.exit_code) from None

@@ -60,6 +60,7 @@ def join(
         process=process,
         detect=cluster,
     )
+    # ``find_cluster`` needs no JAX: a single process imports it only if its command does.
     if found is not None:
         from kava_jax.parallel.hosts import start
 

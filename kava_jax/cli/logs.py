@@ -31,6 +31,7 @@ def show_logs(verbose: bool) -> None:
         handler.addFilter(_worth_saying)
     handler.setFormatter(logging.Formatter(form, "%H:%M:%S"))
     root, level = logging.getLogger(), logging.INFO if verbose else logging.WARNING
+    # A list of its own: removing a handler changes the one that is walked.
     for earlier in [one for one in root.handlers if one.get_name() == _NAME]:
         root.removeHandler(earlier)
     root.addHandler(handler)
@@ -49,6 +50,7 @@ class _Stderr(logging.StreamHandler[Any]):
     """Writes to what ``sys.stderr`` is at the moment: the progress display replaces it."""
 
     def __init__(self) -> None:
+        # StreamHandler's own would assign ``stream``, which is a property without a setter.
         logging.Handler.__init__(self)
 
     @property

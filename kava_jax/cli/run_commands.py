@@ -93,6 +93,7 @@ def plan(
     memory = found.memory if hbm is None else 1e9 * hbm
     sizes = [f"mesh.{part.strip()}" for part in mesh.split(",")] if mesh else []
     loaded = load_config(config, [*(overrides or []), *sizes])
+    # Before anything looks at a device: their number cannot be changed after that.
     virtual_devices(devices)
     if every_mesh:
         plans = search(loaded, found, memory, say)
@@ -175,6 +176,7 @@ def export(
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise KavaError(f"--dtype={dtype!r} is unknown; use auto, float32, bfloat16 or float16")
     target = place(out, "out")
+    # Before weights are read, which can take long, so that a refusal comes at once.
     check_destination(target)
     opened = reopen_student(place(run, "run"))
     step, student = restore_student(opened, checkpoint)

@@ -45,6 +45,7 @@ class Ending:
         self._uncaught, sys.excepthook = sys.excepthook, self._printed
         # Unlike a handler, which waits until Python code runs again, this is written to at once.
         heard, self._wakes = os.pipe()
+        # Python demands this: a signal must not wait until a full pipe has room.
         os.set_blocking(self._wakes, False)
         self._woke = signal.set_wakeup_fd(self._wakes, warn_on_full_buffer=False)
         threading.Thread(target=self._watch, args=[heard], daemon=True).start()
@@ -60,6 +61,7 @@ class Ending:
             signal.signal(number, handler)
         sys.unraisablehook, sys.excepthook = self._unraisable, self._uncaught
         signal.set_wakeup_fd(self._woke)
+        # The thread that watches reads the end of the pipe, and ends.
         os.close(self._wakes)
 
     def _notice(self, number: int, frame: FrameType | None) -> None:
@@ -78,6 +80,7 @@ class Ending:
             self._unraisable(unraisable)
             return
         self._again = True
+        # Whichever thread raises a signal, Python calls its handler in the main thread.
         again = threading.Timer(0.05, signal.raise_signal, [self._asked])
         again.daemon = True
         again.start()
@@ -108,5 +111,7 @@ class Ending:
         words = f"interrupted ({name}): what was complete stays; the same command starts again\n"
         with suppress(OSError):  # the terminal is closed
             # The progress display hides the cursor.
+            # Not print, which could wait for a lock of stderr that the main thread holds.
             os.write(2, ((_SHOW_CURSOR if os.isatty(2) else "") + words).encode())
+        # Not sys.exit, which ends only the calling thread, and that may be the watching one.
         os._exit(130 if number == signal.SIGINT else PreemptedError.exit_code)

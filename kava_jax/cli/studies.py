@@ -147,6 +147,7 @@ def demo(
     from kava_jax.storage import local_path
 
     where = local_path(out, "out")
+    # Each training locks its own directory; this covers the export and the pictures.
     with alone(where, "out"):
         result = run_demo(where, command())
     show(result, render(result), as_json)

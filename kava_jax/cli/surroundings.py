@@ -16,11 +16,14 @@ def fit_surroundings() -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     # Compiled programs are kept from run to run; JAX reads this when it is imported.
     caches = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    # For a user without a home directory ``~`` stays as it is: a folder of that name would be
+    # made in the working directory.
     if caches.is_absolute() and _can_write(caches):
         os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(caches / "kava_jax" / "compiled"))
 
 
 def _can_write(place: Path) -> bool:
     """Whether a folder of this name can be made, or written to where it is."""
+    # Not Path.exists, which raises where a parent may not be searched.
     existing = next(path for path in (place, *place.parents) if os.path.exists(path))
     return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)

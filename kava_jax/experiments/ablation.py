@@ -60,10 +60,13 @@ class Ablation:
         """
         if jobs < 1:
             raise KavaError(f"jobs={jobs} is not positive; use 1 or more")
+        # Not ``lock.alone``, which asks JAX who speaks: that starts a backend, which on a GPU takes
+        # the memory that the runs need.
         with exclusive(self.out, "out"):
             # Seed by seed, so that a grid that is cut short has whole comparisons.
             wanted = [(arm, seed) for seed in self.grid.seeds for arm in self.grid.arms]
             known = [job for job in wanted if self._known(job)]
+            # After the check above: a directory of another grid is refused with its file as it was.
             self._write_grid()
             missing = [job for job in wanted if job not in known]
             seeds = dict.fromkeys(seed for _, seed in missing if self.grid.pretrain is not None)
@@ -75,6 +78,7 @@ class Ablation:
 
             for job in known:
                 tell(job, "known")
+            # Where a pretrained student failed no arm is run: its start would be missing.
             return self._all(first, jobs, tell) or self._all(missing, jobs, tell)
 
     def _all(
@@ -84,6 +88,8 @@ class Ablation:
         # Several jobs each get their share of the cores, where the system has such a thing.
         can = workers > 1 and hasattr(os, "sched_getaffinity")
         cores = sorted(os.sched_getaffinity(0)) if can else []
+        # Shares are the free places too: where there are no cores to share out, they are empty
+        # sets and still count.
         shares = [set(cores[worker::workers]) for worker in range(workers)]
         waiting, running, failed = [(job, self._commands(job)) for job in jobs], [], []
         try:
@@ -96,6 +102,7 @@ class Ablation:
                     job, process, rest, share = one
                     running.remove(one)
                     shares.append(share)
+                    # Calling again does not mend bad input, so the grid ends with the run's words.
                     if process.returncode == BAD_INPUT:
                         raise self._refusal(job)
                     if process.returncode == 0 and rest:
@@ -110,6 +117,7 @@ class Ablation:
                     time.sleep(POLL)
         except KeyboardInterrupt:  # at a terminal the runs hear Ctrl-C too, else only this does
             for _, process, *_ in running:
+                # On SIGTERM a run saves what it has done, and the next call continues it.
                 process.terminate()
             raise
         finally:  # a run that is refused ends the grid when those under way have ended
@@ -133,10 +141,14 @@ class Ablation:
         # A chat template that writes the date writes the same rows for every arm and seed, however
         # many days they take.
         today = {"SOURCE_DATE_EPOCH": str(self._started())}
+        # Appended, so that a call that continues a run keeps the words of the one before.
         with self._file("logs", job, "txt").open("a", encoding="utf-8") as words:
+            # The same interpreter: a ``kava`` on the PATH may belong to another environment.
             command = [sys.executable, "-m", "kava_jax", *arguments]
+            # Last, and so the strongest, is what the user has set.
             environment = {**KEEP_MEMORY, **KEEP_COMPILED, **today, **os.environ}
             process = subprocess.Popen(command, stdout=words, stderr=words, env=environment)
+        # A thread inherits the cores of the one that starts it, and XLA starts its threads later.
         if cores:
             os.sched_setaffinity(process.pid, cores)
         return process
@@ -154,6 +166,7 @@ class Ablation:
 
     def _identity(self, job: Job) -> str:
         """What a run belongs to: all that the files say of it."""
+        # Other arms and seeds are left out: a grid can grow and keep what it has.
         of_all = {"base": self.base, "set": self.grid.set, "pretrain": self.grid.pretrain}
         return config_hash(of_all | {"arm": self.grid.arms[job[0]], "seed": job[1]})
 
@@ -181,5 +194,6 @@ class Ablation:
         """When the grid was first called, in seconds since 1970: the current time of all runs."""
         try:
             return json.loads((self.out / GRID_NAME).read_text(encoding="utf-8"))["started"]
+        # There is no file yet, or a broken one, which is about to be replaced.
         except (OSError, ValueError, KeyError, TypeError):
             return int(time.time())

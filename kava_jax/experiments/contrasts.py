@@ -75,6 +75,7 @@ def compare(results: Results) -> Comparison:
     tried = {pair: _difference(pair[0], *(scores.get(name, {}) for name in pair)) for pair in pairs}
     found = {pair: own for pair, own in tried.items() if own}
     declared = (grid.contrast or "", grid.baseline)
+    # The declared difference was named before the runs. It is one test, and takes no correction.
     p_values = holm({k: own.p_value for k, own in found.items() if own.p_value and k != declared})
     found = {pair: own._replace(p_holm=p_values.get(pair)) for pair, own in found.items()}
     return Comparison(
@@ -121,6 +122,7 @@ def _scores(name: str, arm: Arm, grid: Grid) -> dict[int, np.ndarray]:
 
 def _answers(arm: Arm, name: str) -> dict[int, np.ndarray]:
     bits = {seed: run.answers(name) for seed, run in arm.items()}
+    # numpy refuses to subtract booleans, and a difference can be -1.
     return {seed: own.astype(np.int8) for seed, own in bits.items() if own is not None}
 
 
@@ -146,12 +148,14 @@ def _compared(
     results: Results, name: str, score: Estimate | None, difference: Estimate | None
 ) -> Compared:
     grid, arm = results.grid, results.arms[name]
+    # The baseline minus itself is 0 by construction, which would read like a result.
     other = {} if name == grid.baseline else results.arms.get(grid.baseline, {})
     asked = dict.fromkeys(s for run in arm.values() for s in run.correct if s != MAIN_SET)
     differences = {
         s: _difference(f"{name}, set {s}", _answers(arm, s), _answers(other, s)) for s in asked
     }
     last = dict.fromkeys(key for run in arm.values() for key in run.values)
+    # Figures by set begin with the set's name, figures by teacher with ``eval_``.
     sets = [k for k in last if k.endswith((f"/{EXACT_MATCH}", f"/{LOSS}")) and k[:5] != "eval_"]
     times = [
         (run.step_seconds, other[seed].step_seconds)

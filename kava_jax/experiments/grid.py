@@ -69,6 +69,7 @@ class Grid(Section):
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds={list(self.seeds)} repeat; give different ones")
         for arm, fields in self.arms.items():
+            # With a dot at both ends ``data`` covers ``data.rows``, and not what only begins alike.
             if shared := [
                 key for key in fields if f"{key}.".startswith(tuple(f"{s}." for s in SHARED))
             ]:
@@ -98,6 +99,7 @@ def load_grid(path: Path, overrides: Iterable[str] = ()) -> tuple[Grid, dict[str
     """
     path = Path(written_out(str(path)))
     raw = read_yaml(path)
+    # Anything but a mapping is left to the validation, which names the field.
     if isinstance(raw.get("set", {}), dict):
         raw["set"] = raw.get("set", {}) | dict(map(read_override, overrides))
     try:
@@ -110,6 +112,7 @@ def load_grid(path: Path, overrides: Iterable[str] = ()) -> tuple[Grid, dict[str
         raise KavaError(f"grid={str(path)!r}: {'; '.join(problems)}") from None
     near = path.parent / written_out(grid.config)
     base = read_yaml(near if near.is_file() else shipped_config(grid.config))
+    # All arms are parsed now: a typing error would show only after the runs of other arms.
     for arm in (*grid.arms, *([] if grid.pretrain is None else [PRETRAINED])):
         run_config(grid, base, arm, grid.seeds[0], Path("runs"))
     return grid, base
@@ -133,8 +136,10 @@ def run_config(grid: Grid, base: Mapping[str, Any], arm: str, seed: int, out: Pa
     if arm == PRETRAINED:
         own |= {"teachers": []}
     elif grid.pretrain is not None:
+        # The whole section is replaced, because a geometry excludes a path.
         raw["student"] = {"path": str(exported(out, seed))}
     own |= {"run.dir": str(run_directory(out, arm, seed))}
+    # Overrides are read as YAML, of which JSON is a part: quoted text stays text.
     overrides = [f"{key}={json.dumps(value)}" for key, value in (fields | own).items()]
     try:
         return parse_config(raw, overrides)

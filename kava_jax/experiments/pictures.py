@@ -88,6 +88,7 @@ class Chart(NamedTuple):
             _draw(axes, line)
         for name, level in self.levels.items():
             axes.axhline(level, color=FAINT, linewidth=0.8, linestyle=":")
+            # Placed by axes fraction, a name keeps to the left edge whatever the steps are.
             at = {"xycoords": ("axes fraction", "data"), "va": "bottom", "fontsize": 8}
             axes.annotate(name, (0.005, level), color=FAINT, **at)
         if self.scale == "symlog":  # nothing (0) has a place too

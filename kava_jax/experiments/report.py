@@ -207,11 +207,13 @@ def _mean_layers(results: Results, arm: str) -> list[dict[str, Any]]:
     """By teacher of an arm, its figures by layer over the seeds; None where one was not finite."""
     runs = [run.layers for run in results.arms[arm].values()]
     shared = [key for key in runs[0] if all(key in layers for layers in runs)]
+    # As float64 a None is NaN. It makes its mean NaN, which becomes None again.
     rows = {key: np.array([layers[key] for layers in runs], np.float64) for key in shared}
     means = {
         key: [float(x) if np.isfinite(x) else None for x in row.mean(axis=0)]
         for key, row in rows.items()
     }
+    # Any seed and any directory will do, because only the arm's teachers are read.
     config = run_config(results.grid, results.base, arm, results.grid.seeds[0], Path())
     found = [_by_layer(teacher, means) for teacher in config.teachers]
     return [teacher for teacher in found if teacher["layers"]]
@@ -254,6 +256,8 @@ def _render(template: str, **parts: Any) -> str:
     """The page that one of the package's templates makes; every text among its parts is escaped."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
+    # Questions and answers may hold HTML, hence autoescape. A name that a template misspells is
+    # an error by StrictUndefined, and not an empty place on the page.
     environment = Environment(
         loader=PackageLoader("kava_jax", "assets"), autoescape=True, undefined=StrictUndefined
     )

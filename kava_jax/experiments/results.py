@@ -68,6 +68,7 @@ def outcome_of(directory: Path, arm: str, seed: int, identity: str) -> Outcome:
     last, answers = dict(evaluations[-1]), read_answers(directory)
     layers = last.pop("layers", {})
     seconds = [r["step_seconds"] for r in train[1:] if r.get("step_seconds") is not None]
+    # Neither null nor 0, which has no logarithm.
     norms = [r["grad_norm_student"] for r in train if r.get("grad_norm_student")]
     logs = np.log(norms[int(SETTLED * len(norms)) :])
     asked = answers.get(MAIN_SET, [])[:SAMPLES]
@@ -91,6 +92,7 @@ def outcome_of(directory: Path, arm: str, seed: int, identity: str) -> Outcome:
 
 def pack(bits: Sequence[bool]) -> str:
     """Bits as text, ``"5:b8"``: their number, and hex with the first bit highest."""
+    # A JSON list of a thousand booleans would take some 6000 characters of a line, and this 250.
     return f"{len(bits)}:{np.packbits(np.array(bits, bool)).tobytes().hex()}"
 
 
@@ -102,6 +104,7 @@ def unpack(text: str) -> Bool[np.ndarray, "N"]:
 
 def write_runs(directory: Path, runs: Iterable[Outcome]) -> None:
     """Write the whole table, atomically, by arm and seed."""
+    # The committed file must not depend on which run ended first.
     ordered = sorted(runs, key=lambda run: (run.arm, run.seed))
     lines = [json.dumps(run._asdict()) + "\n" for run in ordered]
     write_atomically(directory / RUNS_NAME, "".join(lines))
@@ -121,6 +124,7 @@ def read_runs(directory: Path) -> dict[tuple[str, int], Outcome]:
     for number, line in enumerate(path.read_text("utf-8").splitlines() if path.is_file() else ()):
         try:
             runs.append(Outcome(**json.loads(line)))
+        # A TypeError is a line whose fields are of another version.
         except (ValueError, TypeError):
             raise KavaError(
                 f"{path} line {number + 1} is no run of this version; restore the file, or run "
@@ -148,11 +152,13 @@ def read_results(directory: Path) -> Results:
             f"`kava ablate` again"
         ) from None
     found = read_runs(directory)
+    # Arms and seeds that the grid no longer has stay in the file, and do not count.
     arms = {a: {s: found[a, s] for s in grid.seeds if (a, s) in found} for a in grid.arms}
     arms = {arm: runs for arm, runs in arms.items() if runs}
     first: dict[int, Outcome] = {}
     for run in (run for runs in arms.values() for run in runs.values()):
         known = first.setdefault(run.seed, run)
+        # Differences are paired by seed, which means nothing over different rows.
         if known.data != run.data:
             raise KavaError(
                 f"arms.{run.arm}: seed {run.seed} was run on other data than arms.{known.arm}; "

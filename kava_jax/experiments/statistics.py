@@ -83,10 +83,12 @@ def bootstrap_interval(value_SQ: Int[np.ndarray, "S Q"]) -> Ends:
     """
     seeds, questions = value_SQ.shape
     most = seeds * questions
+    # Sums lie between -most and most, so 2 * most + 1 points tell them all apart.
     turn_N = np.exp(2j * np.pi * np.arange(2 * most + 1) / (2 * most + 1))
     plus_S1, minus_S1 = (np.mean(value_SQ == sign, axis=1)[:, None] for sign in (1, -1))
     question_SN = plus_S1 * turn_N + minus_S1 / turn_N + (1 - plus_S1 - minus_S1)
     whole_N = np.mean(question_SN**questions, axis=0) ** seeds
+    # The transform has negative sums at its end. Rolled, index 0 is the sum -most.
     chance_N = np.roll(np.fft.fft(whole_N).real, most) / len(turn_N)
     # Rounding must not decide where a share of exactly 2.5 % lies.
     low, high = (np.argmax(np.cumsum(c) >= BEYOND - 1e-9) for c in (chance_N, chance_N[::-1]))
@@ -100,6 +102,7 @@ def sign_flip(difference_S: Float[np.ndarray, "S"]) -> float:
     """
     from scipy.stats import permutation_test
 
+    # The generator is fixed: the same runs give the same p in every report.
     settings = {"permutation_type": "samples", "n_resamples": SIGN_FLIPS, "rng": 0}
     return float(permutation_test((difference_S,), np.mean, **settings).pvalue)
 
@@ -161,6 +164,7 @@ def rank_correlation(x: Sequence[float], y: Sequence[float]) -> RankCorrelation:
     """Spearman's rank correlation; it takes the pairs for independent, and is else too narrow."""
     from scipy.stats import spearmanr
 
+    # scipy would warn of a constant and give NaN.
     if len(set(x)) < 2 or len(set(y)) < 2:
         return RankCorrelation(None, None, None, len(x))
     found: Any = spearmanr(x, y)  # its stubs know no statistic
@@ -179,4 +183,5 @@ def interval_of_rho(rho: float, n: int) -> Ends | tuple[None, None]:
     nearest = 1 - 6 / (n**3 - n)
     centre = np.arctanh(np.clip(rho, -nearest, nearest))
     half = norm.ppf(1 - BEYOND) * np.sqrt((1 + rho**2 / 2) / (n - 3))
+    # The centre may have been pulled in; rho itself must not fall out of its interval.
     return min(rho, float(np.tanh(centre - half))), max(rho, float(np.tanh(centre + half)))

@@ -45,6 +45,7 @@ def score_table(results: Results, comparison: Comparison) -> Table:
     rows = []
     for arm in by_score(grid, comparison):
         score, found = comparison.arms[arm].score, comparison.arms[arm].difference
+        # A run whose loss is not finite has no score.
         lost = len(results.arms[arm]) - len(score.per_seed) if score else 0
         cells = [f"{len(results.arms[arm])}" + (f", {lost} diverged" if lost else "")]
         cells += [_figure(score.mean if score else None, answers)]

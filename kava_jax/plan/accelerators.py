@@ -29,6 +29,7 @@ def described_devices(chip: Chip, devices: int) -> list[Any] | None:
     """
     if chip.name in GPUS:
         plugins, hosts = CUDA_PLUGINS, max(1, devices // chip.domain)
+        # A topology has one number of devices for all hosts: unequal hosts cannot be written.
         even = devices == hosts * min(devices, chip.domain)
         topology = f"1x{hosts}x{devices // hosts}" if even else None
         settings: dict[str, Any] = {
@@ -69,8 +70,10 @@ def own_memory(blueprint: Blueprint, rows: int, length: int) -> Memory:
     except jax.errors.JaxRuntimeError as error:
         # "HLO temporaries" it says, and counts the arguments too.
         used = re.search(r"\(([\d.]+)([KMGT])\) exceeds available", str(error))
+        # Any other failure of the compiler says nothing about memory.
         if used is None:
             raise
+        # Units in the message are binary, unlike the decimal gigabytes of ``chips``.
         total = int(float(used[1]) * 1024 ** (1 + "KMGT".index(used[2])))
         arguments = sum(held(blueprint, rows, length).values())
         return Memory(arguments, 0, total - arguments)

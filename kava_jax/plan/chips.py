@@ -61,6 +61,7 @@ def find_chip(name: str) -> Chip:
 
 def chip_of(device_kind: str) -> Chip | None:
     """The chip that a device is by what it calls itself; None for one that is not in the table."""
+    # Drivers put more into the name, as in "NVIDIA H100 80GB HBM3".
     return next((chip for name, chip in CHIPS.items() if name in device_kind.lower()), None)
 
 
@@ -74,6 +75,8 @@ def roofline(work: Work, memory: float, chip: Chip) -> dict[str, float]:
     seconds = {
         "products": work.flops / chip.flops,
         "memory": 2 * memory / chip.memory_bandwidth,
+        # A plan's mesh numbers devices host by host, so id // domain is the domain. A ring is as
+        # slow as its slowest link: one device outside of the domain makes the network count.
         "messages": sum(
             payload / (chip.link if len({n // chip.domain for n in group}) == 1 else chip.network)
             for (_, group), payload in work.messages.items()

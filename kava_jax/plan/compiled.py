@@ -16,6 +16,8 @@ from kava_jax.runs.blueprint import Blueprint
 
 # Only memory and messages are asked for: no machine code has to be good.
 QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+# Before this pass the program is that of all devices together; later ones fuse and rewrite
+# products for one kind of hardware, and their dtypes are no longer the true ones.
 _PASS = "spmd-partitioning"
 
 
@@ -44,6 +46,7 @@ def partitioned(program: Any) -> tuple[str, Any]:
     with tempfile.TemporaryDirectory() as folder, _uncached():
         dump = {"xla_dump_to": folder, "xla_dump_hlo_pass_re": _PASS}
         compiled = program.compile(QUICK | dump)
+        # Unpacking fails unless the pass ran once: no other program is counted by mistake.
         (text,) = Path(folder).glob(f"*after_{_PASS}*")
         return text.read_text(encoding="utf-8"), compiled
 
@@ -64,6 +67,7 @@ def held(blueprint: Blueprint, rows: int, length: int) -> dict[str, int]:
     }
 
     def size(leaf: Any, sharding: Any) -> int:
+        # Not size / devices: an axis that the mesh does not divide may be held whole.
         return math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
 
     return {name: sum(jax.tree.leaves(jax.tree.map(size, *own))) for name, own in parts.items()}
@@ -79,6 +83,7 @@ def lowered(blueprint: Blueprint, rows: int, length: int) -> Any:
 def memory_of(compiled: Any) -> Memory:
     """What a compiled program says of itself."""
     found = compiled.memory_analysis()
+    # The old state is donated: its bytes become the new state and are counted as arguments.
     results = found.output_size_in_bytes - found.alias_size_in_bytes
     return Memory(found.argument_size_in_bytes, results, found.temp_size_in_bytes)
 

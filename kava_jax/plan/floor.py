@@ -27,6 +27,7 @@ def step_floor(blueprint: Blueprint, rows: int, length: int, targets: int) -> di
     tokens = rows * length
     teachers, heads = 0.0, 3 * 2.0 * _head(blueprint.student_spec) * targets
     for teacher in blueprint.teachers.values():
+        # The last mapped layer of a headless teacher is none of its blocks.
         teachers += tokens * teacher.blocks * layer_flops(teacher.spec, length)
         if teacher.headless:
             teachers += 2.0 * tokens * _keys_values(teacher.spec)
@@ -64,10 +65,12 @@ def _projector(blueprint: Blueprint, tokens: int) -> float:
         kernels = [
             math.prod(variable.get_value().shape)
             for path, variable in nnx.to_flat_state(pair)
+            # Norms and biases take part in no matrix product.
             if "kernel" in str(path[-1])
         ]
         # With weights of its own, a layer's tokens meet only those.
         repeats = 1 if settings.per_layer else layers
         total += 2.0 * tokens * sum(kernels) * repeats
+    # Backward to the kernels unless they are frozen, and to the input where it is the student's.
     passes = 1 + (settings.training != "frozen")
     return total * (passes + (settings.direction == "student_to_teacher"))

@@ -55,12 +55,15 @@ def find_boundary(
     turn = 0
     while True:
         beyond = min((one for one in tried if one.needed > limit), default=None)
+        # One more row can need less memory, so what fits above the first failure does not count.
         below = [one for one in tried if one.needed <= limit]
         fits = max((one for one in below if beyond is None or one < beyond), default=None)
         low = fits.rows if fits else 0
         if beyond and beyond.rows - low <= unit:
             return Boundary(fraction, limit, fits, beyond)
         guess = (low + beyond.rows) // 2 if beyond and turn >= LINES else _on_the_line(tried, limit)
+        # Strictly between what fits and what does not: every turn narrows the gap, however
+        # wrong the line is.
         guess = max(guess // unit * unit, low + unit)
         tried.append(attempt(min(guess, beyond.rows - unit) if beyond else guess))
         turn += 1

@@ -79,6 +79,7 @@ def virtual_devices(count: int) -> None:
     Raises KavaError when it came too late.
     """
     try:
+        # The CUDA plugin, where it is installed, would otherwise look for a driver.
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", count)
     except RuntimeError:  # devices are counted once
@@ -132,9 +133,11 @@ def search(config: Config, chip: Chip, hbm: float, say: Callable[[str], None]) -
         except KavaError:  # something is not divisible
             continue
         rows, length = config.data.batch_size, config.data.max_length
+        # Exact without a compilation, so a hopeless mesh costs no time.
         if sum(held(blueprint, rows, length).values()) > hbm:
             say(f"{written}: weights and moments alone are too many")
             continue
+        # By the estimate alone: the chip's own compiler takes up to a minute for every mesh.
         plan = _plan(blueprint, chip, hbm)
         say(f"{written}: {plan.verdict}")
         if plan.verdict != "does not fit":
@@ -158,6 +161,7 @@ def _plan(blueprint: Blueprint, chip: Chip, hbm: float, own: "_Own | None" = Non
     peak = Range(fixed + temporaries.least, fixed + temporaries.most)
     may_fit = "may fit" if peak.least <= hbm else "does not fit"
     time = roofline(work, memory.arguments + temporaries.most, chip)
+    # Prompts and padding are not known here: all tokens but each row's first are predicted.
     floor = sum(step_floor(blueprint, rows, length, rows * (length - 1)).values())
     return Plan(
         name=config.run.name,
@@ -202,6 +206,7 @@ def _estimate(config: Config, room: float) -> tuple[Range, tuple[int, int]]:
     )
     of_row = (here - there) / (rows - other)
     surely, at_best = (
+        # Where an accelerator needs ``share`` of these temporaries, room / share of them fit.
         max(0, int(rows + (room / share - here) / of_row) // unit * unit)
         for share in (1.0, NARROWEST)
     )
@@ -242,6 +247,7 @@ def _blueprint_on(chip: Chip, config: Config) -> Blueprint:
     """The blueprint; refused where the TPUs are several slices that the mesh cannot cross."""
     blueprint = _blueprint(config)
     if chip.topology is not None:
+        # Rounded up: a slice that is used in part has to be reached too.
         check_slices(blueprint.mesh.shape["data"], -(-blueprint.mesh.size // chip.domain))
     return blueprint
 
@@ -255,6 +261,7 @@ def _blueprint(config: Config, devices: list[Any] | None = None) -> Blueprint:
 def _as_on(chip: Chip, config: Config) -> Config:
     """The config as it runs there: ``auto`` is bfloat16, and nothing is left to measure."""
     raw = dump_config(unmeasured(config))
+    # In this process, which sees CPU devices only, ``auto`` would be float32.
     raw["train"]["dtype"] = raw["train"]["dtype"].replace("auto", "bfloat16")
     # The devices that it is compiled for are not those that it is meant for.
     raw["train"]["attention"] = "auto"

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+# XLA stores a boolean in a byte. What is not listed, such as a token, counts as no bytes.
 BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64} | {
     f"{kind}{bits}": bits for kind in "su" for bits in (4, 8, 16, 32, 64)
 }
@@ -77,6 +78,7 @@ def work_of(program: str) -> Work:
     known: dict[str, Work] = {}
 
     def count(name: str) -> Work:
+        # A program may call one computation from several places; it is read once.
         if name not in known:
             known[name] = _work(name, computations, count)
         return known[name]
@@ -116,6 +118,7 @@ def _work(name: str, computations: Computations, count: Callable[[str], Work]) -
             products[" x ".join(sorted({left[0], right[0]}))] += 1
             contracted = _CONTRACTED.search(one.text)
             dims = [int(dim) for dim in contracted[1].split(",") if dim] if contracted else []
+            # Batch axes are in the result, so result x contracted axes is every multiplication.
             multiplied = math.prod(_array(one.type)[1]) * math.prod(left[1][dim] for dim in dims)
             flops += 2.0 * multiplied if kind == "dot" else math.nan
         elif kind in KINDS:
@@ -139,11 +142,13 @@ def _called(
         assert loop, one.text
         told = _TRIPS.search(one.text)
         times = int(told[1]) if told else _rounds(loop[1], computations)
+        # The condition is asked once more than the body runs.
         yield loop[1], times + 1
         yield loop[2], times
     elif one.opcode == "conditional":
         branches = _BRANCHES.search(one.text)
         assert branches, one.text
+        # Which branch runs is decided at run time; the costliest one bounds the step from above.
         names = [name.strip(" %") for name in (branches[1] or branches[2]).split(",")]
         yield max(names, key=lambda name: count(name).flops), 1
     elif one.opcode in ("call", "fusion") and (called := _CALLED.search(one.text)):
@@ -168,6 +173,7 @@ def _message(kind: str, one: Instruction, instructions: list[Instruction]) -> tu
     """What a collective sends each time."""
     group = first_group(one.text)
     size = max(1, len(group))
+    # Of the result: what is gathered comes out whole, what is scattered as one slice.
     payload = sum(
         BITS[dtype] / 8 * math.prod(int(axis) for axis in axes.split(",") if axis)
         for dtype, axes in _ARRAY.findall(one.type)
@@ -177,6 +183,8 @@ def _message(kind: str, one: Instruction, instructions: list[Instruction]) -> tu
     if kind == "all-reduce" and users == {"dynamic-slice"}:
         # Accelerators send only the slice that is kept.
         kind, payload = "reduce-scatter", payload / size
+    # A ring sums in two rounds, a scatter and a gather, hence 2. The result of a scatter is one
+    # of ``size`` slices, hence ``size``.
     shares = {"all-reduce": 2.0, "reduce-scatter": size}
     # To one neighbour everything is sent.
     shares["collective-permute"] = size / max(1, size - 1)
@@ -190,6 +198,7 @@ def first_group(text: str) -> tuple[int, ...]:
         return next(((int(a), int(b)) for a, b in pairs if a != b), ())
     if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", text):
         return tuple(int(device) for device in listed[1].split(","))
+    # XLA's short form: consecutive numbers, reshaped, transposed, and cut into groups.
     if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
         sizes = [int(size) for size in iota[3].split(",")]
         devices = np.arange(math.prod(sizes)).reshape(sizes)

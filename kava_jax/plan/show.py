@@ -7,6 +7,7 @@ from kava_jax.plan.gpus import GPUS
 from kava_jax.plan.most_rows import Boundary
 from kava_jax.plan.planning import NARROWEST, SHARE_VARIABLE, SHARES, Plan, Range
 
+# Decimal, as makers give device memory; compilers' own messages use binary units.
 GB = 1e9
 
 
