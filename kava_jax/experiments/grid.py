@@ -136,8 +136,9 @@ def run_config(grid: Grid, base: Mapping[str, Any], arm: str, seed: int, out: Pa
     if arm == PRETRAINED:
         own |= {"teachers": []}
     elif grid.pretrain is not None:
-        # The whole section is replaced, because a geometry excludes a path.
-        raw["student"] = {"path": str(exported(out, seed))}
+        # A geometry excludes a path; the rest of the section is every arm's.
+        kept = {name: value for name, value in raw["student"].items() if name != "geometry"}
+        raw["student"] = kept | {"path": str(exported(out, seed))}
     own |= {"run.dir": str(run_directory(out, arm, seed))}
     # Overrides are read as YAML, of which JSON is a part: quoted text stays text.
     overrides = [f"{key}={json.dumps(value)}" for key, value in (fields | own).items()]

@@ -148,7 +148,7 @@ def _check_finite(files: TensorFiles) -> None:
 
 
 def cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
-    """Cast floats; a ``KavaError`` when a finite value would overflow to infinity."""
+    """Cast floats; a ``KavaError`` when a value would overflow in float16 or out of float64."""
     if array.dtype == dtype:
         return array
     with np.errstate(over="ignore"):

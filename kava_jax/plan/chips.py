@@ -3,6 +3,7 @@
 ``roofline`` says how long a step takes at these peak figures. That is an estimate.
 """
 
+import re
 from typing import NamedTuple
 
 from kava_jax.errors import KavaError
@@ -61,8 +62,11 @@ def find_chip(name: str) -> Chip:
 
 def chip_of(device_kind: str) -> Chip | None:
     """The chip that a device is by what it calls itself; None for one that is not in the table."""
+    # Runtimes call some TPUs by another name: "TPU v5 lite" is a v5e, and a bare "TPU v5" a v5p.
+    kind = re.sub(r"(v\d) lite", r"\1e", device_kind.lower())
+    kind = re.sub(r"tpu v5$", "tpu v5p", kind)
     # Drivers put more into the name, as in "NVIDIA H100 80GB HBM3".
-    return next((chip for name, chip in CHIPS.items() if name in device_kind.lower()), None)
+    return next((chip for name, chip in CHIPS.items() if name in kind), None)
 
 
 def roofline(work: Work, memory: float, chip: Chip) -> dict[str, float]:

@@ -204,7 +204,8 @@ def _estimate(config: Config, room: float) -> tuple[Range, tuple[int, int]]:
         memory_of(lowered(blueprint, size, config.data.max_length).compile(QUICK)).temporaries
         for size in (rows, other)
     )
-    of_row = (here - there) / (rows - other)
+    # Where nothing grows with the rows there is no line, and no batch is too large.
+    of_row = max((here - there) / (rows - other), 1.0)
     surely, at_best = (
         # Where an accelerator needs ``share`` of these temporaries, room / share of them fit.
         max(0, int(rows + (room / share - here) / of_row) // unit * unit)

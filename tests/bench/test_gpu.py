@@ -83,5 +83,6 @@ def test_a_device_that_computes_wrongly_is_not_measured(monkeypatch) -> None:
 
 def test_a_device_is_known_by_its_name() -> None:
     names = {"NVIDIA H100 80GB HBM3": "h100", "NVIDIA H200": "h200", "TPU v5e": "v5e"}
+    names |= {"TPU v5 lite": "v5e", "TPU v6 lite": "v6e", "TPU v5": "v5p", "TPU v5p": "v5p"}
     assert {name: getattr(chip_of(name), "name", None) for name in names} == names
     assert chip_of("cpu") is None
