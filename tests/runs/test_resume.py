@@ -113,19 +113,19 @@ def test_everything_moved_and_twice_the_steps(workspace, monkeypatch, capsys):
     assert fifth["kv_weight"] == pytest.approx(1 - 4 / 7)
 
 
-def test_a_run_extended_from_20_to_40_steps_is_the_uninterrupted_one(workspace, capsys):
+def test_a_run_extended_to_twice_its_steps_is_the_uninterrupted_one(workspace, capsys):
     write_config(workspace / "tiny.yaml", **CONSTANT)
-    trained(capsys, "train.steps=20", "run.dir=grown")
-    said = trained(capsys, "train.steps=40", "run.dir=grown")
-    assert "train.steps 20 -> 40: " in said
-    assert "after step 20: all are as before" in said
-    trained(capsys, "train.steps=40", "run.dir=whole")
+    trained(capsys, "train.steps=6", "run.dir=grown")
+    said = trained(capsys, "train.steps=12", "run.dir=grown")
+    assert "train.steps 6 -> 12: " in said
+    assert "after step 6: all are as before" in said
+    trained(capsys, "train.steps=12", "run.dir=whole")
     grown, whole = (
         {step: line["loss"] for step, line in logged(workspace / name).items()}
         for name in ("grown", "whole")
     )
     assert grown == whole
-    assert sorted(grown) == list(range(1, 41))
+    assert sorted(grown) == list(range(1, 13))
     states = (restore(reopen(workspace / name)) for name in ("grown", "whole"))
     jax.tree.map(np.testing.assert_array_equal, *states)
 
