@@ -78,7 +78,7 @@ def test_a_fresh_student_needs_the_teacher_that_gave_its_tokenizer(tmp_path, mon
     write_config(
         tmp_path / "tiny.yaml",
         student=student,
-        train={"steps": 1, "log_every": 1},
+        train={"steps": 1, "log_every": 1, "diagnose_every": None},
         eval={"max_new_tokens": 0},
     )
     monkeypatch.chdir(tmp_path)
