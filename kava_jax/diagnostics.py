@@ -45,11 +45,13 @@ def alignment(
     """
     mask = (mask_BT != 0)[None, :, :, None]
     keep = jnp.broadcast_to(mask, student.shape[:-1])
+    # In a batch of one the next example is the example itself, which is no baseline.
     both = keep & jnp.roll(keep, -1, axis=1) & (mask_BT.shape[0] > 1)
     cos, s_length, t_length = compare(student, target, keep)
     # Rolled as it came: a copy in float32 would be the largest array of the KV losses.
     cos_shuffled, _, _ = compare(student, jnp.roll(target, -1, axis=1), both)
     if own is not None:
+        # Behind a projector that begins with a norm, lengths would be the projector's alone.
         s_length = magnitude(jnp.where(mask[..., None], own.astype(jnp.float32), 0.0))
     over = (1, 2, 3)
     return {
@@ -94,13 +96,17 @@ def sample_tokens(
     seen = jnp.cumsum(keep.astype(jnp.int32))
     total = seen[-1]
     entry = jnp.arange(size)
+    # Under jit the sample has ``size`` entries whatever counts; ``counted`` says which are tokens.
     rank = jnp.where(total >= size, _spread(entry, total, size), entry)
     # The token of a rank is where that many and one have been seen.
+    # A rank that does not exist is placed behind the end. The bound keeps the index valid, and
+    # ``counted`` drops what is read there.
     place = jnp.minimum(jnp.searchsorted(seen, rank + 1), keep.size - 1)
     row, column = jnp.divmod(place, mask_BT.shape[1])
     counted = entry < total
 
     def taken(x: Array) -> Array:
+        # float32 after the gather: before it, the cast would copy the whole cache.
         return jnp.where(counted[None, :, None, None], x[:, row, column].astype(jnp.float32), 0.0)
 
     return TokenSample(taken(student), taken(target), counted, None if own is None else taken(own))
@@ -108,6 +114,7 @@ def sample_tokens(
 
 def _spread(entry: Int[Array, "n"], total: Int[Array, ""], size: int) -> Int[Array, "n"]:
     """``floor((entry + 0.5) * total / size)`` in int32, where the product itself would overflow."""
+    # Whole numbers throughout, because float32 cannot tell tokens above 2**24 apart.
     whole, rest = jnp.divmod(total, size)
     twice = (2 * entry + 1) * whole
     return twice // 2 + ((twice % 2) * size + (2 * entry + 1) * rest) // (2 * size)
@@ -161,6 +168,7 @@ def _diagnose_layer(
     """The figures of one layer."""
     keep = counted[:, None, None]
     s, t, own = (jnp.where(keep, x.astype(jnp.float32), 0.0) for x in (student, target, own))
+    # The mean cosine with a unit vector e is e . E[v], v the unit targets: largest along E[v].
     constant = jnp.broadcast_to(unit(masked_mean(unit(t), keep, 0).value), t.shape)
     s_centred, t_centred = (_centred(x, counted) for x in (s, t))
     s_gram, t_gram = (_gram(x) for x in (s_centred, t_centred))
@@ -206,7 +214,9 @@ def _centred(x: Float[Array, "n K H"], counted: Bool[Array, "n"]) -> Float[Array
 
 def _gram(x: Float[Array, "n K H"]) -> Float[Array, "n n"]:
     """Products of all pairs of tokens, up to a common factor."""
+    # The factor cancels in CKA and in the rank, which are ratios.
     flat, _ = _scaled(_flat(x))
+    # Accelerators multiply in TF32 or bf16 unless told otherwise; centring needs their digits.
     return jnp.matmul(flat, flat.T, precision=jax.lax.Precision.HIGHEST)
 
 
@@ -216,6 +226,8 @@ def _retrieval(
     """Share of tokens whose own target is strictly the nearest by angle."""
     highest = jax.lax.Precision.HIGHEST
     cos = jnp.matmul(unit(_flat(s)), unit(_flat(t)).T, precision=highest)
+    # Rivals start from -inf and not from 0, because all cosines of a sample may be negative. A
+    # token without any rival would then always be found, hence the last condition.
     other = counted[None, :] & ~jnp.eye(len(cos), dtype=bool)
     rival = jnp.max(jnp.where(other, cos, -jnp.inf), axis=1)
     found = (jnp.diagonal(cos) > rival + TIE) & (jnp.sum(counted) > 1)
@@ -233,6 +245,7 @@ def _debiased_cka(
     s, s_alive = _u_centred(s_gram, counted)
     t, t_alive = _u_centred(t_gram, counted)
     length = jnp.sqrt(jnp.sum(s * s)) * jnp.sqrt(jnp.sum(t * t))
+    # The unbiased HSIC divides by n - 3, so three tokens are too few.
     defined = s_alive & t_alive & (jnp.sum(counted) >= 4)
     return jnp.where(defined, jnp.sum(s * t) / jnp.where(defined, length, 1.0), 0.0)
 
@@ -244,6 +257,7 @@ def _u_centred(
     pair = counted[:, None] & counted[None, :] & ~jnp.eye(len(counted), dtype=bool)
     apart = jnp.where(pair, gram, 0.0)
     n = jnp.sum(counted).astype(jnp.float32)
+    # With fewer than three tokens nothing is defined. The bounds only keep the quotients finite.
     row = jnp.sum(apart, axis=1, keepdims=True) / jnp.maximum(n - 2, 1)
     whole = jnp.sum(apart) / jnp.maximum((n - 1) * (n - 2), 1)
     rest = jnp.where(pair, apart - row - row.T + whole, 0.0)
@@ -277,8 +291,10 @@ def _magnitude_ratios(
 
     Zero targets have no ratio; tokens that do not count are such.
     """
+    # Means over heads first: the two sides may have different numbers of heads.
     length_s, length_t = (magnitude(x).mean(axis=-1) for x in (s, t))
     defined = length_t > 0
+    # NaN marks tokens without a ratio. ``nanquantile`` leaves them out without changing a shape.
     ratio = jnp.where(defined, length_s / jnp.where(defined, length_t, 1.0), jnp.nan)
     quantiles = jnp.nanquantile(ratio, jnp.array([0.1, 0.5, 0.9]))
     return tuple(jnp.where(jnp.any(defined), quantiles, 0.0))
@@ -303,6 +319,7 @@ def _unit_tree(
 ) -> tuple[PyTree[Float[Array, "..."]], Float[Array, ""]]:
     """A tree divided by its length, and that; zeros stay."""
     grads = optax.tree.cast(grads, jnp.float32)
+    # Not divided, the squares of gradients below 1e-19 or above 1e19 leave float32.
     peak = optax.tree.norm(grads, ord="inf")
     scaled = jax.tree.map(lambda x: x / jnp.where(peak == 0, 1.0, peak), grads)
     length = optax.tree.norm(scaled)

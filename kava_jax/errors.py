@@ -13,6 +13,7 @@ class KavaError(Exception):
     Nothing has been written or changed when it is raised.
     """
 
+    # The code that command-line parsers use for wrong arguments.
     exit_code = 2
 
 
@@ -42,7 +43,9 @@ def is_full_disk(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             return True
+        # Other exceptions have no errno. They repeat the system's own text for it.
         if "No space left on device" in str(error):
             return True
+        # ``raise ... from None`` only hides the context from tracebacks, so it is followed too.
         error = error.__cause__ or error.__context__
     return False

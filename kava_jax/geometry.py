@@ -33,6 +33,8 @@ class Mean(NamedTuple):
     def value(self) -> Float[Array, "..."]:
         """Sum / count, and 0 where nothing was counted."""
         counted = self.count > 0
+        # The inner select makes the division defined where nothing counts. With the outer one alone
+        # the gradient there would be 0 * infinity, which is NaN.
         return jnp.where(counted, self.sum / jnp.where(counted, self.count, 1.0), 0.0)
 
 
@@ -51,6 +53,7 @@ def masked_mean(
     keep = jnp.broadcast_to(True if mask is None else mask != 0, values.shape)
     # Counted as integers: a float32 sum of ones can stop growing at 2**24.
     count = jnp.sum(keep, axis=axis, dtype=jnp.int32).astype(jnp.float32)
+    # A select, because a product with the mask would turn a NaN that does not count into a NaN.
     return Mean(jnp.sum(jnp.where(keep, values, 0.0), axis=axis), count)
 
 
@@ -69,6 +72,7 @@ def _scaled_norm(
     scale = 8.0 / jnp.where(alive, peak, 1.0)
     scale_or_zero = jnp.where(alive, scale, 0.0)
     squares = jnp.sum((x * scale_or_zero) ** 2, axis=-1, keepdims=True)
+    # The slope of a root is infinite at 0, so zero vectors take the root of 1 instead.
     norm = jnp.sqrt(jnp.where(alive, squares, 1.0))
     return scale_or_zero, norm, jnp.where(alive, norm / scale, 0.0)
 
@@ -76,6 +80,7 @@ def _scaled_norm(
 def unit(x: Float[Array, "*B H"]) -> Float[Array, "*B H"]:
     """x / |x| in float32; zero vectors stay zero, with a zero gradient."""
     scale, norm, _ = _scaled_norm(x)
+    # In this order: scale / norm is 1 / |x|, which XLA flushes to zero for |x| above 8.5e37.
     return x.astype(jnp.float32) * scale / norm
 
 
@@ -113,6 +118,7 @@ def _compare_forward(a: Array, b: Array, keep: Array | None) -> tuple[Any, Any]:
     found = [x[..., 0] for x in (jnp.clip(cos, -1.0, 1.0), length_a, length_b)]
     if keep is not None:
         found = [jnp.where(keep, x, other) for x, other in zip(found, (0.0, 1.0, 1.0), strict=True)]
+    # a and b are saved as they came, because they exist anyway. All else is one number per vector.
     return tuple(found), (a, b, keep, scale_a / norm_a, scale_b / norm_b, cos)
 
 
@@ -125,6 +131,7 @@ def _compare_backward(saved: Any, slopes: tuple[Array, Array, Array]) -> tuple[A
         (of_cos * inverse_a * (v - cos * u) + of_a * u).astype(a.dtype),
         (of_cos * inverse_b * (u - cos * v) + of_b * v).astype(b.dtype),
     )
+    # A slope of zero is not enough: a left-out vector may hold NaN, and 0 * NaN is NaN.
     if keep is not None:
         gradients = (jnp.where(keep[..., None], gradient, 0) for gradient in gradients)
     return *gradients, None
@@ -150,6 +157,8 @@ def angular_distance(a: Float[Array, "*B H"], b: Float[Array, "*B H"]) -> Float[
     """
     u, v = unit(a), unit(b)
     apart, together = magnitude(u - v), magnitude(u + v)
+    # Two zero vectors: atan2(0, 0) has no gradient, while atan2(1, 1) gives the same pi / 2 that a
+    # single zero vector gets.
     undefined = (apart == 0) & (together == 0)
     return 2.0 * jnp.arctan2(jnp.where(undefined, 1.0, apart), jnp.where(undefined, 1.0, together))
 
@@ -168,7 +177,10 @@ def geodesic_rotate(
     u, v = unit(x), unit(towards)
     # From v - u, not v: exact when the two nearly agree. Twice, because once leaves a part along u.
     across = _reject(v - u, u)
+    # What is left below 1e-6 is rounding (float32 resolves 1e-7 of a unit vector), not a direction.
     defined = magnitude(across)[..., None] > 1e-6
+    # Zeros where there is no direction: the unused branch of the last select needs a finite
+    # gradient.
     w = _reject(unit(jnp.where(defined, across, 0.0)), u)
     turn = jnp.broadcast_to(jnp.asarray(angle, jnp.float32), x.shape[:-1])[..., None]
     turned = magnitude(x)[..., None] * (jnp.cos(turn) * u + jnp.sin(turn) * unit(w))

@@ -21,6 +21,7 @@ from kava_jax.cache import KVCache
 from kava_jax.errors import KavaError
 from kava_jax.geometry import Mean, compare, cosine, masked_mean
 
+# The original method's figure, so that its losses come out the same.
 EPS = 1e-8  # keeps the logarithm of a zero length finite
 
 # int by name: the runtime check of the tests does not take an int for a float.
@@ -53,6 +54,8 @@ def mercator(
     Raises:
         KavaError: the two shapes differ, or the mask fits neither form.
     """
+    # Not ``comparable``: it would write both caches once more, in float32. ``compare`` needs no
+    # copy.
     keep = vector_mask(student, target, mask)
     return masked_mean(mercator_values(student, target, alpha, beta, keep), keep)
 
@@ -74,6 +77,7 @@ def mercator_values(
 
 def _weighted(direction: Array, magnitude: Array, alpha: Scalar, beta: Scalar) -> Array:
     # A weight of 0 costs nothing in the backward pass only if its term is left out.
+    # Under jit only a plain number can be tested; a traced beta has no value yet.
     if isinstance(beta, float | int) and beta == 0:
         return alpha * direction
     return alpha * direction + beta * magnitude
@@ -82,6 +86,7 @@ def _weighted(direction: Array, magnitude: Array, alpha: Scalar, beta: Scalar) -
 def _log_ratio_squared(
     s_length: Float[Array, "*B"], t_length: Float[Array, "*B"]
 ) -> Float[Array, "*B"]:
+    # A difference, because the ratio itself can overflow: 1e31 over a zero length's 1e-8.
     return (jnp.log(s_length + EPS) - jnp.log(t_length + EPS)) ** 2
 
 
@@ -118,6 +123,8 @@ def smooth_l1(
 
 def smooth_l1_values(s: Float[Array, "*B H"], t: Float[Array, "*B H"]) -> Float[Array, "*B"]:
     """Mean over each vector's entries of the square that turns into a line at 1."""
+    # At its default delta of 1 the Huber loss is Smooth-L1. optax squares only min(|d|, 1), so a
+    # distance of 1e30 stays finite.
     return jnp.mean(optax.losses.huber_loss(s, t), axis=-1)
 
 
@@ -132,6 +139,7 @@ def hybrid(
     beta: Scalar = 0.01,
 ) -> Mean:
     """``mercator_weight * mercator(alpha, beta) + mse_weight * mse``; masks, errors as there."""
+    # MSE has no mask of its own, so both sides are zeroed first.
     s, t, keep = comparable(student, target, mask)
     return masked_mean(hybrid_values(s, t, mercator_weight, mse_weight, alpha, beta), keep)
 
@@ -161,6 +169,7 @@ def cross_entropy(
     """
     keep = _keep(mask, labels.shape)
     rows = _counted(logits, keep)
+    # A label like -100 names no entry of a short row: the gather would fill in NaN.
     safe_labels = labels if keep is None else jnp.where(keep, labels, 0)
     picked = _entries(rows, safe_labels)
     return masked_mean(jax.nn.logsumexp(rows, axis=-1) - picked, keep)
@@ -203,6 +212,7 @@ def logit_kl(
         jax.nn.log_softmax(_counted(logits[..., :shared], keep) / temperature, axis=-1)
         for logits in (student_logits, teacher_logits)
     )
+    # Both sides as logarithms: a probability that vanishes in float32 has no finite logarithm.
     divergence = optax.losses.kl_divergence_with_log_targets(student, teacher)
     return masked_mean(temperature**2 * divergence, keep)
 
@@ -218,6 +228,7 @@ def alignment_accuracy(
     return 100.0 * masked_mean((cosine(s, t) >= threshold).astype(jnp.float32), keep).value
 
 
+# Frozen and so hashable: a loss can be a static argument of jit.
 @dataclass(frozen=True)
 class MercatorKVLoss:
     """The original method's loss: ``loss, metrics = MercatorKVLoss()(student_kv, teacher_kv)``.
@@ -316,6 +327,7 @@ def _sphere_metrics(student: Array, teacher: Array, mask: Array | None) -> Metri
         "t_magnitude": t_length,
     }
     means = {name: masked_mean(value, keep).value for name, value in values.items()}
+    # The original's ratio of means. A mean of ratios would be ruled by targets near zero.
     # 0 where the teacher is zero.
     return means | {"mag_ratio": Mean(means["s_magnitude"], means["t_magnitude"]).value}
 
@@ -348,6 +360,8 @@ def _keep(mask: Array | None, leading: tuple[int, ...]) -> Array | None:
     """The mask as booleans over the leading axes; [B, T] is understood for [L, B, T, K]."""
     if mask is None:
         return None
+    # Numpy's rules would align [B, T] with the last axes, tokens and heads. For the same reason a
+    # mask of lower rank is refused below.
     aligned = mask[None, :, :, None] if (mask.ndim, len(leading)) == (2, 4) else mask
     fits = aligned.ndim == len(leading) and all(
         size in (1, axis) for size, axis in zip(aligned.shape, leading, strict=True)

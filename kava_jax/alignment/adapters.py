@@ -44,6 +44,7 @@ def _product_forward(spec: str, x: Array, kernel: Array) -> tuple[Array, tuple[A
 
 def _product_backward(spec: str, saved: tuple[Array, Array], slope: Array) -> tuple[Array, ...]:
     x, kernel = saved
+    # The cast is part of what is differentiated: the kernel's gradient gets the kernel's dtype.
     _, pull = jax.vjp(lambda x, kernel: jnp.einsum(spec, x, kernel.astype(x.dtype)), x, kernel)
     return pull(slope.astype(x.dtype))
 
@@ -63,6 +64,7 @@ class Affine(nnx.Module):
 
     def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
         """Apply; float32."""
+        # The bias gets its axes by hand, because the tests forbid implicit rank promotion.
         y: Array = _product("...i,io->...o", x, self.kernel[...])
         return y + self.bias[...].reshape((1,) * (y.ndim - 1) + (-1,))
 
@@ -90,6 +92,7 @@ class Adapter(nnx.Module):
         if not self.elastic:
             self.out = Affine((source, target), ("kv_in", "kv_out"), init, rngs)
             return
+        # Rounded down as in the original; the 1 keeps a small ratio of a small width from giving 0.
         hidden = max(1, int(source * mlp_ratio))
         self.scale = nnx.Param(jnp.ones((source,)), axes=("kv_in",))
         self.shift = nnx.Param(jnp.zeros((source,)), axes=("kv_in",))
@@ -104,11 +107,13 @@ class Adapter(nnx.Module):
         wide = x.astype(jnp.float32)
         # standardize's own variance is mean(x^2) - mean(x)^2, which cancels under a shared offset.
         variance = jnp.var(wide, axis=-1, keepdims=True)
+        # 1e-5 is the epsilon of PyTorch's LayerNorm, which the original uses.
         normed = jax.nn.standardize(wide, axis=-1, variance=variance, epsilon=1e-5)
         lead = (1,) * (x.ndim - 1) + (-1,)
         normed = normed * self.scale[...].reshape(lead) + self.shift[...].reshape(lead)
         hidden = jax.nn.silu(self.inner(normed.astype(x.dtype)).astype(x.dtype))
         if key is not None and self.dropout > 0:
+            # Scaled here, so that a call without a key needs no factor.
             kept = jax.random.bernoulli(key, 1.0 - self.dropout, hidden.shape)
             hidden = jnp.where(kept, hidden / (1.0 - self.dropout), 0)
         return hidden

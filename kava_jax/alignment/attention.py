@@ -18,6 +18,7 @@ from kava_jax.cache import KVCache
 from kava_jax.errors import KavaError
 from kava_jax.geometry import Mean, cosine, masked_mean
 
+# Accelerators round the factors of a float32 product to TF32 or bf16 unless they are told not to.
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
@@ -84,6 +85,8 @@ def _check_heads(q: Float[Array, "P B T N H"], k: Float[Array, "P B S K H"]) -> 
 
 def _by_layer(of_layer: Callable[..., Any], *xs: Any) -> Any:
     """``of_layer`` over the leading axis, one after the other, recomputed in the backward pass."""
+    # Inside a loop XLA cannot merge the second computation with the first one, so the barriers that
+    # ``prevent_cse`` adds would only cost time.
     one = jax.checkpoint(lambda layer: of_layer(*layer), prevent_cse=False)
     return jax.lax.map(one, xs)
 
@@ -109,6 +112,7 @@ def _log_attention(
     """Logarithm of the attention weights, query heads by the KV head they read."""
     batch, tokens, heads, head_dim = q_BTNH.shape
     kv_heads = k_BSKH.shape[2]
+    # Query heads that share a KV head lie side by side, as in Hugging Face's models.
     q_BTKGH = q_BTNH.reshape(batch, tokens, kv_heads, heads // kv_heads, head_dim)
     scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, precision=HIGHEST)
     # -1e30, not -inf: a token that sees nothing, and 0 * log 0 in the divergence, stay finite.
@@ -121,5 +125,6 @@ def _attend(
 ) -> Float[Array, "B K G T H"]:
     """What each query head brings from one layer's cache."""
     attention = jnp.exp(_log_attention(q_BTNH, kv.k, mask_BTS))
+    # A query that sees nothing has equal scores, so softmax gives it the mean of all values.
     weights = jnp.where(mask_BTS[:, :, None], attention, 0.0)
     return jnp.einsum("BKGTS,BSKH->BKGTH", weights, kv.v, precision=HIGHEST)

@@ -32,11 +32,13 @@ def linear_cka(grams: Grams, p: int, layer: int) -> float:
             grams.student_cov(p),
         )
     )
+    # This form needs moments of width E alone. Gram matrices of tokens would grow with the split.
     return float(cross**2 / (teacher * student)) if teacher * student > 0 else 0.0
 
 
 def choose_by_cka(fit_k: Grams, fit_v: Grams, p: int, window: tuple[int, ...]) -> int:
     """The teacher layer of the window with the highest CKA, mean of keys' and values'."""
+    # Of equals ``max`` takes the first, so ties always go to the earlier layer.
     return max(window, key=lambda n: linear_cka(fit_k, p, n) + linear_cka(fit_v, p, n))
 
 
@@ -55,11 +57,14 @@ def ridge(
 
     Raises KavaError where it is, so that the matrix is not positive definite.
     """
+    # Imported here, because only a fit needs scipy, while every training imports this module.
     from scipy.linalg import LinAlgError, cho_factor, cho_solve
 
     # Were every input constant, any positive ridge gives the same answer: no map, the mean of y.
     penalty = strength * (float(np.mean(np.diag(cov_xx))) or 1.0)
     try:
+        # Cholesky refuses a matrix that is not positive definite. A general solver or an inverse
+        # would answer with rounding, blown up.
         factor = cho_factor(cov_xx + penalty * np.eye(len(cov_xx)), lower=True)
     except LinAlgError:
         raise KavaError(
@@ -87,6 +92,8 @@ def r_squared(
     cov_xx, cov_xy, mean_x, mean_y, variance_y = _moments(grams, p, layers, direction)
     if variance_y <= 0:
         return 0.0
+    # ``tr K'A`` is the sum of entrywise products, so the square matrix is never made. SST cancels
+    # against the 1 of ``1 - SSE / SST``.
     fitted = np.sum(kernel * (cov_xx @ kernel - 2 * cov_xy))
     mean_error = mean_y - mean_x @ kernel - bias
     return float(-(fitted + mean_error @ mean_error) / variance_y)
@@ -120,14 +127,18 @@ def choose_layers(
         )
 
     def score(layers: tuple[int, ...]) -> float:
+        # On the split that is fitted, further inputs raise the score even where they are noise.
         return sum(
             r_squared(*_solve(fit, p, layers, direction, strength), dev, p, layers, direction)
             for fit, dev in ((fit_k, dev_k), (fit_v, dev_v))
         )
 
+    # Each teacher layer is an output of its own here, so another layer changes no score. ``sorted``
+    # keeps the order of equals, also in reverse.
     if direction == "student_to_teacher":
         ranked = sorted(window, key=lambda layer: score((layer,)), reverse=True)
         return tuple(sorted(ranked[:count]))
+    # Greedily, 4 of 8 layers take 26 scores per student layer; all choices would take 70.
     chosen: tuple[int, ...] = ()
     for _ in range(count):
         chosen = max(((*chosen, layer) for layer in window if layer not in chosen), key=score)
@@ -163,6 +174,7 @@ def fit(
 
     def stack(side: Grams) -> dict[str, dict[str, np.ndarray]]:
         maps = [_solve(side, p, row, direction, strength) for p, row in enumerate(rows)]
+        # Narrowed only now: parameters of adapters are float32, the solution needs float64.
         kernel, bias = (np.stack(x).astype(np.float32) for x in zip(*maps, strict=True))
         return {"out": {"kernel": kernel, "bias": bias}}
 

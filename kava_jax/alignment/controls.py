@@ -27,6 +27,8 @@ def controlled(
     Under ``shuffled`` a token behind the end of the next example has none. ``none`` and ``random``
     leave both as they are.
     """
+    # A roll by 1 brings the previous row's target. ``cos_shuffled`` rolls by -1, so with three rows
+    # or more that baseline is not the pair that is trained.
     if control == "shuffled":
         return jax.tree.map(lambda x: jnp.roll(x, 1, axis=1), cache), mask_BT & jnp.roll(
             mask_BT, 1, axis=0
@@ -39,6 +41,7 @@ def controlled(
 def _mean(x_LBTKH: Array, mask_BT: Array) -> Array:
     """Every token's vector replaced by the mean of those that count."""
     counted = mask_BT[None, :, :, None, None]
+    # Summed in float32: a long bfloat16 sum stops growing.
     total = jnp.where(counted, x_LBTKH.astype(jnp.float32), 0.0).sum(axis=(1, 2), keepdims=True)
     mean = total / jnp.maximum(mask_BT.sum(), 1)
     return jnp.broadcast_to(mean, x_LBTKH.shape).astype(x_LBTKH.dtype)

@@ -69,6 +69,8 @@ def batch_grams(
         jnp.where((mask_BT != 0)[None, :, :, None], x.astype(jnp.float32) - m[:, None, None, :], 0)
         for x, m in ((student_LBTE, shift_s), (teacher_LBTE, shift_t))
     )
+    # Zeros behind the last layer: a slice that starts too late is clamped by XLA, and would
+    # silently be a block of other layers.
     padded = jnp.pad(t, ((0, width - 1), (0, 0), (0, 0), (0, 0)))
 
     def diagonal(offset: Array) -> Array:
@@ -112,6 +114,8 @@ class Grams:
         self._shift_s, self._shift_t = (np.asarray(x, np.float64) for x in (shift_s, shift_t))
         (students, wide_s), (teachers, wide_t) = shift_s.shape, shift_t.shape
         width = check_windows(windows, students, teachers)
+        # float32 sums over many batches lose digits. JAX has float64 only as a switch for the whole
+        # process, so the sums are numpy's.
         self.count = 0
         self._teacher = np.zeros((width, teachers, wide_t, wide_t))
         self._cross = np.zeros((students, width, wide_t, wide_s))
@@ -130,6 +134,7 @@ class Grams:
                 "checkpoints, or run the models in a wider dtype"
             )
         self.count += int(batch.count)
+        # In place: these arrays are gigabytes, and a second copy of them may not fit.
         self._teacher += batch.teacher
         self._cross += batch.cross
         self._student += batch.student
@@ -184,6 +189,7 @@ class Grams:
         )
 
     def _teacher_block(self, i: int, j: int) -> np.ndarray:
+        # Half of the band is enough, because block (j, i) is block (i, j) transposed.
         low, high = min(i, j), max(i, j)
         block = self._centred(
             self._teacher[high - low, low], self._teacher_sum[low], self._teacher_sum[high]
@@ -207,6 +213,8 @@ def check_windows(windows: Windows, student_layers: int, teacher_layers: int) ->
     Raises KavaError, listing the wrong rows, unless there is one window per student layer and all
     hold the same number of consecutive teacher layers, ascending.
     """
+    # Equally many layers in every row make one array of the moments. Consecutive ones make a band
+    # of diagonals hold every pair of layers in a window.
     width = len(windows[0]) if windows else 0
     wrong = [
         list(row)

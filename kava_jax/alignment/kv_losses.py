@@ -27,6 +27,7 @@ Beta = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 class KVLoss(BaseModel):
     """Base of all: the fields are static, the call is pure and works under ``jit`` and ``grad``."""
 
+    # A misspelt field of a config must be an error, not a default that nobody asked for.
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     @abstractmethod
@@ -53,6 +54,7 @@ class KVLoss(BaseModel):
         Raises:
             KavaError: the shapes differ, or the mask does not fit them.
         """
+        # The mask is per token, so layers and heads can be averaged before it is applied.
         values = self.vectors(student, target, mask_BT).mean(axis=(0, 3))
         return jnp.where(mask_BT != 0, values, 0.0)
 

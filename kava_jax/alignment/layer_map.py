@@ -66,6 +66,7 @@ class LayerMap:
 
     def among(self, layers: tuple[int, ...]) -> "LayerMap":
         """The same map where the teacher's layers are counted among these alone."""
+        # A teacher's cache may hold only the layers that are read, so their places differ.
         place = {layer: number for number, layer in enumerate(layers)}
         rows = tuple(tuple(place[layer] for layer in row) for row in self.teacher_layers)
         return LayerMap(self.student_layers, rows)
@@ -90,6 +91,7 @@ class LayerMap:
         """One of the cache's two arrays as the target; J = sources * K."""
         by_column = zip(*self.teacher_layers, strict=True)
         columns = [_take(x_LBTKH, column, "teacher") for column in by_column]
+        # One column is passed on as it is, because ``concatenate`` would copy it.
         return columns[0] if len(columns) == 1 else jnp.concatenate(columns, axis=3)
 
     def rows(self) -> list[tuple[int, str]]:
@@ -184,6 +186,7 @@ def _depth(teacher_layers: int, student_layers: int, student: int) -> Fraction:
     """
     if student_layers == 1:
         return Fraction(teacher_layers - 1)
+    # Fractions are exact. A float could fall on either side of one half, and the map with it.
     return Fraction(student * (teacher_layers - 1), student_layers - 1)
 
 
@@ -252,6 +255,7 @@ def _take(
             f"layer map: it reads {side} layer {max(layers)}, the cache ends with layer "
             f"{depth - 1}; make the map for this {side}"
         )
+    # Indexing with all layers would still be a gather, and copy the whole cache.
     return x_LBTKH if layers == tuple(range(depth)) else x_LBTKH[np.array(layers)]
 
 

@@ -71,6 +71,7 @@ class KVDimensionProjector(nnx.Module):
         rngs: nnx.Rngs | None = None,
     ):
         """Build one adapter pair per teacher."""
+        # Not a default argument: an Rngs counts what it has drawn, and projectors would share one.
         rngs = nnx.Rngs(0) if rngs is None else rngs
         self.kind: AdapterKind = kind
         self.direction: Direction = direction
@@ -93,6 +94,7 @@ class KVDimensionProjector(nnx.Module):
             pairs[name] = nnx.Dict(
                 {part: self._adapter(widths, layers if per_layer else None, rngs) for part in "kv"}
             )
+        # flax refuses a plain dict of modules as an attribute, hence ``nnx.Dict``.
         self.pairs = nnx.Dict(pairs)
 
     def _adapter(self, widths: tuple[int, int], layers: int | None, rngs: nnx.Rngs) -> nnx.Module:
@@ -105,6 +107,7 @@ class KVDimensionProjector(nnx.Module):
 
         if layers is None:
             return build(rngs)
+        # A key per layer: with one key for all, every layer would start with the same weights.
         return nnx.vmap(build, in_axes=0, out_axes=0)(rngs.split(layers))
 
     @property
@@ -129,6 +132,7 @@ class KVDimensionProjector(nnx.Module):
             known = ", ".join(self.pairs)
             raise KavaError(f"teacher={name!r} is unknown to the projector; it knows {known}")
         pair = self.pairs[name]
+        # Two keys, or keys and values would lose the same hidden units in every step.
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
         projected_k = self._apply(pair.k, k, keys[0], name)
         return projected_k if v is None else (projected_k, self._apply(pair.v, v, keys[1], name))
@@ -153,10 +157,12 @@ class KVDimensionProjector(nnx.Module):
                 f"{expected}; d_model is the width of the vectors passed in"
             )
         graph, weights = nnx.split(adapter)
+        # On the weights and not on the result: the student learns through a frozen projector.
         if not self.trainable:
             weights = jax.lax.stop_gradient(weights)
         if not self.per_layer:
             return nnx.merge(graph, weights)(x, key)
+        # ``jax.vmap`` maps over arrays only, so the weights go without their graph.
         layer_keys = None if key is None else jax.random.split(key, x.shape[0])
         return jax.vmap(lambda w, x, k: nnx.merge(graph, w)(x, k))(weights, x, layer_keys)
 
@@ -171,9 +177,11 @@ class KVDimensionProjector(nnx.Module):
         state = nnx.to_pure_dict(nnx.state(self, nnx.Param))
         # safetensors writes memory as it lies: in another order it would be read back scrambled.
         tensors = {
+            # Names are built from paths and never parsed, so a teacher's name may hold a slash.
             "/".join(str(part.key) for part in where): np.ascontiguousarray(jax.device_get(leaf))
             for where, leaf in jax.tree_util.tree_flatten_with_path(state)[0]
         }
+        # Metadata of safetensors can hold strings only, so the arguments go there as JSON.
         save_file(
             tensors, str(path), metadata={"kava_jax.projector": json.dumps(self._arguments())}
         )
@@ -192,6 +200,8 @@ class KVDimensionProjector(nnx.Module):
             filled = jax.tree_util.tree_map_with_path(
                 lambda where, leaf: _taken(tensors, where, leaf.shape), state
             )
+        # Metadata that is missing is None (a TypeError). Broken JSON and other shapes are
+        # ValueErrors.
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise KavaError(
                 f"projector={str(path)!r} is not a projector file ({error}); give one that "

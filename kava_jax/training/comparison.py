@@ -65,6 +65,7 @@ def forward(
     positions_BT = token_positions(batch.valid)
     mask = attention_mask(positions_BT, positions_BT, batch.valid, model.spec.sliding_window)
     inputs, asked = (batch.tokens, positions_BT, mask), None
+    # Queries are kept of all layers, so the cache is, too, and both are numbered alike.
     if queries:
         layers = None
         hidden, cache, asked = model.with_queries(*inputs, key_space=key_space)
@@ -90,6 +91,7 @@ class CacheComparison:
 
     def sides(self, student: ForwardPass, teacher: ForwardPass) -> tuple[KVCache, KVCache]:
         """The mapped layers of student and teacher, each with its own heads and width."""
+        # A cache that holds a few layers is numbered anew, from 0.
         layer_map = (
             self.layer_map if teacher.layers is None else self.layer_map.among(teacher.layers)
         )
@@ -109,6 +111,8 @@ class CacheComparison:
         """
         onto_student = projector.direction == "teacher_to_student"
         source = theirs if onto_student else ours
+        # Keys are float32 where a bias or RoPE was applied; their products would then be float32 as
+        # well, and slow on accelerators.
         source = source._replace(k=source.k.astype(source.v.dtype))
         mapped = projector.project(self.name, source, dropout_key=dropout_key)
         return (ours, mapped, ours) if onto_student else (mapped, theirs, ours)
@@ -119,6 +123,7 @@ class CacheComparison:
         They are float32 where a bias is added or RoPE turns them, else in the model's dtype.
         """
         keys = run.cache.k
+        # The bias before RoPE, as in the model: RoPE turns the sum.
         bias = None if self.remove_key_bias else run.model.key_bias()
         if bias is not None:
             keys = _with_bias(keys, bias if run.layers is None else bias[np.array(run.layers)])
@@ -137,13 +142,18 @@ class CacheComparison:
 
         The queries, student and target with keys after RoPE and with biases, and the mask.
         """
+        # Layers of the space's model. In the teacher's space rows have one layer (``can_attend``).
         space, layers = student, list(self.layer_map.student_layers)
         if direction != "teacher_to_student":
             space, layers = teacher, [row[0] for row in self.layer_map.teacher_layers]
         assert space.queries is not None
+        # Queries have learnt to read keys with their model's bias, so one that was left out comes
+        # back. A bias that was not left out is in the keys already.
         bias = space.model.key_bias() if self.remove_key_bias else None
 
         def as_attended(cache: KVCache) -> KVCache:
+            # These keys are as attention reads them: a config refuses ``remove_key_bias`` after
+            # RoPE.
             if self.key_space == "post_rope":
                 return cache
             keys = cache.k if bias is None else _with_bias(cache.k, bias[np.array(layers)])

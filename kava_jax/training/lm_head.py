@@ -61,6 +61,8 @@ def weighted_losses(
         shards: the number of devices that the rows are split over.
         layouts: shardings on the mesh.
     """
+    # Rows are regrouped by shard below, which takes a number that divides them. The rows of a small
+    # batch may not be a multiple of the devices.
     run = partial(_run, loss_of_logits, math.gcd(shards, labels_BU.shape[0]), layouts)
 
     @jax.custom_vjp
@@ -78,6 +80,7 @@ def weighted_losses(
 
     total.defvjp(forward, backward)
     value, losses = total(learner, weights_BUK, dict(others), labels_BU, counted_BU)
+    # ``backward`` ignores the losses' slope, so they are made constants in plain sight.
     return value, jax.lax.stop_gradient(losses)
 
 
@@ -108,6 +111,7 @@ def _run(
     # Token indices of each shard [S, N], counted tokens first.
     order = jnp.argsort(~counted, axis=1, stable=True)
     padded = jnp.pad(order, [(0, 0), (0, -length % size)])
+    # All shards run one program, so the shard with the most counted tokens sets the chunks of all.
     needed = counted.sum(axis=1).max()
 
     def chunk(state: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -133,6 +137,8 @@ def _run(
         slopes, found = jax.grad(weighted, has_aux=True)(logits["student"])
         slopes = slopes.astype(taken["student"].dtype)
         new = jnp.einsum("snv,vd->snd", slopes, tables["student"])
+        # This one sums over all chunks, so it is kept in float32. The hidden states' gradient is
+        # written once per token, in their own dtype.
         of_table += jnp.einsum(
             "snv,snd->svd", slopes, taken["student"], preferred_element_type=jnp.float32
         )
@@ -143,6 +149,7 @@ def _run(
         # bound, which plan.program reads to count the FLOPs.
         return (state[0] * size < needed) & (state[0] < padded.shape[1] // size)
 
+    # How many chunks are needed depends on the data. A scan would always run all of them.
     _, losses, of_hidden, of_table = jax.lax.while_loop(
         unfinished,
         chunk,
@@ -157,6 +164,7 @@ def _run(
     back = jnp.argsort(order, axis=1)
     gradient = (
         _take(of_hidden, back).reshape(learner[0].shape),
+        # Shards add up only here: within the loop every chunk would send a whole table.
         of_table.sum(axis=0).astype(learner[1].dtype),
     )
     return _take(losses, back).reshape(weights_BUK.shape), gradient

@@ -32,7 +32,9 @@ from kava_jax.training.lm_head import Head, weighted_losses
 Metrics = dict[str, Mean]
 Match = Literal["cache", "attention"]
 Parts = Literal["both", "keys", "values"]
+# Fields of ``KVCache``, and suffixes in the names of metrics.
 PARTS = ("k", "v")
+# They add up to 1, so that ``kv_weight`` has one meaning whichever parts are compared.
 PART_WEIGHTS = {
     "both": {"k": 0.5, "v": 0.5},
     "keys": {"k": 1.0, "v": 0.0},
@@ -99,15 +101,19 @@ class Objective:
         student = forward(self.student, params["student"], batch, queries=self.match_attention)
         kv, passes, metrics, means = jnp.zeros(()), {}, {}, {}
         for index, name in enumerate(self.teachers):
+            # ``fold_in`` and not ``split``: the masks of one teacher do not depend on how many
+            # there are.
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
             passes[name], of_teacher, found, means[name] = self._of_teacher(
                 name, params, teachers[name], student, batch, statistics.get(name), key
             )
             kv += of_teacher
             metrics |= {f"{name}/{term}": mean for term, mean in found.items()}
+        # Without KL a teacher is loaded without its LM head, so it cannot be asked for logits.
         language, found = self._language(
             batch, student, passes if self.kl_weight > 0 else {}, step, shares[0]
         )
+        # No entry where the frame keeps nothing, as in the state that these are merged into.
         means = jax.lax.stop_gradient({name: own for name, own in means.items() if own})
         return (language, shares[1] * kv), (metrics | found, means)
 
@@ -149,6 +155,8 @@ class Objective:
         )
         ours, theirs = comparison.sides(student, teacher)
         aimed = comparison.projected(projector, ours, theirs, dropout_key)
+        # Before a control replaces the target: what is reported is alignment with the teacher's
+        # cache.
         metrics = _alignment(aimed, projector, mask)
         if link.control in ("shuffled", "constant"):
             # Under the shuffled control fewer tokens have a target than count.
@@ -160,6 +168,8 @@ class Objective:
             queries, ours, theirs, visible = comparison.attended(
                 aimed, self.direction, student, teacher
             )
+            # In the student's space these queries are its own. With a gradient they could lower the
+            # loss where the keys should.
             queries = jax.lax.stop_gradient(queries)
             attention = attention_kl(queries, ours.k, theirs.k, visible, mask)
             kv = kv + attention
@@ -183,6 +193,8 @@ class Objective:
                 *(jnp.float32(self.kl_weight * self.teachers[name].weight) for name in teachers),
             ]
         )
+        # Weights of this microbatch's mean, times its share of the batch: over all microbatches
+        # they add up to the mean over the batch's tokens.
         of_mean = mask_BU / jnp.maximum(mask_BU.sum(), 1) * share
 
         def losses(logits: dict[str, Array], labels: Array) -> Array:
@@ -224,10 +236,12 @@ class Objective:
                 framed(side, mask_BT, self.center, mean)
                 for side, mean in zip(sides, known, strict=True)
             )
+            # Also of a part whose weight is 0, because its loss is still reported.
             losses = self.kv_loss(student, target, mask_BT)
             tokens = tokens + PART_WEIGHTS[self.parts][part] * losses
             metrics[f"kv_{part}"] = masked_mean(losses, mask_BT)
             if running:
+                # The sides are measured as they were before the frame took its means off.
                 s, t = jax.lax.stop_gradient(sides)
                 means[part] = measure(s, mask_BT), measure(t, mask_BT)
         return tokens, metrics, means
@@ -239,6 +253,7 @@ def _head(run: ForwardPass) -> Head:
 
 
 def _cross_entropy(logits: Array, labels: Array) -> Array:
+    # ``cross_entropy`` gives a mean over whatever it gets; token by token that is each one's loss.
     return jax.vmap(jax.vmap(lambda row, label: cross_entropy(row, label).value))(logits, labels)
 
 
@@ -256,6 +271,7 @@ def _alignment(
     metrics = {}
     for part in PARTS:
         s, t, own = (jax.lax.stop_gradient(getattr(side, part)) for side in compared)
+        # Otherwise these are lengths that the projector made, and say nothing of the student's.
         if not projector.forgets_length:
             metrics[f"mag_loss_{part}"] = mercator(s, t, mask_BT, alpha=0.0, beta=1.0)
         for name, mean in alignment(s, t, mask_BT, own).items():

@@ -16,6 +16,8 @@ def learning_rate(
     constant after the warm-up. The warm-up starts above zero, so that the first step already
     learns.
     """
+    # The last of ``steps`` steps has the number ``steps - 1``. The bound is there because optax
+    # refuses a cosine over no steps.
     last = max(steps - 1, warmup_steps + 1)
     cosine = optax.cosine_decay_schedule(peak, last - warmup_steps, min_lr_ratio)
     warmup = optax.linear_schedule(peak / (warmup_steps + 1), peak, max(warmup_steps, 1))
@@ -38,7 +40,10 @@ def make_optimizer(
 
     def group(rate: optax.Schedule | None) -> optax.GradientTransformation:
         if rate is None:
+            # Not a rate of 0: AdamW would keep two moments of weights that never move.
             return optax.set_to_zero()
+        # Clipped within the group, as in the original: by one common norm, a large gradient of the
+        # student would shrink the projector's.
         return optax.chain(
             optax.clip_by_global_norm(clip_norm),
             optax.adamw(rate, b2=b2, weight_decay=weight_decay, mask=decayed, mu_dtype=mu_dtype),
@@ -53,6 +58,7 @@ def make_optimizer(
 def decayed(params: Any) -> Any:
     """True for the weights that decay: matrices and embeddings, not norms and biases."""
 
+    # By name and not by rank: stacked layers give biases and norms a leading axis, too.
     def decays(path: tuple[Any, ...], _: Any) -> bool:
         return "kernel" in str(path[-1].key) or str(path[-1].key) == "embedding"
 

@@ -117,6 +117,7 @@ def make_probe(
     parameters. With ``share`` given, the new ``kv_scale`` is the one at which the KV gradient would
     have that share, going by the geometric mean of the last few measurements.
     """
+    # The share is defined against cross-entropy alone.
     language = dataclasses.replace(objective, kl_weight=0.0)
 
     def probe(state: TrainState, teachers: Mapping[str, Params], batch: Batch) -> Probed:
@@ -127,6 +128,7 @@ def make_probe(
             known = (state.step, (1.0, 1.0), state.statistics)
             return language(params, teachers, few, *known)[0]
 
+        # One forward pass serves both gradients; ``grad`` twice would run all models twice.
         _, pull = jax.vjp(losses, state.params["student"])
         one, nothing = jnp.ones(()), jnp.zeros(())
         of_ce, of_kv = pull((one, nothing))[0], pull((nothing, one))[0]
@@ -144,6 +146,8 @@ def _rescaled(scale: LossScale, unweighted: Float[Array, ""], share: float) -> L
     """The scale after one more measurement; a gradient of zero or NaN measures nothing."""
     known = (unweighted > 0) & jnp.isfinite(unweighted)
     old = scale.log_ratio
+    # Logarithms, because one batch's ratio is often half or double the usual: a plain mean would
+    # follow the large ones.
     log_ratio = Mean(
         MEMORY * old.sum - jnp.log(jnp.where(known, unweighted, 1.0)), MEMORY * old.count + 1.0
     )
@@ -154,6 +158,7 @@ def _rescaled(scale: LossScale, unweighted: Float[Array, ""], share: float) -> L
 def _few_rows(batch: Batch, microbatches: int, shards: int) -> Batch:
     """About ROWS of the first microbatch's rows, equally many on each device."""
     of_microbatch = batch.tokens.shape[0] // microbatches
+    # ``split_rows`` cuts into equal parts only, so the rows must divide a microbatch.
     wanted = shards * math.ceil(ROWS / shards)
     parts = microbatches * (of_microbatch // math.gcd(of_microbatch, wanted))
     return jax.tree.map(lambda x: x[0], split_rows(batch, parts))

@@ -15,6 +15,7 @@ from kava_jax.geometry import Mean
 from kava_jax.models.decoder import Params
 from kava_jax.training.objective import Metrics, Objective, Statistics
 
+# Of the means for the display: about the last twenty steps count.
 RUNNING_DECAY = 0.95
 # Running means of the frame forget one hundredth a step: about a hundred batches count.
 MEMORY = 0.99
@@ -71,6 +72,7 @@ def initial_state(
 ) -> TrainState:
     """Step 0 of a run over ``{"student": ..., "projector": ...}``."""
     zero = Mean(jnp.zeros(()), jnp.zeros(()))
+    # No projector means no teacher, and nothing to show a running mean of.
     running = {"cos": zero, "cos_shuffled": zero} if params["projector"] else {}
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -101,6 +103,8 @@ def make_train_step(
         state: TrainState, teachers: Mapping[str, Params], batch: Batch
     ) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
+        # Counted before the batch is split: microbatches hold different numbers of tokens, and the
+        # mean of their means is not the mean over tokens.
         totals = loss_tokens(batch)
         weight = kv_weight(state.step) * state.kv_scale.value
 
@@ -112,14 +116,20 @@ def make_train_step(
             (language, kv), seen = objective(
                 params, teachers, rows, state.step, shares, state.statistics, dropout_key
             )
+            # Only here does KV get its weight. The objective gives it bare, as the probe has to
+            # measure it.
             return language + weight * kv, seen
 
         def accumulate(grads: Any, xs: tuple[Batch, Array]) -> tuple[Any, Any]:
             (value, seen), new = jax.value_and_grad(loss, has_aux=True)(state.params, *xs)
+            # Gradients are added as they come. Means of the frame are stacked, because
+            # ``merge_stacked`` needs each with its own count.
             return jax.tree.map(jnp.add, grads, new), (value, seen)
 
         zeros = jax.tree.map(jnp.zeros_like, state.params)
         micro = split_rows(batch, microbatches)
+        # A loop of XLA's: activations of one microbatch exist at a time, and its code is compiled
+        # once.
         grads, (losses, (metrics, seen)) = jax.lax.scan(
             accumulate, zeros, (micro, jnp.arange(microbatches))
         )
@@ -137,11 +147,16 @@ def make_train_step(
             running=running,
             statistics=remembered(state.statistics, seen),
         )
+        # A loss can be finite where its gradient is not. One NaN or infinity anywhere spoils the
+        # norm of its group, so the norms say it all.
         norms = [metrics[f"grad_norm_{group}"].sum for group in grads]
         finite = jnp.isfinite(jnp.stack([metrics["loss"].sum, *norms])).all()
+        # Decided on the device, because asking the host would make it wait for every step.
         new = jax.tree.map(partial(jnp.where, finite), new, state)
         skips = _counted(state.skips, finite)
         metrics |= {"skipped": _scalar(skips.total)}
+        # The step number moves on even so: batches are addressed by it, and the same one would only
+        # fail again.
         return new._replace(step=state.step + 1, skips=skips), metrics
 
     return train_step
@@ -156,6 +171,7 @@ def remembered(old: Statistics, seen: Statistics) -> Statistics:
     def is_mean(x: Any) -> bool:
         return isinstance(x, TokenMean)
 
+    # ``TokenMean`` is a tree itself, and counts and means cannot be merged one without the other.
     return jax.tree.map(mean, old, seen, is_leaf=is_mean)
 
 
@@ -185,12 +201,14 @@ def _counted(skips: Skips, finite: Array) -> Skips:
 
 
 def _part(part: Array, total: Array) -> Array:
+    # A batch may have no token with a loss; its share is then 0 and not NaN.
     return part / jnp.maximum(total, 1)
 
 
 def _decayed_sum(old: Mean, metrics: Metrics, name: str) -> Mean:
     """A running mean of keys and values of all teachers that forgets 5 % a step."""
     new = [mean for key, mean in metrics.items() if key.endswith((f"/{name}_k", f"/{name}_v"))]
+    # Sum and count fade alike, so their quotient stays a mean, weighted by tokens.
     return jax.tree.map(lambda past, *parts: RUNNING_DECAY * past + sum(parts), old, *new)
 
 

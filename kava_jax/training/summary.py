@@ -26,6 +26,7 @@ def summarize(metrics: Mapping[str, Mean]) -> dict[str, float]:
     Figures of several teachers are averaged; with more than one, each teacher's own are added as
     ``<teacher>/...``. A mean over nothing is NaN.
     """
+    # One transfer for all figures. Each ``float`` of a device array would be one of its own.
     values = {name: _divide(mean) for name, mean in jax.device_get(dict(metrics)).items()}
     result = {name: value for name, value in values.items() if "/" not in name}
     result |= _over_teachers({name: _of_teacher(own) for name, own in _by_teacher(values).items()})
@@ -37,6 +38,8 @@ def summarize(metrics: Mapping[str, Mean]) -> dict[str, float]:
 
 def summarize_layers(layers: Mapping[str, Float[Array, "P"]]) -> Figures:
     """Per-layer arrays ``teacher/figure_part`` as lists, and as means over layers and parts."""
+    # Layers are averaged first, then parts, then teachers, so that a teacher with more mapped
+    # layers does not count for more.
     plain = {name: [float(x) for x in row] for name, row in jax.device_get(dict(layers)).items()}
     means: dict[str, dict[str, float]] = {}
     for teacher, own in _by_teacher(
@@ -84,10 +87,12 @@ def _of_teacher(own: Mapping[str, float]) -> dict[str, float]:
     gap = alignment_gap(result["cos_sim"], result["cos_shuffled"])
     result["alignment_gap"] = np.nan if gap is None else gap
     result["dir_loss"] = 1.0 - result["cos_sim"]
+    # 1e-30 only keeps a target of length 0 from dividing by zero.
     ratios = [own[f"s_magnitude_{p}"] / max(own[f"t_magnitude_{p}"], 1e-30) for p in ("k", "v")]
     result["mag_ratio"] = float(np.mean(ratios))
     return result | {name: own[name] for name in ("kl", "attention_kl") if name in own}
 
 
 def _divide(mean: Mean) -> float:
+    # NaN and not 0: the log shows that nothing was measured.
     return float(mean.sum) / float(mean.count) if float(mean.count) > 0 else float("nan")
