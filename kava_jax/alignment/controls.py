@@ -1,6 +1,6 @@
 """Targets that teach nothing, to tell what alignment does from what any pull on the cache does.
 
-``shuffled``   token t's target is that of token t in the next example of the batch
+``shuffled``   token t's target is that of token t in the row before
 ``constant``   every token's target is the mean over the batch's counted tokens, per layer and head
 ``random``     the target is read off a teacher with random weights (chosen where it is loaded)
 
@@ -24,7 +24,7 @@ def controlled(
 ) -> tuple[KVCache, Bool[Array, "B T"]]:
     """The teacher's cache (L B T K H) as the control has it, and the tokens that have a target.
 
-    Under ``shuffled`` a token behind the end of the next example has none. ``none`` and ``random``
+    Under ``shuffled`` a token past the end of the other row has none. ``none`` and ``random``
     leave both as they are.
     """
     # A roll by 1 brings the previous row's target. ``cos_shuffled`` rolls by -1, so with three rows

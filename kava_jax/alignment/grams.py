@@ -128,7 +128,10 @@ class Grams:
         """Count one more batch; KavaError, and nothing counted, where a sum is not finite."""
         batch = jax.device_get(batch)
         # A NaN that counts reaches these sums too, and they are small enough to look at each time.
-        if not (np.isfinite(batch.teacher_sum).all() and np.isfinite(batch.student_sum).all()):
+        # Products of entries beyond 1e19 overflow where the sums do not; the diagonals show them.
+        squares = (np.einsum("...ii->...i", moment) for moment in (batch.student, batch.teacher))
+        looked_at = (batch.teacher_sum, batch.student_sum, *squares)
+        if not all(np.isfinite(sums).all() for sums in looked_at):
             raise KavaError(
                 "calibration: a counted token's keys or values are not finite; check the "
                 "checkpoints, or run the models in a wider dtype"

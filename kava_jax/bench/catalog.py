@@ -12,8 +12,8 @@ from kava_jax.errors import KavaError
 from kava_jax.journal.manifest import versions
 
 # The modules of this package, and which of their ``bench_NAME`` there are.
-MODULES = {"step": "step", "loss": "losses", "ce": "losses", "teacher": "teacher"}
-MODULES |= {"decode": "decode", "remat": "step", "scaling": "step"}
+MODULES = {"step": "train_step", "loss": "loss", "ce": "loss", "teacher": "teacher"}
+MODULES |= {"decode": "decode", "remat": "train_step", "scaling": "train_step"}
 MODULES |= {"input": "waiting", "startup": "waiting", "gpu": "gpu"}
 
 

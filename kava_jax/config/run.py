@@ -347,7 +347,7 @@ class Config(Section):
         shuffled = [one.name for one in self.teachers if one.control == "shuffled"]
         if shuffled and rows < 2:
             raise ValueError(
-                f"control=shuffled of teacher {shuffled[0]} gives a row the target of the next, "
+                f"control=shuffled of teacher {shuffled[0]} gives a row the target of another, "
                 f"but data.batch_size={self.data.batch_size} with train.grad_accumulation="
                 f"{self.train.grad_accumulation} leaves one row at a time; use two or more"
             )

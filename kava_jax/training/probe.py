@@ -156,12 +156,12 @@ def _rescaled(scale: LossScale, unweighted: Float[Array, ""], share: float) -> L
 
 
 def _few_rows(batch: Batch, microbatches: int, shards: int) -> Batch:
-    """About ROWS of the first microbatch's rows, equally many on each device."""
-    of_microbatch = batch.tokens.shape[0] // microbatches
-    # ``split_rows`` cuts into equal parts only, so the rows must divide a microbatch.
-    wanted = shards * math.ceil(ROWS / shards)
-    parts = microbatches * (of_microbatch // math.gcd(of_microbatch, wanted))
-    return jax.tree.map(lambda x: x[0], split_rows(batch, parts))
+    """ROWS of the first microbatch's rows or a few more, equally many on each device."""
+    of_device = batch.tokens.shape[0] // microbatches // shards
+    wanted = min(of_device, math.ceil(ROWS / shards))
+    # ``split_rows`` cuts into equal parts only, so the rows must divide those of a device.
+    kept = next(n for n in range(wanted, of_device + 1) if of_device % n == 0)
+    return jax.tree.map(lambda x: x[0], split_rows(batch, microbatches * (of_device // kept)))
 
 
 def share_is_due(number: int, every: int | None) -> bool:
