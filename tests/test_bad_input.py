@@ -250,7 +250,7 @@ FRESH = {
     ),
     "different vocabularies in vocab.json": Case(
         TRAIN,
-        ("teachers.big", "disagree", "'a' for the run and 'b' for the model"),
+        ("teachers.big", "disagree", "'a' in the run and 'b' there"),
         other_vocabulary_in_two_files,
     ),
     "student tokenizer of another model": Case(
@@ -517,7 +517,7 @@ FRESH = {
     ),
     "student that could not be exported": Case(
         TRAIN,
-        ("gives other ids beside a model of family qwen2", "own tokenizer"),
+        ("gives other ids next to a model of family qwen2", "own tokenizer"),
         foreign_tokenizer,
     ),
     "smoke with a missing file": Case(

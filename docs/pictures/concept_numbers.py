@@ -122,7 +122,7 @@ def offsets(ratios: np.ndarray, width: int = 128) -> Offsets:
     @jax.jit
     def figures(s: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         found = diagnose(sample_tokens(s, t, mask, 512))
-        return alignment(s, t, mask).cos.value, found.cos_constant, found.cos_centered
+        return alignment(s, t, mask)["cos"].value, found["cos_constant"], found["cos_centered"]
 
     return Offsets(*(np.asarray(x) for x in figures(s, t)))
 
@@ -166,7 +166,7 @@ def joint_training(
     def loss(params: dict, key: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         s, t = compared(params, key)
         found = alignment(s, t, mask)
-        return mercator(s, t, mask).value, (found.cos.value[0], found.cos_shuffled.value[0])
+        return mercator(s, t, mask).value, (found["cos"].value[0], found["cos_shuffled"].value[0])
 
     def step(state: tuple, key: jax.Array) -> tuple[tuple, tuple[jax.Array, jax.Array]]:
         params, moments = state
