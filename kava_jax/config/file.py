@@ -96,7 +96,7 @@ _Loader.add_implicit_resolver(
 
 
 def shipped_config(name: str) -> Path:
-    """Path of one of the configs that ship with the package (or lie beside it in a checkout)."""
+    """Path of one of the configs that ship with the package (or lie next to it in a checkout)."""
     package = Path(__file__).resolve().parents[1]
     for folder in (package / "configs", package.parent / "configs"):
         if (folder / name).is_file():

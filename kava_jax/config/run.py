@@ -251,7 +251,7 @@ class TrainConfig(Section):
         default=500, description="steps between two checkpoints; the last step has one as well"
     )
     max_to_keep: Positive = Field(
-        default=2, description="newest checkpoints that are kept, besides the best one"
+        default=2, description="newest checkpoints that are kept, apart from the best one"
     )
     max_consecutive_skips: Positive = Field(
         default=10, description="steps in a row that are not finite before the run stops"

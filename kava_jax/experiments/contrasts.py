@@ -139,7 +139,7 @@ def _check_sizes(where: str, *answered: Mapping[int, np.ndarray]) -> None:
     sizes = {bits.size for side in answered for bits in side.values()}
     if len(sizes) > 1:
         raise KavaError(
-            f"arms.{where}: {sorted(sizes)} questions were answered, by seed or beside the other "
+            f"arms.{where}: {sorted(sizes)} questions were answered, by seed or in the other "
             f"arm; remove its lines and its runs, and run `kava ablate` again"
         )
 

@@ -102,7 +102,7 @@ def sets_table(results: Results, comparison: Comparison) -> Table | None:
 
 
 def further_notes(comparison: Comparison) -> list[str]:
-    """What the grid asks for besides the differences to its baseline, one sentence each."""
+    """What the grid asks for apart from the differences to its baseline, one sentence each."""
     return [
         f"{in_words(found, *pair)}, {found.p_holm:.3f} after Holm's correction."
         for pair, found in comparison.further.items()

@@ -77,7 +77,7 @@ def collapse_signs(
                 f"expected, {MOST_TIMES_CHANCE:.3g} times chance."
             )
     if student_rank is not None and target_rank is not None:
-        what = f"The student's effective rank beside the target's {target_rank:.3g}"
+        what = f"The student's effective rank next to the target's {target_rank:.3g}"
         found += _too_low(what, student_rank, LEAST_RANK_SHARE * target_rank)
     return found
 

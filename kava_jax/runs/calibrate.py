@@ -51,8 +51,8 @@ LEAST_ROWS = 8
 # At most so many training rows are read; teacher layers that are mixed for a student layer; and the
 # ridge, as a share of the mean variance of the inputs.
 ROWS, LAYERS, RIDGE = 512, 4, 1e-4
-# What a calibration depends on, beside the content of the files: a change anywhere else leaves it
-# as it is.
+# What a calibration depends on, apart from the content of the files: a change anywhere else leaves
+# it as it is.
 IDENTITY = ("teachers", "student", "projector", "data")
 FRAME_FIELDS = ("key_space", "remove_key_bias", "sink_tokens")
 
@@ -267,7 +267,7 @@ def place(run: Run, projector: Params) -> Params:
     if jax.tree.map(jnp.shape, projector) != expected:
         raise KavaError(
             f"calibration of run.dir={run.directory} has other shapes than its models; remove its "
-            f"{calibration_path(run.directory).parent.name} directory to measure anew"
+            f"{calibration_path(run.directory).parent.name} directory to measure again"
         )
     return jax.device_put(projector, part.shardings)
 
@@ -311,7 +311,7 @@ def _write(config: Config, found: Calibration) -> None:
         module: KVDimensionProjector = nnx.merge(part.graph, found.projector)
         with local_file(_projector_file(config)) as file:
             module.save(file)
-    # Last, so that a file that names maps never stands beside another one's projector.
+    # Last, so that a file that names maps is never next to another one's projector.
     path.write_text(json.dumps(found.report, indent=2) + "\n", encoding="utf-8")
 
 
@@ -319,7 +319,7 @@ def _written_identity(path: Place) -> str | None:
     try:
         return json.loads(path.read_text(encoding="utf-8")).get("identity")
     except (OSError, ValueError, AttributeError):
-        return None  # not whole: measured anew
+        return None  # not whole: measured again
 
 
 def _read(config: Config) -> Calibration:

@@ -93,13 +93,13 @@ def _ramp_in_words(value: Any) -> Any:
 
 
 def _teacher(config: Config, teacher: TeacherConfig, models: Models | None) -> str:
-    """Which layers meet, in words and as a table where the models' geometry is at hand."""
+    """Which layers meet, in words and as a table where the models' geometry is found."""
     setting = teacher.layer_map
     words = MAPS[setting] if isinstance(setting, str) else "the pairs that are given"
     text = f"Teacher {teacher.name} ({teacher.path}): each student layer meets {words}."
     text += CONTROLS[teacher.control]
     if models is None:
-        return f"{text} Its geometry is not at hand, so the layers are not listed."
+        return f"{text} Its geometry was not found here, so the layers are not listed."
     student, own = models.student.spec, models.teachers[teacher.name].spec
     text += (
         f" {own.num_layers} layers with {own.num_kv_heads} KV heads of {own.head_dim}; the student "
@@ -181,9 +181,9 @@ def _learning(config: Config) -> str:
     if not config.teachers:
         return f"{text}."
     training = {
-        "joint": f"the projector at {settings.projector_lr:g} beside it from the first step",
+        "joint": f"the projector at {settings.projector_lr:g} with it from the first step",
         "warmup": f"the projector at {settings.projector_lr:g}, alone for the first "
-        f"{config.projector.warmup_steps} steps, then beside it",
+        f"{config.projector.warmup_steps} steps, then with it",
         "frozen": "the projector stays as it was initialised",
     }[config.projector.training]
     return f"{text}; {training}."

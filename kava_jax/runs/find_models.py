@@ -38,7 +38,7 @@ def with_weights(address: str) -> Found:
 def at_hand(address: str) -> Found:
     """A model's geometry alone, without a download: from a table, a directory, or the hub's cache.
 
-    Raises KavaError for a model that is not at hand.
+    Raises KavaError for a model that is not found here.
     """
     hub_id, revision = at_revision(address)
     if hub_id in KNOWN_CONFIGS:
@@ -57,7 +57,7 @@ def at_hand(address: str) -> Found:
         found = None
     # The cache also remembers files that a repository does not have, by an object that is no path.
     if not isinstance(found, str):
-        raise KavaError(f"model path={address!r} is not at hand; give a directory")
+        raise KavaError(f"model path={address!r} was not found here; give a directory")
     return Found(Path(found).parent, read_spec(Path(found).parent))
 
 

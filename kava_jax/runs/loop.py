@@ -177,7 +177,7 @@ def _kept(start: int, done: int) -> str:
         return f"saved at step {done}; the same command goes on from there"
     if start > 0:
         return f"nothing done since the checkpoint at step {start}; the same command goes on there"
-    return "asked to end before the first step, nothing to save; the same command begins anew"
+    return "asked to end before the first step, nothing to save; the same command starts over"
 
 
 def _settled(lines: Lines, skips: SkipLog, monitor: Monitor, done: int) -> None:

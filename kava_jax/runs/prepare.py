@@ -105,7 +105,7 @@ def prepare(config: Config, measured_maps: Mapping[str, LayerMap] | None = None)
 def _compare_models(
     tokenizer: "PreTrainedTokenizerBase", config: Config, blueprint: Blueprint
 ) -> tuple[dict[str, dict[int, str]], tuple[str, ...]]:
-    """Every model's own tokenizer beside the run's: renamed special tokens; and what to say.
+    """Every model's own tokenizer compared with the run's: renamed special tokens; and what to say.
 
     Keys of the models' config.json that are not known are among it.
     """
@@ -219,7 +219,7 @@ def data_loader(run: Run) -> Load:
 def models_without_weights(config: Config) -> Models:
     """The config's models for a blueprint that will never load them; nothing is downloaded.
 
-    Raises KavaError for a model whose geometry is not at hand.
+    Raises KavaError for a model whose geometry is not found here.
     """
     fresh = config.student.geometry
     sized = fresh is None or "vocab_size" in fresh

@@ -29,7 +29,7 @@ from kava_jax.training.step import TrainState
 def reopen(run_dir: Place, overrides: Sequence[str] = ()) -> Run:
     """A run directory that ``train`` made, prepared again from the config it was started with.
 
-    The attention kernel is chosen anew: this may be another kind of machine.
+    The attention kernel is chosen again: this may be another kind of machine.
     """
     config = config_of(run_dir, overrides)
     check_directories(config)

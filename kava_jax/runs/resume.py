@@ -13,7 +13,7 @@ from kava_jax.runs.assembly import schedules
 from kava_jax.training.step import TrainState
 
 # Fields that may change between a run and its continuation without changing what was learnt.
-# More steps are new ones; rates and weights that follow the length of a run are computed anew.
+# More steps are new ones; rates and weights that follow the length of a run are computed again.
 FREE_FIELDS = (
     "run.dir",
     "train.steps",

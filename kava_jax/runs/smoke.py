@@ -31,7 +31,7 @@ from kava_jax.parallel.hosts import meet
 from kava_jax.runs.find_models import at_hand_or_downloaded, find_models
 from kava_jax.storage import absolute, check_target, remove
 
-# Two rows are the fewest with a shuffled cosine. Every other length of a batch is compiled anew,
+# Two rows are the fewest with a shuffled cosine. Every other length of a batch is compiled again,
 # and that, with a vocabulary of full size, is what a smoke run spends its time on.
 STEPS, BATCH_ROWS, ROWS, HELD_OUT_ROWS, NEW_TOKENS = 3, 2, 64, 2, 8
 LARGEST_DEPTH, LARGEST_HEAD_DIM, WIDTH_SHRINK = 8, 8, 64
@@ -97,7 +97,7 @@ def _tokenizer(raw: Mapping[str, Any]) -> tuple[Any, str]:
         # A tokenizer that was named is meant; one that would have come with a model is not there.
         if student["tokenizer"] is not None:
             raise
-        _say(f"smoke: tokenizer of {wanted} is not at hand, using {BUILTIN_TOKENIZER}")
+        _say(f"smoke: tokenizer of {wanted} was not found here, using {BUILTIN_TOKENIZER}")
         return load_tokenizer(BUILTIN_TOKENIZER), BUILTIN_TOKENIZER
 
 
@@ -114,7 +114,7 @@ def _data(data: Mapping[str, Any]) -> dict[str, Any]:
 def _sets(raw: Mapping[str, Any], instead: bool) -> dict[str, Any]:
     """A few rows of each further set, or generated ones in its place.
 
-    ``instead``: the data of ``data.path`` are not at hand, and need not be asked for again.
+    ``instead``: the data of ``data.path`` were not found, and need not be asked for again.
     """
     data = raw["data"]
     sets = {name: one | {"rows": HELD_OUT_ROWS} for name, one in raw["eval"]["sets"].items()}
@@ -136,7 +136,7 @@ def _at_hand(path: str, split: str, subset: str | None) -> bool:
     except KavaError:
         if Path(path).suffix:
             raise
-        _say(f"smoke: data {path} is not at hand, using {BUILTIN_PROBLEMS}")
+        _say(f"smoke: data {path} was not found here, using {BUILTIN_PROBLEMS}")
         return False
     return True
 

@@ -107,7 +107,7 @@ def _train(
     if newest < 0:
         check_exportable(run)
         run, start = begun(config, run, dataset, fingerprints)
-    else:  # a fresh state beside the one that is read would take its room twice
+    else:  # a fresh state next to the one that is read would take its room twice
         check_steps(config, newest)
         if config.needs_calibration:
             run = prepare(config, read_measured_maps(config))

@@ -91,7 +91,7 @@ class CacheComparison:
 
     def sides(self, student: ForwardPass, teacher: ForwardPass) -> tuple[KVCache, KVCache]:
         """The mapped layers of student and teacher, each with its own heads and width."""
-        # A cache that holds a few layers is numbered anew, from 0.
+        # A cache that holds a few layers is numbered again, from 0.
         layer_map = (
             self.layer_map if teacher.layers is None else self.layer_map.among(teacher.layers)
         )

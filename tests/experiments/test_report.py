@@ -256,7 +256,7 @@ def test_a_collapsed_run_is_called_so_with_its_signs(tmp_path):
         "The gap over a shuffled cosine of 0.96 is 0.01; at least 0.05 was expected.",
         "The centred cosine is 0.02; at least 0.1 was expected.",
         "The share of tokens retrieved is 0.001; more than 0.00293 was expected, 3 times chance.",
-        "The student's effective rank beside the target's 8 is 0.5; at least 0.8 was expected.",
+        "The student's effective rank next to the target's 8 is 0.5; at least 0.8 was expected.",
     ]
     assert f"Signs of collapse: {' '.join(signs)}" in page.words
 
@@ -383,7 +383,7 @@ def test_models_that_are_not_at_hand_are_not_fetched(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "empty"))
     monkeypatch.setattr("huggingface_hub.snapshot_download", None)
     page = report(make_run(tmp_path / "named", FINISHED[-1:], **of_models("someone/somewhere")))
-    assert "Its geometry is not at hand, so the layers are not listed." in page.words
+    assert "Its geometry was not found here, so the layers are not listed." in page.words
     # The columns are known all the same: a named map uses every layer of the student.
     heads = page.tables[BY_LAYER][0]
     assert heads == ["student layer", "0", "1"]

@@ -163,7 +163,7 @@ def test_a_search_tells_a_missing_model_as_such(workspace, capsys) -> None:
     missing = "teachers.0.path=nobody/nothing"
     ended = kava(capsys, "plan", "tiny.yaml", missing, "--devices", "8", "--search")
     assert ended.code == 2
-    assert "is not at hand; give a directory" in ended.err
+    assert "was not found here; give a directory" in ended.err
 
 
 def test_the_words_of_a_plan(workspace) -> None:
@@ -199,7 +199,10 @@ def test_topologies_hold_as_many_chips_as_they_say() -> None:
         (["--devices", "8", "--mesh", "rows=3"], "mesh.rows is not a known field"),
         (["--devices", "8", "data.batch_size=12"], "data.batch_size=12 is not divisible by 8"),
         (["--devices", "8", "--mesh", "tensor=8"], "or mesh.indivisible=replicate"),
-        (["--devices", "8", "teachers.0.path=nobody/nothing"], "is not at hand; give a directory"),
+        (
+            ["--devices", "8", "teachers.0.path=nobody/nothing"],
+            "was not found here; give a directory",
+        ),
     ],
 )
 def test_bad_input_is_told(workspace, capsys, arguments: list[str], words: str) -> None:

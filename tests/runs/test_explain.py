@@ -32,7 +32,7 @@ def test_the_named_job_in_words() -> None:
     assert "dropped at export" in text
     assert "1 x cross-entropy + (1 falling to 0) x KV" in text
     assert "student at 5e-05" in text
-    assert "projector at 0.001 beside it from the first step" in text
+    assert "projector at 0.001 with it from the first step" in text
     assert "Every field that it sets is as it sets it." in text
     assert "Beware" not in text
 
@@ -86,7 +86,7 @@ def test_the_named_job_in_words() -> None:
             ["Teacher b", "with fixed weights (qwen14b 1, b 0.5)"],
         ),
         (["teachers=[]"], ["cross-entropy alone"]),
-        (["teachers.0.path=nowhere/at-all"], ["Its geometry is not at hand"]),
+        (["teachers.0.path=nowhere/at-all"], ["Its geometry was not found here"]),
     ],
 )
 def test_every_setting_has_its_words(overrides, said) -> None:
