@@ -199,7 +199,7 @@ def _estimate(config: Config, room: float) -> tuple[Range, tuple[int, int]]:
     raw["train"]["dtype"] = "float32"
     blueprint, rows = _blueprint(parse_config(raw)), config.data.batch_size
     unit = _unit(blueprint)
-    other = unit if rows != unit else 2 * unit
+    other = 2 * rows  # larger, because small batches hold what does not grow
     here, there = (
         memory_of(lowered(blueprint, size, config.data.max_length).compile(QUICK)).temporaries
         for size in (rows, other)
