@@ -1,7 +1,7 @@
 """Where the parts of a cut model came from: ``kava_cut.json`` in its Hugging Face directory.
 
-transformers does not read the file. An export of the healed student keeps it, so its layers' origins
-stay known.
+transformers does not read the file. An export of the healed student keeps it, so the origins of its
+layers stay known.
 """
 
 import json
