@@ -46,7 +46,9 @@ def _product_backward(spec: str, saved: tuple[Array, Array], slope: Array) -> tu
     x, kernel = saved
     # The cast is part of what is differentiated: the kernel's gradient gets the kernel's dtype.
     _, pull = jax.vjp(lambda x, kernel: jnp.einsum(spec, x, kernel.astype(x.dtype)), x, kernel)
-    return pull(slope.astype(x.dtype))
+    # Both or neither. Nothing waits for the kernel's gradient, so XLA would put it off to the end
+    # of the step and keep a slope of the whole cache's size until then.
+    return jax.lax.optimization_barrier(pull(slope.astype(x.dtype)))
 
 
 _product.defvjp(_product_forward, _product_backward)
