@@ -7,6 +7,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # Each worker begins with one stretch of the tests, so that most files (and what their tests share)
 # are one worker's; who has nothing left takes half of another's.
 SPREAD := --numprocesses auto --dist worksteal
+OPTIMIZED := tests/test_cli.py tests/runs/test_loop.py tests/runs/test_two_processes.py \
+  tests/models/test_parity.py
 
 .PHONY: demo test test-all test-optimized lint accelerators clean
 
@@ -17,16 +19,15 @@ test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest $(SPREAD) -m "not long"
 
 # With what takes minutes: signals and kills, several processes, fifty steps on five meshes, real
-# text, a bucket, a gigabyte.
+# text, a bucket, a gigabyte. The tests of the optimised program are run once, as users have it.
 test-all: $(VENV)/.installed-test
-	$(BIN)/python -m pytest $(SPREAD)
+	$(BIN)/python -m pytest $(SPREAD) $(OPTIMIZED:%=--ignore=%)
+	$(MAKE) test-optimized
 
-# The tests above compile without optimisation, to be quick. Here the program that users run is put to
-# the test: trained, resumed, evaluated, exported, by one process and by two, and held against
-# transformers.
+# Tests compile without optimisation, to be quick. Here the program that users run is put to the test:
+# trained, resumed, evaluated, exported, by one process and by two, and held against transformers.
 test-optimized: $(VENV)/.installed-test
-	KAVA_TEST_OPTIMIZED=1 $(BIN)/python -m pytest $(SPREAD) tests/test_cli.py tests/runs/test_loop.py \
-	  tests/runs/test_two_processes.py tests/models/test_parity.py
+	KAVA_TEST_OPTIMIZED=1 $(BIN)/python -m pytest $(SPREAD) $(OPTIMIZED)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
