@@ -10,6 +10,7 @@ Left out on purpose: which layers and units are kept (``runs.cutting``), and tra
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -314,3 +315,12 @@ def _turns_of_layers(files: TensorFiles, spec: DecoderSpec, left: int) -> Callab
         return find_turns(k, v, left, turn_keys=not spec.qk_norm)
 
     return turns
+
+
+def _rises(numbers: tuple[int, ...]) -> bool:
+    """Whether there are some, each larger than the one before."""
+    return bool(numbers) and all(a < b for a, b in pairwise(numbers))
+
+
+def _listed(numbers: tuple[int, ...]) -> str:
+    return ",".join(map(str, numbers))

@@ -10,7 +10,6 @@ Left out on purpose: pickled weights, quantized tensors, and renaming guesses fo
 
 import re
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -190,7 +189,7 @@ def layer_reader(row: Row, files: TensorFiles, spec: DecoderSpec, dtype: np.dtyp
 def stacked(read: ReadLayer, layers: Sequence[int] | int, shape: Shape, dtype: np.dtype) -> Read:
     """Reader of a single layer, or of several stacked ones; ``shape`` is that of one layer."""
     if isinstance(layers, int):
-        return partial(read, layer=layers)
+        return lambda index: read(index, layers)
 
     def of_layers(index: Index) -> np.ndarray:
         first, *rest = index

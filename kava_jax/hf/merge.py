@@ -20,9 +20,9 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Complex, Float
 
-# Each round turns every head towards the mean of the last one. Most of the way is made in the
-# first; the mean's length can only grow.
-_ROUNDS = 5
+# Heads are turned towards the first of their group, and not towards the mean, which is zero where
+# turned copies cancel. Then in each round towards the mean of the last, which can only grow.
+_ROUNDS = 4
 
 
 class Turns(NamedTuple):
@@ -72,7 +72,7 @@ def turned(path: str, part: np.ndarray, turns: Turns, heads: Sequence[int]) -> n
     match path.split("/")[-2]:
         case "q" | "k":
             pairs = _as_pairs(part) * turns.keys[owners]
-            return np.concatenate([pairs.real, pairs.imag], axis=-1)
+            return np.concatenate([np.real(pairs), np.imag(pairs)], axis=-1)
         case "v":
             return (part[..., None, :] @ turns.values[owners])[..., 0, :]
         case _:
@@ -85,14 +85,15 @@ def _as_pairs(x: Float[np.ndarray, "*B H"]) -> Complex[np.ndarray, "*B h"]:
 
 
 def _key_turns(k_RGh: Complex[np.ndarray, "R G h"]) -> Complex[np.ndarray, "G h"]:
-    # The first head and not the mean, which is zero where turned copies cancel.
-    target = k_RGh[:, 0]
-    for _ in range(_ROUNDS):
-        # The turn p with the largest ``Re sum(conj(target) * k * p)``.
-        inner = np.einsum("rh,rgh->gh", target, k_RGh.conj())
+    def towards(target_Rh: np.ndarray) -> np.ndarray:
+        """The turns p with the largest ``Re sum(conj(target) * k * p)``."""
+        inner = np.einsum("rh,rgh->gh", target_Rh, k_RGh.conj())
         size = np.abs(inner)
-        turns = np.where(size > 0, inner / np.where(size > 0, size, 1), 1)
-        target = (k_RGh * turns).mean(axis=1)
+        return np.where(size > 0, inner / np.where(size > 0, size, 1), 1)
+
+    turns = towards(k_RGh[:, 0])
+    for _ in range(_ROUNDS):
+        turns = towards((k_RGh * turns).mean(axis=1))
     return turns
 
 
@@ -100,8 +101,12 @@ def _value_turns(v_RGH: Float[np.ndarray, "R G H"]) -> Float[np.ndarray, "G H H"
     # Imported here, because only a merge needs scipy, while every import of weights comes by.
     from scipy.linalg import orthogonal_procrustes
 
-    heads, target = v_RGH.swapaxes(0, 1), v_RGH[:, 0]
+    heads = v_RGH.swapaxes(0, 1)
+
+    def towards(target_RH: np.ndarray) -> np.ndarray:
+        return np.stack([orthogonal_procrustes(head, target_RH)[0] for head in heads])
+
+    turns = towards(heads[0])
     for _ in range(_ROUNDS):
-        turns = np.stack([orthogonal_procrustes(head, target)[0] for head in heads])
-        target = (heads @ turns).mean(axis=0)
+        turns = towards((heads @ turns).mean(axis=0))
     return turns
