@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -18,6 +18,9 @@ from kava_jax.cli.app import (
     show,
 )
 from kava_jax.errors import KavaError
+
+if TYPE_CHECKING:
+    from kava_jax.hf.config_json import FloatName
 
 
 @app.command()
@@ -173,16 +176,76 @@ def export(
     from kava_jax.runs.student_export import export as export_run
     from kava_jax.storage import place
 
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise KavaError(f"--dtype={dtype!r} is unknown; use auto, float32, bfloat16 or float16")
+    chosen_dtype = float_or_auto(dtype)
     target = place(out, "out")
     # Before weights are read, which can take long, so that a refusal comes at once.
     check_destination(target)
     opened = reopen_student(place(run, "run"))
     step, student = restore_student(opened, checkpoint)
-    export_run(opened, student, step, target, dtype)  # pyright: ignore[reportArgumentType]  (checked above)
+    export_run(opened, student, step, target, chosen_dtype)
     if first_process():
         chosen = choice_note(opened.config)
         if checkpoint == "best" and chosen:
             say(chosen)
         say(f"exported to {out}")
+
+
+def float_or_auto(dtype: str) -> "FloatName | Literal['auto']":
+    """Raises KavaError for the name of another dtype."""
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise KavaError(f"--dtype={dtype!r} is unknown; use auto, float32, bfloat16 or float16")
+    return dtype
+
+
+@app.command()
+def cut(
+    teacher: Annotated[str, typer.Argument(help="Hugging Face directory, hub id or builtin:...")],
+    out: Annotated[
+        str, typer.Option(help="Hugging Face directory to write, or gs://bucket/folder.")
+    ],
+    layers: Annotated[str | None, typer.Option(help="Layers to keep: 0,1,2 or all.")] = None,
+    keep: Annotated[int | None, typer.Option(help="How many layers to keep, by --rule.")] = None,
+    rule: Annotated[
+        str | None, typer.Option(help="middle (default), evenly, best_layers or best_block.")
+    ] = None,
+    kv_heads: Annotated[
+        int | None, typer.Option(min=1, help="KV heads left, each merged from neighbours.")
+    ] = None,
+    intermediate_size: Annotated[
+        int | None, typer.Option(min=1, help="Feed-forward units left in each layer.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Calibration rows, as kava eval reads them.")
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1, help="How many calibration rows.")] = 64,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="data.field=value or mesh.field=value.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Make a smaller model out of a bigger one: fewer layers, KV heads, feed-forward units.
+
+    Example: kava cut Qwen/Qwen2.5-0.5B --out small --keep 12 --kv-heads 1
+    """
+    from kava_jax.runs.cutting import cut as cut_model
+    from kava_jax.runs.cutting import describe
+    from kava_jax.storage import place
+
+    found = cut_model(
+        teacher,
+        place(out, "out"),
+        layers=layers,
+        keep=keep,
+        rule=rule,
+        kv_heads=kv_heads,
+        intermediate_size=intermediate_size,
+        data=data,
+        rows=rows,
+        overrides=overrides or [],
+        dtype=float_or_auto(dtype),
+        command=command(),
+    )
+    if first_process():
+        show(found, aligned(describe(found)), as_json)
+        say(f"written to {out}")

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 
 import yaml
 
+from kava_jax.hf.locate import CUT_RECORD
+
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _PATH_START = re.compile(r"/|~|\.{1,2}/|[A-Za-z]:\\")
 
@@ -39,16 +41,7 @@ def model_card(
         command: the command line that made the model.
         versions: package to version.
     """
-    front: dict[str, object] = {"library_name": "transformers"}
-    if is_hub_id(base_model):
-        front["base_model"] = base_model
-    if is_hub_id(dataset):
-        front["datasets"] = [dataset]
-    front["tags"] = ["kava-jax", "distillation", "kv-cache", "text-generation"]
-    front["pipeline_tag"] = "text-generation"
-    return f"""---
-{yaml.safe_dump(front, sort_keys=False).strip()}
----
+    return f"""{_front(base_model, dataset, ["distillation", "kv-cache"])}
 
 # {name}
 
@@ -77,6 +70,48 @@ training is not part of it, and no special code is needed to load it.
 
 Not stated here: it follows from the licences of the base model, the teachers and the data.
 """
+
+
+def cut_card(*, name: str, teacher: str, left: Mapping[str, object], command: str) -> str:
+    """README.md of a model that was cut and not trained since.
+
+    Args:
+        name: title of the card.
+        teacher: path or hub id of the model it was cut from.
+        left: what is left of it and what was measured, name to value.
+        command: the command line that made it.
+    """
+    return f"""{_front(teacher, None, ["pruning"])}
+
+# {name}
+
+Cut from `{without_machine_path(teacher)}` with kava-jax, and not trained since: it is where a
+training starts. `{CUT_RECORD}` says which layer, head and unit came from where.
+
+## How it was made
+
+```
+{without_machine_paths(command)}
+```
+
+{_table("what", left)}
+
+## Licence
+
+Not stated here: it follows from the licence of the model it was cut from.
+"""
+
+
+def _front(base_model: str, dataset: str | None, tags: Sequence[str]) -> str:
+    """Hugging Face's front matter."""
+    front: dict[str, object] = {"library_name": "transformers"}
+    if is_hub_id(base_model):
+        front["base_model"] = base_model
+    if dataset is not None and is_hub_id(dataset):
+        front["datasets"] = [dataset]
+    front["tags"] = ["kava-jax", *tags, "text-generation"]
+    front["pipeline_tag"] = "text-generation"
+    return f"---\n{yaml.safe_dump(front, sort_keys=False).strip()}\n---"
 
 
 def is_hub_id(text: str) -> bool:

@@ -30,6 +30,7 @@ from safetensors.numpy import save_file
 
 from kava_jax.errors import KavaError
 from kava_jax.hf.config_json import FloatName, config_from_spec
+from kava_jax.hf.cut_record import CUT_RECORD, CutRecord, write_cut_record
 from kava_jax.hf.generation import GENERATION, passed_on
 from kava_jax.hf.load import cast
 from kava_jax.hf.locate import INDEX, TOKENIZER_FILES, read_json
@@ -56,6 +57,7 @@ def export_model(
     tokenizer: Any,
     source_dir: Path | None = None,
     card: str,
+    cut: CutRecord | None = None,
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
     """Write ``config.json``, safetensors, generation config, tokenizer and model card.
@@ -63,14 +65,17 @@ def export_model(
     Args:
         directory: destination; missing, empty, or a previous export (which is replaced).
         params: nested dict of the whole decoder (all layers, head unless tied); every vocabulary
-            row is kept and a tied embedding is written once.
+            row is kept and a tied embedding is written once. A leaf is fetched whole, or layer by
+            layer where it is stacked, so it may also be one that is read then (``cut.OnDisk``).
         spec: geometry of ``params``.
         dtype: dtype of the weights on disk.
         tokenizer: directory whose tokenizer files are copied as they are, a transformers tokenizer
             to save, or None for the files of ``source_dir``.
         source_dir: Hugging Face directory the model came from; what its ``config.json`` and
-            ``generation_config.json`` say beyond the geometry is kept, as far as it is used.
+            ``generation_config.json`` say beyond the geometry is kept, as far as it is used. So is
+            its record of a cut (``kava_cut.json``).
         card: text of README.md (see ``card.model_card``).
+        cut: where the parts of a cut model came from, in place of ``source_dir``'s own record.
         max_shard_bytes: size above which weights are split, as transformers does.
 
     Raises:
@@ -107,6 +112,10 @@ def export_model(
         _write_configs(partial, spec, dtype, tokenizer, source_dir)
         if tokenizer is not None:
             _check_tokenizer_reads_back(partial, tokenizer, spec)
+        if cut is not None:
+            write_cut_record(partial, cut)
+        elif source_dir is not None and (source_dir / CUT_RECORD).is_file():
+            shutil.copyfile(source_dir / CUT_RECORD, partial / CUT_RECORD)
         _write_weights(partial, shards, fetch)
         (partial / "README.md").write_text(card, encoding="utf-8")
         # The list lets the next export tell its own files from a user's, which are never replaced.

@@ -9,8 +9,7 @@ Left out on purpose: pickled weights, quantized tensors, and renaming guesses fo
 """
 
 import re
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,7 @@ from kava_jax.models.spec import DecoderSpec
 from kava_jax.parallel.hosts import from_all
 
 Read = Callable[[Index], np.ndarray]
+ReadLayer = Callable[[Index, int], np.ndarray]
 Put = Callable[[str, Shape, np.dtype, Read], jax.Array]
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -86,12 +86,8 @@ def load_decoder_params(
     depth = spec.num_layers if layers is None else layers
     if not 0 <= depth + tail <= spec.num_layers:
         raise KavaError(f"layers={depth} with tail={tail} exceeds num_layers={spec.num_layers}")
-    dtype, put = jnp.dtype(param_dtype), put or _put_whole
-    files = TensorFiles(directory)
-    if spec.tie_embeddings:
-        # Before the check: a head that is stored alone would count as a missing embedding.
-        files.settle_tied_head()
-    check_tensors(files, spec, head=head)
+    dtype, put = jnp.dtype(param_dtype), put or put_whole
+    files = open_checked(directory, spec, head=head)
     flat: dict[str, jax.Array] = {}
     shapes = parameter_shapes(spec, layers=layers, tail=tail, head=head)
     for row in rows_of(spec):
@@ -99,10 +95,25 @@ def load_decoder_params(
         of_row |= {tail_path(row): depth}
         for path, held in of_row.items():
             if path in shapes:
-                read = _reader(row, files, spec, held, dtype)
+                read = stacked(
+                    layer_reader(row, files, spec, dtype), held, row.our_shape(spec), dtype
+                )
                 flat[path] = put(path, shapes[path], dtype, read)
-    _check_finite(files)
+    check_finite(files)
     return unflatten_dict(flat, sep="/")
+
+
+def open_checked(directory: Path, spec: DecoderSpec, *, head: bool = True) -> TensorFiles:
+    """The directory's files, with a tied head settled and every tensor checked.
+
+    Raises KavaError as :func:`check_tensors` does.
+    """
+    files = TensorFiles(directory)
+    if spec.tie_embeddings:
+        # Before the check: a head that is stored alone would count as a missing embedding.
+        files.settle_tied_head()
+    check_tensors(files, spec, head=head)
+    return files
 
 
 def check_tensors(files: TensorFiles, spec: DecoderSpec, *, head: bool = True) -> None:
@@ -129,7 +140,7 @@ def check_tensors(files: TensorFiles, spec: DecoderSpec, *, head: bool = True) -
         )
 
 
-def _check_finite(files: TensorFiles) -> None:
+def check_finite(files: TensorFiles) -> None:
     """Raise one ``KavaError`` with the tensors that held NaN or infinity where they were read.
 
     A process knows of the slices of its own devices alone, so all tell each other.
@@ -161,31 +172,38 @@ def cast(array: np.ndarray, dtype: np.dtype, name: str) -> np.ndarray:
     return result
 
 
-def _reader(
-    row: Row, files: TensorFiles, spec: DecoderSpec, layers: range | int, dtype: np.dtype
-) -> Read:
-    """Reader of one parameter in our layout: of a single layer, or of several stacked ones."""
+def layer_reader(row: Row, files: TensorFiles, spec: DecoderSpec, dtype: np.dtype) -> ReadLayer:
+    """``read(index, layer)`` of one layer of a parameter, or of one without layers, in our layout.
 
-    def single(index: Index, layer: int) -> np.ndarray:
+    ``index`` has one step-1 slice for each axis of ``row.our_shape(spec)``.
+    """
+
+    def read(index: Index, layer: int) -> np.ndarray:
         outer, inner = row.slice_of_theirs(index, spec)
         part = row.to_ours(files.read_weight(row.name(layer), outer), spec)[inner]
         return cast(np.ascontiguousarray(part), dtype, row.name(layer))
 
-    if isinstance(layers, int):
-        return partial(single, layer=layers)
+    return read
 
-    def stacked(index: Index) -> np.ndarray:
-        of_layers, *rest = index
-        sizes = (len(range(n)[s]) for s, n in zip(rest, row.our_shape(spec), strict=True))
+
+def stacked(read: ReadLayer, layers: Sequence[int] | int, shape: Shape, dtype: np.dtype) -> Read:
+    """Reader of a single layer, or of several stacked ones; ``shape`` is that of one layer."""
+    if isinstance(layers, int):
+        return lambda index: read(index, layers)
+
+    def of_layers(index: Index) -> np.ndarray:
+        first, *rest = index
+        sizes = (len(range(n)[s]) for s, n in zip(rest, shape, strict=True))
         # Filled layer by layer, so that at most one layer is in memory twice.
-        whole = np.empty((len(layers[of_layers]), *sizes), dtype)
-        for place, layer in enumerate(layers[of_layers]):
-            whole[place] = single(tuple(rest), layer)
+        whole = np.empty((len(layers[first]), *sizes), dtype)
+        for place, layer in enumerate(layers[first]):
+            whole[place] = read(tuple(rest), layer)
         return whole
 
-    return stacked
+    return of_layers
 
 
-def _put_whole(path: str, shape: Shape, dtype: np.dtype, read: Read) -> jax.Array:
+def put_whole(path: str, shape: Shape, dtype: np.dtype, read: Read) -> jax.Array:
+    """The whole parameter on the default device."""
     del path, dtype
     return jnp.asarray(read(tuple(slice(0, size) for size in shape)))

@@ -16,6 +16,7 @@ from kava_jax.errors import KavaError
 from kava_jax.storage import Place, at_revision, reachable, repeated_key, written_out
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+CUT_RECORD = "kava_cut.json"
 BUILTIN_PREFIX = "builtin:"
 BUILTIN_MODELS = ("demo_teacher",)
 TOKENIZER_FILES = (
@@ -34,6 +35,7 @@ _DOWNLOADED = (
     "generation_config.json",
     "model*.safetensors",
     INDEX,
+    CUT_RECORD,
     *TOKENIZER_FILES,
 )
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")

@@ -212,7 +212,11 @@ class MLP(nnx.Module):
 
     def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Gate, multiply, project back."""
-        return self.down(jax.nn.silu(self.gate(x_BTD)) * self.up(x_BTD))
+        return self.down(self.units(x_BTD))
+
+    def units(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
+        """The inner units, which ``down`` reads."""
+        return jax.nn.silu(self.gate(x_BTD)) * self.up(x_BTD)
 
 
 class Block(nnx.Module):

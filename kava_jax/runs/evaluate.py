@@ -63,7 +63,7 @@ def evaluate(
     ``statistics`` are a train state's; those of no step yet when absent.
     """
     objective = run.blueprint.objective
-    batches = _held_out_batches(run, held, _go_on)
+    batches = held_out_batches(run, held, _go_on)
     found = held_out(
         make_measure(objective, run.mesh),
         make_examine(objective, run.mesh),
@@ -90,8 +90,8 @@ def evaluator(
     """
     objective, settings = run.blueprint.objective, run.config.eval
     measure, examine = make_measure(objective, run.mesh), make_examine(objective, run.mesh)
-    main = _held_out_batches(run, dataset.held_out, check)
-    more = {name: _held_out_batches(run, held, check) for name, held in dataset.more.items()}
+    main = held_out_batches(run, dataset.held_out, check)
+    more = {name: held_out_batches(run, held, check) for name, held in dataset.more.items()}
     sets = {MAIN_SET: dataset.held_out, **dataset.more}
     answered = [name for name, held in sets.items() if settings.max_new_tokens and held.answered]
 
@@ -248,7 +248,7 @@ def _generate(run: Run, student: Params, check: Callable[[], None]) -> Generate:
     return continued
 
 
-def _held_out_batches(
+def held_out_batches(
     run: Run, held: HeldOut, check: Callable[[], None]
 ) -> list[Callable[[], Batch]]:
     """What puts each batch on the devices, when it is its turn."""

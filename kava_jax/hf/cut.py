@@ -1,0 +1,326 @@
+"""A smaller model out of a bigger one: fewer layers, fewer KV heads, fewer feed-forward units.
+
+Vocabulary and hidden width stay. Every parameter of the cut model is read from the teacher's files
+by slice when it is asked for. So a cut onto a mesh reads what its devices hold, and a cut into a
+directory holds one shard of the result and a few tensors.
+
+Left out on purpose: which layers and units are kept (``runs.cutting``), and training.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import unflatten_dict
+
+from kava_jax.errors import KavaError
+from kava_jax.hf.config_json import FloatName
+from kava_jax.hf.cut_record import CutRecord, read_cut_record
+from kava_jax.hf.export import export_model
+from kava_jax.hf.load import (
+    Put,
+    Read,
+    ReadLayer,
+    cast,
+    check_finite,
+    layer_reader,
+    open_checked,
+    put_whole,
+    stacked,
+)
+from kava_jax.hf.locate import CUT_RECORD, model_fingerprint
+from kava_jax.hf.merge import Turns, find_turns, turned
+from kava_jax.hf.names import Index, Row, Shape, expected_tensors, parameter_shapes, rows_of
+from kava_jax.hf.tensor_files import TensorFiles
+from kava_jax.models.spec import DecoderSpec
+from kava_jax.storage import Place
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What is left of a teacher, all counted from 0.
+
+    Raises KavaError for layers or units that do not rise, and for rows of units of unlike lengths.
+    """
+
+    layers: tuple[int, ...]
+    kv_heads: int | None = None
+    """How many KV heads are left; each is the mean of as many neighbours. None: all."""
+    units: tuple[tuple[int, ...], ...] | None = None
+    """The feed-forward units of each kept layer. None: all."""
+
+    def __post_init__(self) -> None:
+        """Check what can be known without the teacher."""
+        if not _rises(self.layers):
+            raise KavaError(
+                f"layers={_listed(self.layers)} do not rise; name one or more, each once, in "
+                f"ascending order"
+            )
+        if self.units is None:
+            return
+        sizes = {len(row) for row in self.units}
+        if not (
+            len(self.units) == len(self.layers) and len(sizes) == 1 and all(map(_rises, self.units))
+        ):
+            raise KavaError(
+                f"units has {len(self.units)} rows of {sorted(sizes)} units for {len(self.layers)} "
+                f"layers; give each layer as many, in ascending order"
+            )
+
+
+def cut_spec(spec: DecoderSpec, cut: Cut) -> DecoderSpec:
+    """The geometry of what is left.
+
+    Raises KavaError for layers, heads or units that the teacher does not have.
+    """
+    if not 0 <= cut.layers[0] <= cut.layers[-1] < spec.num_layers:
+        raise KavaError(
+            f"layers={_listed(cut.layers)}: the teacher has {spec.num_layers} layers; count them "
+            f"from 0 to {spec.num_layers - 1}"
+        )
+    heads, units = cut.kv_heads or spec.num_kv_heads, cut.units
+    if heads < 1 or spec.num_kv_heads % heads:
+        allowed = [n for n in range(1, spec.num_kv_heads + 1) if spec.num_kv_heads % n == 0]
+        raise KavaError(
+            f"kv_heads={cut.kv_heads} does not divide the teacher's {spec.num_kv_heads} KV heads; "
+            f"use one of {', '.join(map(str, allowed))}"
+        )
+    if units and not 0 <= min(row[0] for row in units) <= max(row[-1] for row in units) < (
+        spec.intermediate_size
+    ):
+        raise KavaError(
+            f"units: the teacher has {spec.intermediate_size} in a layer; count them from 0 to "
+            f"{spec.intermediate_size - 1}"
+        )
+    return replace(
+        spec,
+        num_layers=len(cut.layers),
+        num_kv_heads=heads,
+        intermediate_size=len(units[0]) if units else spec.intermediate_size,
+    )
+
+
+def check_uncut(directory: Path, name: str) -> None:
+    """Refuse a teacher that was cut itself: the record of a cut of it would name its own layers.
+
+    Raises KavaError.
+    """
+    if (record := read_cut_record(directory)) is not None:
+        raise KavaError(
+            f"teacher={name!r} was cut from {record.teacher!r} already ({CUT_RECORD}); cut that "
+            f"one, or remove {CUT_RECORD} to take this one for a model of its own"
+        )
+
+
+def stored_dtype(directory: Path, spec: DecoderSpec) -> FloatName:
+    """The narrowest dtype that holds all of a directory's weights (of float64, float32)."""
+    files, names = open_checked(directory, spec), {"F16": "float16", "BF16": "bfloat16"}
+    stored = (files.tensors[name].dtype for name in expected_tensors(spec))
+    wide = functools.reduce(jnp.promote_types, {names.get(dtype, "float32") for dtype in stored})
+    return jnp.dtype(wide).name  # pyright: ignore[reportReturnType]  (one of these three)
+
+
+def load_cut_params(
+    directory: Path,
+    spec: DecoderSpec,
+    cut: Cut,
+    *,
+    param_dtype: Any = jnp.float32,
+    put: Put | None = None,
+) -> dict[str, Any]:
+    """The parameters of the cut model, read from its teacher's files.
+
+    ``spec`` is the teacher's. Arguments, result and errors are as of ``load.load_decoder_params``.
+    """
+    files, put, dtype = open_checked(directory, spec), put or put_whole, jnp.dtype(param_dtype)
+    read = _parameters(files, spec, cut, dtype)
+    flat = {path: put(path, shape, dtype, part) for path, shape, part in read}
+    check_finite(files)
+    return unflatten_dict(flat, sep="/")
+
+
+def write_cut(
+    out: Place,
+    directory: Path,
+    spec: DecoderSpec,
+    cut: Cut,
+    *,
+    teacher: str,
+    dtype: FloatName,
+    card: str,
+    max_shard_bytes: int = 5 * 10**9,
+) -> CutRecord:
+    """Write the cut model as a Hugging Face directory, with the record of the cut.
+
+    Args:
+        out: destination, as of ``export.export_model``.
+        directory: the teacher's, whose tokenizer and further settings are copied.
+        spec: the teacher's geometry.
+        cut: what is left.
+        teacher: what the record calls the teacher.
+        dtype: of the weights on disk.
+        card: text of README.md.
+        max_shard_bytes: size above which weights are split.
+
+    Raises KavaError as ``export.export_model`` and ``load.load_decoder_params`` do.
+    """
+    files = open_checked(directory, spec)
+    read = _parameters(files, spec, cut, jnp.dtype(dtype))
+    flat = {path: OnDisk(shape, part, files) for path, shape, part in read}
+    heads = np.arange(spec.num_kv_heads).reshape(cut.kv_heads or spec.num_kv_heads, -1)
+    record = CutRecord(
+        teacher=teacher,
+        fingerprint=model_fingerprint(directory),
+        teacher_layers=spec.num_layers,
+        layers=cut.layers,
+        kv_heads=tuple(map(tuple, heads.tolist())),
+        units=cut.units,
+    )
+    export_model(
+        out,
+        unflatten_dict(flat, sep="/"),
+        cut_spec(spec, cut),
+        dtype=dtype,
+        tokenizer=None,
+        source_dir=directory,
+        card=card,
+        cut=record,
+        max_shard_bytes=max_shard_bytes,
+    )
+    return record
+
+
+@dataclass(frozen=True)
+class OnDisk:
+    """A parameter that is read when it is asked for: whole as an array, or one layer of it.
+
+    Raises KavaError then, for NaN and infinity.
+    """
+
+    shape: Shape
+    read: Read
+    files: TensorFiles
+
+    def __getitem__(self, layer: int) -> np.ndarray:
+        """One layer of a stacked parameter."""
+        return self._checked(slice(layer, layer + 1))[0]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """Numpy's protocol; there is nothing that could be shared instead of copied."""
+        whole = self._checked(slice(0, self.shape[0]))
+        return whole if dtype is None else whole.astype(dtype)
+
+    def _checked(self, first: slice) -> np.ndarray:
+        part = self.read((first, *(slice(0, size) for size in self.shape[1:])))
+        check_finite(self.files)
+        return part
+
+
+def _parameters(
+    files: TensorFiles, spec: DecoderSpec, cut: Cut, dtype: np.dtype
+) -> Iterator[tuple[str, Shape, Read]]:
+    """Path, shape and reader of every parameter of the cut model."""
+    ours, shapes = cut_spec(spec, cut), parameter_shapes(cut_spec(spec, cut))
+    turns = _turns_of_layers(files, spec, ours.num_kv_heads)
+    for row in rows_of(ours):
+        axes = row.our_axes.split()
+        if {"K", "N"} & set(axes) and ours.num_kv_heads < spec.num_kv_heads:
+            exact = layer_reader(row, files, spec, np.dtype(np.float64))
+            read = _merged(exact, row, spec, ours.num_kv_heads, turns, dtype)
+        else:
+            read = layer_reader(row, files, spec, dtype)
+        if "F" in axes and cut.units is not None:
+            chosen = dict(zip(cut.layers, cut.units, strict=True))
+            read = _of_units(read, axes.index("F"), chosen)
+        layers = cut.layers if row.stacked else 0
+        yield row.ours, shapes[row.ours], stacked(read, layers, row.our_shape(ours), dtype)
+
+
+def _of_units(read: ReadLayer, axis: int, units: dict[int, tuple[int, ...]]) -> ReadLayer:
+    """The chosen units of each layer, along one axis."""
+
+    def chosen(index: Index, layer: int) -> np.ndarray:
+        wanted = np.array(units[layer][index[axis]])
+        # Files are read in one stretch, from the first unit to the last.
+        between = slice(int(wanted[0]), int(wanted[-1]) + 1)
+        part = read((*index[:axis], between, *index[axis + 1 :]), layer)
+        return np.take(part, wanted - wanted[0], axis)
+
+    return chosen
+
+
+def _merged(
+    exact: ReadLayer,
+    row: Row,
+    spec: DecoderSpec,
+    left: int,
+    turns: Callable[[int], Turns],
+    dtype: np.dtype,
+) -> ReadLayer:
+    """A parameter of q, k, v or o with its KV heads turned, and merged where it has them.
+
+    ``exact`` reads the teacher's in float64.
+    """
+    axes, each = row.our_axes.split(), spec.num_kv_heads // left
+    own = "K" in axes
+    at, width = axes.index("K" if own else "N"), axes.index("H")
+
+    def read(index: Index, layer: int) -> np.ndarray:
+        # Turns mix the numbers of a head, so heads are read whole and cut afterwards.
+        theirs = [*index]
+        theirs[width] = slice(None)
+        if own:
+            merged = range(left)[index[at]]
+            heads = range(merged.start * each, merged.stop * each)
+            theirs[at] = slice(heads.start, heads.stop)
+            owners = list(heads)
+        else:
+            group = spec.num_heads // spec.num_kv_heads
+            owners = [head // group for head in range(spec.num_heads)[index[at]]]
+        part = turned(row.ours, exact(tuple(theirs), layer), turns(layer), owners)
+        if own:
+            part = part.reshape(*part.shape[:at], -1, each, *part.shape[at + 1 :]).mean(at + 1)
+        inside = [slice(None)] * part.ndim
+        inside[width] = index[width]
+        return cast(part[tuple(inside)], dtype, row.name(layer))
+
+    return read
+
+
+def _turns_of_layers(files: TensorFiles, spec: DecoderSpec, left: int) -> Callable[[int], Turns]:
+    """How the KV heads of a layer are turned before they are merged; found when first asked."""
+    rows = {row.ours: row for row in rows_of(spec)}
+
+    def whole(module: str, layer: int) -> np.ndarray:
+        """Kernel and bias [D or D + 1, K, H], zero where a number is not finite."""
+        parts = []
+        for leaf in ("kernel", "bias"):
+            if (row := rows.get(f"blocks/attention/{module}/{leaf}")) is not None:
+                everything = (slice(None),) * len(row.our_axes.split())
+                found = layer_reader(row, files, spec, np.dtype(np.float64))(everything, layer)
+                parts.append(found.reshape(-1, spec.num_kv_heads, spec.head_dim))
+        both = np.concatenate(parts)
+        # ``check_finite`` names the tensor later; a decomposition would fail first, without a name.
+        return np.where(np.isfinite(both), both, 0)
+
+    # Kept for all layers: readers of q, k, v and o need them, and devices each for their slice.
+    @functools.cache
+    def turns(layer: int) -> Turns:
+        k, v = whole("k", layer), whole("v", layer)
+        return find_turns(k, v, left, turn_keys=not spec.qk_norm)
+
+    return turns
+
+
+def _rises(numbers: tuple[int, ...]) -> bool:
+    """Whether there are some, each larger than the one before."""
+    return bool(numbers) and all(a < b for a, b in pairwise(numbers))
+
+
+def _listed(numbers: tuple[int, ...]) -> str:
+    return ",".join(map(str, numbers))
