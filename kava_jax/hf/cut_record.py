@@ -11,9 +11,8 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from kava_jax.errors import KavaError
-from kava_jax.hf.locate import read_json
+from kava_jax.hf.locate import CUT_RECORD, read_json
 
-CUT_RECORD = "kava_cut.json"
 _Number = Annotated[int, Field(ge=0, strict=True)]
 
 
