@@ -301,17 +301,19 @@ def _magnitude_ratios(
 
 
 def gradient_share(
-    kv_grads: PyTree[Float[Array, "..."]], ce_grads: PyTree[Float[Array, "..."]]
+    kv_grads: PyTree[Float[Array, "..."]], language_grads: PyTree[Float[Array, "..."]]
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """How strongly, and whether, the KV term pulls where cross-entropy does.
+    """How strongly, and whether, the KV term pulls where the language terms do.
 
-    ``(|kv| / |ce|, cosine of kv and ce)`` with each tree of gradients as one flat float32 vector.
-    The share is 0 where ce is zero, the cosine where either is. Both trees have one structure.
+    ``(|kv| / |language|, cosine of the two)`` with each tree of gradients as one flat float32
+    vector. The share is 0 where language is zero, the cosine where either is. Both trees have one
+    structure.
     """
-    (kv, kv_length), (ce, ce_length) = (_unit_tree(grads) for grads in (kv_grads, ce_grads))
-    alive = ce_length != 0
-    share = jnp.where(alive, kv_length / jnp.where(alive, ce_length, 1.0), 0.0)
-    return share, jnp.clip(optax.tree.vdot(kv, ce), -1.0, 1.0)
+    trees = (_unit_tree(grads) for grads in (kv_grads, language_grads))
+    (kv, kv_length), (language, length) = trees
+    alive = length != 0
+    share = jnp.where(alive, kv_length / jnp.where(alive, length, 1.0), 0.0)
+    return share, jnp.clip(optax.tree.vdot(kv, language), -1.0, 1.0)
 
 
 def _unit_tree(

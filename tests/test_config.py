@@ -12,7 +12,8 @@ from pydantic import BaseModel, ValidationError
 
 from kava_jax.alignment.kv_losses import MSE, Mercator
 from kava_jax.config.file import WENT, dump_config, load_config, parse_config, shipped_config
-from kava_jax.config.run import AutoShare, Config, Ramp
+from kava_jax.config.run import Config
+from kava_jax.config.weights import AutoShare, Ramp
 from kava_jax.errors import KavaError
 from kava_jax.runs.resume import FREE_FIELDS, PATH_FIELDS
 from tests.tiny import write_config

@@ -14,7 +14,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 InitMethod = Literal["xavier", "kaiming", "normal"]
-AdapterKind = Literal["elastic", "linear"]
+AdapterKind = Literal["elastic", "linear", "identity"]
 # Kinds whose result does not depend on the length of what comes in.
 NORM_FIRST: tuple[AdapterKind, ...] = ("elastic",)
 
@@ -72,8 +72,9 @@ class Affine(nnx.Module):
 
 
 class Adapter(nnx.Module):
-    """One linear layer, or the original's bottleneck in front of it.
+    """One linear layer, the original's bottleneck in front of it, or nothing.
 
+    identity  no parameters: the vectors as they are
     linear    the baseline: Linear alone
     elastic   LayerNorm, Linear, SiLU, Dropout, Linear; the hidden width is
               ``int(source width * mlp_ratio)``
@@ -90,8 +91,10 @@ class Adapter(nnx.Module):
         dropout: float,
     ):
         """Build for vectors of the first width, to give vectors of the second."""
-        (source, target), self.elastic, self.dropout = widths, kind == "elastic", dropout
-        if not self.elastic:
+        (source, target), self.kind, self.dropout = widths, kind, dropout
+        if kind == "identity":
+            return
+        if kind == "linear":
             self.out = Affine((source, target), ("kv_in", "kv_out"), init, rngs)
             return
         # Rounded down as in the original; the 1 keeps a small ratio of a small width from giving 0.
@@ -103,7 +106,9 @@ class Adapter(nnx.Module):
 
     def __call__(self, x: Float[Array, "*B I"], key: Key[Array, ""] | None) -> Float[Array, "*B O"]:
         """Map; dropout only when a ``key`` is given."""
-        return self.out(self._hidden(x, key) if self.elastic else x)
+        if self.kind == "identity":
+            return x.astype(jnp.float32)
+        return self.out(self._hidden(x, key) if self.kind == "elastic" else x)
 
     def _hidden(self, x: Float[Array, "*B I"], key: Key[Array, ""] | None) -> Array:
         wide = x.astype(jnp.float32)

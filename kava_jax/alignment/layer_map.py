@@ -18,10 +18,13 @@ from jaxtyping import Array, Float
 from kava_jax.cache import KVCache
 from kava_jax.errors import KavaError
 
-# Maps by a rule, and maps that are measured before training.
-RuleMap = Literal["ratio", "last"]
+# Maps by a rule, of which two need a student whose layers were cut from the teacher, and maps that
+# are measured before training.
+OriginMap = Literal["origin", "straddle"]
+RuleMap = Literal["ratio", "last", OriginMap]
 MeasuredMap = Literal["cka", "calibrated"]
 LayerMapName = RuleMap | MeasuredMap
+ORIGIN_MAPS: tuple[OriginMap, ...] = get_args(OriginMap)
 NAMED_MAPS: tuple[RuleMap, ...] = get_args(RuleMap)
 CALIBRATED_MAPS: tuple[MeasuredMap, ...] = get_args(MeasuredMap)
 
@@ -140,13 +143,18 @@ def make_layer_map(
     teacher_layers: int,
     student_layers: int,
     *,
+    origins: tuple[int, ...] | None = None,
     field: str = "layer_map",
 ) -> LayerMap:
     """A checked map between two depths, from one of ``NAMED_MAPS`` or [teacher, student] pairs.
 
+    ``origins`` are the teacher layers that the student's were cut from, ascending; None where that
+    is not known.
+
     Raises KavaError, naming ``field``, for an unknown name, a map that has to be measured
-    (``CALIBRATED_MAPS``), ``"last"`` with a teacher shallower than the student, an empty list, a
-    layer that does not exist, or a student layer used twice.
+    (``CALIBRATED_MAPS``), ``"last"`` with a teacher shallower than the student, one of
+    ``ORIGIN_MAPS`` without origins, an empty list, a layer that does not exist, or a student layer
+    used twice.
     """
     if not isinstance(setting, str):
         return _from_pairs(setting, teacher_layers, student_layers, field)
@@ -154,6 +162,15 @@ def make_layer_map(
         raise KavaError(
             f"{field}={setting!r} needs a calibration; `kava calibrate CONFIG` makes it"
         )
+    if setting in ORIGIN_MAPS:
+        if origins is None:
+            raise KavaError(
+                f"{field}={setting!r}: it is not known which of the teacher's layers the student "
+                f"was cut from; use 'ratio' or a list of pairs"
+            )
+        # The output of a layer that is left should be what the missing layers after it would make.
+        straddled = (*(layer - 1 for layer in origins[1:]), teacher_layers - 1)
+        return _one_each(straddled if setting == "straddle" else origins)
     if setting not in _MAKERS:
         known = ", ".join(map(repr, (*NAMED_MAPS, *CALIBRATED_MAPS)))
         raise KavaError(f"{field}={setting!r} is unknown; use {known} or a list of pairs")
@@ -212,7 +229,7 @@ def _last(teacher_layers: int, student_layers: int) -> LayerMap:
 
 
 # Makers of maps between a teacher and a student of given depths, by the name they have in a config.
-_MAKERS: dict[RuleMap, Callable[[int, int], LayerMap]] = {
+_MAKERS: dict[str, Callable[[int, int], LayerMap]] = {
     "ratio": _ratio,
     "last": _last,
 }

@@ -46,13 +46,15 @@ class KVDimensionProjector(nnx.Module):
         dropout: rate inside the elastic adapter, applied only when a key is given.
         init_method: ``xavier``, ``kaiming`` or ``normal``.
         trainable: when False no gradient reaches the adapters' weights (it still passes through).
-        kind: ``elastic`` (LayerNorm, Linear, SiLU, Dropout, Linear) or ``linear``.
+        kind: ``elastic`` (LayerNorm, Linear, SiLU, Dropout, Linear), ``linear``, or ``identity``,
+            which has no weights and takes equal heads on both sides.
         direction: which side is mapped onto the other.
         student_heads: KV heads within ``student_d_model``.
         per_layer: one set of weights per mapped layer, instead of one shared by all.
         rngs: source of the initial weights; seed 0 when absent.
 
-    Raises KavaError for widths that heads do not divide and for ``per_layer`` without layers.
+    Raises KavaError for widths that heads do not divide, for ``per_layer`` without layers, and for
+    ``identity`` between heads that differ.
     """
 
     def __init__(
@@ -87,6 +89,12 @@ class KVDimensionProjector(nnx.Module):
             layers = config.get("num_layers")
             if per_layer and not layers:
                 raise KavaError(f"{where}.num_layers={layers} with per_layer; give the layer count")
+            if kind == "identity" and teacher != student:
+                wide = [f"{heads * dim} ({heads} x {dim})" for heads, dim in (teacher, student)]
+                raise KavaError(
+                    f"projector.kind=identity: teacher {name!r} has vectors of width {wide[0]} and "
+                    f"the student of {wide[1]}, KV heads x head dim; kind=linear bridges them"
+                )
             self.teachers[name] = (teacher, layers)
             sides = (teacher, student) if direction == "teacher_to_student" else (student, teacher)
             widths = math.prod(sides[0]), math.prod(sides[1])

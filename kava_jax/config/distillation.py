@@ -17,7 +17,9 @@ class ProjectorConfig(Section):
     """The bridge between the two caches' widths and heads."""
 
     kind: AdapterKind = Field(
-        default="elastic", description="what an adapter is made of; linear is the plain baseline"
+        default="elastic",
+        description="what an adapter is made of; linear is the plain baseline, identity passes "
+        "vectors of equal heads as they are",
     )
     direction: Direction = Field(
         default="student_to_teacher",
@@ -46,11 +48,16 @@ class ProjectorConfig(Section):
     warmup_steps: Positive = Field(default=100, description="of training warmup")
 
     @model_validator(mode="after")
-    def _calibrated(self) -> "ProjectorConfig":
+    def _learns(self) -> "ProjectorConfig":
         if self.init == "calibrated" and (self.kind != "linear" or not self.per_layer):
             raise ValueError(
                 f"init=calibrated with kind={self.kind}, per_layer={self.per_layer}: the fit is "
                 f"one linear map per layer; set kind=linear and per_layer=true"
+            )
+        if self.kind == "identity" and self.training == "warmup":
+            raise ValueError(
+                "training=warmup with kind=identity, which has nothing to learn; set "
+                "training=joint, or kind=linear"
             )
         return self
 
@@ -70,14 +77,14 @@ class LossConfig(Section):
     )
     kv_weight: KVWeight = Field(
         default=1.0,
-        description="a number, a ramp, or a share of the cross-entropy gradient; the first thing "
-        "to tune: too strong a pull harms",
+        description="a number, a ramp, or a share of the language gradient (cross-entropy and KL "
+        "as weighted); the first thing to tune: too strong a pull harms",
     )
     parts: Parts = Field(
         default="both", description="which part is pulled; the other one is only measured"
     )
     ce_weight: Weight | Ramp = Field(default=1.0, description="weight of cross-entropy")
-    kl_weight: Weight = Field(
+    kl_weight: Weight | Ramp = Field(
         default=0.0,
         description="weight of logit KL; above 0 the whole teacher is loaded, with its head",
     )

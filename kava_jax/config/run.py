@@ -18,7 +18,6 @@ from kava_jax.config.weights import (
     AutoShare,
     Dtype,
     Positive,
-    Ramp,
     Section,
     Share,
     Weight,
@@ -80,10 +79,11 @@ class TeacherConfig(Section):
     weight: Weight = Field(
         default=1.0, description="weight of its losses; at 0 it is only measured"
     )
-    layer_map: LayerMapName | tuple[tuple[int, int], ...] = Field(
-        default="ratio",
+    layer_map: LayerMapName | tuple[tuple[int, int], ...] | None = Field(
+        default=None,
         description="which of its layers the student's are compared with: a rule (cka and "
-        "calibrated are measured before training), or [teacher, student] pairs",
+        "calibrated are measured before training), or [teacher, student] pairs; null: origin for a "
+        "student that was cut from a teacher of this depth, else ratio",
     )
     control: Control = Field(
         default="none",
@@ -351,7 +351,8 @@ class Config(Section):
                 f"but data.batch_size={self.data.batch_size} with train.grad_accumulation="
                 f"{self.train.grad_accumulation} leaves one row at a time; use two or more"
             )
-        heard = self.teachers and (self.loss.kl_weight > 0 or not is_zero(self.loss.kv_weight))
+        loss = self.loss
+        heard = self.teachers and not (is_zero(loss.kl_weight) and is_zero(loss.kv_weight))
         if is_zero(self.loss.ce_weight) and not heard:
             without = "loss.kv_weight=0 and loss.kl_weight=0" if self.teachers else "no teachers"
             raise ValueError(f"{without} and loss.ce_weight=0 leaves nothing to learn from")
@@ -367,12 +368,12 @@ class Config(Section):
                 f"{self.optimizer.warmup_steps} leave the student nothing of train.steps="
                 f"{self.train.steps}; lower them"
             )
-        weight = self.loss.ce_weight
-        if isinstance(self.loss.kv_weight, AutoShare) and (isinstance(weight, Ramp) or not weight):
-            written = "a ramp" if isinstance(weight, Ramp) else f"{weight:g}"
+        silent = is_zero(loss.ce_weight) and is_zero(loss.kl_weight)
+        if isinstance(loss.kv_weight, AutoShare) and silent:
             raise ValueError(
-                f"loss.kv_weight=auto({self.loss.kv_weight.share:g}) is a share of the "
-                f"cross-entropy gradient, but loss.ce_weight={written}; give kv_weight a number"
+                f"loss.kv_weight=auto({loss.kv_weight.share:g}) is a share of the gradient of "
+                f"cross-entropy and logit KL, but loss.ce_weight=0 and loss.kl_weight=0; give one "
+                f"of them a weight, or kv_weight a number"
             )
         if names and not any(teacher.weight for teacher in self.teachers):
             raise ValueError(

@@ -53,10 +53,11 @@ class Ramp(Section):
 
 
 class AutoShare(Section):
-    """A weight that keeps the KV gradient at a share of the cross-entropy gradient.
+    """A weight that keeps the KV gradient at a share of the language gradient.
 
-    ``share`` is ``||weight * g_kv|| / ||g_ce||`` over the student's parameters, measured every
-    ``every`` steps (and more often at the start). ``auto(0.2)`` is short for ``{share: 0.2}``.
+    ``share`` is ``||weight * g_kv|| / ||ce_weight * g_ce + kl_weight * g_kl||`` over the student's
+    parameters, with the weights of that step, measured every ``every`` steps (and more often at the
+    start). ``auto(0.2)`` is short for ``{share: 0.2}``.
     """
 
     share: float = Field(gt=0, le=10)

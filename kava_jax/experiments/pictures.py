@@ -156,8 +156,8 @@ def alignment_chart(log: Log) -> Chart:
 
 
 def gradient_chart(log: Log) -> Chart:
-    """The KV gradient compared with cross-entropy's: its length, and whether both pull together."""
-    named = {"KV / cross-entropy": "kv_gradient_share", "cosine of the two": "kv_gradient_cosine"}
+    """The KV gradient compared with the language loss's: length, and whether both pull together."""
+    named = {"KV / language": "kv_gradient_share", "cosine of the two": "kv_gradient_cosine"}
     points = {name: course(log["diagnostics"], key) for name, key in named.items()}
     lines = [Line(name, own, place) for place, (name, own) in enumerate(points.items())]
     return Chart("gradients of the student", lines, "symlog", {"equally long": 1.0})

@@ -193,7 +193,7 @@ def _by_layer(
         if student and target:
             pairs = zip(student, target, strict=True)
             own[f"rank_share_{part}"] = [s / t if s is not None and t else None for s, t in pairs]
-    columns = [] if isinstance(setting, str) else sorted(student for _, student in setting)
+    columns = sorted(student for _, student in setting) if isinstance(setting, tuple) else []
     found = {"teacher": teacher, "layers": own, "scores": scores, "map": []}
     if scores is not None:
         layer_map = LayerMap.from_dict(scores["layer_map"], f"calibration of {teacher.name}")

@@ -16,6 +16,7 @@ from kava_jax.errors import KavaError
 from kava_jax.storage import Place, at_revision, reachable, repeated_key, written_out
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+# Of a model that was cut from another one: where its parts came from (``cut_record``).
 CUT_RECORD = "kava_cut.json"
 BUILTIN_PREFIX = "builtin:"
 BUILTIN_MODELS = ("demo_teacher",)
@@ -33,9 +34,9 @@ TOKENIZER_FILES = (
 _DOWNLOADED = (
     "config.json",
     "generation_config.json",
+    CUT_RECORD,
     "model*.safetensors",
     INDEX,
-    CUT_RECORD,
     *TOKENIZER_FILES,
 )
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -72,16 +73,19 @@ def resolve_model(path_or_id: str | Path) -> Path:
 
 
 def model_fingerprint(directory: Path) -> str:
-    """SHA-256 that changes when the weights or the geometry of a model directory change.
+    """SHA-256 that changes when weights, geometry or cut record of a model directory change.
 
-    Over ``config.json``, every ``*.safetensors`` in name order, and the shards that the index
-    places in subfolders, each as name, size and content.
+    Over ``config.json``, the record of a cut where there is one, every ``*.safetensors`` in name
+    order, and the shards that the index places in subfolders, each as name, size and content.
     Files up to 256 MiB are read whole. Of larger ones only the header, the first and the last MiB
     and one MiB of every 64 are read: for a large teacher this takes seconds instead of minutes. It
     notices other weights for certain, but not a single flipped bit.
     """
     digest = hashlib.sha256()
-    names = ["config.json", *sorted(file.name for file in directory.glob("*.safetensors"))]
+    # By the record a layer map is chosen.
+    record = [CUT_RECORD] if (directory / CUT_RECORD).is_file() else []
+    weights = sorted(file.name for file in directory.glob("*.safetensors"))
+    names = ["config.json", *record, *weights]
     names += [name for name in sorted(set(weight_index(directory).values())) if "/" in name]
     for name in names:
         file = directory / name

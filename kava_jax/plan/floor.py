@@ -60,7 +60,8 @@ def _projector(blueprint: Blueprint, tokens: int) -> float:
         return 0.0
     settings = blueprint.config.projector
     total = 0.0
-    for name, pair in blueprint.projector.abstract["pairs"].items():
+    # Without parameters there are no pairs either.
+    for name, pair in blueprint.projector.abstract.get("pairs", {}).items():
         layers = len(blueprint.teachers[name].layer_map)
         kernels = [
             math.prod(variable.get_value().shape)

@@ -9,7 +9,8 @@ from flax import nnx
 from kava_jax.alignment.frame import empty
 from kava_jax.alignment.kv_losses import Hybrid, Mercator
 from kava_jax.alignment.projector import forgets_length
-from kava_jax.config.run import AutoShare, Config, Ramp
+from kava_jax.config.run import Config
+from kava_jax.config.weights import AutoShare, Ramp, is_zero
 from kava_jax.models.spec import DecoderSpec
 from kava_jax.training.objective import PARTS, Objective, Statistics, TeacherLink
 from kava_jax.training.optimizer import learning_rate, make_optimizer
@@ -34,7 +35,7 @@ def make_objective(
         direction=config.projector.direction,
         match_attention=loss.match == "attention",
         ce_weight=_weight(loss.ce_weight, steps),
-        kl_weight=loss.kl_weight,
+        kl_weight=None if is_zero(loss.kl_weight) else _weight(loss.kl_weight, steps),
         kl_temperature=loss.kl_temperature,
         batch_shards=batch_shards,
     )
@@ -80,7 +81,8 @@ def schedules(config: Config) -> dict[str, optax.Schedule]:
     """Every rate and weight that may follow the step, by the name that it is logged or set by."""
     loss, steps = config.loss, config.train.steps
     rates = {f"lr_{name}": rate for name, rate in learning_rates(config).items()}
-    return rates | {"kv_weight": kv_weight(config), "ce_weight": _weight(loss.ce_weight, steps)}
+    language = {name: _weight(getattr(loss, name), steps) for name in ("ce_weight", "kl_weight")}
+    return rates | {"kv_weight": kv_weight(config)} | language
 
 
 def learning_rates(config: Config) -> dict[str, optax.Schedule]:

@@ -18,9 +18,10 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from kava_jax.alignment.layer_map import LayerMap, make_layer_map
+from kava_jax.alignment.layer_map import CALIBRATED_MAPS, LayerMap
 from kava_jax.alignment.projector import KVDimensionProjector
 from kava_jax.config.run import Config, TeacherConfig
+from kava_jax.config.weights import is_zero
 from kava_jax.errors import KavaError
 from kava_jax.hf.load import load_decoder_params
 from kava_jax.models.attend import Choice, choose, in_words
@@ -36,6 +37,7 @@ from kava_jax.runs.assembly import (
     optimizer_of,
 )
 from kava_jax.runs.find_models import Models
+from kava_jax.runs.layer_maps import layer_map_of
 from kava_jax.runs.parts import Part, TeacherPart, place_slices
 from kava_jax.training.comparison import CacheComparison
 from kava_jax.training.objective import Objective, Statistics, TeacherLink
@@ -131,7 +133,9 @@ class Blueprint:
         }
 
     def _state_of(self, params: dict[str, Params], seed: Array) -> TrainState:
-        return initial_state(params, self.optimizer, self.empty_statistics(), seed)
+        return initial_state(
+            params, self.optimizer, self.empty_statistics(), seed, taught=bool(self.teachers)
+        )
 
     def jitted_step(self) -> Any:
         """The train step with its shardings; the old state's memory is reused for the new one."""
@@ -185,7 +189,7 @@ def make_blueprint(
             f"data-parallel devices times train.grad_accumulation={config.train.grad_accumulation};"
             f" use a multiple of {shards} or lower mesh.data"
         )
-    student_dir, student_spec = models.student
+    student_dir, student_spec, _ = models.student
     dtype = _dtype(config.train.dtype)
     remat, layout = config.student.remat, layouts(mesh)
     build = partial(_build_decoder, student_spec, dtype=dtype, remat=remat, layouts=layout)
@@ -230,16 +234,13 @@ def _teacher(
     mesh: Mesh,
     measured_maps: Mapping[str, LayerMap],
 ) -> TeacherPart:
-    directory, spec = models.teachers[teacher.name]
+    directory, spec, _ = models.teachers[teacher.name]
     assert directory is not None  # a teacher is never fresh
-    layer_map = measured_maps.get(teacher.name) or make_layer_map(
-        teacher.layer_map,
-        spec.num_layers,
-        models.student.spec.num_layers,
-        field=f"teachers.{index}.layer_map",
-    )
+    layer_map, map_note = measured_maps.get(teacher.name), None
+    if layer_map is None or teacher.layer_map not in CALIBRATED_MAPS:
+        layer_map, map_note = layer_map_of(index, teacher, models)
     # Logits need every layer and the head; the caches alone only the layers up to the last mapped.
-    headless = config.loss.kl_weight == 0
+    headless = is_zero(config.loss.kl_weight)
     blocks = layer_map.last_teacher_layer if headless else spec.num_layers
     dtype = _dtype(config.train.dtype)
     build = partial(
@@ -260,7 +261,7 @@ def _teacher(
     )
     link = TeacherLink(part.graph, comparison, spec, teacher.weight, teacher.control)
     seed = config.run.seed + RANDOM_TEACHER + index
-    return TeacherPart(part, spec, directory, link, blocks, headless, dtype, seed)
+    return TeacherPart(part, spec, directory, link, blocks, headless, dtype, seed, map_note)
 
 
 def _projector(

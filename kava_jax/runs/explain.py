@@ -9,20 +9,24 @@ from typing import Any
 
 import yaml
 
-from kava_jax.alignment.layer_map import make_layer_map
 from kava_jax.config.file import dump_config, parse_config
 from kava_jax.config.recipes import RECIPES
-from kava_jax.config.run import AutoShare, Config, Ramp, TeacherConfig
+from kava_jax.config.run import Config, TeacherConfig
+from kava_jax.config.weights import AutoShare, Ramp, is_zero
 from kava_jax.errors import KavaError
 from kava_jax.journal.manifest import config_diff
 from kava_jax.runs.assembly import magnitude_note
 from kava_jax.runs.calibrate import LAYERS
 from kava_jax.runs.find_models import Models, at_hand, find_models
 from kava_jax.runs.idle import idle_settings
+from kava_jax.runs.layer_maps import layer_map_of
 
 MAPS = {
     "ratio": "the one at its own relative depth (first meets first, last meets last)",
     "last": "the teacher's last layers, one by one",
+    "origin": "the one that it was cut from",
+    "straddle": "the last one before the student's next layer, by the layers it was cut from",
+    None: "the one that it was cut from where that is known, else the one at its own depth",
     "cka": "the one with the highest CKA of the 8 nearest teacher layers, measured before training",
     "calibrated": f"the {LAYERS} of the 8 nearest teacher layers that fit best together, measured "
     "before training",
@@ -48,7 +52,7 @@ def explain(config: Config) -> str:
         return "\n\n".join([*parts, _learning(config), *_idle(config)])
     models = _models(config)
     parts += [f"Recipe {config.recipe}. {_changes(config)}"]
-    parts += [_teacher(config, teacher, models) for teacher in config.teachers]
+    parts += [_teacher(config, *one, models) for one in enumerate(config.teachers)]
     parts += [_compared(config), _projected(config), _minimised(config)]
     parts += [_learning(config), *_warnings(config), *_idle(config)]
     return "\n\n".join(parts)
@@ -92,10 +96,10 @@ def _ramp_in_words(value: Any) -> Any:
     return yaml.safe_dump(value, default_flow_style=True, sort_keys=False).strip()
 
 
-def _teacher(config: Config, teacher: TeacherConfig, models: Models | None) -> str:
+def _teacher(config: Config, index: int, teacher: TeacherConfig, models: Models | None) -> str:
     """Which layers meet, in words and as a table where the models' geometry is found."""
     setting = teacher.layer_map
-    words = MAPS[setting] if isinstance(setting, str) else "the pairs that are given"
+    words = "the pairs that are given" if isinstance(setting, tuple) else MAPS[setting]
     text = f"Teacher {teacher.name} ({teacher.path}): each student layer meets {words}."
     text += CONTROLS[teacher.control]
     if models is None:
@@ -107,9 +111,10 @@ def _teacher(config: Config, teacher: TeacherConfig, models: Models | None) -> s
     )
     if setting in ("cka", "calibrated"):
         return text
-    layer_map = make_layer_map(setting, own.num_layers, student.num_layers)
+    layer_map, note = layer_map_of(index, teacher, models)
     rows = "\n".join(f"  {line}" for line in layer_map.table(teacher.name))
-    if config.loss.kl_weight == 0:
+    text += f" {note}." if note else ""
+    if is_zero(config.loss.kl_weight):
         text += f" It is cut after layer {layer_map.last_teacher_layer}."
     return f"{text}\n{rows}"
 
@@ -133,6 +138,8 @@ def _compared(config: Config) -> str:
 
 def _projected(config: Config) -> str:
     settings = config.projector
+    if settings.kind == "identity":
+        return "Projector: identity, so both sides' vectors are compared as they are."
     forward = settings.direction == "teacher_to_student"
     source, space = ("teacher", "student") if forward else ("student", "teacher")
     scope = "one per layer" if settings.per_layer else "one for all layers"
@@ -155,13 +162,13 @@ def _minimised(config: Config) -> str:
     weight = loss.kv_weight
     if isinstance(weight, AutoShare):
         kv = (
-            f"KV, weighted so that its gradient is {weight.share:g} of the cross-entropy gradient "
-            f"(measured every {weight.every} steps)"
+            f"KV, weighted so that its gradient is {weight.share:g} of the language gradient, that "
+            f"of the other terms (measured every {weight.every} steps)"
         )
     else:
         kv = f"{_number(weight)} x KV"
     terms = [f"{_number(loss.ce_weight)} x cross-entropy"]
-    terms += [f"{loss.kl_weight:g} x logit KL"] if loss.kl_weight else []
+    terms += [] if is_zero(loss.kl_weight) else [f"{_number(loss.kl_weight)} x logit KL"]
     off = magnitude_note(config)
     measured = loss.kv.model_copy(update={"beta": 0.0}) if off else loss.kv
     text = f"Minimised: {' + '.join([*terms, kv])}. KV is {measured.words}."
@@ -178,7 +185,7 @@ def _learning(config: Config) -> str:
     settings = config.optimizer
     shape = f"cosine, {settings.warmup_steps} warm-up steps"
     text = f"Learns: the student at {settings.student_lr:g} ({shape})"
-    if not config.teachers:
+    if not config.teachers or config.projector.kind == "identity":
         return f"{text}."
     training = {
         "joint": f"the projector at {settings.projector_lr:g} with it from the first step",
@@ -193,7 +200,8 @@ def _warnings(config: Config) -> list[str]:
     """What such a run is known to suffer from."""
     found = []
     settings = config.projector
-    if settings.direction == "teacher_to_student" and settings.training != "frozen":
+    learns = settings.training != "frozen" and settings.kind != "identity"
+    if settings.direction == "teacher_to_student" and learns:
         found.append(
             "Beware: student and target learn together and can drift to one common direction; "
             "a high cosine proves nothing here, look at the alignment gap."

@@ -8,6 +8,7 @@ from kava_jax.config.run import Config
 from kava_jax.errors import KavaError
 from kava_jax.hf.config_json import spec_from_config
 from kava_jax.hf.config_keys import refuse_unknown
+from kava_jax.hf.cut_record import CutRecord, read_cut_record
 from kava_jax.hf.known import KNOWN_CONFIGS
 from kava_jax.hf.load import read_spec
 from kava_jax.hf.locate import BUILTIN_PREFIX, resolve_model
@@ -20,6 +21,13 @@ class Found(NamedTuple):
 
     directory: Path | None
     spec: DecoderSpec
+    cut: CutRecord | None = None
+    """Of a model that was cut from another one: where its layers came from."""
+
+    @classmethod
+    def at(cls, directory: Path) -> "Found":
+        """The model of a Hugging Face directory, which needs no weights."""
+        return cls(directory, read_spec(directory), read_cut_record(directory))
 
 
 class Models(NamedTuple):
@@ -31,8 +39,7 @@ class Models(NamedTuple):
 
 def with_weights(address: str) -> Found:
     """A model whose weights will be read; downloaded where it has to be."""
-    directory = resolve_model(address)
-    return Found(directory, read_spec(directory))
+    return Found.at(resolve_model(address))
 
 
 def at_hand(address: str) -> Found:
@@ -46,8 +53,8 @@ def at_hand(address: str) -> Found:
     directory = reachable(address, "model path")
     if address.startswith(BUILTIN_PREFIX):
         return with_weights(address)
-    if directory.is_dir():  # which needs no weights
-        return Found(directory, read_spec(directory))
+    if directory.is_dir():
+        return Found.at(directory)
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -58,7 +65,7 @@ def at_hand(address: str) -> Found:
     # The cache also remembers files that a repository does not have, by an object that is no path.
     if not isinstance(found, str):
         raise KavaError(f"model path={address!r} was not found here; give a directory")
-    return Found(Path(found).parent, read_spec(Path(found).parent))
+    return Found.at(Path(found).parent)
 
 
 def at_hand_or_downloaded(address: str) -> Found:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kava_jax.config.run import Config
+from kava_jax.config.weights import is_zero
 from kava_jax.data.text import Encoded
 from kava_jax.errors import KavaError
 from kava_jax.storage import reachable
@@ -49,8 +50,10 @@ def _unread(config: Config) -> dict[str, str]:
     loss, projector = config.loss, config.projector
     if config.teachers:
         kind = f"projector.kind={projector.kind}"
-        unless(loss.kl_weight > 0, "loss.kl_weight=0", "loss.kl_temperature")
+        unless(not is_zero(loss.kl_weight), "loss.kl_weight=0", "loss.kl_temperature")
         unless(projector.kind == "elastic", kind, "projector.mlp_ratio", "projector.dropout")
+        weights = ("projector.init", "projector.per_layer", "optimizer.projector_lr")
+        unless(projector.kind != "identity", kind, *weights)
         training = f"projector.training={projector.training}"
         unless(projector.training == "warmup", training, "projector.warmup_steps")
         unless(projector.training != "frozen", training, "optimizer.projector_lr")

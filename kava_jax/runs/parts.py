@@ -63,6 +63,8 @@ class TeacherPart:
     dtype: Any
     seed: int
     """Of random weights, where the control asks for them."""
+    map_note: str | None
+    """How the layer map was chosen, where the config does not say."""
 
     @property
     def layer_map(self) -> LayerMap:

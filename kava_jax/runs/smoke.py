@@ -22,7 +22,9 @@ from kava_jax.data.sources import BUILTIN_PROBLEMS, load_examples
 from kava_jax.data.tokenizer import BUILTIN_TOKENIZER, load_tokenizer, vocabulary_size
 from kava_jax.errors import KavaError
 from kava_jax.hf.card import model_card
+from kava_jax.hf.cut_record import CutRecord, write_cut_record
 from kava_jax.hf.export import export_model
+from kava_jax.hf.locate import CUT_RECORD
 from kava_jax.hf.names import parameter_shapes
 from kava_jax.journal.lock import alone
 from kava_jax.journal.manifest import MANIFEST_NAME
@@ -67,7 +69,11 @@ def smoke_config(config: Config) -> Config:
         # Models are read from disks alone.
         beside = directory.parent if isinstance(directory, Path) else Path("runs")
         where = beside / f"{directory.name}-models" / name
+        if jax.process_index() == 0:
+            (where / CUT_RECORD).unlink(missing_ok=True)  # no export wrote it
         _write_random(where, tiny, tokenizer)
+        if name == "student" and jax.process_index() == 0:
+            _write_origins(where, found.student.cut, divisor)
         _point_at(raw, name, where)
     meet("smoke models")  # which are read next, by all processes
     for teacher in raw["teachers"]:
@@ -175,12 +181,24 @@ def _shrunk(spec: DecoderSpec, depth: int, largest_head_dim: int, vocabulary: in
 
 def _thinned(layer_map: Any, divisor: int) -> Any:
     """Explicit layer pairs at the depths that are left, one for each student layer."""
-    if isinstance(layer_map, str):
+    if layer_map is None or isinstance(layer_map, str):
         return layer_map
     teacher_of: dict[int, int] = {}
     for teacher, student in layer_map:
         teacher_of.setdefault(student // divisor, teacher // divisor)
     return [[teacher, student] for student, teacher in teacher_of.items()]
+
+
+def _write_origins(where: Path, cut: CutRecord | None, divisor: int) -> None:
+    """The record of a student's cut, at the depths that are left."""
+    # Where the divisor leaves a rest, the cut model is as deep as none of the teachers.
+    if cut is None or cut.teacher_layers % divisor:
+        return
+    # Layers rise by one at least, so the first of every ``divisor`` ones rise after division, too.
+    layers = tuple(layer // divisor for layer in cut.layers[::divisor])
+    depth = cut.teacher_layers // divisor
+    tiny = cut.model_copy(update={"layers": layers, "teacher_layers": depth, "units": None})
+    write_cut_record(where, tiny)
 
 
 def _write_random(where: Path, spec: DecoderSpec, tokenizer: Any) -> None:

@@ -135,7 +135,8 @@ def _train(
     share = _share(config)
     with Checkpoints(run.directory, config.train.max_to_keep) as checkpoints:
         notes = [*told, *dataset.notes, *evaluation_notes(run, dataset), run.blueprint.attending]
-        notes += filter(None, [run.blueprint.repeated, magnitude_note(config)])
+        maps = [teacher.map_note for teacher in run.blueprint.teachers.values()]
+        notes += filter(None, [*maps, run.blueprint.repeated, magnitude_note(config)])
         resumed = checkpoints.newest_intact(notes.append)
         if resumed is not None:
             notes.append(f"continuing from the checkpoint at step {resumed}")

@@ -113,7 +113,8 @@ class CacheComparison:
         source = theirs if onto_student else ours
         # Keys are float32 where a bias or RoPE was applied; their products would then be float32 as
         # well, and slow on accelerators.
-        source = source._replace(k=source.k.astype(source.v.dtype))
+        if projector.kind != "identity":
+            source = source._replace(k=source.k.astype(source.v.dtype))
         mapped = projector.project(self.name, source, dropout_key=dropout_key)
         return (ours, mapped, ours) if onto_student else (mapped, theirs, ours)
 

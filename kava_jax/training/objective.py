@@ -66,7 +66,7 @@ class Objective:
 
     KV is the mean of keys' and values' losses, or one of them (``parts``), plus the attention KL
     where ``match_attention`` is set. KV and KL are summed over teachers, each times its weight.
-    ``projector`` is None without teachers.
+    ``projector`` is None without teachers, ``kl_weight`` where teachers give no logits.
     """
 
     student: nnx.GraphDef[Decoder]
@@ -78,7 +78,7 @@ class Objective:
     parts: Parts = "both"
     direction: Direction = "student_to_teacher"
     match_attention: bool = False
-    kl_weight: float = 0.0
+    kl_weight: optax.Schedule | None = None
     kl_temperature: float = 1.0
     batch_shards: int = 1
 
@@ -111,7 +111,7 @@ class Objective:
             metrics |= {f"{name}/{term}": mean for term, mean in found.items()}
         # Without KL a teacher is loaded without its LM head, so it cannot be asked for logits.
         language, found = self._language(
-            batch, student, passes if self.kl_weight > 0 else {}, step, shares[0]
+            batch, student, passes if self.kl_weight else {}, step, shares[0]
         )
         # No entry where the frame keeps nothing, as in the state that these are merged into.
         means = jax.lax.stop_gradient({name: own for name, own in means.items() if own})
@@ -187,12 +187,10 @@ class Objective:
     ) -> tuple[Float[Array, ""], Metrics]:
         """Weighted cross-entropy, and KL to every teacher that is given; their means as metrics."""
         mask_BU = batch.loss_mask[:, 1:]
-        weights_K = jnp.stack(
-            [
-                jnp.asarray(self.ce_weight(step), jnp.float32),
-                *(jnp.float32(self.kl_weight * self.teachers[name].weight) for name in teachers),
-            ]
-        )
+        weights = [self.ce_weight(step)]
+        if self.kl_weight:
+            weights += [self.kl_weight(step) * self.teachers[name].weight for name in teachers]
+        weights_K = jnp.stack([jnp.asarray(weight, jnp.float32) for weight in weights])
         # Weights of this microbatch's mean, times its share of the batch: over all microbatches
         # they add up to the mean over the batch's tokens.
         of_mean = mask_BU / jnp.maximum(mask_BU.sum(), 1) * share

@@ -4,7 +4,6 @@ A probe looks at one training batch before its step is taken, without dropout. I
 what it finds is logged and, when the KV weight is a share of the gradient, becomes its scale.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -99,8 +98,8 @@ class Probed(NamedTuple):
     kv_scale: LossScale
     """For the state, from here on."""
     gradients: dict[str, Float[Array, ""]]
-    """``kv_gradient_share``: ``||weight * g_kv|| / ||g_ce||`` with the weight that was in force;
-    ``kv_gradient_cosine``: of the two gradients."""
+    """``kv_gradient_share``: ``||weight * g_kv|| / ||g_language||`` with the weights that were in
+    force; ``kv_gradient_cosine``: of the two gradients."""
     layers: Layers
 
 
@@ -115,10 +114,9 @@ def make_probe(
 
     Everything is measured on a few rows of the first microbatch, gradients on the student's
     parameters. With ``share`` given, the new ``kv_scale`` is the one at which the KV gradient would
-    have that share, going by the geometric mean of the last few measurements.
+    have that share of the language gradient (cross-entropy and KL with their weights), going by the
+    geometric mean of the last few measurements.
     """
-    # The share is defined against cross-entropy alone.
-    language = dataclasses.replace(objective, kl_weight=0.0)
 
     def probe(state: TrainState, teachers: Mapping[str, Params], batch: Batch) -> Probed:
         few = _few_rows(batch, microbatches, objective.batch_shards)
@@ -126,13 +124,13 @@ def make_probe(
         def losses(student: Params) -> tuple[Array, Array]:
             params = state.params | {"student": student}
             known = (state.step, (1.0, 1.0), state.statistics)
-            return language(params, teachers, few, *known)[0]
+            return objective(params, teachers, few, *known)[0]
 
         # One forward pass serves both gradients; ``grad`` twice would run all models twice.
         _, pull = jax.vjp(losses, state.params["student"])
         one, nothing = jnp.ones(()), jnp.zeros(())
-        of_ce, of_kv = pull((one, nothing))[0], pull((nothing, one))[0]
-        unweighted, cosine = gradient_share(of_kv, of_ce)
+        of_language, of_kv = pull((one, nothing))[0], pull((nothing, one))[0]
+        unweighted, cosine = gradient_share(of_kv, of_language)
         scale = state.kv_scale if share is None else _rescaled(state.kv_scale, unweighted, share)
         layers = figures([examine(objective, state.params, teachers, few, tokens=TOKENS)])
         weight = kv_weight(state.step) * state.kv_scale.value

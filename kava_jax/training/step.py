@@ -24,8 +24,8 @@ MEMORY = 0.99
 class LossScale(NamedTuple):
     """A weight that is measured: its value, and the decayed mean that it is taken from.
 
-    ``log_ratio`` is of ``log(||g_ce|| / ||g_kv||)`` over the last few measurements: one batch's
-    ratio is often double or half the usual.
+    ``log_ratio`` is of ``log(||g_language|| / ||g_kv||)`` over the last few measurements: one
+    batch's ratio is often double or half the usual.
     """
 
     value: Float[Array, ""]
@@ -69,11 +69,14 @@ def initial_state(
     optimizer: optax.GradientTransformation,
     statistics: Statistics,
     seed: int | Array = 0,
+    *,
+    taught: bool = True,
 ) -> TrainState:
-    """Step 0 of a run over ``{"student": ..., "projector": ...}``."""
+    """Step 0 of a run over ``{"student": ..., "projector": ...}``; ``taught``: with a teacher."""
     zero = Mean(jnp.zeros(()), jnp.zeros(()))
-    # No projector means no teacher, and nothing to show a running mean of.
-    running = {"cos": zero, "cos_shuffled": zero} if params["projector"] else {}
+    # Without a teacher there is nothing to show a running mean of. A projector without parameters
+    # says nothing of that.
+    running = {"cos": zero, "cos_shuffled": zero} if taught else {}
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         seed=jnp.asarray(seed, jnp.uint32),
