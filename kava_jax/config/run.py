@@ -374,6 +374,12 @@ class Config(Section):
                 f"loss.kv_weight=auto({self.loss.kv_weight.share:g}) is a share of the "
                 f"cross-entropy gradient, but loss.ce_weight={written}; give kv_weight a number"
             )
+        if self.needs_calibration and self.loss.output is not None:
+            raise ValueError(
+                f"loss.match={self.loss.match}: a calibration fits keys and values only; set "
+                f"projector.init=xavier and give teachers a layer_map by a rule, or set "
+                f"loss.match=cache"
+            )
         if names and not any(teacher.weight for teacher in self.teachers):
             raise ValueError(
                 f"no teacher has a weight above 0; give one to at least one of {names}"
