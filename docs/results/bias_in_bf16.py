@@ -21,7 +21,7 @@ from flax import nnx
 from transformers import Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2RotaryEmbedding
 
-from kava_jax.models.layers import Attention, Dtypes, KeyValue
+from kava_jax.models.layers import Activations, Attention, Dtypes
 from kava_jax.models.masks import attention_mask
 from kava_jax.models.rope import rope_frequencies, rope_rotation
 from kava_jax.models.spec import DecoderSpec
@@ -72,7 +72,7 @@ def ours(x: np.ndarray, found: dict[str, np.ndarray], dtype: Any) -> dict[str, n
     mask = attention_mask(positions, positions, jnp.ones((1, TOKENS), bool))
     rotation = rope_rotation(positions, rope_frequencies(spec))
 
-    def run(x: jax.Array) -> tuple[jax.Array, KeyValue]:
+    def run(x: jax.Array) -> tuple[jax.Array, Activations]:
         return layer(x, rotation, mask, None)
 
     output, new = jax.jit(run)(jnp.asarray(x, dtype)[None])

@@ -4,25 +4,23 @@
 ``constant``   every token's target is the mean over the batch's counted tokens, per layer and head
 ``random``     the target is read off a teacher with random weights (chosen where it is loaded)
 
-They replace the teacher's cache before it meets a projector. Only the KV loss sees them: the
-alignment that is reported stays that with the teacher's true cache.
+They replace the teacher's vectors before they meet a projector. Only the KV loss sees them: the
+alignment that is reported stays that with the teacher's true ones.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
-from kava_jax.cache import KVCache
-
 Control = Literal["none", "shuffled", "constant", "random"]
 
 
 def controlled(
-    control: Control, cache: KVCache, mask_BT: Bool[Array, "B T"]
-) -> tuple[KVCache, Bool[Array, "B T"]]:
-    """The teacher's cache (L B T K H) as the control has it, and the tokens that have a target.
+    control: Control, vectors: Any, mask_BT: Bool[Array, "B T"]
+) -> tuple[Any, Bool[Array, "B T"]]:
+    """The teacher's vectors (a tree of L B T K H) as the control has them, and who has a target.
 
     Under ``shuffled`` a token past the end of the other row has none. ``none`` and ``random``
     leave both as they are.
@@ -30,12 +28,12 @@ def controlled(
     # A roll by 1 brings the previous row's target. ``cos_shuffled`` rolls by -1, so with three rows
     # or more that baseline is not the pair that is trained.
     if control == "shuffled":
-        return jax.tree.map(lambda x: jnp.roll(x, 1, axis=1), cache), mask_BT & jnp.roll(
+        return jax.tree.map(lambda x: jnp.roll(x, 1, axis=1), vectors), mask_BT & jnp.roll(
             mask_BT, 1, axis=0
         )
     if control == "constant":
-        return jax.tree.map(lambda x: _mean(x, mask_BT), cache), mask_BT
-    return cache, mask_BT
+        return jax.tree.map(lambda x: _mean(x, mask_BT), vectors), mask_BT
+    return vectors, mask_BT
 
 
 def _mean(x_LBTKH: Array, mask_BT: Array) -> Array:

@@ -11,11 +11,11 @@ from fractions import Fraction
 from reprlib import repr as shortened
 from typing import Any, Literal, get_args
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from kava_jax.cache import KVCache
 from kava_jax.errors import KavaError
 
 # Maps by a rule, of which two need a student whose layers were cut from the teacher, and maps that
@@ -74,24 +74,24 @@ class LayerMap:
         rows = tuple(tuple(place[layer] for layer in row) for row in self.teacher_layers)
         return LayerMap(self.student_layers, rows)
 
-    def student_cache(self, cache: KVCache) -> KVCache:
-        """The mapped layers [P, B, T, K, H] of the student's cache [L, B, T, K, H].
+    def student_side(self, vectors: Any) -> Any:
+        """The mapped layers [P, B, T, K, H] of the student's arrays [L, B, T, K, H], in any tree.
 
         When all layers in order are mapped, these are the arrays themselves. Raises KavaError for
-        a cache with fewer layers than the map reads.
-        """
-        return KVCache(*(_take(x_LBTKH, self.student_layers, "student") for x_LBTKH in cache))
-
-    def teacher_cache(self, cache: KVCache) -> KVCache:
-        """The teacher's side of every row [P, B, T, sources * K, H] from its [L, B, T, K, H].
-
-        All heads of a row's first layer, then all of its second. Raises KavaError for a cache with
         fewer layers than the map reads.
         """
-        return KVCache(*(self._target(x_LBTKH) for x_LBTKH in cache))
+        return jax.tree.map(lambda x_LBTKH: _take(x_LBTKH, self.student_layers, "student"), vectors)
+
+    def teacher_side(self, vectors: Any) -> Any:
+        """The teacher's side of every row [P, B, T, sources * K, H] from its [L, B, T, K, H].
+
+        All heads of a row's first layer, then all of its second. Raises KavaError for fewer layers
+        than the map reads.
+        """
+        return jax.tree.map(self._target, vectors)
 
     def _target(self, x_LBTKH: Float[Array, "L B T K H"]) -> Float[Array, "P B T J H"]:
-        """One of the cache's two arrays as the target; J = sources * K."""
+        """One array of the teacher's as the target; J = sources * K."""
         by_column = zip(*self.teacher_layers, strict=True)
         columns = [_take(x_LBTKH, column, "teacher") for column in by_column]
         # One column is passed on as it is, because ``concatenate`` would copy it.

@@ -1,4 +1,4 @@
-"""``KVDimensionProjector``: one pair of adapters (keys, values) per teacher.
+"""``KVDimensionProjector``: adapters of one teacher's keys and values, or of another set of parts.
 
 The projector is on the teacher's side (``teacher_to_student``, the original) or on the
 student's (``student_to_teacher``: the target is the teacher's own cache and cannot drift; it is
@@ -7,7 +7,7 @@ dropped at export). Choosing layers is the layer map's work, not the projector's
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,7 +18,6 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from kava_jax.alignment.adapters import NORM_FIRST, Adapter, AdapterKind, InitMethod
-from kava_jax.cache import KVCache
 from kava_jax.errors import KavaError
 
 Direction = Literal["teacher_to_student", "student_to_teacher"]
@@ -51,6 +50,7 @@ class KVDimensionProjector(nnx.Module):
         direction: which side is mapped onto the other.
         student_heads: KV heads within ``student_d_model``.
         per_layer: one set of weights per mapped layer, instead of one shared by all.
+        parts: what is mapped, each with weights of its own: keys and values, or other vectors.
         rngs: source of the initial weights; seed 0 when absent.
 
     Raises KavaError for widths that heads do not divide, for ``per_layer`` without layers, and for
@@ -70,16 +70,17 @@ class KVDimensionProjector(nnx.Module):
         direction: Direction = "teacher_to_student",
         student_heads: int = 1,
         per_layer: bool = False,
+        parts: Sequence[str] = ("k", "v"),
         rngs: nnx.Rngs | None = None,
     ):
-        """Build one adapter pair per teacher."""
+        """Build one adapter per teacher and part."""
         # Not a default argument: an Rngs counts what it has drawn, and projectors would share one.
         rngs = nnx.Rngs(0) if rngs is None else rngs
         self.kind: AdapterKind = kind
         self.direction: Direction = direction
         self.init_method: InitMethod = init_method
         self.mlp_ratio, self.dropout = mlp_ratio, dropout
-        self.trainable, self.per_layer = trainable, per_layer
+        self.trainable, self.per_layer, self.parts = trainable, per_layer, tuple(parts)
         # KV heads and head dim of each side; of a teacher also how many layers are mapped.
         self.student = student = _heads("student_d_model", student_d_model, student_heads)
         self.teachers, pairs = {}, {}
@@ -100,7 +101,7 @@ class KVDimensionProjector(nnx.Module):
             widths = math.prod(sides[0]), math.prod(sides[1])
             # Keys and values never share weights.
             pairs[name] = nnx.Dict(
-                {part: self._adapter(widths, layers if per_layer else None, rngs) for part in "kv"}
+                {part: self._adapter(widths, layers if per_layer else None, rngs) for part in parts}
             )
         # flax refuses a plain dict of modules as an attribute, hence ``nnx.Dict``.
         self.pairs = nnx.Dict(pairs)
@@ -136,23 +137,37 @@ class KVDimensionProjector(nnx.Module):
         With ``per_layer`` the first axis runs over the mapped layers. Raises KavaError for an
         unknown teacher or a wrong width.
         """
+        given = {"k": k} if v is None else {"k": k, "v": v}
+        projected = self._mapped(name, given, dropout_key)
+        return projected["k"] if v is None else (projected["k"], projected["v"])
+
+    def project(
+        self,
+        name: str,
+        vectors: Mapping[str, Float[Array, "P B T K H"]],
+        *,
+        dropout_key: Key[Array, ""] | None = None,
+    ) -> dict[str, Array]:
+        """Map every part of the mapped layers into the other side's heads and width."""
+        target = self.student if self.direction == "teacher_to_student" else self.teachers[name][0]
+        flat = {part: x.reshape(*x.shape[:-2], -1) for part, x in vectors.items()}
+        mapped = self._mapped(name, flat, dropout_key)
+        return {part: x.reshape(*x.shape[:-1], *target) for part, x in mapped.items()}
+
+    def _mapped(
+        self, name: str, flat: Mapping[str, Array], dropout_key: Key[Array, ""] | None
+    ) -> dict[str, Array]:
         if name not in self.pairs:
             known = ", ".join(self.pairs)
             raise KavaError(f"teacher={name!r} is unknown to the projector; it knows {known}")
-        pair = self.pairs[name]
-        # Two keys, or keys and values would lose the same hidden units in every step.
-        keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
-        projected_k = self._apply(pair.k, k, keys[0], name)
-        return projected_k if v is None else (projected_k, self._apply(pair.v, v, keys[1], name))
-
-    def project(
-        self, name: str, cache: KVCache, *, dropout_key: Key[Array, ""] | None = None
-    ) -> KVCache:
-        """Map the mapped layers' caches [P, B, T, K, H] into the other side's heads and width."""
-        target = self.student if self.direction == "teacher_to_student" else self.teachers[name][0]
-        flat = [array.reshape(*array.shape[:-2], -1) for array in cache]
-        k, v = self.project_teacher_kv(name, *flat, dropout_key=dropout_key)
-        return KVCache(*(array.reshape(*array.shape[:-1], *target) for array in (k, v)))
+        pair, count = self.pairs[name], len(self.parts)
+        # A key each, or keys and values would lose the same hidden units in every step.
+        keys = [None] * count if dropout_key is None else jax.random.split(dropout_key, count)
+        return {
+            part: self._apply(pair[part], flat[part], keys[number], name)
+            for number, part in enumerate(self.parts)
+            if part in flat
+        }
 
     def _apply(self, adapter: nnx.Module, x: Array, key: Key[Array, ""] | None, name: str) -> Array:
         teacher, layers = self.teachers[name]
@@ -235,6 +250,7 @@ class KVDimensionProjector(nnx.Module):
             "kind": self.kind,
             "direction": self.direction,
             "per_layer": self.per_layer,
+            "parts": list(self.parts),
         }
 
 

@@ -58,7 +58,7 @@ def _cut(name: str, pair: Pair) -> Side:
     graph = run.teachers["teacher"].link.graph
 
     def cache(params: Params) -> KVCache:
-        return forward(graph, params, batch, key_space="post_rope").cache
+        return KVCache(**forward(graph, params, batch, key_space="post_rope").vectors)
 
     flops = step_floor(run, pair.rows, pair.length, 0)["teachers"]
     tokens = pair.rows * pair.length
@@ -71,7 +71,7 @@ def _whole(directory: Path, pair: Pair) -> Side:
 
     def whole(params: Params) -> tuple[Any, KVCache]:
         found = forward(graph, params, batch, key_space="post_rope")
-        return found.model.logits(found.hidden), found.cache
+        return found.model.logits(found.hidden), KVCache(**found.vectors)
 
     return _compared(partial(jax.jit(whole), params), pair)
 

@@ -9,6 +9,7 @@ from kava_jax.alignment.frame import Center
 from kava_jax.alignment.kv_losses import Mercator
 from kava_jax.alignment.projector import Direction
 from kava_jax.config.weights import KVWeight, NamedKVLoss, Positive, Ramp, Section, Weight
+from kava_jax.models.layers import Output
 from kava_jax.training.comparison import ComparedKeys
 from kava_jax.training.objective import Match, Parts
 
@@ -73,7 +74,8 @@ class LossConfig(Section):
     match: Match = Field(
         default="cache",
         description="what is compared: cache is keys and values; attention adds the KL between "
-        "what the space's queries attend to in both caches",
+        "what the space's queries attend to in both caches; attention_outputs is what a layer's "
+        "attention adds to the residual stream, block_outputs is that stream after the layer",
     )
     kv_weight: KVWeight = Field(
         default=1.0,
@@ -114,4 +116,17 @@ class LossConfig(Section):
                 "remove_key_bias=true with key_space=post_rope: RoPE has turned the bias by then; "
                 "set key_space=pre_rope"
             )
+        about_caches = {"parts": "both", "key_space": "pre_rope", "remove_key_bias": False}
+        for field, needed in about_caches.items():
+            value = getattr(self, field)
+            if self.output is not None and value != needed:
+                raise ValueError(
+                    f"match={self.match} with {field}={str(value).lower()}: that is a choice about "
+                    f"keys and values; set {field}={str(needed).lower()}, or match=cache"
+                )
         return self
+
+    @property
+    def output(self) -> Output | None:
+        """The output of layers that is compared; None where keys and values are."""
+        return None if self.match in ("cache", "attention") else self.match

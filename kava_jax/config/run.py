@@ -375,6 +375,12 @@ class Config(Section):
                 f"cross-entropy and logit KL, but loss.ce_weight=0 and loss.kl_weight=0; give one "
                 f"of them a weight, or kv_weight a number"
             )
+        if self.needs_calibration and self.loss.output is not None:
+            raise ValueError(
+                f"loss.match={self.loss.match}: a calibration fits keys and values only; set "
+                f"projector.init=xavier and give teachers a layer_map by a rule, or set "
+                f"loss.match=cache"
+            )
         if names and not any(teacher.weight for teacher in self.teachers):
             raise ValueError(
                 f"no teacher has a weight above 0; give one to at least one of {names}"

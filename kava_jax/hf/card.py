@@ -28,6 +28,7 @@ def model_card(
     dataset: str,
     command: str,
     versions: Mapping[str, str],
+    followed: str = "attention keys and values",
 ) -> str:
     """README.md of an exported student, with Hugging Face front matter.
 
@@ -40,13 +41,14 @@ def model_card(
         dataset: path or hub id of the training data.
         command: the command line that made the model.
         versions: package to version.
+        followed: what of the teachers the student was trained to follow.
     """
     return f"""{_front(base_model, dataset, ["distillation", "kv-cache"])}
 
 # {name}
 
 `{without_machine_path(base_model)}`, trained with kava-jax on `{without_machine_path(dataset)}`
-{_goal(teachers)}.
+{_goal(teachers, followed)}.
 This is an ordinary Hugging Face directory: the projector that bridged the two models during
 training is not part of it, and no special code is needed to load it.
 
@@ -141,11 +143,11 @@ def without_machine_paths(command: str) -> str:
     return shlex.join(words)
 
 
-def _goal(teachers: Sequence[str]) -> str:
+def _goal(teachers: Sequence[str], followed: str) -> str:
     if not teachers:
         return "by cross-entropy alone, without a teacher"
     names = ", ".join(f"`{without_machine_path(name)}`" for name in teachers)
-    return f"to follow the attention keys and values of {names}"
+    return f"to follow the {followed} of {names}"
 
 
 def _table(heading: str, values: Mapping[str, object]) -> str:

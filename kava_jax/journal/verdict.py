@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from kava_jax.diagnostics import alignment_gap
+from kava_jax.training.comparison import PARTS
 
 # Lower ends of the original method's bands; below the last one it is "Poor".
 EXCELLENT, GOOD, ACCEPTABLE = 0.95, 0.80, 0.50
@@ -85,18 +86,19 @@ def collapse_signs(
 def collapsed_layers(
     layers: Mapping[str, Sequence[float | int | None]],
 ) -> dict[str, list[int]]:
-    """Which mapped layers have collapsed by themselves, by ``teacher keys`` and ``teacher values``.
+    """Which mapped layers have collapsed by themselves, by ``teacher keys`` and the like.
 
     A mean over layers can look well while some hold nothing: each layer is judged by ``verdict``,
-    keys and values apart. ``layers`` holds ``teacher/cos_sim_k`` and the like, one figure per
-    mapped layer; only what has collapsed is returned.
+    keys, values and outputs apart. ``layers`` holds ``teacher/cos_sim_k`` and the like, one figure
+    per mapped layer; only what has collapsed is returned.
     """
     found = {}
     for key, cosines in layers.items():
         teacher, _, figure = key.rpartition("/")
-        if figure not in ("cos_sim_k", "cos_sim_v"):
+        name, _, part = figure.rpartition("_")
+        if name != "cos_sim":
             continue
-        shuffled = layers.get(f"{teacher}/cos_shuffled_{figure[-1]}", ())
+        shuffled = layers.get(f"{teacher}/cos_shuffled_{part}", ())
         rows = [
             row
             # Without a baseline there are no pairs, and nothing is called collapsed.
@@ -104,7 +106,7 @@ def collapsed_layers(
             if cos is not None and verdict(cos, baseline) == "collapsed"
         ]
         if rows:
-            found[f"{teacher} {'keys' if figure[-1] == 'k' else 'values'}"] = rows
+            found[f"{teacher} {PARTS[part]}"] = rows
     return found
 
 

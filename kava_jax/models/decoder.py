@@ -20,7 +20,15 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kava_jax.cache import KVCache
 from kava_jax.models.attend import Attend, Implementation, attend
-from kava_jax.models.layers import Block, Dtypes, KeySpace, KeyValue, Projection, RMSNorm
+from kava_jax.models.layers import (
+    Activations,
+    Block,
+    Dtypes,
+    KeySpace,
+    Output,
+    Projection,
+    RMSNorm,
+)
 from kava_jax.models.rope import Rotation, rope_rotation
 from kava_jax.models.spec import DecoderSpec
 from kava_jax.parallel.sharding import Layouts
@@ -104,7 +112,7 @@ class Decoder(nnx.Module):
         Positions and mask come from ``models.masks``.
         """
 
-        def cache(new: KeyValue) -> KVCache:
+        def cache(new: Activations) -> KVCache:
             return new.cache(key_space)
 
         how = self._by_kernel(positions_BT) if past is None else attend
@@ -121,12 +129,33 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], KVCache, Float[Array, "L B T N H"]]:
         """A call without a past, with XLA attention; also returns all layers' post-RoPE queries."""
 
-        def both(new: KeyValue) -> tuple[KVCache, Array | None]:
+        def both(new: Activations) -> tuple[KVCache, Array | None]:
             return new.cache(key_space), new.q
 
         inputs = (tokens_BT, self.rotation(positions_BT), mask_BTS)
         hidden, (cache, queries) = self._run(*inputs, None, both, attend, None)
         return hidden, cache, queries
+
+    def with_outputs(
+        self,
+        tokens_BT: Int[Array, "B T"],
+        positions_BT: Int[Array, "B T"],
+        mask_BTS: Bool[Array, "B 1 T S"],
+        output: Output,
+        *,
+        layers: tuple[int, ...] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "L B T D"]]:
+        """A call without a past that keeps one ``output`` of the layers, and no cache.
+
+        If ``layers`` (ascending) is given, only those layers' outputs are kept. A KV-only tail has
+        none.
+        """
+
+        def keep(new: Activations) -> Array:
+            return getattr(new, output)
+
+        inputs = (tokens_BT, self.rotation(positions_BT), mask_BTS)
+        return self._run(*inputs, None, keep, self._by_kernel(positions_BT), layers)
 
     def rotation(
         self, positions_BT: Int[Array, "B T"], lengths_B: Int[Array, "B"] | None = None
@@ -152,7 +181,7 @@ class Decoder(nnx.Module):
         rotation: Rotation,
         mask_BTS: Bool[Array, "B 1 T S"],
         past: KVCache | None,
-        keep: Callable[[KeyValue], Any],
+        keep: Callable[[Activations], Any],
         how: Attend,
         wanted: tuple[int, ...] | None,
     ) -> tuple[Float[Array, "B T D"], Any]:

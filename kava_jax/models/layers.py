@@ -20,6 +20,7 @@ from kava_jax.models.rope import Rotation, rotate
 from kava_jax.models.spec import DecoderSpec
 
 KeySpace = Literal["pre_bias", "pre_rope", "post_rope"]
+Output = Literal["attention_outputs", "block_outputs"]
 
 
 class Dtypes(NamedTuple):
@@ -111,8 +112,11 @@ def _times_backward(saved: tuple[Array, Array], slope: Array) -> tuple[Array, Ar
 _times.defvjp(_times_forward, _times_backward)
 
 
-class KeyValue(NamedTuple):
-    """One layer's keys at three stages, its values, and (if requested) its queries.
+class Activations(NamedTuple):
+    """What one layer computes and a caller may keep: keys (three stages), values, queries, outputs.
+
+    ``attention_outputs`` are what attention adds to the residual stream, after its output
+    projection; ``block_outputs`` are that stream after the whole layer.
 
     ``pre_bias`` keys are the projection's output before its bias is added. In bfloat16 a large bias
     costs precision, because rounding follows the magnitude of the sum. If there is no bias, or a
@@ -124,6 +128,8 @@ class KeyValue(NamedTuple):
     post_rope: Float[Array, "B T K H"]
     v: Float[Array, "B T K H"]
     q: Float[Array, "B T N H"] | None = None
+    attention_outputs: Float[Array, "B T D"] | None = None
+    block_outputs: Float[Array, "B T D"] | None = None
 
     def cache(self, key_space: KeySpace) -> KVCache:
         """The keys of one stage, with the values."""
@@ -157,13 +163,13 @@ class Attention(nnx.Module):
         if output:
             self.o = project(heads, model, bias=spec.output_bias)
 
-    def keys_values(self, x_BTD: Float[Array, "B T D"], rotation: Rotation) -> KeyValue:
+    def keys_values(self, x_BTD: Float[Array, "B T D"], rotation: Rotation) -> Activations:
         """Project ``x`` to values, and to keys at every stage."""
         bare_BTKH = self.k.product(x_BTD)
         k_BTKH = self.k.biased(bare_BTKH)
         if self.k_norm is not None:
             k_BTKH = bare_BTKH = self.k_norm(k_BTKH)
-        return KeyValue(bare_BTKH, k_BTKH, rotate(k_BTKH, rotation), self.v(x_BTD))
+        return Activations(bare_BTKH, k_BTKH, rotate(k_BTKH, rotation), self.v(x_BTD))
 
     def queries(self, x_BTD: Float[Array, "B T D"], rotation: Rotation) -> Float[Array, "B T N H"]:
         """Project ``x`` to post-RoPE queries (bias and query norm included)."""
@@ -179,7 +185,7 @@ class Attention(nnx.Module):
         mask_BTS: Bool[Array, "B 1 T S"],
         past: KVCache | None,
         how: Attend = attend,
-    ) -> tuple[Float[Array, "B T D"], KeyValue]:
+    ) -> tuple[Float[Array, "B T D"], Activations]:
         """Attend over ``past`` (post-RoPE, one layer) followed by the tokens of ``x``.
 
         ``how(q, k, v, mask)`` computes it: ``attend``, or a ``partial`` of it.
@@ -241,13 +247,14 @@ class Block(nnx.Module):
         mask_BTS: Bool[Array, "B 1 T S"],
         past: KVCache | None,
         how: Attend = attend,
-    ) -> tuple[Float[Array, "B T D"], KeyValue]:
-        """Residual attention, then residual MLP; also returns the new keys and values."""
+    ) -> tuple[Float[Array, "B T D"], Activations]:
+        """Residual attention, then residual MLP; also returns what may be kept of them."""
         y_BTD, new = self.attention(self.attention_norm(x_BTD), rotation, mask_BTS, past, how)
         x_BTD = x_BTD + y_BTD
-        return x_BTD + self.mlp(self.mlp_norm(x_BTD)), new
+        x_BTD = x_BTD + self.mlp(self.mlp_norm(x_BTD))
+        return x_BTD, new._replace(attention_outputs=y_BTD, block_outputs=x_BTD)
 
-    def without_attending(self, x_BTD: Float[Array, "B T D"], rotation: Rotation) -> KeyValue:
+    def without_attending(self, x_BTD: Float[Array, "B T D"], rotation: Rotation) -> Activations:
         """Keys, values and queries alone. ``jit`` removes those that nothing uses."""
         normed = self.attention_norm(x_BTD)
         new = self.attention.keys_values(normed, rotation)

@@ -27,11 +27,11 @@ def step_floor(blueprint: Blueprint, rows: int, length: int, targets: int) -> di
     tokens = rows * length
     teachers, heads = 0.0, 3 * 2.0 * _head(blueprint.student_spec) * targets
     for teacher in blueprint.teachers.values():
-        # The last mapped layer of a headless teacher is none of its blocks.
+        # Where keys and values are compared, a headless teacher's last mapped layer is its tail.
         teachers += tokens * teacher.blocks * layer_flops(teacher.spec, length)
-        if teacher.headless:
+        if teacher.tail:
             teachers += 2.0 * tokens * _keys_values(teacher.spec)
-        else:
+        if not teacher.headless:
             heads += 2.0 * _head(teacher.spec) * targets
     student = 3 * tokens * blueprint.student_spec.num_layers
     student *= layer_flops(blueprint.student_spec, length)

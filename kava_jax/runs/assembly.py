@@ -12,7 +12,7 @@ from kava_jax.alignment.projector import forgets_length
 from kava_jax.config.run import Config
 from kava_jax.config.weights import AutoShare, Ramp, is_zero
 from kava_jax.models.spec import DecoderSpec
-from kava_jax.training.objective import PARTS, Objective, Statistics, TeacherLink
+from kava_jax.training.objective import PART_WEIGHTS, Objective, Statistics, TeacherLink
 from kava_jax.training.optimizer import learning_rate, make_optimizer
 
 
@@ -31,7 +31,8 @@ def make_objective(
         teachers=teachers,
         kv_loss=loss.kv.model_copy(update={"beta": 0.0}) if magnitude_note(config) else loss.kv,
         center=loss.center,
-        parts=loss.parts,
+        parts=PART_WEIGHTS[loss.parts] if loss.output is None else {"o": 1.0},
+        output=loss.output,
         direction=config.projector.direction,
         match_attention=loss.match == "attention",
         ce_weight=_weight(loss.ce_weight, steps),
@@ -62,10 +63,9 @@ def empty_statistics(objective: Objective, student: DecoderSpec) -> Statistics:
             layer_map = link.comparison.layer_map
             # Both sides, and so their means, have the shape of the side that is not projected.
             forward = objective.direction == "teacher_to_student"
-            heads = student.num_kv_heads if forward else link.spec.num_kv_heads * layer_map.sources
-            head_dim = student.head_dim if forward else link.spec.head_dim
-            none = empty(len(layer_map), heads, head_dim)
-            means[name] = dict.fromkeys(PARTS, (none, none))
+            heads, width = link.comparison.heads(student if forward else link.spec)
+            none = empty(len(layer_map), heads if forward else heads * layer_map.sources, width)
+            means[name] = dict.fromkeys(objective.parts, (none, none))
     return means
 
 

@@ -39,7 +39,7 @@ from kava_jax.runs.assembly import (
 from kava_jax.runs.find_models import Models
 from kava_jax.runs.layer_maps import layer_map_of
 from kava_jax.runs.parts import Part, TeacherPart, place_slices
-from kava_jax.training.comparison import CacheComparison
+from kava_jax.training.comparison import CacheComparison, OutputComparison
 from kava_jax.training.objective import Objective, Statistics, TeacherLink
 from kava_jax.training.step import (
     TrainState,
@@ -239,15 +239,21 @@ def _teacher(
     layer_map, map_note = measured_maps.get(teacher.name), None
     if layer_map is None or teacher.layer_map not in CALIBRATED_MAPS:
         layer_map, map_note = layer_map_of(index, teacher, models)
-    # Logits need every layer and the head; the caches alone only the layers up to the last mapped.
-    headless = is_zero(config.loss.kl_weight)
-    blocks = layer_map.last_teacher_layer if headless else spec.num_layers
+    loss = config.loss
+    comparison = (
+        CacheComparison(teacher.name, layer_map, loss.key_space, loss.remove_key_bias)
+        if loss.output is None
+        else OutputComparison(teacher.name, layer_map)
+    )
+    # Logits need every layer and the head; what is compared only the layers up to the last mapped.
+    headless = is_zero(loss.kl_weight)
+    blocks, tail = comparison.cut() if headless else (spec.num_layers, False)
     dtype = _dtype(config.train.dtype)
     build = partial(
         _build_decoder,
         spec,
         blocks=blocks,
-        tail=headless,
+        tail=tail,
         head=not headless,
         # A teacher never learns, so it needs no float32 weights to add small steps to.
         param_dtype=dtype,
@@ -256,32 +262,31 @@ def _teacher(
         attention=_attention(config, mesh, f"teachers.{index}", spec, dtype).implementation,
     )
     part = Part.of(build, mesh, config.mesh.indivisible)
-    comparison = CacheComparison(
-        teacher.name, layer_map, config.loss.key_space, config.loss.remove_key_bias
-    )
     link = TeacherLink(part.graph, comparison, spec, teacher.weight, teacher.control)
     seed = config.run.seed + RANDOM_TEACHER + index
-    return TeacherPart(part, spec, directory, link, blocks, headless, dtype, seed, map_note)
+    return TeacherPart(part, spec, directory, link, blocks, tail, headless, dtype, seed, map_note)
 
 
 def _projector(
     config: Config, student: DecoderSpec, teachers: dict[str, TeacherPart], mesh: Mesh
 ) -> Part:
-    settings = config.projector
-    shapes = {
-        name: {
+    settings, shapes = config.projector, {}
+    # One match compares all teachers, so each of them knows the student's heads.
+    own, width = next(iter(teachers.values())).link.comparison.heads(student)
+    for name, teacher in teachers.items():
+        comparison, sources = teacher.link.comparison, teacher.layer_map.sources
+        heads, head_dim = comparison.heads(teacher.spec)
+        shapes[name] = {
             # Teacher layers that are mixed for one student layer lie side by side in the width.
-            "d_model": teacher.spec.kv_width * teacher.layer_map.sources,
-            "num_heads": teacher.spec.num_kv_heads * teacher.layer_map.sources,
+            "d_model": heads * head_dim * sources,
+            "num_heads": heads * sources,
             "num_layers": len(teacher.layer_map),
         }
-        for name, teacher in teachers.items()
-    }
 
     def build(rngs: nnx.Rngs) -> KVDimensionProjector:
         return KVDimensionProjector(
             shapes,
-            student.kv_width,
+            own * width,
             settings.mlp_ratio,
             settings.dropout,
             # A calibrated projector is read from its file; this one only has its shape.
@@ -289,8 +294,9 @@ def _projector(
             settings.training != "frozen",
             kind=settings.kind,
             direction=settings.direction,
-            student_heads=student.num_kv_heads,
+            student_heads=own,
             per_layer=settings.per_layer,
+            parts=("k", "v") if config.loss.output is None else ("o",),
             rngs=rngs,
         )
 
@@ -311,7 +317,8 @@ def _check_frame(config: Config, student: DecoderSpec, teachers: Mapping[str, Te
         return
     direction = config.projector.direction
     for name, part in teachers.items():
-        if not part.link.comparison.can_attend(direction):
+        comparison = part.link.comparison
+        if isinstance(comparison, CacheComparison) and not comparison.can_attend(direction):
             raise KavaError(
                 f"loss.match=attention: the target of teacher {name} joins or mixes several "
                 f"layers, so it has no queries of its own; give one teacher layer per student "

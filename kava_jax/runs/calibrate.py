@@ -43,11 +43,12 @@ from kava_jax.runs.prepare import Run, fingerprints_of, load_dataset, prepare
 from kava_jax.runs.reopen import calibration_path, read_measured_maps
 from kava_jax.runs.resume import FREE_FIELDS, PATH_FIELDS
 from kava_jax.storage import Place, check_target, local_file
-from kava_jax.training.objective import PARTS
 
 # Of every eight rows: six to fit on, one to choose layers by, one to score.
 SPLITS = {"fit": (0, 1, 2, 3, 4, 5), "dev": (6,), "score": (7,)}
 LEAST_ROWS = 8
+# Only caches are calibrated.
+PARTS = ("k", "v")
 # At most so many training rows are read; teacher layers that are mixed for a student layer; and the
 # ridge, as a share of the mean variance of the inputs.
 ROWS, LAYERS, RIDGE = 512, 4, 1e-4

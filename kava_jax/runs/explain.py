@@ -32,6 +32,11 @@ MAPS = {
     "before training",
 }
 
+OUTPUTS = {
+    "attention_outputs": "what each layer's attention adds to the residual stream",
+    "block_outputs": "the residual stream after each layer",
+}
+
 CONTROLS = {
     "none": "",
     "shuffled": " Control: its targets are those of another row, so they teach nothing.",
@@ -130,9 +135,10 @@ def _compared(config: Config) -> str:
         steps.append(f"means per layer, head and dimension ({source}) are subtracted on both sides")
     frame = f" Frame: {'; '.join(steps)}." if steps else " Frame: raw vectors."
     what = {"both": f"keys {where} and values", "keys": f"keys {where}", "values": "values"}
+    compared = OUTPUTS[loss.output] if loss.output else f"{what[loss.parts]}, head by head"
     return (
-        f"Compared: {what[loss.parts]}, head by head, of every real token but the first "
-        f"{loss.sink_tokens} of its row.{frame}"
+        f"Compared: {compared}, of every real token but the first {loss.sink_tokens} of its "
+        f"row.{frame}"
     )
 
 
@@ -143,14 +149,16 @@ def _projected(config: Config) -> str:
     forward = settings.direction == "teacher_to_student"
     source, space = ("teacher", "student") if forward else ("student", "teacher")
     scope = "one per layer" if settings.per_layer else "one for all layers"
+    apart = "" if config.loss.output else ", keys and values apart"
     text = (
-        f"Projector: {settings.kind}, {scope}, keys and values apart; it maps the {source}'s "
+        f"Projector: {settings.kind}, {scope}{apart}; it maps the {source}'s "
         f"vectors into the {space}'s space, where they are compared. "
     )
     if settings.init == "calibrated":
         text += "It is fitted in closed form before training, on rows the run then trains on. "
     if not forward:
-        text += "The target is the teacher's own cache and cannot drift; "
+        own = "output" if config.loss.output else "cache"
+        text += f"The target is the teacher's own {own} and cannot drift; "
         return text + "the projector is dropped at export."
     if settings.training == "frozen":
         return text + "It stays as it is, so the target cannot drift."

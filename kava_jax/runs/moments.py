@@ -16,8 +16,7 @@ from kava_jax.data.batches import Batch
 from kava_jax.models.decoder import Params
 from kava_jax.parallel.sharding import batch_sharding, put_batch, replicated
 from kava_jax.runs.prepare import Run
-from kava_jax.training.comparison import CacheComparison, forward
-from kava_jax.training.objective import PARTS
+from kava_jax.training.comparison import Comparison, forward
 
 
 class Candidates(NamedTuple):
@@ -81,18 +80,18 @@ class Moments:
             found: dict[str, BatchGrams] = self._grams(
                 self._student, self._teacher, placed, self._shifts
             )
-            for part in PARTS:
+            for part, of_batch in found.items():
                 if part not in sums:
                     shift_s, shift_t = jax.device_get(self._shifts[part])
                     sums[part] = Grams(shift_s, shift_t, self._windows)
-                sums[part].add(found[part])
+                sums[part].add(of_batch)
         return sums
 
 
 def _vectors(
     run: Run,
     name: str,
-    comparison: CacheComparison,
+    comparison: Comparison,
     student_layers: tuple[int, ...],
     student: Params,
     teacher: Params,
@@ -102,7 +101,7 @@ def _vectors(
     objective = run.blueprint.objective
     sides = []
     for graph, params in ((objective.student, student), (objective.teachers[name].graph, teacher)):
-        sides.append(comparison.cache(forward(graph, params, batch)))
+        sides.append(comparison.vectors(forward(graph, params, batch)))
     ours, theirs = (jax.tree.map(lambda x: x.reshape(*x.shape[:3], -1), side) for side in sides)
     mapped = jnp.array(student_layers)
-    return {part: (getattr(ours, part)[mapped], getattr(theirs, part)) for part in PARTS}
+    return {part: (x[mapped], theirs[part]) for part, x in ours.items()}

@@ -59,6 +59,7 @@ class TeacherPart:
     directory: Path
     link: TeacherLink
     blocks: int
+    tail: bool
     headless: bool
     dtype: Any
     seed: int
@@ -82,7 +83,7 @@ class TeacherPart:
             self.directory,
             self.spec,
             layers=self.blocks,
-            tail=self.headless,
+            tail=self.tail,
             head=not self.headless,
             param_dtype=self.dtype,
             put=partial(place_slices, self.part.shardings),

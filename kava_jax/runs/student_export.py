@@ -62,8 +62,10 @@ def _card(run: Run, step: int) -> str:
         """A directory stays one in the card when it is gone, whatever hub id it looks like."""
         return str(Path(path).absolute()) if path in local else path
 
+    loss = config.loss
+    compared = loss.output.replace("_", " ") if loss.output else f"{loss.key_space} keys"
     recipe = {
-        "KV loss": f"{config.loss.kv.kind} x {config.loss.kv_weight}, {config.loss.key_space} keys",
+        "KV loss": f"{loss.kv.kind} x {loss.kv_weight}, {compared}",
         "projector": f"{config.projector.kind}, {config.projector.direction}",
         "steps": f"{step} of {config.train.steps}, batch {config.data.batch_size}",
         "learning rates": f"student {config.optimizer.student_lr:g}, "
@@ -75,6 +77,7 @@ def _card(run: Run, step: int) -> str:
         teachers=[named(teacher.path) for teacher in config.teachers],
         recipe=recipe if config.teachers else {name: recipe[name] for name in ("steps",)},
         metrics=_last_evaluation(run.directory, step),
+        followed=loss.output.replace("_", " ") if loss.output else "attention keys and values",
         dataset=config.data.path,
         command=start["command"],
         versions=start["versions"],

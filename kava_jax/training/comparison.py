@@ -1,11 +1,13 @@
-"""One teacher's cache and the student's, brought into one space.
+"""What is compared: one teacher's vectors and the student's, brought into one space.
 
-Models give their keys before the bias. What is still missing from the keys to compare (bias, RoPE)
-is added here in float32: in bfloat16 a large bias leaves little of a key. The layer map
-picks layers and the projector maps one side's vectors onto the other's: what comes out has one
-shape, [P, B, T, K, H] on both sides. The *space* is the side that is not projected.
+``loss.match`` decides which vectors those are. ``CacheComparison`` compares keys and values (parts
+``k`` and ``v``), ``OutputComparison`` one output of every layer (part ``o``); all that differs
+between them is here. The layer map picks layers and the projector maps one side's vectors onto the
+other's: what comes out has one shape, [P, B, T, J, H] on both sides. The *space* is the side that
+is not projected.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -20,17 +22,23 @@ from kava_jax.alignment.projector import KVDimensionProjector
 from kava_jax.cache import KVCache
 from kava_jax.data.batches import Batch
 from kava_jax.models.decoder import Decoder, Params
-from kava_jax.models.layers import KeySpace, Rotation
+from kava_jax.models.layers import KeySpace, Output, Rotation
 from kava_jax.models.masks import attention_mask, token_positions
 from kava_jax.models.rope import rotate
+from kava_jax.models.spec import DecoderSpec
 
 # A cache can hold keys before their bias too; these two are what may be compared.
 ComparedKeys = Literal["pre_rope", "post_rope"]
 
-# Student and target in one space, [P, B, T, K, H] each, and the student's own mapped vectors. These
-# are its vectors before any projector, in its own heads and width: their lengths are the student's,
-# where a projected vector's length also depends on the projector.
-Compared = tuple[KVCache, KVCache, KVCache]
+# Parts, which are also suffixes in the names of metrics, in words.
+PARTS = {"k": "keys", "v": "values", "o": "outputs"}
+# By part, the vectors of layers [L, B, T, J, H]: J heads of H numbers. Both sides meet in one
+# function, each with sizes of its own, so the sizes have no names here.
+Vectors = dict[str, Float[Array, "_ _ _ _ _"]]
+# Student and target in one space, and the student's own mapped vectors. These are its vectors
+# before any projector, in its own heads and width: their lengths are the student's, where a
+# projected vector's length also depends on the projector.
+Compared = tuple[Vectors, Vectors, Vectors]
 
 
 class ForwardPass(NamedTuple):
@@ -38,13 +46,13 @@ class ForwardPass(NamedTuple):
 
     model: Decoder
     hidden: Float[Array, "B T D"]
-    cache: KVCache
-    """Keys before their bias, unless ``forward`` was asked for others."""
+    vectors: Vectors
+    """Of the kept layers, by part; keys before their bias, unless others were asked for."""
     queries: Float[Array, "L B T N H"] | None
     mask: Bool[Array, "B 1 T S"]
     rotation: Rotation
     layers: tuple[int, ...] | None = None
-    """Which layers the cache holds; None: all."""
+    """Which layers were kept; None: all."""
 
 
 def forward(
@@ -52,36 +60,53 @@ def forward(
     params: Params,
     batch: Batch,
     *,
+    output: Output | None = None,
     key_space: KeySpace = "pre_bias",
     queries: bool = False,
     layers: tuple[int, ...] | None = None,
 ) -> ForwardPass:
-    """Run one model over the batch.
+    """Run one model over the batch, keeping its cache or, where it is named, one ``output``.
 
-    With ``queries`` its post-RoPE queries are kept as well, of all layers; without them ``layers``
-    says whose keys and values are kept.
+    With ``queries`` a cache comes with the post-RoPE queries, of all layers; otherwise ``layers``
+    says of which layers anything is kept.
     """
     model = nnx.merge(graph, params)
     positions_BT = token_positions(batch.valid)
     mask = attention_mask(positions_BT, positions_BT, batch.valid, model.spec.sliding_window)
     inputs, asked = (batch.tokens, positions_BT, mask), None
-    # Queries are kept of all layers, so the cache is, too, and both are numbered alike.
-    if queries:
-        layers = None
-        hidden, cache, asked = model.with_queries(*inputs, key_space=key_space)
+    if output is not None:
+        hidden, outputs = model.with_outputs(*inputs, output, layers=layers)
+        vectors = {"o": outputs[..., None, :]}
     else:
-        hidden, cache = model(*inputs, key_space=key_space, layers=layers)
-    return ForwardPass(model, hidden, cache, asked, mask, model.rotation(positions_BT), layers)
+        # Queries are kept of all layers, so the cache is, too, and both are numbered alike.
+        if queries:
+            layers = None
+            hidden, cache, asked = model.with_queries(*inputs, key_space=key_space)
+        else:
+            hidden, cache = model(*inputs, key_space=key_space, layers=layers)
+        vectors = cache._asdict()
+    rotation = model.rotation(positions_BT)
+    return ForwardPass(model, hidden, vectors, asked, mask, rotation, layers)
 
 
 @dataclass(frozen=True)
-class CacheComparison:
-    """How one teacher's cache and the student's become comparable."""
+class Comparison(ABC):
+    """How one teacher's vectors and the student's become comparable; base of both kinds."""
 
     name: str
     layer_map: LayerMap
-    key_space: ComparedKeys = "pre_rope"
-    remove_key_bias: bool = False
+
+    @abstractmethod
+    def heads(self, spec: DecoderSpec) -> tuple[int, int]:
+        """Number and width of the vectors that a model has of one token in one layer."""
+
+    @abstractmethod
+    def cut(self) -> tuple[int, bool]:
+        """How many whole blocks a teacher needs, and whether a KV-only tail after them."""
+
+    def vectors(self, run: ForwardPass) -> Vectors:
+        """What is compared of a forward pass, of all layers that it kept."""
+        return run.vectors
 
     def __call__(
         self, projector: KVDimensionProjector, student: ForwardPass, teacher: ForwardPass
@@ -89,48 +114,82 @@ class CacheComparison:
         """The mapped layers of both sides in one space, without dropout."""
         return self.projected(projector, *self.sides(student, teacher))
 
-    def sides(self, student: ForwardPass, teacher: ForwardPass) -> tuple[KVCache, KVCache]:
+    def sides(self, student: ForwardPass, teacher: ForwardPass) -> tuple[Vectors, Vectors]:
         """The mapped layers of student and teacher, each with its own heads and width."""
-        # A cache that holds a few layers is numbered again, from 0.
+        # Where only a few layers were kept, they are numbered again, from 0.
         layer_map = (
             self.layer_map if teacher.layers is None else self.layer_map.among(teacher.layers)
         )
-        ours = self.layer_map.student_cache(self.cache(student))
-        return ours, layer_map.teacher_cache(self.cache(teacher))
+        ours = self.layer_map.student_side(self.vectors(student))
+        return ours, layer_map.teacher_side(self.vectors(teacher))
 
     def projected(
         self,
         projector: KVDimensionProjector,
-        ours: KVCache,
-        theirs: KVCache,
+        ours: Vectors,
+        theirs: Vectors,
         dropout_key: Key[Array, ""] | None = None,
     ) -> Compared:
         """Both ``sides`` in one space; dropout in the projector only when a key is given.
 
-        The projector's factors are in the values' dtype.
+        The projector's factors are in the model's dtype.
         """
         onto_student = projector.direction == "teacher_to_student"
         source = theirs if onto_student else ours
         # Keys are float32 where a bias or RoPE was applied; their products would then be float32 as
-        # well, and slow on accelerators.
+        # well, and slow on accelerators. Values and outputs are in the model's dtype.
         if projector.kind != "identity":
-            source = source._replace(k=source.k.astype(source.v.dtype))
+            narrow = min((x.dtype for x in source.values()), key=lambda dtype: dtype.itemsize)
+            source = {part: x.astype(narrow) for part, x in source.items()}
         mapped = projector.project(self.name, source, dropout_key=dropout_key)
         return (ours, mapped, ours) if onto_student else (mapped, theirs, ours)
 
-    def cache(self, run: ForwardPass) -> KVCache:
+
+@dataclass(frozen=True)
+class OutputComparison(Comparison):
+    """Outputs of layers (``forward`` with ``output``), each vector as wide as the model."""
+
+    def heads(self, spec: DecoderSpec) -> tuple[int, int]:
+        """One, as wide as the model."""
+        return 1, spec.hidden_size
+
+    def cut(self) -> tuple[int, bool]:
+        """An output needs the whole of its layer."""
+        return self.layer_map.last_teacher_layer + 1, False
+
+
+@dataclass(frozen=True)
+class CacheComparison(Comparison):
+    """Keys and values.
+
+    Models give their keys before the bias. What is still missing from the keys to compare (bias,
+    RoPE) is added here in float32: in bfloat16 a large bias leaves little of a key.
+    """
+
+    key_space: ComparedKeys = "pre_rope"
+    remove_key_bias: bool = False
+
+    def heads(self, spec: DecoderSpec) -> tuple[int, int]:
+        """KV heads, and the width of each."""
+        return spec.num_kv_heads, spec.head_dim
+
+    def cut(self) -> tuple[int, bool]:
+        """Of the last mapped layer only keys and values are computed."""
+        return self.layer_map.last_teacher_layer, True
+
+    def vectors(self, run: ForwardPass) -> Vectors:
         """The values of a forward pass, and its keys as they are compared.
 
         They are float32 where a bias is added or RoPE turns them, else in the model's dtype.
         """
-        keys = run.cache.k
+        keys = run.vectors["k"]
         # The bias before RoPE, as in the model: RoPE turns the sum.
         bias = None if self.remove_key_bias else run.model.key_bias()
         if bias is not None:
             keys = _with_bias(keys, bias if run.layers is None else bias[np.array(run.layers)])
         if self.key_space == "post_rope":
             keys = _turned(keys, run.rotation)
-        return run.cache._replace(k=keys)
+        return run.vectors | {"k": keys}
 
     def can_attend(self, direction: str) -> bool:
         """Whether the space has queries of its own: not where it joins teacher layers."""
@@ -152,7 +211,8 @@ class CacheComparison:
         # back. A bias that was not left out is in the keys already.
         bias = space.model.key_bias() if self.remove_key_bias else None
 
-        def as_attended(cache: KVCache) -> KVCache:
+        def as_attended(vectors: Vectors) -> KVCache:
+            cache = KVCache(**vectors)
             # These keys are as attention reads them: a config refuses ``remove_key_bias`` after
             # RoPE.
             if self.key_space == "post_rope":

@@ -7,6 +7,7 @@ differentiated: gradients are taken with respect to ``params`` alone.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, NamedTuple
 
 import jax
@@ -25,17 +26,23 @@ from kava_jax.diagnostics import alignment
 from kava_jax.geometry import Mean, masked_mean
 from kava_jax.losses import cross_entropy, logit_kl, mercator
 from kava_jax.models.decoder import Decoder, Params
+from kava_jax.models.layers import Output
 from kava_jax.models.spec import DecoderSpec
-from kava_jax.training.comparison import CacheComparison, Compared, ForwardPass, forward
+from kava_jax.training.comparison import (
+    CacheComparison,
+    Compared,
+    Comparison,
+    ForwardPass,
+    forward,
+)
 from kava_jax.training.lm_head import Head, weighted_losses
 
 Metrics = dict[str, Mean]
-Match = Literal["cache", "attention"]
+Match = Literal["cache", "attention", Output]
 Parts = Literal["both", "keys", "values"]
-# Fields of ``KVCache``, and suffixes in the names of metrics.
-PARTS = ("k", "v")
-# They add up to 1, so that ``kv_weight`` has one meaning whichever parts are compared.
-PART_WEIGHTS = {
+# By ``loss.parts``, what each part of a cache counts. They add up to 1, so that ``kv_weight`` has
+# one meaning whichever parts are compared.
+PART_WEIGHTS: dict[Parts, dict[str, float]] = {
     "both": {"k": 0.5, "v": 0.5},
     "keys": {"k": 1.0, "v": 0.0},
     "values": {"k": 0.0, "v": 1.0},
@@ -46,7 +53,7 @@ class TeacherLink(NamedTuple):
     """How one teacher is tied to the student; its weights are an argument of the step."""
 
     graph: nnx.GraphDef[Decoder]
-    comparison: CacheComparison
+    comparison: Comparison
     spec: DecoderSpec
     weight: float = 1.0
     """Of its terms in the loss."""
@@ -64,9 +71,10 @@ Shares = tuple[float | Float[Array, ""], float | Float[Array, ""]]
 class Objective:
     """``ce_weight * CE + kl_weight * KL``, and KV, to which the caller gives its weight.
 
-    KV is the mean of keys' and values' losses, or one of them (``parts``), plus the attention KL
-    where ``match_attention`` is set. KV and KL are summed over teachers, each times its weight.
-    ``projector`` is None without teachers, ``kl_weight`` where teachers give no logits.
+    KV is the sum of the compared parts' losses (of keys and values, or of the ``output`` of layers)
+    with the weights in ``parts``, plus the attention KL where ``match_attention`` is set. KV and KL
+    are summed over teachers, each times its weight. ``projector`` is None without teachers,
+    ``kl_weight`` where teachers give no logits.
     """
 
     student: nnx.GraphDef[Decoder]
@@ -75,7 +83,8 @@ class Objective:
     kv_loss: KVLoss
     center: Center
     ce_weight: optax.Schedule
-    parts: Parts = "both"
+    parts: Mapping[str, float]
+    output: Output | None = None
     direction: Direction = "student_to_teacher"
     match_attention: bool = False
     kl_weight: optax.Schedule | None = None
@@ -98,7 +107,13 @@ class Objective:
         the whole batch. Metrics are (sum, count), the statistics its own. Dropout is on only when
         a key is given.
         """
-        student = forward(self.student, params["student"], batch, queries=self.match_attention)
+        student = forward(
+            self.student,
+            params["student"],
+            batch,
+            output=self.output,
+            queries=self.match_attention,
+        )
         kv, passes, metrics, means = jnp.zeros(()), {}, {}, {}
         for index, name in enumerate(self.teachers):
             # ``fold_in`` and not ``split``: the masks of one teacher do not depend on how many
@@ -120,11 +135,15 @@ class Objective:
     def compared(
         self, params: Mapping[str, Params], teachers: Mapping[str, Params], batch: Batch
     ) -> dict[str, tuple[Compared, ForwardPass, ForwardPass]]:
-        """Every teacher's cache and the student's in one space, with queries, without dropout."""
-        student = forward(self.student, params["student"], batch, queries=True)
-        result = {}
+        """Every teacher's vectors and the student's in one space, without dropout.
+
+        Caches come with queries.
+        """
+        read = partial(forward, batch=batch, output=self.output, queries=True)
+        student, result = read(self.student, params["student"]), {}
         for name, link in self.teachers.items():
-            teacher = forward(link.graph, teachers[name], batch, queries=True)
+            layers = link.comparison.layer_map.read_layers
+            teacher = read(link.graph, teachers[name], layers=layers)
             compared = link.comparison(self._projector(params), student, teacher)
             result[name] = (compared, student, teacher)
         return result
@@ -150,13 +169,14 @@ class Objective:
             link.graph,
             teacher_params,
             batch,
+            output=self.output,
             queries=self.match_attention,
             layers=comparison.layer_map.read_layers,
         )
         ours, theirs = comparison.sides(student, teacher)
         aimed = comparison.projected(projector, ours, theirs, dropout_key)
         # Before a control replaces the target: what is reported is alignment with the teacher's
-        # cache.
+        # own.
         metrics = _alignment(aimed, projector, mask)
         if link.control in ("shuffled", "constant"):
             # Under the shuffled control fewer tokens have a target than count.
@@ -165,13 +185,14 @@ class Objective:
         kv, of_kv, means = self._kv(aimed, mask, running)
         metrics |= of_kv
         if self.match_attention:
-            queries, ours, theirs, visible = comparison.attended(
+            assert isinstance(comparison, CacheComparison)
+            queries, own, target, visible = comparison.attended(
                 aimed, self.direction, student, teacher
             )
             # In the student's space these queries are its own. With a gradient they could lower the
             # loss where the keys should.
             queries = jax.lax.stop_gradient(queries)
-            attention = attention_kl(queries, ours.k, theirs.k, visible, mask)
+            attention = attention_kl(queries, own.k, target.k, visible, mask)
             kv = kv + attention
             metrics["attention_kl"] = masked_mean(attention, mask)
         # Each teacher's mean is over its own targets.
@@ -222,13 +243,13 @@ class Objective:
         mask_BT: Bool[Array, "B T"],
         running: Mapping[str, tuple[TokenMean, TokenMean]] | None,
     ) -> tuple[Float[Array, "B T"], Metrics, dict[str, tuple[TokenMean, TokenMean]]]:
-        """Loss of every token, the mean of keys' and values'; both as metrics; means.
+        """Loss of every token, summed over parts with their weights; each as a metric; means.
 
         Tokens outside of ``mask_BT`` have no target.
         """
         tokens, metrics, means = jnp.zeros(mask_BT.shape), {}, {}
-        for part in PARTS:
-            sides: list[Array] = [getattr(side, part) for side in aimed[:2]]
+        for part, weight in self.parts.items():
+            sides = [side[part] for side in aimed[:2]]
             known = running[part] if running else (None, None)
             student, target = (
                 framed(side, mask_BT, self.center, mean)
@@ -236,7 +257,7 @@ class Objective:
             )
             # Also of a part whose weight is 0, because its loss is still reported.
             losses = self.kv_loss(student, target, mask_BT)
-            tokens = tokens + PART_WEIGHTS[self.parts][part] * losses
+            tokens = tokens + weight * losses
             metrics[f"kv_{part}"] = masked_mean(losses, mask_BT)
             if running:
                 # The sides are measured as they were before the frame took its means off.
@@ -265,10 +286,10 @@ def _divergence(student: Array, teacher: Array, temperature: float) -> Array:
 def _alignment(
     compared: Compared, projector: KVDimensionProjector, mask_BT: Bool[Array, "B T"]
 ) -> Metrics:
-    """Cosines and magnitudes of keys and values, all layers together; no gradient."""
+    """Cosines and magnitudes of every part, all layers together; no gradient."""
     metrics = {}
-    for part in PARTS:
-        s, t, own = (jax.lax.stop_gradient(getattr(side, part)) for side in compared)
+    for part in compared[0]:
+        s, t, own = (jax.lax.stop_gradient(side[part]) for side in compared)
         # Otherwise these are lengths that the projector made, and say nothing of the student's.
         if not projector.forgets_length:
             metrics[f"mag_loss_{part}"] = mercator(s, t, mask_BT, alpha=0.0, beta=1.0)

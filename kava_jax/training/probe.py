@@ -25,7 +25,8 @@ from kava_jax.diagnostics import (
 )
 from kava_jax.geometry import Mean
 from kava_jax.models.decoder import Params
-from kava_jax.training.objective import PARTS, Objective
+from kava_jax.training.comparison import CacheComparison
+from kava_jax.training.objective import Objective
 from kava_jax.training.step import LossScale, TrainState, split_rows
 
 # Of one probe: enough for stable figures, few enough to cost little compared with the steps.
@@ -55,16 +56,16 @@ def examine(
     """Sample ``tokens`` compared vectors of a batch, and read both caches with the space's queries.
 
     A teacher whose target joins or mixes several of its layers has no queries of its own there, and
-    no entry in ``attention``.
+    no entry in ``attention``; nor has one whose layers' outputs are compared.
     """
     samples, aligned, attention = {}, {}, {}
     for name, (compared, student, teacher) in objective.compared(params, teachers, batch).items():
-        for part in PARTS:
-            ours, theirs, own = (getattr(side, part) for side in compared)
+        for part in compared[0]:
+            ours, theirs, own = (side[part] for side in compared)
             samples[f"{name}/{part}"] = sample_tokens(ours, theirs, batch.kv_mask, tokens, own)
             aligned[f"{name}/{part}"] = alignment(ours, theirs, batch.kv_mask, own)
         comparison, direction = objective.teachers[name].comparison, objective.direction
-        if comparison.can_attend(direction):
+        if isinstance(comparison, CacheComparison) and comparison.can_attend(direction):
             attended = comparison.attended(compared, direction, student, teacher)
             attention[name] = attention_output_cosine(*attended, batch.kv_mask)
     return Examination(samples, aligned, attention)

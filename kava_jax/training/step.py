@@ -1,6 +1,6 @@
 """The state of a run and the one function that advances it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -139,7 +139,11 @@ def make_train_step(
         metrics = jax.tree.map(lambda parts: parts.sum(axis=0), metrics)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, updates)
-        running = {name: _decayed_sum(old, metrics, name) for name, old in state.running.items()}
+        of = [(teacher, part) for teacher in sorted(objective.teachers) for part in objective.parts]
+        running = {
+            name: _decayed_sum(old, [metrics[f"{teacher}/{name}_{part}"] for teacher, part in of])
+            for name, old in state.running.items()
+        }
         metrics |= {"loss": _scalar(losses.sum()), "tokens": _scalar(batch.valid.sum())}
         metrics |= {f"grad_norm_{group}": _scalar(optax.tree.norm(g)) for group, g in grads.items()}
         metrics |= {f"{name}_running": mean for name, mean in running.items()}
@@ -208,9 +212,8 @@ def _part(part: Array, total: Array) -> Array:
     return part / jnp.maximum(total, 1)
 
 
-def _decayed_sum(old: Mean, metrics: Metrics, name: str) -> Mean:
-    """A running mean of keys and values of all teachers that forgets 5 % a step."""
-    new = [mean for key, mean in metrics.items() if key.endswith((f"/{name}_k", f"/{name}_v"))]
+def _decayed_sum(old: Mean, new: Sequence[Mean]) -> Mean:
+    """A running mean of all parts of all teachers that forgets 5 % a step."""
     # Sum and count fade alike, so their quotient stays a mean, weighted by tokens.
     return jax.tree.map(lambda past, *parts: RUNNING_DECAY * past + sum(parts), old, *new)
 

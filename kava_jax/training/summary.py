@@ -9,8 +9,9 @@ from jaxtyping import Array, Float
 
 from kava_jax.diagnostics import alignment_gap
 from kava_jax.geometry import Mean
+from kava_jax.training.comparison import PARTS
 
-_PAIRED = ("kv", "cos", "cos_shuffled", "mag_loss")
+_OF_PARTS = ("kv", "cos", "cos_shuffled", "mag_loss")
 
 
 class Figures(NamedTuple):
@@ -45,13 +46,11 @@ def summarize_layers(layers: Mapping[str, Float[Array, "P"]]) -> Figures:
     for teacher, own in _by_teacher(
         {name: float(np.mean(row)) for name, row in plain.items()}
     ).items():
-        names = dict.fromkeys(name.removesuffix("_k").removesuffix("_v") for name in own)
-        means[teacher] = {
-            name: float(
-                np.mean([own[key] for key in (name, f"{name}_k", f"{name}_v") if key in own])
-            )
-            for name in names
-        }
+        parts: dict[str, list[float]] = {}
+        for key, value in own.items():
+            name, _, part = key.rpartition("_")
+            parts.setdefault(name if part in PARTS else key, []).append(value)
+        means[teacher] = {name: float(np.mean(found)) for name, found in parts.items()}
     return Figures(_over_teachers(means), plain)
 
 
@@ -78,17 +77,20 @@ def _over_teachers(parts: Mapping[str, Mapping[str, float]]) -> dict[str, float]
 
 
 def _of_teacher(own: Mapping[str, float]) -> dict[str, float]:
-    """One teacher's figures: keys and values apart where that matters, and their mean."""
+    """One teacher's figures: parts apart where that matters, and their mean."""
+    parts = [part for part in PARTS if f"cos_{part}" in own]
     result = {
-        name: (own[f"{name}_k"] + own[f"{name}_v"]) / 2 for name in _PAIRED if f"{name}_k" in own
+        name: sum(own[f"{name}_{part}"] for part in parts) / len(parts)
+        for name in _OF_PARTS
+        if f"{name}_{parts[0]}" in own
     }
     result["cos_sim"] = result.pop("cos")
-    result |= {"cos_k": own["cos_k"], "cos_v": own["cos_v"]}
+    result |= {f"cos_{part}": own[f"cos_{part}"] for part in parts}
     gap = alignment_gap(result["cos_sim"], result["cos_shuffled"])
     result["alignment_gap"] = np.nan if gap is None else gap
     result["dir_loss"] = 1.0 - result["cos_sim"]
     # 1e-30 only keeps a target of length 0 from dividing by zero.
-    ratios = [own[f"s_magnitude_{p}"] / max(own[f"t_magnitude_{p}"], 1e-30) for p in ("k", "v")]
+    ratios = [own[f"s_magnitude_{p}"] / max(own[f"t_magnitude_{p}"], 1e-30) for p in parts]
     result["mag_ratio"] = float(np.mean(ratios))
     return result | {name: own[name] for name in ("kl", "attention_kl") if name in own}
 

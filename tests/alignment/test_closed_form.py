@@ -16,7 +16,6 @@ from kava_jax.alignment.closed_form import (
 )
 from kava_jax.alignment.grams import Grams, batch_grams, token_mean
 from kava_jax.alignment.projector import KVDimensionProjector
-from kava_jax.cache import KVCache
 from kava_jax.errors import KavaError
 from tests.tolerances import TOL
 
@@ -347,10 +346,11 @@ def test_the_fit_fits_the_projector(direction) -> None:
     state = nnx.to_pure_dict(nnx.state(projector, nnx.Param))
     assert jax.tree.map(np.shape, state) == {"pairs": {"big": jax.tree.map(np.shape, params)}}
     nnx.update(projector, {"pairs": {"big": jax.tree.map(jnp.asarray, params)}})
-    source = KVCache(*(jnp.asarray(rng.normal(size=(2, 1, 3, 2, 8)), jnp.float32) for _ in "kv"))
-    if direction == FORWARD:
-        source = KVCache(*(x.reshape(2, 1, 3, 4, 4) for x in source))
-    for x, side, y in zip(source, maps_of(fitted), projector.project("big", source), strict=True):
+    shape = (2, 1, 3, 4, 4) if direction == FORWARD else (2, 1, 3, 2, 8)
+    source = {part: jnp.asarray(rng.normal(size=shape), jnp.float32) for part in "kv"}
+    projected = projector.project("big", source)
+    for part, side in zip("kv", maps_of(fitted), strict=True):
+        x, y = source[part], projected[part]
         flat = np.asarray(x, np.float64).reshape(2, 3, -1)
         wanted = np.stack([flat[p] @ side["kernel"][p] + side["bias"][p] for p in (0, 1)])
         np.testing.assert_allclose(np.asarray(y).reshape(2, 3, -1), wanted, atol=TOL["float32"])

@@ -145,8 +145,8 @@ def wide(x) -> np.ndarray:
     return np.asarray(x, np.float64)
 
 
-student_side = jax.jit(LayerMap.student_cache, static_argnums=0)
-teacher_side = jax.jit(LayerMap.teacher_cache, static_argnums=0)
+student_side = jax.jit(LayerMap.student_side, static_argnums=0)
+teacher_side = jax.jit(LayerMap.teacher_side, static_argnums=0)
 
 
 def test_gathers_are_numpys() -> None:
@@ -176,7 +176,7 @@ def test_a_map_among_the_layers_that_are_kept_takes_the_same() -> None:
     whole = caches()
     kept = KVCache(*(array[np.array([1, 3, 4])] for array in whole))
     for ours, theirs in zip(
-        layer_map.among((1, 3, 4)).teacher_cache(kept), layer_map.teacher_cache(whole), strict=True
+        layer_map.among((1, 3, 4)).teacher_side(kept), layer_map.teacher_side(whole), strict=True
     ):
         np.testing.assert_array_equal(ours, theirs)
 
@@ -191,10 +191,10 @@ def test_vectors_that_hold_nan_stay_where_they_are() -> None:
 
 def test_all_layers_in_order_are_the_arrays_themselves() -> None:
     cache, identity = caches(), make_layer_map("ratio", 5, 5)
-    for side in (identity.student_cache(cache), identity.teacher_cache(cache)):
+    for side in (identity.student_side(cache), identity.teacher_side(cache)):
         assert side.k is cache.k
         assert side.v is cache.v
-    first_four = make_layer_map("ratio", 4, 4).student_cache(cache)
+    first_four = make_layer_map("ratio", 4, 4).student_side(cache)
     np.testing.assert_array_equal(first_four.k, np.asarray(cache.k)[:4])
 
 

@@ -156,7 +156,9 @@ def test_every_layer_is_judged_by_itself_keys_and_values_apart() -> None:
         "b/cos_sim_v": [0.10, 0.2],
         "b/cos_shuffled_v": [0.06, -0.2],
         "b/cka_v": [0.0, 0.0],
+        "c/cos_sim_o": [0.5, 0.99],
+        "c/cos_shuffled_o": [0.1, 0.98],
     }
-    assert collapsed_layers(layers) == {"a keys": [0], "b values": [0]}
+    assert collapsed_layers(layers) == {"a keys": [0], "b values": [0], "c outputs": [1]}
     assert collapsed_layers({}) == {}
     assert collapsed_layers({"a/cos_sim_k": [0.99]}) == {}  # no baseline, no verdict

@@ -112,6 +112,59 @@ def test_a_cut_teacher_writes_the_same_cache_as_the_first_layers(name, directory
         assert_close(cache.v, values[: layers + 1], valid)
 
 
+def outputs_of_torch(name: str, tokens: np.ndarray, valid: np.ndarray) -> dict[str, np.ndarray]:
+    """What attention and the whole layer give, of every layer, as [L, B, T, D]."""
+    model = torch_model(name)
+    found = {"attention_outputs": [], "block_outputs": []}
+
+    def keep(kind: str):
+        def hook(_module, _inputs, out) -> None:
+            found[kind].append((out[0] if isinstance(out, tuple) else out).detach().numpy())
+
+        return hook
+
+    hooks = []
+    for layer in model.model.layers:
+        hooks.append(layer.self_attn.register_forward_hook(keep("attention_outputs")))
+        hooks.append(layer.register_forward_hook(keep("block_outputs")))
+    mask = torch.from_numpy(valid.astype(np.int64))
+    with torch.no_grad():
+        states = model(
+            torch.from_numpy(tokens),
+            attention_mask=mask,
+            position_ids=(mask.cumsum(1) - 1).clamp(min=0),
+            output_hidden_states=True,
+        ).hidden_states
+    for hook in hooks:
+        hook.remove()
+    stacked = {kind: np.stack(layers) for kind, layers in found.items()}
+    # The last of transformers' own hidden states has gone through the final norm.
+    for layer, state in enumerate(states[1:-1]):
+        np.testing.assert_array_equal(stacked["block_outputs"][layer], state.numpy())
+    return stacked
+
+
+@pytest.mark.parametrize("padding", ["right", "left"])
+def test_outputs_of_layers_match_transformers(name, directory, padding):
+    tokens, valid = batch(padding)
+    wanted = outputs_of_torch(name, tokens, valid)
+    valid_BT = jnp.asarray(valid)
+    positions = token_positions(valid_BT)
+
+    def check(model, layers: tuple[int, ...] | None, kept: slice) -> None:
+        mask = attention_mask(positions, positions, valid_BT, model.spec.sliding_window)
+        for kind, theirs in wanted.items():
+            inputs = (jnp.asarray(tokens), positions, mask)
+            _, ours = model.with_outputs(*inputs, kind, layers=layers)
+            assert ours.shape == theirs[kept].shape
+            assert np.abs(np.asarray(ours) - theirs[kept])[:, valid].max() < TOL["parity"]
+
+    model = load_decoder(directory)
+    check(model, None, slice(None))
+    check(model, (0, 2), slice(None, None, 2))
+    check(load_decoder(directory, layers=2, head=False), None, slice(2))
+
+
 def test_64_greedy_tokens_match_transformers_on_a_left_padded_batch(name, directory):
     tokens, valid = batch("left")
     with torch.no_grad():

@@ -112,9 +112,9 @@ def test_a_batch_is_split_by_rows() -> None:
     assert {shard.data.shape for shard in placed.addressable_shards} == {(2, 3)}
 
 
-def one_step(mesh: Mesh):
+def one_step(mesh: Mesh, **options):
     """Loss and the state after one plain step, laid out and donated as a run does it."""
-    made = setting(mesh, direction="teacher_to_student")
+    made = setting(mesh, direction="teacher_to_student", **options)
     optimizer = optax.sgd(0.1, momentum=0.9)
     abstract = jax.eval_shape(lambda: initial_state(made.params, optimizer, made.statistics))
     places = matching_shardings(abstract, made.shardings, mesh)
@@ -156,6 +156,19 @@ def test_one_step_is_the_same_on_every_mesh() -> None:
                 (tree["projector"]["pairs"]["big"]["k"]["inner"]["kernel"], inner),
             ):
                 assert {shard.data.shape for shard in leaf.addressable_shards} == {size}
+
+
+def test_a_step_on_outputs_is_the_same_on_a_mesh() -> None:
+    want, line = one_step(one_device(), match="block_outputs")
+    state, found = one_step(make_mesh(2, 2, 2), match="block_outputs")
+    for name in ("loss", "ce", "big/kv_o"):
+        value = float(line[name].value)
+        assert float(found[name].value) == pytest.approx(value, rel=TOL["across_meshes"])
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=TOL["after_one_step"]),
+        jax.device_get(state.params),
+        jax.device_get(want.params),
+    )
 
 
 @pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 1, 8)])

@@ -78,6 +78,15 @@ def test_the_named_job_in_words() -> None:
         (["loss.kv=hybrid"], ["KV is Hybrid: 0.8 x Mercator (beta 0) + 0.2 x MSE."]),
         (["loss.kv=mse"], ["KV is MSE: the mean squared difference."]),
         (["loss.match=attention"], ["KL of what the space's queries attend to"]),
+        (
+            ["loss.match=attention_outputs"],
+            [
+                "Compared: what each layer's attention adds to the residual stream, of every",
+                "elastic, one for all layers; it maps",
+                "The target is the teacher's own output",
+            ],
+        ),
+        (["loss.match=block_outputs"], ["Compared: the residual stream after each layer, of"]),
         (["loss.kl_weight=0.5"], ["+ 0.5 x logit KL +"]),
         (["loss.key_space=post_rope", "loss.sink_tokens=0"], ["keys after RoPE", "first 0 of"]),
         (["projector.training=warmup"], ["alone for the first 100 steps"]),

@@ -1,5 +1,6 @@
 """A small teacher, student and projector, one uneven batch, and the training between them."""
 
+import math
 from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple, get_args
@@ -21,8 +22,8 @@ from kava_jax.parallel.mesh import AXES, batch_shards
 from kava_jax.parallel.sharding import replicated
 from kava_jax.runs.assembly import empty_statistics
 from kava_jax.runs.parts import Part
-from kava_jax.training.comparison import CacheComparison
-from kava_jax.training.objective import Objective, Statistics, TeacherLink
+from kava_jax.training.comparison import CacheComparison, OutputComparison
+from kava_jax.training.objective import PART_WEIGHTS, Objective, Statistics, TeacherLink
 from kava_jax.training.step import TrainState, initial_state
 
 SINKS = 2
@@ -104,30 +105,42 @@ def setting(
     """The two models joined by layers 1 -> 0 and 2 -> 2, the teacher cut unless KL needs it all."""
     mesh = one_device() if mesh is None else mesh
     headless = kl_weight == 0
+    output = None if match in ("cache", "attention") else match
     weights = weights or tuple(1.0 + i for i in range(len(names)))
+
+    def comparison(name: str) -> CacheComparison | OutputComparison:
+        if output is not None:
+            return OutputComparison(name, layer_map)
+        return CacheComparison(name, layer_map, key_space, remove_key_bias)
+
+    def heads(spec: DecoderSpec) -> tuple[int, int]:
+        return (1, spec.hidden_size) if output else (spec.num_kv_heads, spec.head_dim)
 
     def student(rngs: nnx.Rngs) -> Decoder:
         return Decoder(STUDENT, rngs=rngs)
 
     def teacher(rngs: nnx.Rngs) -> Decoder:
-        blocks = layer_map.last_teacher_layer if headless else None
-        return Decoder(TEACHER, rngs=rngs, blocks=blocks, tail=headless, head=not headless)
+        # An output needs the whole of the last mapped layer, keys and values a KV-only tail.
+        blocks = layer_map.last_teacher_layer + bool(output) if headless else None
+        tail = headless and not output
+        return Decoder(TEACHER, rngs=rngs, blocks=blocks, tail=tail, head=not headless)
 
     def projector(rngs: nnx.Rngs) -> KVDimensionProjector:
         side = {
-            "d_model": TEACHER.kv_width * layer_map.sources,
-            "num_heads": 4 * layer_map.sources,
+            "d_model": math.prod(heads(TEACHER)) * layer_map.sources,
+            "num_heads": heads(TEACHER)[0] * layer_map.sources,
             "num_layers": len(layer_map),
         }
         return KVDimensionProjector(
             dict.fromkeys(names, side),
-            STUDENT.kv_width,
+            math.prod(heads(STUDENT)),
             dropout=dropout,
             trainable=trainable,
             kind=kind,
             per_layer=per_layer,
             direction=direction,
-            student_heads=2,
+            student_heads=heads(STUDENT)[0],
+            parts="o" if output else "kv",
             rngs=rngs,
         )
 
@@ -144,7 +157,7 @@ def setting(
         teachers={
             name: TeacherLink(
                 teacher_part.graph,
-                CacheComparison(name, layer_map, key_space, remove_key_bias),
+                comparison(name),
                 TEACHER,
                 weight,
                 control,
@@ -153,7 +166,8 @@ def setting(
         },
         kv_loss=KV_LOSSES[kv](**({"beta": beta} if "beta" in KV_LOSSES[kv].model_fields else {})),
         center=center,
-        parts=parts,
+        parts={"o": 1.0} if output else PART_WEIGHTS[parts],
+        output=output,
         direction=direction,
         match_attention=match == "attention",
         ce_weight=optax.constant_schedule(ce_weight),

@@ -14,11 +14,10 @@ import pytest
 from flax import nnx
 
 from kava_jax.alignment.layer_map import CALIBRATED_MAPS, NAMED_MAPS
-from kava_jax.cache import KVCache
 from kava_jax.config.recipes import RECIPES
 from kava_jax.geometry import masked_mean
 from kava_jax.models.layers import Dtypes, Projection, RMSNorm
-from kava_jax.training.comparison import CacheComparison, forward
+from kava_jax.training.comparison import CacheComparison, Vectors, forward
 from kava_jax.training.objective import Match
 from kava_jax.training.step import initial_state, make_train_step
 from tests.tolerances import TOL
@@ -55,6 +54,8 @@ CASES = (
     Case("original", "smooth_l1"),
     Case("calibrated", "hybrid", "last"),
     Case("original", "smooth_l1", match="attention"),
+    Case("anchored", "mse", match="attention_outputs"),
+    Case("original", match="block_outputs"),
     Case("anchored", layer_map="cka"),
     Case("calibrated", layer_map=PAIRS),
 )
@@ -86,7 +87,7 @@ def stepped(case: Case, dtype: str) -> tuple[float, dict[str, Any]]:
     return float(metrics["loss"].value), jax.tree.map(np.subtract, params, after.params)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.recipe}-{c.kv}-{c.layer_map}")
+@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c.recipe}-{c.kv}-{c.match}-{c.layer_map}")
 def test_a_step_is_that_of_float32(case: Case) -> None:
     wide, wide_gradients = stepped(case, "float32")
     narrow, gradients = stepped(case, "bfloat16")
@@ -108,8 +109,8 @@ DIRECTIONS = ("teacher_to_student", "student_to_teacher")
 class OneLayer(NamedTuple):
     """What one layer of both models gives under a key bias ``TIMES`` as long as its keys."""
 
-    student: KVCache
-    teacher: KVCache
+    student: Vectors
+    teacher: Vectors
     gradients: dict[str, dict[str, Any]]
     """By KV loss, of the student's keys and of the projector."""
     spaces: dict[str, jax.Array]
@@ -149,15 +150,15 @@ def with_large_bias(direction: str, dtype: str) -> OneLayer:
 
         def compared(keys: jax.Array, projector: Any) -> Any:
             module = nnx.merge(objective.projector, projector)
-            return link.comparison.projected(module, ours._replace(k=keys), theirs)
+            return link.comparison.projected(module, ours | {"k": keys}, theirs)
 
         def losses(keys: jax.Array, projector: Any) -> jax.Array:
             s, t, _ = compared(keys, projector)
             mask = rows.kv_mask
-            found = [loss()(s.k, t.k, mask) for loss in KV_LOSSES.values()]
+            found = [loss()(s["k"], t["k"], mask) for loss in KV_LOSSES.values()]
             return masked_mean(jnp.stack(found), mask[None], (1, 2)).value
 
-        by_kind = jax.jacrev(losses, argnums=(0, 1))(ours.k, params["projector"])
+        by_kind = jax.jacrev(losses, argnums=(0, 1))(ours["k"], params["projector"])
         gradients = {
             kind: dict(
                 zip(
@@ -169,18 +170,18 @@ def with_large_bias(direction: str, dtype: str) -> OneLayer:
             for i, kind in enumerate(KV_LOSSES)
         }
         spaces = {
-            space: CacheComparison("big", link.comparison.layer_map, space).cache(student).k
+            space: CacheComparison("big", link.comparison.layer_map, space).vectors(student)["k"]
             for space in ("pre_rope", "post_rope")
         }
-        both = compared(ours.k, params["projector"])
+        both = compared(ours["k"], params["projector"])
         attended = link.comparison.attended(both, direction, student, teacher)
         onto_student = direction == "teacher_to_student"
         spaces["attended"] = attended[1].k if onto_student else attended[2].k
         return OneLayer(ours, theirs, gradients, spaces)
 
     found = jax.jit(look)(params, teachers)
-    for length, cache_ in zip(lengths, (found.student, found.teacher), strict=True):
-        assert length > TIMES * lengths_of(cache_.k).mean()
+    for length, vectors in zip(lengths, (found.student, found.teacher), strict=True):
+        assert length > TIMES * lengths_of(vectors["k"]).mean()
     return found
 
 
@@ -193,7 +194,7 @@ def lengths_of(keys: Any) -> np.ndarray:
 def test_a_large_key_bias_takes_nothing_from_keys_without_it(direction: str) -> None:
     wide, narrow = (with_large_bias(direction, dtype) for dtype in ("float32", "bfloat16"))
     for side in ("student", "teacher"):
-        left, right = getattr(narrow, side).k, getattr(wide, side).k
+        left, right = getattr(narrow, side)["k"], getattr(wide, side)["k"]
         assert (left.dtype, right.dtype) == (jnp.bfloat16, jnp.float32)
         assert 1 - cosine(left, right) < TOL["bf16_keys"]
     for kind in KV_LOSSES:
@@ -209,7 +210,7 @@ def test_a_large_key_bias_takes_nothing_from_keys_with_it(direction: str) -> Non
     for space, keys in wide.spaces.items():
         side = wide.teacher if (space, direction) == ("attended", DIRECTIONS[1]) else wide.student
         missed = lengths_of(np.asarray(narrow.spaces[space]) - np.asarray(keys))
-        content, whole = lengths_of(side.k).mean(), lengths_of(keys).mean()
+        content, whole = lengths_of(side["k"]).mean(), lengths_of(keys).mean()
         assert whole > 0.9 * TIMES * content
         assert missed.mean() < TOL["bf16_content"] * content, space
 

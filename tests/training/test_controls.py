@@ -38,7 +38,7 @@ def test_the_shuffled_target_is_the_previous_rows_and_what_is_reported_is_the_tr
     true_metrics = measured()[1]
     mask, wanted = np.asarray(BATCH.kv_mask), []
     for part in ("k", "v"):
-        student, target = (np.asarray(getattr(side, part)) for side in caches[:2])
+        student, target = (np.asarray(side[part]) for side in caches[:2])
         with_target = mask & np.roll(mask, 1, axis=0)
         assert with_target.sum() < mask.sum()  # rows of different lengths
         wanted.append(cosine_loss(student, np.roll(target, 1, axis=1), with_target))
@@ -52,7 +52,7 @@ def test_the_constant_target_is_the_mean_of_all_counted_tokens():
     _, metrics, _, caches = measured(control="constant")
     mask = np.asarray(BATCH.kv_mask)
     for part in ("k", "v"):
-        student, target = (np.asarray(getattr(side, part), np.float64) for side in caches[:2])
+        student, target = (np.asarray(side[part], np.float64) for side in caches[:2])
         mean = target[:, mask].mean(axis=1)
         wanted = cosine_loss(student, np.broadcast_to(mean[:, None, None], student.shape), mask)
         got = metrics[f"big/kv_{part}"]

@@ -108,8 +108,7 @@ def test_figures_are_of_every_mapped_layer_on_a_few_rows_of_the_first_microbatch
     for name in ("big", "other"):
         for part in "kv":
             student, target, own = (
-                np.asarray(getattr(side, part), np.float64)[:, counted]
-                for side in compared[name][0]
+                np.asarray(side[part], np.float64)[:, counted] for side in compared[name][0]
             )
             # Lengths are those of the student's own two heads of 8, before the projector.
             assert (student.shape[2:], own.shape[2:]) == ((4, 4), (2, 8))

@@ -114,6 +114,31 @@ def test_a_figure_that_one_teacher_has_alone_is_the_figure() -> None:
     assert "other/attention_kl" not in found
 
 
+def test_one_part_alone_is_its_own_mean() -> None:
+    only = {
+        name.removesuffix("_v") + "_o": value
+        for name, value in teacher("big", 0.8, 0.6, 0.5).items()
+        if name.endswith("_v")
+    }
+    found = summarize({"ce": mean(6.0, 4)} | only)
+    assert found == pytest.approx(
+        {
+            "ce": 1.5,
+            "kv": 0.5,
+            "cos_sim": 0.6,
+            "cos_o": 0.6,
+            "cos_shuffled": 0.5,
+            "alignment_gap": 0.1,
+            "dir_loss": 0.4,
+            "mag_loss": 0.3,
+            "mag_ratio": 3.0,
+        },
+        rel=TOL["float32"],
+    )
+    layers = summarize_layers({"big/cka_o": jnp.array([0.5, 0.25])})
+    assert layers == ({"cka": 0.375}, {"big/cka_o": [0.5, 0.25]})
+
+
 LAYERS = {
     "big/cka_k": jnp.array([0.5, 0.25]),
     "big/cka_v": jnp.array([0.75, 1.0]),

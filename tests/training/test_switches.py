@@ -16,6 +16,7 @@ import pytest
 
 from kava_jax.alignment.layer_map import LayerMap
 from kava_jax.config.distillation import LossConfig
+from kava_jax.models.layers import Output
 from kava_jax.training.objective import Match
 from tests.training.small import KV_LOSSES, MAP, TEACHER, batch, setting
 
@@ -45,6 +46,8 @@ REFUSED = (
         "direction": ("student_to_teacher",),
         "layer_map": ("side_by_side",),
     },
+    {"match": get_args(Output), "key_space": ("post_rope",)},
+    {"match": get_args(Output), "remove_key_bias": (True,)},
 )
 Row = dict[str, Any]
 
@@ -102,7 +105,7 @@ def test_the_rows_hold_every_pair_that_is_not_refused() -> None:
 
 
 def test_what_is_left_out_is_what_a_configuration_refuses() -> None:
-    names = ("kv", "key_space", "remove_key_bias")
+    names = ("kv", "match", "key_space", "remove_key_bias")
     for values in itertools.product(*(SWITCHES[name] for name in names)):
         row = dict(zip(names, values, strict=True))
         try:

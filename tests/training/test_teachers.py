@@ -112,7 +112,7 @@ def seen() -> list[dict[str, Any]]:
     for state in states[:2]:
         compared = run(state.params)
         vectors = {
-            (name, part, side): np.asarray(getattr(of[0][side], part), np.float64)[:, counted]
+            (name, part, side): np.asarray(of[0][side][part], np.float64)[:, counted]
             for name, of in compared.items()
             for part in "kv"
             for side in (STUDENT, TARGET)
