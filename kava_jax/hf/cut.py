@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
+from kava_jax.alignment.layer_map import make_layer_map
 from kava_jax.errors import KavaError
 from kava_jax.hf.config_json import FloatName
 from kava_jax.hf.cut_record import CutRecord, read_cut_record
@@ -40,6 +41,10 @@ from kava_jax.hf.tensor_files import TensorFiles
 from kava_jax.models.spec import DecoderSpec
 from kava_jax.storage import Place
 
+# Which layers are kept of a number of them; the last two are measured.
+Rule = Literal["evenly", "middle", "best_layers", "best_block"]
+RULES: tuple[Rule, ...] = get_args(Rule)
+
 
 @dataclass(frozen=True)
 class Cut:
@@ -53,6 +58,11 @@ class Cut:
     """How many KV heads are left; each is the mean of as many neighbours. None: all."""
     units: tuple[tuple[int, ...], ...] | None = None
     """The feed-forward units of each kept layer. None: all."""
+
+    @classmethod
+    def of(cls, record: CutRecord) -> "Cut":
+        """The cut that a record is of."""
+        return cls(record.layers, len(record.kv_heads), record.units)
 
     def __post_init__(self) -> None:
         """Check what can be known without the teacher."""
@@ -71,6 +81,56 @@ class Cut:
                 f"units has {len(self.units)} rows of {sorted(sizes)} units for {len(self.layers)} "
                 f"layers; give each layer as many, in ascending order"
             )
+
+
+def kept_layers(depth: int, keep: int, rule: Rule) -> tuple[int, ...] | None:
+    """The layers of a teacher that a rule keeps; None where it has to measure them.
+
+    ``evenly`` keeps the first and the last one, ``middle`` takes a block out of the middle.
+
+    Raises KavaError for a number of layers that the teacher does not have.
+    """
+    if not 1 <= keep <= depth:
+        raise KavaError(f"keep={keep}: the teacher has {depth} layers; keep 1 to {depth} of them")
+    if keep == depth:
+        return tuple(range(depth))
+    if rule == "evenly":
+        return make_layer_map("ratio", depth, keep).read_layers
+    if rule == "middle":
+        first = -(-keep // 2)
+        return (*range(first), *range(depth - keep + first, depth))
+    return None
+
+
+def fewer_units(wanted: int | None, spec: DecoderSpec) -> int | None:
+    """How many feed-forward units of a teacher are chosen; None for all.
+
+    Raises KavaError for a number that it does not have.
+    """
+    if wanted is None or wanted == spec.intermediate_size:
+        return None
+    if not 1 <= wanted < spec.intermediate_size:
+        raise KavaError(
+            f"intermediate_size={wanted}: the teacher has {spec.intermediate_size} units in a "
+            f"layer; keep 1 to {spec.intermediate_size} of them"
+        )
+    return wanted
+
+
+def cut_record(spec: DecoderSpec, cut: Cut, teacher: str, fingerprint: str) -> CutRecord:
+    """The record of a cut; ``spec`` is the teacher's.
+
+    Raises KavaError as :func:`cut_spec` does.
+    """
+    heads = np.arange(spec.num_kv_heads).reshape(cut_spec(spec, cut).num_kv_heads, -1)
+    return CutRecord(
+        teacher=teacher,
+        fingerprint=fingerprint,
+        teacher_layers=spec.num_layers,
+        layers=cut.layers,
+        kv_heads=tuple(map(tuple, heads.tolist())),
+        units=cut.units,
+    )
 
 
 def cut_spec(spec: DecoderSpec, cut: Cut) -> DecoderSpec:
@@ -172,15 +232,7 @@ def write_cut(
     files = open_checked(directory, spec)
     read = _parameters(files, spec, cut, jnp.dtype(dtype))
     flat = {path: OnDisk(shape, part, files) for path, shape, part in read}
-    heads = np.arange(spec.num_kv_heads).reshape(cut.kv_heads or spec.num_kv_heads, -1)
-    record = CutRecord(
-        teacher=teacher,
-        fingerprint=model_fingerprint(directory),
-        teacher_layers=spec.num_layers,
-        layers=cut.layers,
-        kv_heads=tuple(map(tuple, heads.tolist())),
-        units=cut.units,
-    )
+    record = cut_record(spec, cut, teacher, model_fingerprint(directory))
     export_model(
         out,
         unflatten_dict(flat, sep="/"),

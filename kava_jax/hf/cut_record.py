@@ -45,13 +45,13 @@ class CutRecord(BaseModel):
         return self
 
 
-def write_cut_record(directory: Path, record: CutRecord) -> None:
-    """Write the record of a cut into its directory."""
+def write_cut_record(directory: Place, record: CutRecord) -> None:
+    """Write the record of a cut into its directory, or that of the run that cuts."""
     text = json.dumps(record.model_dump(), indent=1)
     (directory / CUT_RECORD).write_text(text + "\n", encoding="utf-8")
 
 
-def read_cut_record(directory: Path) -> CutRecord | None:
+def read_cut_record(directory: Place) -> CutRecord | None:
     """The record of a cut model; None for a directory that holds none.
 
     Raises KavaError, naming the file, for one that is damaged.

@@ -26,7 +26,18 @@ from kava_jax.evaluation.heldout import make_measure
 from kava_jax.geometry import Mean
 from kava_jax.hf.card import cut_card
 from kava_jax.hf.config_json import FloatName
-from kava_jax.hf.cut import Cut, check_uncut, cut_spec, load_cut_params, stored_dtype, write_cut
+from kava_jax.hf.cut import (
+    RULES,
+    Cut,
+    check_uncut,
+    cut_record,
+    cut_spec,
+    kept_layers,
+    load_cut_params,
+    stored_dtype,
+    write_cut,
+)
+from kava_jax.hf.cut_record import CutRecord
 from kava_jax.hf.export import check_destination
 from kava_jax.hf.load import read_spec
 from kava_jax.hf.locate import resolve_model
@@ -42,11 +53,10 @@ from kava_jax.runs.parts import place_slices
 from kava_jax.runs.prepare import Run, data_loader, prepare
 from kava_jax.storage import Place
 
-Rule = Literal["evenly", "middle", "best_layers", "best_block"]
-RULES: tuple[Rule, ...] = get_args(Rule)
-_MEASURED = ("best_layers", "best_block")
 # A mean over fewer says more of these tokens than of the model.
 LEAST_TOKENS = 256
+# Training rows that ``student.cut`` is measured on.
+TRAINING_ROWS = 128
 
 
 class Calibration(NamedTuple):
@@ -99,7 +109,7 @@ def cut(
     named = _named_layers(layers, keep, rule, spec.num_layers)
     # An early refusal: measuring takes long.
     cut_spec(spec, Cut(named or tuple(range(spec.num_layers)), kv_heads))
-    fewer = _fewer_units(intermediate_size, spec)
+    fewer = fewer_units(intermediate_size, spec)
     if data is None and (named is None or fewer):
         needs = f"rule={rule}" if named is None else f"intermediate_size={fewer}"
         raise KavaError(f"{needs} is measured on rows of text; give --data PATH")
@@ -178,30 +188,10 @@ def _named_layers(
             return tuple(map(int, str(layers).split(",")))
         except ValueError:
             raise KavaError(f"layers={layers!r} is no list such as 0,1,2; or write all") from None
-    if rule not in (None, *RULES):
+    known = next((one for one in RULES if one == (rule or "middle")), None)
+    if known is None:
         raise KavaError(f"rule={rule!r} is unknown; use one of {', '.join(RULES)}")
-    if not 1 <= keep <= depth:
-        raise KavaError(f"keep={keep}: the teacher has {depth} layers; keep 1 to {depth} of them")
-    if keep == depth:
-        return tuple(range(depth))
-    if rule == "evenly":
-        return make_layer_map("ratio", depth, keep).read_layers
-    if rule in _MEASURED:
-        return None
-    first = -(-keep // 2)
-    return (*range(first), *range(depth - keep + first, depth))
-
-
-def _fewer_units(wanted: int | None, spec: DecoderSpec) -> int | None:
-    """How many units are chosen; None for all."""
-    if wanted is None or wanted == spec.intermediate_size:
-        return None
-    if not 1 <= wanted < spec.intermediate_size:
-        raise KavaError(
-            f"intermediate_size={wanted}: the teacher has {spec.intermediate_size} units in a "
-            f"layer; keep 1 to {spec.intermediate_size} of them"
-        )
-    return wanted
+    return kept_layers(depth, keep, known)
 
 
 def _open(teacher: str, data: str, rows: int, overrides: Sequence[str]) -> Calibration:
@@ -219,15 +209,53 @@ def _open(teacher: str, data: str, rows: int, overrides: Sequence[str]) -> Calib
     settings = run.config.data
     split = settings.eval_split or ("dev" if data.startswith("builtin:") else settings.split)
     held = HeldOut.of(data_loader(run)(data, split=split, rows=rows), run.encoder)
-    tokens = sum(int(row.targets.sum()) for row in held.measured)
     if len(held.measured) < rows:
         raise KavaError(f"rows={rows}: {data} has {held.sentence}; give more rows, or lower --rows")
+    return _calibration(run, held)
+
+
+def _calibration(run: Run, held: HeldOut) -> Calibration:
+    tokens = sum(int(row.targets.sum()) for row in held.measured)
     if tokens < LEAST_TOKENS:
         raise KavaError(
-            f"data={data}: {rows} rows have {tokens} tokens to predict, too few to measure by; "
-            f"give at least {LEAST_TOKENS}"
+            f"data={run.config.data.path}: {len(held.measured)} rows have {tokens} tokens to "
+            f"predict, too few to measure by; give at least {LEAST_TOKENS}"
         )
     return Calibration(run, held_out_batches(run, held, lambda: None), len(held.measured), tokens)
+
+
+def settled(config: Config, rows: Sequence[Encoded], fingerprint: str) -> CutRecord:
+    """What ``student.cut`` keeps, measured on the first training rows where it has to be.
+
+    Args:
+        config: of a run whose student is a cut one.
+        rows: its training rows.
+        fingerprint: of the model that is cut.
+
+    Raises KavaError for too few rows, and what ``cut_spec`` refuses.
+    """
+    settings, source = config.student.cut, cut_source(config)
+    assert settings is not None
+    found = with_weights(source)
+    named, fewer = named_parts(settings, found.spec)
+    keep = settings.layers if isinstance(settings.layers, int) else None
+    calibration = None
+    if named is None or fewer:
+        run = prepare(_of_source(config, source))
+        calibration = _calibration(run, HeldOut(list(rows[:TRAINING_ROWS]), ()))
+    chosen, _ = _choose(
+        found.spec, named, keep, settings.rule, settings.kv_heads, fewer, calibration
+    )
+    return cut_record(found.spec, chosen, source, fingerprint)
+
+
+def _of_source(config: Config, source: str) -> Config:
+    """The run of the uncut model alone, as a student without teachers."""
+    raw = dump_config(config)
+    tokenizer = find_tokenizer(config)[1]
+    raw["student"] |= {"path": source, "cut": None, "tokenizer": tokenizer}
+    raw["loss"] |= {"ce_weight": 1.0, "kv_weight": 1.0, "kl_weight": 0.0}
+    return parse_config(raw | {"teachers": []})
 
 
 def _choose(

@@ -4,20 +4,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from kava_jax.config.run import Config
+from kava_jax.config.run import Config, CutConfig
 from kava_jax.errors import KavaError
 from kava_jax.hf.config_json import spec_from_config
 from kava_jax.hf.config_keys import refuse_unknown
+from kava_jax.hf.cut import Cut, check_uncut, cut_record, cut_spec, fewer_units, kept_layers
 from kava_jax.hf.cut_record import CutRecord, read_cut_record
 from kava_jax.hf.known import KNOWN_CONFIGS
 from kava_jax.hf.load import read_spec
 from kava_jax.hf.locate import BUILTIN_PREFIX, resolve_model
+from kava_jax.journal.manifest import MANIFEST_NAME
 from kava_jax.models.spec import DecoderSpec
 from kava_jax.storage import at_revision, reachable
 
 
 class Found(NamedTuple):
-    """A model's geometry and the directory of its weights (None for random ones)."""
+    """A model's geometry and the directory of its weights (None for random ones).
+
+    Of a student that the run cuts, the directory is that of the uncut model.
+    """
 
     directory: Path | None
     spec: DecoderSpec
@@ -80,6 +85,7 @@ def find_models(
     config: Config,
     vocabulary: int = 1,
     find: Callable[[str], Found] = with_weights,
+    cut: CutRecord | None = None,
 ) -> Models:
     """The config's models.
 
@@ -88,12 +94,15 @@ def find_models(
         vocabulary: the tokenizer's number of ids: the least that any model may have, and what a
             fresh student has where its geometry does not say.
         find: how much of a model is needed.
+        cut: what ``student.cut`` keeps, where the run's directory does not say yet.
 
     Raises KavaError for a model that is not to be had or has too few rows.
     """
     student = config.student
     if student.path is not None:
         found = find(student.path)
+    elif student.cut is not None:
+        found = _cut_student(config, student.cut, find, cut)
     else:
         geometry = {"vocab_size": vocabulary} | (student.geometry or {})
         refuse_unknown(geometry, "student.geometry")
@@ -103,6 +112,47 @@ def find_models(
     for index, teacher in enumerate(models.teachers.values()):
         _check_vocabulary(f"teachers.{index}", teacher.spec, vocabulary)
     return models
+
+
+def cut_source(config: Config) -> str:
+    """The model that ``student.cut`` cuts."""
+    assert config.student.cut is not None
+    return config.student.cut.path or config.teachers[0].path
+
+
+def named_parts(settings: CutConfig, spec: DecoderSpec) -> tuple[tuple[int, ...] | None, int | None]:
+    """The layers that are kept, None where they are measured; and a lower number of units.
+
+    ``spec`` is that of the uncut model.
+    """
+    kept = settings.layers
+    if kept is None:
+        kept = spec.num_layers
+    if isinstance(kept, int):
+        kept = kept_layers(spec.num_layers, kept, settings.rule)
+    return kept, fewer_units(settings.intermediate_size, spec)
+
+
+def _cut_student(
+    config: Config, settings: CutConfig, find: Callable[[str], Found], record: CutRecord | None
+) -> Found:
+    """The student that ``student.cut`` describes."""
+    source = cut_source(config)
+    directory, spec, _ = find(source)
+    assert directory is not None
+    check_uncut(directory, source)
+    # A record without a manifest is that of a start that came to nothing, maybe of another config.
+    if record is None and (config.run.directory / MANIFEST_NAME).is_file():
+        record = read_cut_record(config.run.directory)
+    if record is None:
+        layers, units = named_parts(settings, spec)
+        # What is not measured yet has its size alone.
+        if layers is None:
+            assert isinstance(settings.layers, int)
+            layers = tuple(range(settings.layers))
+        rows = (tuple(range(units)),) * len(layers) if units else None
+        record = cut_record(spec, Cut(layers, settings.kv_heads, rows), source, "")
+    return Found(directory, cut_spec(spec, Cut.of(record)), record)
 
 
 def _check_vocabulary(who: str, spec: DecoderSpec, vocabulary: int) -> None:
