@@ -143,7 +143,7 @@ def cut_spec(spec: DecoderSpec, cut: Cut) -> DecoderSpec:
             f"layers={_listed(cut.layers)}: the teacher has {spec.num_layers} layers; count them "
             f"from 0 to {spec.num_layers - 1}"
         )
-    heads, units = cut.kv_heads or spec.num_kv_heads, cut.units
+    heads, units = spec.num_kv_heads if cut.kv_heads is None else cut.kv_heads, cut.units
     if heads < 1 or spec.num_kv_heads % heads:
         allowed = [n for n in range(1, spec.num_kv_heads + 1) if spec.num_kv_heads % n == 0]
         raise KavaError(
@@ -229,14 +229,14 @@ def write_cut(
 
     Raises KavaError as ``export.export_model`` and ``load.load_decoder_params`` do.
     """
-    files = open_checked(directory, spec)
+    files, ours = open_checked(directory, spec), cut_spec(spec, cut)
     read = _parameters(files, spec, cut, jnp.dtype(dtype))
     flat = {path: OnDisk(shape, part, files) for path, shape, part in read}
     record = cut_record(spec, cut, teacher, model_fingerprint(directory))
     export_model(
         out,
         unflatten_dict(flat, sep="/"),
-        cut_spec(spec, cut),
+        ours,
         dtype=dtype,
         tokenizer=None,
         source_dir=directory,

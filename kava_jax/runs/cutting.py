@@ -4,6 +4,7 @@ Layers are named, follow from a rule, or are measured: on calibration rows, by t
 them. A skipped layer is one whose output projections are zero, so one compiled loss serves all.
 """
 
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from math import prod
@@ -113,6 +114,8 @@ def cut(
     if data is None and (named is None or fewer):
         needs = f"rule={rule}" if named is None else f"intermediate_size={fewer}"
         raise KavaError(f"{needs} is measured on rows of text; give --data PATH")
+    if data is None and overrides:
+        raise KavaError(f"override={overrides[0]!r} is of the calibration rows; give --data PATH")
     calibration = _open(teacher, data, rows, overrides) if data else None
     chosen, measured = _choose(spec, named, keep, rule, kv_heads, fewer, calibration)
     if calibration:
@@ -138,7 +141,7 @@ def cut(
         name=out.name,
         teacher=teacher,
         left=describe(found),
-        command=" ".join(command),
+        command=shlex.join(command),
     )
     write_cut(out, directory, spec, chosen, teacher=teacher, dtype=name, card=card)
     return found
