@@ -24,6 +24,7 @@ from kava_jax.config.weights import (
     is_zero,
 )
 from kava_jax.data.chat import TrainOn
+from kava_jax.hf.cut import Rule
 from kava_jax.models.attend import Asked
 from kava_jax.models.decoder import Remat
 from kava_jax.parallel.sharding import Indivisible
@@ -92,14 +93,51 @@ class TeacherConfig(Section):
     )
 
 
+def _counted(value: Any) -> Any:
+    """A number of layers, or a list of them."""
+    if value is None or isinstance(value, list | tuple) or type(value) is int:
+        return value
+    raise PydanticCustomError("layers", "write a number of layers, or a list such as [0, 1, 2]")
+
+
+class CutConfig(Section):
+    """A student made out of a bigger model by leaving parts of it out (``kava cut``)."""
+
+    path: Address | None = Field(
+        default=None, description="the model that is cut; null: the first teacher"
+    )
+    layers: Annotated[
+        Positive | tuple[Annotated[int, Field(ge=0)], ...] | None, BeforeValidator(_counted)
+    ] = Field(
+        default=None,
+        description="how many layers are kept, or which ones, counted from 0; null: all",
+    )
+    rule: Rule = Field(
+        default="middle",
+        description="which layers are kept of a number of them: evenly, all but a block out of the "
+        "middle, or (measured on training rows) those without which the loss rises most: single "
+        "layers, or all but the best block",
+    )
+    kv_heads: Positive | None = Field(
+        default=None, description="KV heads that are left, each merged of neighbours; null: all"
+    )
+    intermediate_size: Positive | None = Field(
+        default=None,
+        description="feed-forward units that are left in a layer, the most active ones; null: all",
+    )
+
+
 class StudentConfig(Section):
-    """The model that learns: an existing one (``path``) or a fresh one (``geometry``)."""
+    """The model that learns: an existing one, a fresh one, or one cut out of a bigger model."""
 
     path: Address | None = Field(
         default=None, description="Hugging Face directory or hub id (id@revision pins it)"
     )
     geometry: dict[str, Any] | None = Field(
         default=None, description="config.json keys of a student to train from random weights"
+    )
+    cut: CutConfig | None = Field(
+        default=None, description="what is left of a bigger model, usually of the teacher"
     )
     tokenizer: Address | None = Field(
         default=None, description="source of the tokenizer; null: the student, else the teacher"
@@ -111,9 +149,13 @@ class StudentConfig(Section):
 
     @model_validator(mode="after")
     def _one_origin(self) -> "StudentConfig":
-        if (self.path is None) == (self.geometry is None):
-            given = "both" if self.path else "neither"
-            raise ValueError(f"give exactly one of path and geometry ({given} given)")
+        origins = {name: getattr(self, name) for name in ("path", "geometry", "cut")}
+        given = [name for name, origin in origins.items() if origin is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"give exactly one of path, geometry and cut "
+                f"({' and '.join(given) or 'none'} given)"
+            )
         return self
 
 
@@ -332,6 +374,9 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> "Config":
+        cut = self.student.cut
+        if cut is not None and cut.path is None and not self.teachers:
+            raise ValueError("student.cut without teachers; name the model that is cut: cut.path")
         names = [teacher.name for teacher in self.teachers]
         if len(set(names)) < len(names):
             raise ValueError(f"teachers need different names, these repeat: {names}")

@@ -44,6 +44,7 @@ from kava_jax.storage import Place
 # Which layers are kept of a number of them; the last two are measured.
 Rule = Literal["evenly", "middle", "best_layers", "best_block"]
 RULES: tuple[Rule, ...] = get_args(Rule)
+MEASURED: tuple[Rule, ...] = ("best_layers", "best_block")
 
 
 @dataclass(frozen=True)

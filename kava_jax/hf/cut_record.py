@@ -5,13 +5,13 @@ layers stay known.
 """
 
 import json
-from pathlib import Path
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from kava_jax.errors import KavaError
 from kava_jax.hf.locate import CUT_RECORD, read_json
+from kava_jax.storage import Place
 
 _Number = Annotated[int, Field(ge=0, strict=True)]
 

@@ -23,7 +23,9 @@ from kava_jax.alignment.projector import KVDimensionProjector
 from kava_jax.config.run import Config, TeacherConfig
 from kava_jax.config.weights import is_zero
 from kava_jax.errors import KavaError
-from kava_jax.hf.load import load_decoder_params
+from kava_jax.hf.cut import Cut, load_cut_params
+from kava_jax.hf.cut_record import CutRecord
+from kava_jax.hf.load import load_decoder_params, read_spec
 from kava_jax.models.attend import Choice, choose, in_words
 from kava_jax.models.decoder import Decoder, Params
 from kava_jax.models.spec import DecoderSpec
@@ -61,6 +63,8 @@ class Blueprint:
     student: Part
     student_spec: DecoderSpec
     student_dir: Path | None
+    student_cut: CutRecord | None
+    """What the run keeps of the model in ``student_dir``; None where it keeps all."""
     teachers: dict[str, TeacherPart]
     projector: Part | None
     objective: Objective
@@ -113,7 +117,10 @@ class Blueprint:
         """The student's starting weights, in float32."""
         assert self.student_dir is not None
         put = partial(place_slices, self.student.shardings)
-        return load_decoder_params(self.student_dir, self.student_spec, put=put)
+        if self.student_cut is None:
+            return load_decoder_params(self.student_dir, self.student_spec, put=put)
+        whole = read_spec(self.student_dir)
+        return load_cut_params(self.student_dir, whole, Cut.of(self.student_cut), put=put)
 
     def abstract_state(self) -> TrainState:
         """Shapes and dtypes of the state."""
@@ -211,6 +218,7 @@ def make_blueprint(
         student=student,
         student_spec=student_spec,
         student_dir=student_dir,
+        student_cut=models.student.cut if config.student.cut else None,
         teachers=teachers,
         projector=projector,
         objective=make_objective(

@@ -38,6 +38,7 @@ from kava_jax.journal.manifest import Fingerprints, check_manifest, config_hash,
 from kava_jax.models.decoder import Params
 from kava_jax.parallel.hosts import from_first
 from kava_jax.parallel.sharding import put_batch
+from kava_jax.runs.cutting import settled
 from kava_jax.runs.moments import Candidates, Moments
 from kava_jax.runs.prepare import Run, fingerprints_of, load_dataset, prepare
 from kava_jax.runs.reopen import calibration_path, read_measured_maps
@@ -104,6 +105,9 @@ def calibrate(config: Config) -> Calibration:
         run = prepare(unmeasured(config))
         dataset = load_dataset(run)
         fingerprints = fingerprints_of(run, dataset)
+        if config.student.cut:
+            cut = settled(config, dataset.stream.rows, str(fingerprints.student))
+            run = prepare(unmeasured(config), cut=cut)
         check_manifest(
             run.directory,
             config=dump_config(config),
@@ -141,7 +145,11 @@ def _measure(config: Config, run: Run, dataset: Dataset, identity: str) -> Calib
         weights[teacher.name], report[teacher.name] = found
         del moments  # it holds the teacher, and the next one needs the room
     projector = {"pairs": weights} if config.projector.init == "calibrated" else None
-    scored = _score(config, maps, projector, student, batches["score"]) if projector else {}
+    scored = {}
+    if projector:
+        # Built again: the maps, by which teachers are cut, are known only now.
+        measured = prepare(config, maps, run.blueprint.student_cut)
+        scored = _score(measured, projector, student, batches["score"])
     teachers = {name: report[name] | scored.get(name, {}) for name in report}
     return Calibration(
         maps, projector, {"identity": identity, "rows": len(rows), "teachers": teachers}
@@ -223,18 +231,12 @@ def _fit(config: Config, layer_map: LayerMap, grams: Splits) -> tuple[Any, dict[
 
 
 def _score(
-    config: Config,
-    maps: Mapping[str, LayerMap],
-    projector: Params,
-    student: Params,
-    batches: Sequence[Batch],
+    run: Run, projector: Params, student: Params, batches: Sequence[Batch]
 ) -> dict[str, dict[str, Any]]:
     """Cosine, centred cosine and gap of the fitted projector on the scoring split.
 
     Without a baseline (batches of one row) there is no gap: it is left out, JSON has no NaN.
     """
-    # Built again: the maps, by which teachers are cut, are known only now.
-    run = prepare(config, maps)
     objective = run.blueprint.objective
     params = {"student": student, "projector": place(run, projector)}
     found = held_out(
@@ -245,11 +247,13 @@ def _score(
         run.blueprint.empty_statistics(),
         [partial(put_batch, batch, run.mesh) for batch in batches],
     )
-    several = len(maps) > 1
+    teachers = [teacher.name for teacher in run.config.teachers]
     names = ("cos_sim", "cos_shuffled", "alignment_gap", "cos_centered", "retrieval")
     own = {
-        teacher: {n: found.values[f"eval_{teacher}/{n}" if several else f"eval_{n}"] for n in names}
-        for teacher in maps
+        one: {
+            n: found.values[f"eval_{one}/{n}" if len(teachers) > 1 else f"eval_{n}"] for n in names
+        }
+        for one in teachers
     }
     return {
         teacher: {name: value for name, value in figures.items() if math.isfinite(value)}

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +18,11 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float
 
-from kava_jax.alignment.layer_map import make_layer_map
-from kava_jax.config.file import parse_config
+from kava_jax.config.file import dump_config, parse_config
+from kava_jax.config.run import Config
 from kava_jax.data.batches import Batch
 from kava_jax.data.dataset import HeldOut
+from kava_jax.data.text import Encoded
 from kava_jax.errors import KavaError, StoppedError
 from kava_jax.evaluation.heldout import make_measure
 from kava_jax.geometry import Mean
@@ -33,6 +34,7 @@ from kava_jax.hf.cut import (
     check_uncut,
     cut_record,
     cut_spec,
+    fewer_units,
     kept_layers,
     load_cut_params,
     stored_dtype,
@@ -49,9 +51,9 @@ from kava_jax.models.spec import DecoderSpec
 from kava_jax.parallel.sharding import replicated
 from kava_jax.runs.blueprint import Blueprint, make_blueprint
 from kava_jax.runs.evaluate import held_out_batches
-from kava_jax.runs.find_models import Found, Models
+from kava_jax.runs.find_models import Found, Models, cut_source, named_parts, with_weights
 from kava_jax.runs.parts import place_slices
-from kava_jax.runs.prepare import Run, data_loader, prepare
+from kava_jax.runs.prepare import Run, data_loader, find_tokenizer, prepare
 from kava_jax.storage import Place
 
 # A mean over fewer says more of these tokens than of the model.
@@ -191,10 +193,9 @@ def _named_layers(
             return tuple(map(int, str(layers).split(",")))
         except ValueError:
             raise KavaError(f"layers={layers!r} is no list such as 0,1,2; or write all") from None
-    known = next((one for one in RULES if one == (rule or "middle")), None)
-    if known is None:
+    if rule not in (None, *RULES):
         raise KavaError(f"rule={rule!r} is unknown; use one of {', '.join(RULES)}")
-    return kept_layers(depth, keep, known)
+    return kept_layers(depth, keep, next(one for one in RULES if one == (rule or "middle")))
 
 
 def _open(teacher: str, data: str, rows: int, overrides: Sequence[str]) -> Calibration:

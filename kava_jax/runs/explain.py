@@ -14,10 +14,11 @@ from kava_jax.config.recipes import RECIPES
 from kava_jax.config.run import Config, TeacherConfig
 from kava_jax.config.weights import AutoShare, Ramp, is_zero
 from kava_jax.errors import KavaError
+from kava_jax.hf.cut import MEASURED
 from kava_jax.journal.manifest import config_diff
 from kava_jax.runs.assembly import magnitude_note
 from kava_jax.runs.calibrate import LAYERS
-from kava_jax.runs.find_models import Models, at_hand, find_models
+from kava_jax.runs.find_models import Models, at_hand, cut_source, find_models
 from kava_jax.runs.idle import idle_settings
 from kava_jax.runs.layer_maps import layer_map_of
 
@@ -52,10 +53,11 @@ def explain(config: Config) -> str:
         f"Run {config.run.name} ({config.run.directory}): {train.steps} steps of "
         f"{data.batch_size} rows of up to {data.max_length} tokens from {data.path}.",
     ]
+    models = _models(config)
+    parts += [_cut(config, models)] if config.student.cut else []
     if not config.teachers:
         parts.append("No teacher: the student learns by cross-entropy alone.")
         return "\n\n".join([*parts, _learning(config), *_idle(config)])
-    models = _models(config)
     parts += [f"Recipe {config.recipe}. {_changes(config)}"]
     parts += [_teacher(config, *one, models) for one in enumerate(config.teachers)]
     parts += [_compared(config), _projected(config), _minimised(config)]
@@ -99,6 +101,21 @@ def _ramp_in_words(value: Any) -> Any:
     if not (isinstance(value, dict) and "start" in value):
         return value
     return yaml.safe_dump(value, default_flow_style=True, sort_keys=False).strip()
+
+
+def _cut(config: Config, models: Models | None) -> str:
+    """What is left of which model."""
+    cut = config.student.cut
+    assert cut is not None
+    text = f"Student: cut out of {cut_source(config)}"
+    if models is None or models.student.cut is None:
+        return f"{text}."
+    spec, record = models.student.spec, models.student.cut
+    layers = ", ".join(map(str, record.layers))
+    if isinstance(cut.layers, int) and cut.rule in MEASURED:
+        layers = f"those found by {cut.rule} on training rows, before training"
+    text += f", {spec.num_layers} of {record.teacher_layers} layers ({layers})"
+    return f"{text}, {spec.num_kv_heads} KV heads, {spec.intermediate_size} units in a layer."
 
 
 def _teacher(config: Config, index: int, teacher: TeacherConfig, models: Models | None) -> str:

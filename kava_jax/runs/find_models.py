@@ -120,7 +120,9 @@ def cut_source(config: Config) -> str:
     return config.student.cut.path or config.teachers[0].path
 
 
-def named_parts(settings: CutConfig, spec: DecoderSpec) -> tuple[tuple[int, ...] | None, int | None]:
+def named_parts(
+    settings: CutConfig, spec: DecoderSpec
+) -> tuple[tuple[int, ...] | None, int | None]:
     """The layers that are kept, None where they are measured; and a lower number of units.
 
     ``spec`` is that of the uncut model.

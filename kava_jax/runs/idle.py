@@ -6,6 +6,7 @@ Contradictions between fields alone are refused by the config itself.
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from typing import Any
 
 from kava_jax.config.run import Config
@@ -59,6 +60,9 @@ def _unread(config: Config) -> dict[str, str]:
         unless(projector.training != "frozen", training, "optimizer.projector_lr")
     else:
         unless(False, "there is no teacher", "loss.kl_weight", "projector.warmup_steps")
+    cut = config.student.cut
+    if cut is not None and not isinstance(cut.layers, int):
+        unless(False, "student.cut.layers is no number", "student.cut.rule")
     every = "eval.exact_match_every"
     unless(config.train.eval_every is not None, "train.eval_every=null", every)
     unless(config.eval.max_new_tokens > 0, "eval.max_new_tokens=0", every)
@@ -70,13 +74,13 @@ def _unread(config: Config) -> dict[str, str]:
 
 
 def _value(config: Config, field: str) -> Any:
-    section, name = field.split(".")
-    return getattr(getattr(config, section), name)
+    *sections, name = field.split(".")
+    return getattr(reduce(getattr, sections, config), name)
 
 
 def _default(config: Config, field: str) -> Any:
-    section, name = field.split(".")
-    return type(getattr(config, section)).model_fields[name].default
+    *sections, name = field.split(".")
+    return type(reduce(getattr, sections, config)).model_fields[name].default
 
 
 def compared_notes(sets: Mapping[str, Sequence[Encoded]], sink_tokens: int) -> list[str]:

@@ -26,6 +26,7 @@ from kava_jax.data.tokenizer import (
 )
 from kava_jax.errors import KavaError
 from kava_jax.hf.config_keys import note_unknown
+from kava_jax.hf.cut_record import CutRecord
 from kava_jax.hf.generation import end_ids
 from kava_jax.hf.locate import model_fingerprint, read_json, resolve_model
 from kava_jax.journal.manifest import (
@@ -36,7 +37,7 @@ from kava_jax.journal.manifest import (
 from kava_jax.parallel.hosts import from_first
 from kava_jax.parallel.mesh import make_mesh
 from kava_jax.runs.blueprint import Blueprint, make_blueprint
-from kava_jax.runs.find_models import Models, at_hand, find_models
+from kava_jax.runs.find_models import Models, at_hand, cut_source, find_models
 from kava_jax.runs.idle import compared_notes
 from kava_jax.storage import Place
 
@@ -66,15 +67,21 @@ class Run:
         return self.config.run.directory
 
 
-def prepare(config: Config, measured_maps: Mapping[str, LayerMap] | None = None) -> Run:
+def prepare(
+    config: Config,
+    measured_maps: Mapping[str, LayerMap] | None = None,
+    cut: CutRecord | None = None,
+) -> Run:
     """Mesh, tokenizer and geometry. Loads no weights and writes nothing.
 
-    ``measured_maps`` are the layer maps that a calibration found, by teacher. Raises KavaError for
-    whatever does not fit together.
+    ``measured_maps`` are the layer maps that a calibration found, by teacher; ``cut`` is what
+    ``student.cut`` was found to keep, where the run directory does not say yet.
+
+    Raises KavaError for whatever does not fit together.
     """
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     tokenizer, source = find_tokenizer(config)
-    models = find_models(config, vocabulary_size(tokenizer))
+    models = find_models(config, vocabulary_size(tokenizer), cut=cut)
     blueprint = make_blueprint(config, mesh, models, measured_maps or {})
     renamed, notes = _compare_models(tokenizer, config, blueprint)
     data = config.data
@@ -233,6 +240,8 @@ def find_tokenizer(config: Config) -> tuple["PreTrainedTokenizerBase", str]:
         source = student.tokenizer
     elif student.path is not None:
         source = str(resolve_model(student.path))
+    elif student.cut is not None:
+        source = str(resolve_model(cut_source(config)))
     elif config.teachers:
         source = str(resolve_model(config.teachers[0].path))
     else:

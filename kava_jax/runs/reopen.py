@@ -39,17 +39,20 @@ def reopen(run_dir: Place, overrides: Sequence[str] = ()) -> Run:
 def reopen_student(run_dir: Place, overrides: Sequence[str] = ()) -> Run:
     """A run directory opened for its student alone; the teachers need not be there.
 
-    The result's blueprint has no teachers, its config is the run's own. Only a student made from
-    random weights, whose tokenizer came with the first teacher, needs that one still.
+    The result's blueprint has no teachers, its config is the run's own. Only a student whose
+    tokenizer came with the first teacher, or that was cut from it, needs that one still.
     """
     config = config_of(run_dir, overrides)
     raw = dump_config(config)
     needed = [f"teachers.{index}.path" for index in range(len(config.teachers))]
-    if config.student.path is None and config.student.tokenizer is None and needed:
-        check_directories(config, besides=needed[1:])
+    student = config.student
+    borrowed = bool(student.geometry and needed and student.tokenizer is None)
+    cut_here = student.cut is not None and student.cut.path is None
+    check_directories(config, besides=needed[borrowed or cut_here :])
+    if borrowed:
         raw["student"]["tokenizer"] = find_tokenizer(config)[1]
-    else:
-        check_directories(config, besides=needed)
+    if cut_here:
+        raw["student"]["cut"]["path"] = config.teachers[0].path
     # What weighs teachers is refused without any.
     raw |= {"teachers": []}
     raw["loss"] |= {"ce_weight": 1.0, "kv_weight": 1.0}
@@ -78,7 +81,9 @@ def config_of(run_dir: Place, overrides: Sequence[str]) -> Config:
 def model_paths(config: Config) -> dict[str, str]:
     """Where the models and the tokenizer lie or come from, by field."""
     paths = {f"teachers.{index}.path": one.path for index, one in enumerate(config.teachers)}
-    paths |= {"student.path": config.student.path, "student.tokenizer": config.student.tokenizer}
+    student = config.student
+    paths |= {"student.path": student.path, "student.tokenizer": student.tokenizer}
+    paths |= {"student.cut.path": student.cut.path} if student.cut else {}
     return {field: path for field, path in paths.items() if path is not None}
 
 

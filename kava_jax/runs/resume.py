@@ -33,6 +33,7 @@ FREE_FIELDS = (
 PATH_FIELDS = (
     "teachers.*.path",
     "student.path",
+    "student.cut.path",
     "student.tokenizer",
     "data.path",
     "data.subset",

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 
 from kava_jax.config.file import dump_config, parse_config
-from kava_jax.config.run import Config
+from kava_jax.config.run import Config, CutConfig
 from kava_jax.data.sources import BUILTIN_PROBLEMS, load_examples
 from kava_jax.data.tokenizer import BUILTIN_TOKENIZER, load_tokenizer, vocabulary_size
 from kava_jax.errors import KavaError
@@ -57,12 +57,19 @@ def smoke_config(config: Config) -> Config:
     found = find_models(config, find=at_hand_or_downloaded)
     specs = {"student": found.student.spec}
     specs |= {f"teacher-{name}": teacher.spec for name, teacher in found.teachers.items()}
+    divisor = _depth_divisor(specs.values())
+    cut = config.student.cut
+    if cut is not None:
+        # The tiny student is cut, too: out of the tiny teacher, or of another tiny model.
+        specs.pop("student")
+        if cut.path is not None:
+            specs["student"] = at_hand_or_downloaded(cut.path).spec
+        raw["student"]["cut"] |= _tiny_cut(cut, divisor)
     tokenizer, source = _tokenizer(raw)
     raw["student"]["tokenizer"] = source
     data = _data(raw["data"])
     raw["eval"]["sets"] = _sets(raw, instead="path" in data)
     raw["data"] |= data
-    divisor = _depth_divisor(specs.values())
     head_dims = max(spec.head_dim for spec in specs.values())
     for name, spec in specs.items():
         tiny = _shrunk(spec, divisor, head_dims, vocabulary_size(tokenizer))
@@ -72,7 +79,7 @@ def smoke_config(config: Config) -> Config:
         if jax.process_index() == 0:
             (where / CUT_RECORD).unlink(missing_ok=True)  # no export wrote it
         _write_random(where, tiny, tokenizer)
-        if name == "student" and jax.process_index() == 0:
+        if name == "student" and cut is None and jax.process_index() == 0:
             _write_origins(where, found.student.cut, divisor)
         _point_at(raw, name, where)
     meet("smoke models")  # which are read next, by all processes
@@ -189,6 +196,16 @@ def _thinned(layer_map: Any, divisor: int) -> Any:
     return [[teacher, student] for student, teacher in teacher_of.items()]
 
 
+def _tiny_cut(cut: CutConfig, divisor: int) -> dict[str, Any]:
+    """What is kept, at the depths and widths that are left; heads are kept as they are."""
+    layers, units = cut.layers, cut.intermediate_size
+    if isinstance(layers, int):
+        layers //= divisor
+    elif layers is not None:
+        layers = [layer // divisor for layer in layers[::divisor]]
+    return {"layers": layers, "intermediate_size": units and max(1, units // WIDTH_SHRINK)}
+
+
 def _write_origins(where: Path, cut: CutRecord | None, divisor: int) -> None:
     """The record of a student's cut, at the depths that are left."""
     # Where the divisor leaves a rest, the cut model is as deep as none of the teachers.
@@ -231,7 +248,10 @@ def _random(spec: DecoderSpec) -> dict[str, Any]:
 
 def _point_at(raw: dict[str, Any], name: str, where: Path) -> None:
     if name == "student":
-        raw["student"] |= {"path": str(where), "geometry": None}
+        if raw["student"]["cut"] is not None:
+            raw["student"]["cut"]["path"] = str(where)
+        else:
+            raw["student"] |= {"path": str(where), "geometry": None}
         return
     for teacher in raw["teachers"]:
         if f"teacher-{teacher['name']}" == name:

@@ -30,6 +30,7 @@ def export(
         tokenizer=_tokenizer(run),
         source_dir=source,
         card=_card(run, step),
+        cut=run.blueprint.student_cut,
     )
 
 
@@ -55,7 +56,7 @@ def _export_dtype(source: Path | None) -> FloatName:
 
 
 def _card(run: Run, step: int) -> str:
-    config, manifest = run.config, read_manifest(run.directory)
+    config, manifest, cut = run.config, read_manifest(run.directory), run.blueprint.student_cut
     start, local = manifest["starts"][-1], manifest.get("directories", ())
 
     def named(path: str) -> str:
@@ -73,7 +74,9 @@ def _card(run: Run, step: int) -> str:
     }
     return model_card(
         name=config.run.name,
-        base_model=named(config.student.path or "a student trained from random weights"),
+        base_model=named(
+            config.student.path or (cut.teacher if cut else "a student trained from random weights")
+        ),
         teachers=[named(teacher.path) for teacher in config.teachers],
         recipe=recipe if config.teachers else {name: recipe[name] for name in ("steps",)},
         metrics=_last_evaluation(run.directory, step),

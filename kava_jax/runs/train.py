@@ -13,6 +13,7 @@ from kava_jax.config.file import dump_config
 from kava_jax.config.run import AutoShare, Config
 from kava_jax.data.dataset import Dataset
 from kava_jax.errors import PreemptedError
+from kava_jax.hf.cut_record import write_cut_record
 from kava_jax.journal.checkpoint import Checkpoints, newest_step
 from kava_jax.journal.lock import alone
 from kava_jax.journal.manifest import (
@@ -28,6 +29,7 @@ from kava_jax.parallel.sharding import batch_sharding, replicated
 from kava_jax.runs.ahead import compiled_ahead
 from kava_jax.runs.assembly import magnitude_note
 from kava_jax.runs.calibrate import calibrated, place, unmeasured
+from kava_jax.runs.cutting import settled
 from kava_jax.runs.evaluate import evaluation_notes, evaluator
 from kava_jax.runs.idle import idle_settings
 from kava_jax.runs.loop import Cadence, projector_path, run_steps
@@ -200,12 +202,17 @@ def _evaluation_is_due(config: Config, step: int) -> bool:
 def begun(
     config: Config, run: Run, dataset: Dataset, fingerprints: Fingerprints
 ) -> tuple[Run, TrainState]:
-    """The run as it is trained and its state at step 0, after the calibration that it may need.
+    """The run as it is trained and its state at step 0, after what it may need measured.
 
     ``run`` is that of the ``unmeasured`` config, with its data set and fingerprints.
     """
+    if config.student.cut:
+        cut = settled(config, dataset.stream.rows, str(fingerprints.student))
+        if jax.process_index() == 0:
+            write_cut_record(config.run.directory, cut)
+        run = prepare(unmeasured(config), cut=cut)
     measured = calibrated(config, run, dataset, fingerprints)
-    run = prepare(config, measured.maps) if measured else run
+    run = prepare(config, measured.maps, run.blueprint.student_cut) if measured else run
     fitted = measured.projector if measured else None
     return run, run.blueprint.fresh_state(None if fitted is None else place(run, fitted))
 
