@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from kava_jax.errors import KavaError
+from kava_jax.hf.locate import CUT_RECORD
 from kava_jax.journal.lock import LOCK_NAME
 from kava_jax.storage import Place
 
@@ -239,7 +240,7 @@ def _check_fresh(run_dir: Place) -> None:
     # The manifest too: the first process may be writing it while another one looks.
     ours = [Path(CONFIG_NAME), Path(MANIFEST_NAME)]
     known = {path.name for name in ours for path in (name, _temporary(name))}
-    known |= {CALIBRATION_NAME, LOCK_NAME}
+    known |= {CALIBRATION_NAME, CUT_RECORD, LOCK_NAME}
     if run_dir.is_dir() and {path.name for path in run_dir.iterdir()} - known:
         raise KavaError(
             f"run.dir={run_dir} is not empty and has no {MANIFEST_NAME}, so it is not a run;"
