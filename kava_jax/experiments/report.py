@@ -17,7 +17,8 @@ import numpy as np
 import yaml
 
 from kava_jax.alignment.layer_map import LayerMap
-from kava_jax.config.run import AutoShare, Config, TeacherConfig
+from kava_jax.config.pair import TeacherConfig
+from kava_jax.config.run import AutoShare, Config
 from kava_jax.diagnostics import alignment_gap
 from kava_jax.errors import KavaError
 from kava_jax.experiments import pictures, tables

@@ -20,7 +20,8 @@ from jaxtyping import Array
 
 from kava_jax.alignment.layer_map import CALIBRATED_MAPS, LayerMap
 from kava_jax.alignment.projector import KVDimensionProjector
-from kava_jax.config.run import Config, TeacherConfig
+from kava_jax.config.pair import TeacherConfig
+from kava_jax.config.run import Config
 from kava_jax.config.weights import is_zero
 from kava_jax.errors import KavaError
 from kava_jax.hf.cut import Cut, load_cut_params

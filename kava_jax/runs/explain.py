@@ -10,8 +10,9 @@ from typing import Any
 import yaml
 
 from kava_jax.config.file import dump_config, parse_config
+from kava_jax.config.pair import TeacherConfig
 from kava_jax.config.recipes import RECIPES
-from kava_jax.config.run import Config, TeacherConfig
+from kava_jax.config.run import Config
 from kava_jax.config.weights import AutoShare, Ramp, is_zero
 from kava_jax.errors import KavaError
 from kava_jax.hf.cut import MEASURED

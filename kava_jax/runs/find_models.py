@@ -4,7 +4,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from kava_jax.config.run import Config, CutConfig
+from kava_jax.config.pair import CutConfig
+from kava_jax.config.run import Config
 from kava_jax.errors import KavaError
 from kava_jax.hf.config_json import spec_from_config
 from kava_jax.hf.config_keys import refuse_unknown

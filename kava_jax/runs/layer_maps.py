@@ -1,7 +1,7 @@
 """The layer map of each teacher: what the config asks for, and what the student says of itself."""
 
 from kava_jax.alignment.layer_map import ORIGIN_MAPS, LayerMap, make_layer_map
-from kava_jax.config.run import TeacherConfig
+from kava_jax.config.pair import TeacherConfig
 from kava_jax.errors import KavaError
 from kava_jax.runs.find_models import Found, Models
 

@@ -17,7 +17,8 @@ import jax
 import numpy as np
 
 from kava_jax.config.file import dump_config, parse_config
-from kava_jax.config.run import Config, CutConfig
+from kava_jax.config.pair import CutConfig
+from kava_jax.config.run import Config
 from kava_jax.data.sources import BUILTIN_PROBLEMS, load_examples
 from kava_jax.data.tokenizer import BUILTIN_TOKENIZER, load_tokenizer, vocabulary_size
 from kava_jax.errors import KavaError
