@@ -224,7 +224,10 @@ def _open(teacher: str, data: str, rows: int, overrides: Sequence[str]) -> Calib
     held = HeldOut.of(data_loader(run)(data, split=split, rows=rows), run.encoder)
     tokens = sum(int(row.targets.sum()) for row in held.measured)
     if len(held.measured) < rows:
-        raise KavaError(f"rows={rows}: {data} has {held.sentence}; give more rows, or lower --rows")
+        raise KavaError(
+            f"rows={rows}: {data} has {held.sentence}; give more, raise data.max_length or lower "
+            f"--rows"
+        )
     if tokens < LEAST_TOKENS:
         raise KavaError(
             f"data={data}: {rows} rows have {tokens} tokens to predict, too few to measure by; "
