@@ -52,6 +52,11 @@ def cut(capsys, *arguments: str, teacher: str = "teacher") -> dict:
     return json.loads(ended.out)
 
 
+def losses_without(found: dict) -> dict[str, float]:
+    names = [name for name in found if name.startswith("loss_without/")]
+    return {name.removeprefix("loss_without/"): found[name] for name in names}
+
+
 def loss_of(capsys, model: str) -> float:
     """By ``kava eval``, on the same rows."""
     ended = kava(capsys, "eval", model, *ON_ROWS, "eval.max_new_tokens=0", "--json")
@@ -75,7 +80,7 @@ def test_rules_by_number(depth, keep, rule, kept, tmp_path, monkeypatch, capsys)
     monkeypatch.chdir(tmp_path)
     write_model(tmp_path / "teacher", num_hidden_layers=depth)
     found = cut(capsys, "--keep", str(keep), "--rule", rule)
-    assert (found["layers"], found["rule"]) == (kept, rule)
+    assert (found["layers"], found["teacher_layers"]) == (kept, depth)
     record = read_cut_record(tmp_path / "out")
     assert record is not None
     assert (list(record.layers), record.teacher_layers) == (kept, depth)
@@ -89,8 +94,8 @@ def test_measured_layers_are_the_ones_that_count(workspace, capsys):
     """Two layers that were made useless go, and the loss is that of the written directory."""
     found = cut(capsys, "--keep", "4", "--rule", "best_layers", *ON_ROWS)
     assert found["layers"] == [0, 3, 4, 5]
-    assert list(found["loss_without"]) == ["0", "1", "2", "3", "4", "5"]
-    before, without = found["loss_before"], found["loss_without"]
+    before, without = found["loss_before"], losses_without(found)
+    assert list(without) == ["0", "1", "2", "3", "4", "5"]
     assert [layer for layer, loss in without.items() if abs(loss - before) < 1e-3] == ["1", "2"]
     assert before == pytest.approx(
         loss_of(capsys, "teacher"), rel=TOL["float32"], abs=TOL["float32"]
@@ -103,17 +108,18 @@ def test_measured_layers_are_the_ones_that_count(workspace, capsys):
 def test_a_measured_block_is_the_cheapest(workspace, capsys):
     found = cut(capsys, "--keep", "4", "--rule", "best_block", *ON_ROWS)
     assert found["layers"] == [0, 3, 4, 5]
-    assert list(found["loss_without"]) == ["0-1", "1-2", "2-3", "3-4", "4-5"]
-    assert min(found["loss_without"], key=found["loss_without"].__getitem__) == "1-2"
+    without = losses_without(found)
+    assert list(without) == ["0-1", "1-2", "2-3", "3-4", "4-5"]
+    assert min(without, key=without.__getitem__) == "1-2"
     # Skipping a layer by zeros is leaving it out.
-    assert found["loss_without"]["1-2"] == pytest.approx(
+    assert without["1-2"] == pytest.approx(
         found["loss_after"], rel=TOL["float32"], abs=TOL["float32"]
     )
 
 
 def test_a_skipped_layer_costs_what_its_absence_costs(workspace, capsys):
     """Also where it counts: the same loss as of a directory written without it."""
-    measured = cut(capsys, "--keep", "5", "--rule", "best_layers", *ON_ROWS)["loss_without"]
+    measured = losses_without(cut(capsys, "--keep", "5", "--rule", "best_layers", *ON_ROWS))
     shutil.rmtree(workspace / "out")
     cut(capsys, "--layers", "0,1,2,4,5")
     assert measured["3"] == pytest.approx(
@@ -163,31 +169,29 @@ def test_figures_for_people(workspace, capsys):
         capsys, "cut", "teacher", "--out", "out", "--layers", "0,3,4", "--kv-heads", "1", *ON_ROWS
     )
     assert ended.code == 0, ended.err
-    lines = dict(line.split("  ", 1) for line in ended.out.splitlines())
-    told = {name: text.strip() for name, text in lines.items()}
-    assert told["layers"] == "0, 3-4 of 6"
-    assert (
-        told["KV heads"] == "2 -> 1 (keys and values turned towards one another, then their mean)"
-    )
-    assert told["feed-forward units"] == "384"
+    told = dict(line.split(maxsplit=1) for line in ended.out.splitlines())
+    assert (told["layers"], told["teacher_layers"]) == ("[0, 3, 4]", "6")
+    assert (told["kv_heads"], told["teacher_kv_heads"]) == ("1", "2")
+    assert told["keys"] == told["values"] == "turned towards one another, then their mean"
     # By hand: D 128, N 4, K 2, H 32, F 384, V 512; biases on q, k and v; a tied head.
     layer = 2 * 128 * 128 + 128 + 2 * (128 * 64 + 64) + 3 * 128 * 384 + 2 * 128
-    before = 512 * 128 + 128 + DEPTH * layer
-    after = 512 * 128 + 128 + 3 * (layer - 2 * (128 * 32 + 32))
-    assert told["parameters"] == f"{before:,} -> {after:,}"
-    assert told["held-out loss"].endswith("tokens)")
+    assert int(told["teacher_parameters"]) == 512 * 128 + 128 + DEPTH * layer
+    assert int(told["parameters"]) == 512 * 128 + 128 + 3 * (layer - 2 * (128 * 32 + 32))
+    assert {"loss_before", "loss_after", "tokens"} <= told.keys()
+    assert told["rows"] == str(ROWS)
     assert "written to out" in ended.err
     card = (workspace / "out" / "README.md").read_text()
-    assert "| layers | 0, 3-4 of 6 |" in card
+    assert "| layers | [0, 3, 4] |" in card
     assert "kava cut teacher --out out --layers 0,3,4" in card
 
 
-def test_keys_behind_a_norm_are_said_to_be_merged_as_they_are(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("family", "keys"), [("qwen3", "mean only"), ("qwen2", "turned")])
+def test_what_is_done_to_heads_is_said(family, keys, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    write_model(tmp_path / "teacher", model_type="qwen3", head_dim=4)
-    ended = kava(capsys, "cut", "teacher", "--out", "out", "--layers", "all", "--kv-heads", "1")
-    assert ended.code == 0, ended.err
-    assert "values turned towards one another; keys by mean only, as a norm follows" in ended.out
+    write_model(tmp_path / "teacher", model_type=family, head_dim=4)
+    found = cut(capsys, "--layers", "all", "--kv-heads", "1")
+    assert found["keys"].startswith(keys)
+    assert found["values"].startswith("turned")
 
 
 @pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
@@ -240,7 +244,7 @@ REFUSED = {
     "heads": (("--layers", "all", "--kv-heads", "3"), ("kv_heads=3", "2 KV heads", "1, 2")),
     "more units": (
         ("--layers", "all", "--intermediate-size", "385"),
-        ("intermediate_size=385", "384 units", "keep 1 to 384"),
+        ("intermediate_size=385", "384 in a layer", "keep fewer"),
     ),
     "units without data": (
         ("--layers", "all", "--intermediate-size", "8"),
