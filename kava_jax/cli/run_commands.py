@@ -229,7 +229,6 @@ def cut(
     Example: kava cut Qwen/Qwen2.5-0.5B --out small --keep 12 --kv-heads 1
     """
     from kava_jax.runs.cutting import cut as cut_model
-    from kava_jax.runs.cutting import describe
     from kava_jax.storage import place
 
     found = cut_model(
@@ -247,5 +246,5 @@ def cut(
         command=command(),
     )
     if first_process():
-        show(found, aligned(describe(found)), as_json)
+        show(found, aligned(found), as_json)
         say(f"written to {out}")

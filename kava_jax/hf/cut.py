@@ -42,7 +42,7 @@ from kava_jax.models.spec import DecoderSpec
 from kava_jax.storage import Place
 
 # Which layers are kept of a number of them; the last two are measured.
-Rule = Literal["evenly", "middle", "best_layers", "best_block"]
+Rule = Literal["middle", "evenly", "best_layers", "best_block"]
 RULES: tuple[Rule, ...] = get_args(Rule)
 MEASURED: tuple[Rule, ...] = ("best_layers", "best_block")
 
@@ -72,50 +72,44 @@ class Cut:
                 f"layers={_listed(self.layers)} do not rise; name one or more, each once, in "
                 f"ascending order"
             )
-        if self.units is None:
-            return
-        sizes = {len(row) for row in self.units}
-        if not (
-            len(self.units) == len(self.layers) and len(sizes) == 1 and all(map(_rises, self.units))
-        ):
+        units = self.units or ((0,),) * len(self.layers)
+        sizes = sorted({len(row) for row in units})
+        if len(units) != len(self.layers) or len(sizes) > 1 or not all(map(_rises, units)):
             raise KavaError(
-                f"units has {len(self.units)} rows of {sorted(sizes)} units for {len(self.layers)} "
-                f"layers; give each layer as many, in ascending order"
+                f"units has {len(units)} rows of {sizes} units for {len(self.layers)} layers; give "
+                f"each layer as many, in ascending order"
             )
 
 
-def kept_layers(depth: int, keep: int, rule: Rule) -> tuple[int, ...] | None:
-    """The layers of a teacher that a rule keeps; None where it has to measure them.
+def plan_cut(
+    spec: DecoderSpec,
+    layers: tuple[int, ...] | int | None,
+    rule: Rule,
+    kv_heads: int | None,
+    intermediate_size: int | None,
+) -> Cut:
+    """What is kept of a teacher: layers by name, by number and rule, or all of them.
 
-    ``evenly`` keeps the first and the last one, ``middle`` takes a block out of the middle.
+    ``middle`` takes a block out of the middle, ``evenly`` keeps the first and the last layer.
+    Layers of a measured rule and units are the first ones, as many as there will be, until they
+    are measured.
 
-    Raises KavaError for a number of layers that the teacher does not have.
+    Raises KavaError for more layers than the teacher has.
     """
-    if not 1 <= keep <= depth:
-        raise KavaError(f"keep={keep}: the teacher has {depth} layers; keep 1 to {depth} of them")
-    if keep == depth:
-        return tuple(range(depth))
-    if rule == "evenly":
-        return make_layer_map("ratio", depth, keep).read_layers
-    if rule == "middle":
-        first = -(-keep // 2)
-        return (*range(first), *range(depth - keep + first, depth))
-    return None
-
-
-def fewer_units(wanted: int | None, spec: DecoderSpec) -> int | None:
-    """How many feed-forward units of a teacher are chosen; None for all.
-
-    Raises KavaError for a number that it does not have.
-    """
-    if wanted is None or wanted == spec.intermediate_size:
-        return None
-    if not 1 <= wanted < spec.intermediate_size:
-        raise KavaError(
-            f"intermediate_size={wanted}: the teacher has {spec.intermediate_size} units in a "
-            f"layer; keep 1 to {spec.intermediate_size} of them"
-        )
-    return wanted
+    depth = spec.num_layers
+    keep = depth if layers is None else layers
+    if isinstance(keep, int):
+        if not 1 <= keep <= depth:
+            raise KavaError(
+                f"layers={keep}: the teacher has {depth} layers; keep 1 to {depth} of them"
+            )
+        first = keep if rule in MEASURED else -(-keep // 2)
+        keep = (*range(first), *range(depth - keep + first, depth))
+        if rule == "evenly":
+            keep = make_layer_map("ratio", depth, len(keep)).read_layers
+    units = None if intermediate_size == spec.intermediate_size else intermediate_size
+    rows = None if units is None else (tuple(range(units)),) * len(keep)
+    return Cut(keep, kv_heads, rows)
 
 
 def cut_record(spec: DecoderSpec, cut: Cut, teacher: str, fingerprint: str) -> CutRecord:
@@ -151,12 +145,10 @@ def cut_spec(spec: DecoderSpec, cut: Cut) -> DecoderSpec:
             f"kv_heads={cut.kv_heads} does not divide the teacher's {spec.num_kv_heads} KV heads; "
             f"use one of {', '.join(map(str, allowed))}"
         )
-    if units and not 0 <= min(row[0] for row in units) <= max(row[-1] for row in units) < (
-        spec.intermediate_size
-    ):
+    if units and not 0 <= min(map(min, units)) <= max(map(max, units)) < spec.intermediate_size:
         raise KavaError(
-            f"units: the teacher has {spec.intermediate_size} in a layer; count them from 0 to "
-            f"{spec.intermediate_size - 1}"
+            f"intermediate_size={len(units[0])} with units up to {max(map(max, units))}: the "
+            f"teacher has {spec.intermediate_size} in a layer, counted from 0; keep fewer"
         )
     return replace(
         spec,
@@ -278,7 +270,8 @@ def _parameters(
     files: TensorFiles, spec: DecoderSpec, cut: Cut, dtype: np.dtype
 ) -> Iterator[tuple[str, Shape, Read]]:
     """Path, shape and reader of every parameter of the cut model."""
-    ours, shapes = cut_spec(spec, cut), parameter_shapes(cut_spec(spec, cut))
+    ours = cut_spec(spec, cut)
+    shapes = parameter_shapes(ours)
     turns = _turns_of_layers(files, spec, ours.num_kv_heads)
     for row in rows_of(ours):
         axes = row.our_axes.split()
@@ -315,32 +308,26 @@ def _merged(
     turns: Callable[[int], Turns],
     dtype: np.dtype,
 ) -> ReadLayer:
-    """A parameter of q, k, v or o with its KV heads turned, and merged where it has them.
+    """A parameter of q, k, v or o with its heads turned, and KV heads merged.
 
     ``exact`` reads the teacher's in float64.
     """
-    axes, each = row.our_axes.split(), spec.num_kv_heads // left
-    own = "K" in axes
+    axes, own = row.our_axes.split(), "K" in row.our_axes
     at, width = axes.index("K" if own else "N"), axes.index("H")
+    count, each = (left, spec.num_kv_heads // left) if own else (spec.num_heads, 1)
+    readers = 1 if own else spec.num_heads // spec.num_kv_heads
 
     def read(index: Index, layer: int) -> np.ndarray:
+        asked = range(count)[index[at]]
+        heads = range(asked.start * each, asked.stop * each)
+        theirs, inside = [*index], [slice(None)] * len(index)
+        theirs[at] = slice(heads.start, heads.stop)
         # Turns mix the numbers of a head, so heads are read whole and cut afterwards.
-        theirs = [*index]
-        theirs[width] = slice(None)
-        if own:
-            merged = range(left)[index[at]]
-            heads = range(merged.start * each, merged.stop * each)
-            theirs[at] = slice(heads.start, heads.stop)
-            owners = list(heads)
-        else:
-            group = spec.num_heads // spec.num_kv_heads
-            owners = [head // group for head in range(spec.num_heads)[index[at]]]
+        theirs[width], inside[width] = slice(None), index[width]
+        owners = [head // readers for head in heads]
         part = turned(row.ours, exact(tuple(theirs), layer), turns(layer), owners)
-        if own:
-            part = part.reshape(*part.shape[:at], -1, each, *part.shape[at + 1 :]).mean(at + 1)
-        inside = [slice(None)] * part.ndim
-        inside[width] = index[width]
-        return cast(part[tuple(inside)], dtype, row.name(layer))
+        grouped = part.reshape(*part.shape[:at], len(asked), each, *part.shape[at + 1 :])
+        return cast(grouped.mean(at + 1)[tuple(inside)], dtype, row.name(layer))
 
     return read
 

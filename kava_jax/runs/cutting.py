@@ -5,11 +5,11 @@ them. A skipped layer is one whose output projections are zero, so one compiled 
 """
 
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from math import prod
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -29,14 +29,15 @@ from kava_jax.geometry import Mean
 from kava_jax.hf.card import cut_card
 from kava_jax.hf.config_json import FloatName
 from kava_jax.hf.cut import (
+    MEASURED,
     RULES,
     Cut,
+    Rule,
     check_uncut,
     cut_record,
     cut_spec,
-    fewer_units,
-    kept_layers,
     load_cut_params,
+    plan_cut,
     stored_dtype,
     write_cut,
 )
@@ -51,7 +52,7 @@ from kava_jax.models.spec import DecoderSpec
 from kava_jax.parallel.sharding import replicated
 from kava_jax.runs.blueprint import Blueprint, make_blueprint
 from kava_jax.runs.evaluate import held_out_batches
-from kava_jax.runs.find_models import Found, Models, cut_source, named_parts, with_weights
+from kava_jax.runs.find_models import Found, Models, cut_source, with_weights
 from kava_jax.runs.parts import place_slices
 from kava_jax.runs.prepare import Run, data_loader, find_tokenizer, prepare
 from kava_jax.storage import Place
@@ -61,15 +62,8 @@ LEAST_TOKENS = 256
 # Training rows that ``student.cut`` is measured on.
 TRAINING_ROWS = 128
 
-
-class Calibration(NamedTuple):
-    """The rows that a teacher is measured on, ready to be put on the devices."""
-
-    run: Run
-    batches: list[Callable[[], Batch]]
-    rows: int
-    tokens: int
-    """Of the rows' answers: those that the loss is a mean over."""
+# What puts each batch on the devices, when it is its turn.
+Batches = Sequence[Callable[[], Batch]]
 
 
 def cut(
@@ -94,7 +88,7 @@ def cut(
         out: the directory to write.
         layers: layers to keep, ``0,1,2`` or ``all``; else ``keep`` of them by ``rule``.
         keep: how many.
-        rule: one of ``RULES``; middle by default.
+        rule: one of ``RULES``; the first by default.
         kv_heads: how many are left; all by default.
         intermediate_size: feed-forward units left in each layer; all by default.
         data: calibration rows, as ``kava eval`` reads them.
@@ -103,103 +97,117 @@ def cut(
         dtype: of the weights on disk; ``auto`` is the teacher's.
         command: the command line, for the model card.
 
-    Raises KavaError before anything is measured or written for whatever does not fit.
+    Raises KavaError, before anything is measured or written, for whatever does not fit.
     """
+    if layers is not None and keep is not None:
+        raise KavaError("layers and keep: both given; give one, --layers 0,1,2 or --keep N")
     check_destination(out)
     directory = resolve_model(teacher)
     check_uncut(directory, teacher)
     spec = read_spec(directory)
-    named = _named_layers(layers, keep, rule, spec.num_layers)
-    # An early refusal: measuring takes long.
-    cut_spec(spec, Cut(named or tuple(range(spec.num_layers)), kv_heads))
-    fewer = fewer_units(intermediate_size, spec)
-    if data is None and (named is None or fewer):
-        needs = f"rule={rule}" if named is None else f"intermediate_size={fewer}"
-        raise KavaError(f"{needs} is measured on rows of text; give --data PATH")
-    if data is None and overrides:
-        raise KavaError(f"override={overrides[0]!r} is of the calibration rows; give --data PATH")
-    calibration = _open(teacher, data, rows, overrides) if data else None
-    chosen, measured = _choose(spec, named, keep, rule, kv_heads, fewer, calibration)
-    if calibration:
-        measured["loss_after"] = _loss_after(calibration, directory, spec, chosen)
-    name = stored_dtype(directory, spec) if dtype == "auto" else dtype
+    chosen_rule = _rule(rule, keep)
+    wanted = _listed(layers) if keep is None else keep
+    chosen = plan_cut(spec, wanted, chosen_rule, kv_heads, intermediate_size)
     ours = cut_spec(spec, chosen)
+    measured_rule = _measured_rule(chosen_rule, wanted, spec)
+    if data is None:
+        needs = f"rule={rule}" if measured_rule else f"intermediate_size={intermediate_size}"
+        if measured_rule or chosen.units:
+            raise KavaError(f"{needs} is measured on rows of text; give --data PATH")
+        if overrides:
+            raise KavaError(f"override={overrides[0]!r} is of calibration rows; give --data PATH")
+    found: dict[str, Any] = {}
+    if data is not None:
+        run, batches, found = _calibration(teacher, data, rows, overrides)
+        chosen, measured = _measured(run.blueprint, batches, chosen, measured_rule)
+        found |= measured | {"loss_after": _loss_after(run, batches, directory, spec, chosen)}
+    name = stored_dtype(directory, spec) if dtype == "auto" else dtype
+    merged = ours.num_kv_heads < spec.num_kv_heads
     found = {
-        "teacher": teacher,
-        "teacher_layers": spec.num_layers,
         "layers": list(chosen.layers),
-        "rule": None if layers else rule or "middle",
-        "teacher_kv_heads": spec.num_kv_heads,
+        "teacher_layers": spec.num_layers,
         "kv_heads": ours.num_kv_heads,
-        "keys_turned": not spec.qk_norm and ours.num_kv_heads < spec.num_kv_heads,
-        "teacher_intermediate_size": spec.intermediate_size,
+        "teacher_kv_heads": spec.num_kv_heads,
+        "keys": "mean only: a norm follows" if merged and spec.qk_norm else _MERGED[merged],
+        "values": _MERGED[merged],
         "intermediate_size": ours.intermediate_size,
-        "teacher_parameters": _size(spec),
+        "teacher_intermediate_size": spec.intermediate_size,
         "parameters": _size(ours),
+        "teacher_parameters": _size(spec),
         "dtype": name,
-        **measured,
-    }
-    card = cut_card(
-        name=out.name,
-        teacher=teacher,
-        left=describe(found),
-        command=shlex.join(command),
-    )
+    } | found
+    card = cut_card(name=out.name, teacher=teacher, left=found, command=shlex.join(command))
     write_cut(out, directory, spec, chosen, teacher=teacher, dtype=name, card=card)
     return found
 
 
-def describe(found: Mapping[str, Any]) -> dict[str, str]:
-    """What was kept and measured, in words."""
-    heads, before = found["kv_heads"], found["teacher_kv_heads"]
-    told = {
-        "layers": f"{_ranges(found['layers'])} of {found['teacher_layers']}"
-        + (f" (rule {found['rule']})" if found["rule"] else ""),
-        "KV heads": f"{before}",
-        "feed-forward units": f"{found['teacher_intermediate_size']}",
-        "parameters": f"{found['teacher_parameters']:,} -> {found['parameters']:,}",
-        "dtype": found["dtype"],
-    }
-    if heads < before:
-        how = "keys and values turned towards one another, then their mean"
-        if not found["keys_turned"]:
-            how = "values turned towards one another; keys by mean only, as a norm follows them"
-        told["KV heads"] = f"{before} -> {heads} ({how})"
-    if found["intermediate_size"] < found["teacher_intermediate_size"]:
-        told["feed-forward units"] += f" -> {found['intermediate_size']} (by mean activation)"
-    if "loss_before" in found:
-        told["held-out loss"] = (
-            f"{found['loss_before']:.4f} -> {found['loss_after']:.4f} "
-            f"({found['rows']} rows, {found['tokens']} tokens)"
-        )
-    for skipped, loss in found.get("loss_without", {}).items():
-        told[f"loss without {skipped}"] = f"{loss:.4f}"
-    return told
+_MERGED = {True: "turned towards one another, then their mean", False: "as they were"}
 
 
-def _named_layers(
-    layers: str | None, keep: int | None, rule: str | None, depth: int
-) -> tuple[int, ...] | None:
-    """The layers that need no measuring; None where they are measured."""
-    if (layers is None) == (keep is None):
-        given = "neither" if layers is None else "both"
-        raise KavaError(f"layers and keep: {given} given; give one, --layers 0,1,2 or --keep N")
-    if keep is None:
-        if rule is not None:
-            raise KavaError(f"rule={rule} with layers={layers}: a rule goes with --keep N")
-        if layers == "all":
-            return tuple(range(depth))
-        try:
-            return tuple(map(int, str(layers).split(",")))
-        except ValueError:
-            raise KavaError(f"layers={layers!r} is no list such as 0,1,2; or write all") from None
-    if rule not in (None, *RULES):
-        raise KavaError(f"rule={rule!r} is unknown; use one of {', '.join(RULES)}")
-    return kept_layers(depth, keep, next(one for one in RULES if one == (rule or "middle")))
+def _listed(layers: str | None) -> tuple[int, ...] | None:
+    """``0,1,2`` as numbers; None for all."""
+    if layers is None:
+        raise KavaError("layers and keep: neither given; give one, --layers 0,1,2 or --keep N")
+    try:
+        return None if layers == "all" else tuple(map(int, layers.split(",")))
+    except ValueError:
+        raise KavaError(f"layers={layers!r} is no list such as 0,1,2; or write all") from None
 
 
-def _open(teacher: str, data: str, rows: int, overrides: Sequence[str]) -> Calibration:
-    """The teacher as the student of a run without teachers, and its rows."""
+def _rule(rule: str | None, keep: int | None) -> Rule:
+    if rule is not None and keep is None:
+        raise KavaError(f"rule={rule} with layers: a rule goes with --keep N")
+    for known in RULES:
+        if known == (rule or RULES[0]):
+            return known
+    raise KavaError(f"rule={rule!r} is unknown; use one of {', '.join(RULES)}")
+
+
+def _measured_rule(
+    rule: Rule, layers: tuple[int, ...] | int | None, spec: DecoderSpec
+) -> Rule | None:
+    """The rule where it has something to measure."""
+    measures = isinstance(layers, int) and rule in MEASURED and layers < spec.num_layers
+    return rule if measures else None
+
+
+def settled(config: Config, rows: Sequence[Encoded], fingerprint: str) -> CutRecord:
+    """What ``student.cut`` keeps, measured on the first training rows where it has to be.
+
+    Args:
+        config: of a run whose student is a cut one.
+        rows: its training rows.
+        fingerprint: of the model that is cut.
+
+    Raises KavaError for too few rows.
+    """
+    cut, source = config.student.cut, cut_source(config)
+    assert cut is not None
+    spec = with_weights(source).spec
+    chosen = plan_cut(spec, cut.layers, cut.rule, cut.kv_heads, cut.intermediate_size)
+    rule = _measured_rule(cut.rule, cut.layers, spec)
+    if rule or chosen.units:
+        run = prepare(_of_source(config, source))
+        held = HeldOut(list(rows[:TRAINING_ROWS]), ())
+        _check_tokens(held, config.data.path)
+        batches = held_out_batches(run, held, lambda: None)
+        chosen, _ = _measured(run.blueprint, batches, chosen, rule)
+    return cut_record(spec, chosen, source, fingerprint)
+
+
+def _of_source(config: Config, source: str) -> Config:
+    """The run of the uncut model alone, as a student without teachers."""
+    raw = dump_config(config)
+    tokenizer = find_tokenizer(config)[1]
+    raw["student"] |= {"path": source, "cut": None, "tokenizer": tokenizer}
+    raw["loss"] |= {"ce_weight": 1.0, "kv_weight": 1.0, "kl_weight": 0.0}
+    return parse_config(raw | {"teachers": []})
+
+
+def _calibration(
+    teacher: str, data: str, rows: int, overrides: Sequence[str]
+) -> tuple[Run, Batches, dict[str, Any]]:
+    """The teacher as the student of a run without teachers, and the rows it is measured on."""
     for override in overrides:
         if not override.startswith(("data.", "mesh.")):
             raise KavaError(f"override={override!r}: kava cut takes data.* and mesh.* fields only")
@@ -214,99 +222,56 @@ def _open(teacher: str, data: str, rows: int, overrides: Sequence[str]) -> Calib
     split = settings.eval_split or ("dev" if data.startswith("builtin:") else settings.split)
     held = HeldOut.of(data_loader(run)(data, split=split, rows=rows), run.encoder)
     if len(held.measured) < rows:
-        raise KavaError(f"rows={rows}: {data} has {held.sentence}; give more rows, or lower --rows")
-    return _calibration(run, held)
+        raise KavaError(
+            f"rows={rows}: {data} has {held.sentence}; give more, raise data.max_length or lower "
+            f"--rows"
+        )
+    tokens = _check_tokens(held, data)
+    return run, held_out_batches(run, held, lambda: None), {"rows": rows, "tokens": tokens}
 
 
-def _calibration(run: Run, held: HeldOut) -> Calibration:
+def _check_tokens(held: HeldOut, data: str) -> int:
+    """The tokens to predict. Raises KavaError for too few."""
     tokens = sum(int(row.targets.sum()) for row in held.measured)
     if tokens < LEAST_TOKENS:
         raise KavaError(
-            f"data={run.config.data.path}: {len(held.measured)} rows have {tokens} tokens to "
-            f"predict, too few to measure by; give at least {LEAST_TOKENS}"
+            f"data={data}: {len(held.measured)} rows have {tokens} tokens to predict, too few to "
+            f"measure by; give at least {LEAST_TOKENS}"
         )
-    return Calibration(run, held_out_batches(run, held, lambda: None), len(held.measured), tokens)
+    return tokens
 
 
-def settled(config: Config, rows: Sequence[Encoded], fingerprint: str) -> CutRecord:
-    """What ``student.cut`` keeps, measured on the first training rows where it has to be.
-
-    Args:
-        config: of a run whose student is a cut one.
-        rows: its training rows.
-        fingerprint: of the model that is cut.
-
-    Raises KavaError for too few rows, and what ``cut_spec`` refuses.
-    """
-    settings, source = config.student.cut, cut_source(config)
-    assert settings is not None
-    found = with_weights(source)
-    named, fewer = named_parts(settings, found.spec)
-    keep = settings.layers if isinstance(settings.layers, int) else None
-    calibration = None
-    if named is None or fewer:
-        run = prepare(_of_source(config, source))
-        calibration = _calibration(run, HeldOut(list(rows[:TRAINING_ROWS]), ()))
-    chosen, _ = _choose(
-        found.spec, named, keep, settings.rule, settings.kv_heads, fewer, calibration
-    )
-    return cut_record(found.spec, chosen, source, fingerprint)
-
-
-def _of_source(config: Config, source: str) -> Config:
-    """The run of the uncut model alone, as a student without teachers."""
-    raw = dump_config(config)
-    tokenizer = find_tokenizer(config)[1]
-    raw["student"] |= {"path": source, "cut": None, "tokenizer": tokenizer}
-    raw["loss"] |= {"ce_weight": 1.0, "kv_weight": 1.0, "kl_weight": 0.0}
-    return parse_config(raw | {"teachers": []})
-
-
-def _choose(
-    spec: DecoderSpec,
-    named: tuple[int, ...] | None,
-    keep: int | None,
-    rule: str | None,
-    kv_heads: int | None,
-    units: int | None,
-    calibration: Calibration | None,
+def _measured(
+    blueprint: Blueprint, batches: Batches, chosen: Cut, rule: Rule | None
 ) -> tuple[Cut, dict[str, Any]]:
-    """What is kept, and the figures of the whole teacher that decided it."""
-    if calibration is None:
-        assert named is not None
-        return Cut(named, kv_heads), {}
-    blueprint = calibration.run.blueprint
-    params, every = blueprint.load_student(), np.ones((1, spec.num_layers))
-    measured: dict[str, Any] = {"rows": calibration.rows, "tokens": calibration.tokens}
-    measured["loss_before"] = float(losses(blueprint, params, calibration.batches, every)[0])
-    if named is None:
-        assert keep is not None
-        width = 1 if rule == "best_layers" else spec.num_layers - keep
-        firsts = range(spec.num_layers - width + 1)
-        kept_ML = np.stack([_all_but(range(f, f + width), spec.num_layers) for f in firsts])
-        without = losses(blueprint, params, calibration.batches, kept_ML)
+    """What is kept once the rule and the units are measured, and the figures that decided it."""
+    params, depth = blueprint.load_student(), blueprint.student_spec.num_layers
+    keep, layers, units = len(chosen.layers), chosen.layers, chosen.units
+    figures: dict[str, Any] = {}
+    figures["loss_before"] = float(losses(blueprint, params, batches, np.ones((1, depth)))[0])
+    if rule is not None:
+        width = 1 if rule == "best_layers" else depth - keep
+        skipped = [range(first, first + width) for first in range(depth - width + 1)]
+        kept_ML = np.array([[float(n not in block) for n in range(depth)] for block in skipped])
+        without = losses(blueprint, params, batches, kept_ML)
+        for block, loss in zip(skipped, without.tolist(), strict=True):
+            name = f"{block[0]}-{block[-1]}" if width > 1 else f"{block[0]}"
+            figures[f"loss_without/{name}"] = loss
         # A loss that is no number costs more than any that is one.
-        order = np.argsort(np.nan_to_num(without, nan=np.inf), kind="stable")
-        if rule == "best_layers":
-            named = tuple(sorted(int(layer) for layer in order[spec.num_layers - keep :]))
-        else:
-            named = tuple(int(layer) for layer in np.flatnonzero(kept_ML[order[0]]))
-        measured["loss_without"] = {
-            _ranges(range(f, f + width)): float(loss)
-            for f, loss in zip(firsts, without, strict=True)
-        }
-    rows = None
+        order = np.argsort(np.nan_to_num(without, nan=np.inf), kind="stable").tolist()
+        gone = skipped[order[0]] if rule == "best_block" else order[: depth - keep]
+        layers = tuple(layer for layer in range(depth) if layer not in gone)
     if units is not None:
-        means_LF = unit_means(blueprint, params, calibration.batches)
-        largest = np.argsort(-means_LF[list(named)], axis=1, kind="stable")[:, :units]
-        rows = tuple(tuple(sorted(row)) for row in largest.tolist())
-    return Cut(named, kv_heads, rows), measured
+        means_LF = unit_means(blueprint, params, batches)[list(layers)]
+        largest = np.argsort(-means_LF, axis=1, kind="stable")[:, : len(units[0])]
+        units = tuple(tuple(sorted(row)) for row in largest.tolist())
+    return Cut(layers, chosen.kv_heads, units), figures
 
 
 def losses(
     blueprint: Blueprint,
     params: Params,
-    batches: Sequence[Callable[[], Batch]],
+    batches: Batches,
     kept_ML: Float[np.ndarray, "M L"],
 ) -> Float[np.ndarray, "M"]:
     """Cross-entropy of a run's student with some layers only: 1 keeps a layer, 0 skips it."""
@@ -328,9 +293,7 @@ def losses(
     return found
 
 
-def unit_means(
-    blueprint: Blueprint, params: Params, batches: Sequence[Callable[[], Batch]]
-) -> Float[np.ndarray, "L F"]:
+def unit_means(blueprint: Blueprint, params: Params, batches: Batches) -> Float[np.ndarray, "L F"]:
     """Mean ``|silu(gate) * up|`` of every feed-forward unit of a run's student, over all tokens."""
     graph = blueprint.student.graph
     sums = jax.jit(partial(_unit_sums, graph), out_shardings=replicated(blueprint.mesh))
@@ -371,26 +334,15 @@ def _skipping(params: Params, kept_L: Float[Array, "L"]) -> Params:
     return unflatten_dict(flat, sep="/")
 
 
-def _loss_after(calibration: Calibration, directory: Path, spec: DecoderSpec, chosen: Cut) -> float:
+def _loss_after(
+    run: Run, batches: Batches, directory: Path, spec: DecoderSpec, chosen: Cut
+) -> float:
     """The cut model's loss on the same rows, its weights read straight to the devices."""
-    run, ours = calibration.run, cut_spec(spec, chosen)
-    blueprint = make_blueprint(run.config, run.mesh, Models(Found(directory, ours), {}), {})
+    models = Models(Found(directory, cut_spec(spec, chosen)), {})
+    blueprint = make_blueprint(run.config, run.mesh, models, {})
     put = partial(place_slices, blueprint.student.shardings)
     params = load_cut_params(directory, spec, chosen, put=put)
-    every = np.ones((1, ours.num_layers))
-    return float(losses(blueprint, params, calibration.batches, every)[0])
-
-
-def _all_but(skipped: range, depth: int) -> np.ndarray:
-    return np.where(np.isin(np.arange(depth), skipped), 0.0, 1.0)
-
-
-def _ranges(layers: Sequence[int]) -> str:
-    """``[0, 1, 2, 5]`` as ``0-2, 5``."""
-    starts = [n for n in layers if n - 1 not in layers]
-    ends = [n for n in layers if n + 1 not in layers]
-    pairs = zip(starts, ends, strict=True)
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in pairs)
+    return float(losses(blueprint, params, batches, np.ones((1, len(chosen.layers))))[0])
 
 
 def _size(spec: DecoderSpec) -> int:

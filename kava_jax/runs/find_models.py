@@ -9,7 +9,7 @@ from kava_jax.config.run import Config
 from kava_jax.errors import KavaError
 from kava_jax.hf.config_json import spec_from_config
 from kava_jax.hf.config_keys import refuse_unknown
-from kava_jax.hf.cut import Cut, check_uncut, cut_record, cut_spec, fewer_units, kept_layers
+from kava_jax.hf.cut import Cut, check_uncut, cut_record, cut_spec, plan_cut
 from kava_jax.hf.cut_record import CutRecord, read_cut_record
 from kava_jax.hf.known import KNOWN_CONFIGS
 from kava_jax.hf.load import read_spec
@@ -121,23 +121,8 @@ def cut_source(config: Config) -> str:
     return config.student.cut.path or config.teachers[0].path
 
 
-def named_parts(
-    settings: CutConfig, spec: DecoderSpec
-) -> tuple[tuple[int, ...] | None, int | None]:
-    """The layers that are kept, None where they are measured; and a lower number of units.
-
-    ``spec`` is that of the uncut model.
-    """
-    kept = settings.layers
-    if kept is None:
-        kept = spec.num_layers
-    if isinstance(kept, int):
-        kept = kept_layers(spec.num_layers, kept, settings.rule)
-    return kept, fewer_units(settings.intermediate_size, spec)
-
-
 def _cut_student(
-    config: Config, settings: CutConfig, find: Callable[[str], Found], record: CutRecord | None
+    config: Config, cut: CutConfig, find: Callable[[str], Found], record: CutRecord | None
 ) -> Found:
     """The student that ``student.cut`` describes."""
     source = cut_source(config)
@@ -148,13 +133,8 @@ def _cut_student(
     if record is None and (config.run.directory / MANIFEST_NAME).is_file():
         record = read_cut_record(config.run.directory)
     if record is None:
-        layers, units = named_parts(settings, spec)
-        # What is not measured yet has its size alone.
-        if layers is None:
-            assert isinstance(settings.layers, int)
-            layers = tuple(range(settings.layers))
-        rows = (tuple(range(units)),) * len(layers) if units else None
-        record = cut_record(spec, Cut(layers, settings.kv_heads, rows), source, "")
+        plan = plan_cut(spec, cut.layers, cut.rule, cut.kv_heads, cut.intermediate_size)
+        record = cut_record(spec, plan, source, "")
     return Found(directory, cut_spec(spec, Cut.of(record)), record)
 
 

@@ -331,7 +331,10 @@ def test_a_few_wide_tensors_widen_all(teachers, tmp_path):
         (((0, 1), None, ((1, 2),)), "units has 1 rows of [2] units for 2 layers"),
         (((0, 1), None, ((1, 2), (1, 2, 3))), "units has 2 rows of [2, 3] units"),
         (((0,), None, ((2, 1),)), "in ascending order"),
-        (((0,), None, ((1, 80),)), "units: the teacher has 80 in a layer; count them from 0 to 79"),
+        (
+            ((0,), None, ((1, 80),)),
+            "intermediate_size=2 with units up to 80: the teacher has 80 in a layer",
+        ),
     ],
 )
 def test_what_a_teacher_does_not_have_is_refused(cut, words, teachers):
