@@ -136,7 +136,7 @@ def test_every_picture_is_inside_and_told_in_words(page):
         "cosine, training: 0.500 at step 10, 0.750 at step 20.",
         "cosine, held out: 0.012 at step 0, 0.850 at step 20.",
         "gap, training: 0.250 at step 10, 0.375 at step 20.",
-        "KV / cross-entropy: 1.500 at step 0, 0.200 at step 20.",
+        "KV / language: 1.500 at step 0, 0.200 at step 20.",
         "cosine of the two: -0.125 at step 0, -0.125 at step 20.",
     ):
         assert words in alts
