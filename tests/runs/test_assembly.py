@@ -35,6 +35,19 @@ def test_a_ramp_arrives_when_its_part_of_the_run_is_over(ramp, expected):
     assert weights(ramp, 5) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize(
+    ("language", "expected"),
+    [
+        (["loss.ce_weight=1"], [1, 1, 1, 1, 1]),
+        (["loss.ce_weight=0", "loss.kl_weight={start: 0, end: 2}"], [0, 0.5, 1, 1.5, 2]),
+        (["loss.ce_weight={start: 1, end: 0}", "loss.kl_weight=0.5"], [1.5, 1.25, 1, 0.75, 0.5]),
+    ],
+)
+def test_a_share_follows_the_weights_of_the_language_terms(language, expected):
+    config = parse_config(CONFIG, ["train.steps=5", "loss.kv_weight=auto(0.2)", *language])
+    assert [float(kv_weight(config)(step)) for step in range(5)] == pytest.approx(expected)
+
+
 def test_cross_entropy_counts_as_its_own_ramp_says():
     made = setting(names=())
     objective = replace(made.objective, ce_weight=optax.linear_schedule(0.0, 2.0, 4))

@@ -102,6 +102,8 @@ def test_shares_and_cosines_of_gradients_are_those_of_separate_gradients(weights
         {"kv_gradient_share": 0.3 * 2.0 * ratio, "kv_gradient_cosine": cosine}, rel=CLOSE, abs=CLOSE
     )
     assert abs(cosine) > 100 * CLOSE
+    # With this scale the scheduled weight, 0.3, has the share that is asked for.
+    ratio *= 0.3
     assert float(found.kv_scale.value) == pytest.approx(SHARE / ratio, rel=CLOSE)
     # Later the scale goes by the geometric mean of this ratio and of those before it, which fade.
     later = run(BATCH, (-1.5, 2.0)).kv_scale
