@@ -238,7 +238,7 @@ def _teacher(
     assert directory is not None  # a teacher is never fresh
     layer_map, map_note = measured_maps.get(teacher.name), None
     if layer_map is None or teacher.layer_map not in CALIBRATED_MAPS:
-        layer_map, map_note = layer_map_of(index, teacher, models)
+        layer_map, _, map_note = layer_map_of(index, teacher, models)
     # Logits need every layer and the head; the caches alone only the layers up to the last mapped.
     headless = is_zero(config.loss.kl_weight)
     blocks = layer_map.last_teacher_layer if headless else spec.num_layers

@@ -131,7 +131,7 @@ def make_probe(
         one, nothing = jnp.ones(()), jnp.zeros(())
         of_language, of_kv = pull((one, nothing))[0], pull((nothing, one))[0]
         unweighted, cosine = gradient_share(of_kv, of_language)
-        scheduled = kv_weight(state.step) * unweighted
+        scheduled = jnp.multiply(kv_weight(state.step), unweighted)
         scale = state.kv_scale if share is None else _rescaled(state.kv_scale, scheduled, share)
         layers = figures([examine(objective, state.params, teachers, few, tokens=TOKENS)])
         in_force = scheduled * state.kv_scale.value

@@ -411,7 +411,10 @@ def test_other_models_in_the_same_place_do_no_harm(tmp_path):
     assert page.tables[BY_LAYER][0][1:] == ["0", "1"]
     pairs = [{"name": "big", "path": "builtin:demo_teacher", "layer_map": [[9, 0], [3, 1]]}]
     page = report(make_run(tmp_path / "deep", FINISHED[-1:], teachers=pairs))
-    assert "The models that are here now do not fit the config: layer_map: pairs" in page.words
+    assert (
+        "The models that are here now do not fit the config: teachers.0.layer_map: pairs"
+        in page.words
+    )
 
 
 def test_what_a_config_says_is_text_not_html(tmp_path):

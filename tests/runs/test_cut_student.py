@@ -34,7 +34,8 @@ def chosen(setting: Any, cut: CutRecord | None, teacher: int = 6, student: int =
     ]
     config = parse_config(CONFIG | {"teachers": [{"path": "t", "layer_map": setting}]})
     models = Models(Found(Path(), specs[0], cut), {"teacher": Found(Path(), specs[1])})
-    layer_map, note = layer_map_of(1, config.teachers[0], models)
+    layer_map, rule, note = layer_map_of(1, config.teachers[0], models)
+    assert rule == config.teachers[0].layer_map or f": {rule}, because" in str(note)
     return [row[0] for row in layer_map.teacher_layers], note
 
 
@@ -176,3 +177,8 @@ def test_maps_that_are_measured_stay_what_they_are(workspace, monkeypatch, capsy
     found = json.loads(Path("fitted/calibration/calibration.json").read_text())
     layer_map = found["teachers"]["big"]["layer_map"]
     assert layer_map == {"student_layers": [0, 1], "teacher_layers": [[0], [2]]}
+
+
+def test_an_empty_list_of_pairs_is_not_taken_for_none() -> None:
+    with pytest.raises(KavaError, match=rf"^{FIELD}: it holds no pairs"):
+        chosen([], CUT)

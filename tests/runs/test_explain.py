@@ -86,11 +86,14 @@ def test_the_named_job_in_words() -> None:
         (
             [],
             [
-                "the one that it was cut from where that is known, else",
+                "the one at its own relative depth (first meets first",
                 "teachers.0.layer_map: ratio, because the student holds no record of a cut",
             ],
         ),
-        (["teachers.0.layer_map=ratio"], ["the one at its own relative depth (first meets first"]),
+        (
+            ["teachers.0.path=nowhere/at-all"],
+            ["the one that it was cut from where that is known, else the one at its own depth"],
+        ),
         (
             ["projector.kind=identity", "student.path=Qwen/Qwen2.5-14B"],
             ["Projector: identity, so both sides' vectors are compared as they are."],
