@@ -122,6 +122,15 @@ def only_pickle(workspace: Path) -> None:
     (workspace / "teacher" / "model.safetensors").rename(workspace / "teacher/pytorch_model.bin")
 
 
+def cut_record(**changed: object) -> Arrange:
+    """The student holds the record of a cut from 3 layers to 2, but for what is changed."""
+    record: dict[str, object] = {"teacher": "teacher", "fingerprint": "", "teacher_layers": 3}
+    record |= {"layers": [0, 2], "kv_heads": [[0], [1]], **changed}
+    return lambda workspace: (
+        (workspace / "student" / "kava_cut.json").write_text(json.dumps(record)) and None
+    )
+
+
 def truncate_weights(workspace: Path) -> None:
     path = workspace / "teacher" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-100])

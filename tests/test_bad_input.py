@@ -21,6 +21,7 @@ from tests.spoil import (
     change_row,
     checkpoint_of_nan,
     config,
+    cut_record,
     dangling_link,
     differing_head,
     foreign_export,
@@ -423,6 +424,41 @@ FRESH = {
     "layer outside": Case(
         (*TRAIN, "teachers.0.layer_map=[[3, 1], [0, 0]]"),
         ("teachers.0.layer_map", "[[3, 1]]", "teacher of 3", "count layers from 0"),
+    ),
+    "origins of a student that was not cut": Case(
+        (*TRAIN, "teachers.0.layer_map=origin"),
+        ("teachers.0.layer_map='origin'", "no record of a cut", "use 'ratio' or a list of pairs"),
+    ),
+    "origins in a teacher of another depth": Case(
+        (*TRAIN, "teachers.0.layer_map=straddle"),
+        (
+            "teachers.0.layer_map='straddle'",
+            "a cut from 4 to 2 layers, but the teacher has 3 and the student 2",
+            "use 'ratio' or a list of pairs",
+        ),
+        cut_record(teacher_layers=4),
+    ),
+    "damaged record of a cut": Case(
+        TRAIN,
+        ("student/kava_cut.json", "layers=[2, 0] do not rise", "restore it, or remove it"),
+        cut_record(layers=[2, 0]),
+    ),
+    "identity between other heads": Case(
+        (*TRAIN, "projector.kind=identity"),
+        ("projector.kind=identity", "4 (1 x 4)", "8 (2 x 4)", "kind=linear bridges them"),
+        geometry(num_key_value_heads=1),
+    ),
+    "identity between other widths of a head": Case(
+        (*TRAIN, "projector.kind=identity", "projector.direction=teacher_to_student"),
+        ("projector.kind=identity", "8 (1 x 8)", "8 (2 x 4)", "kind=linear bridges them"),
+        geometry(num_key_value_heads=1, head_dim=8),
+    ),
+    "a share of no gradient": Case(
+        (*TRAIN, "loss.ce_weight=0", "loss.kv_weight=auto(0.2)"),
+        ("loss.kv_weight=auto(0.2)", "loss.ce_weight=0 and loss.kl_weight=0", "give one of them"),
+    ),
+    "a ramp of KL without an end": Case(
+        (*TRAIN, "loss.kl_weight={start: 0}"), ("loss.kl_weight.end", "required but missing")
     ),
     "student layer twice": Case(
         (*TRAIN, "teachers.0.layer_map=[[0, 1], [1, 1]]"),

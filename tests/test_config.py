@@ -163,10 +163,14 @@ def test_a_share_of_the_gradient_as_a_weight():
     for wrong in ("auto()", "auto(x)", "auto(0.2", "auto 0.2"):
         with pytest.raises(KavaError, match=r"write a number, auto\(0.2\)"):
             parse(f"loss.kv_weight={wrong}")
-    for weight, word in (("0", "0"), ("{start: 0, end: 1}", "a ramp")):
-        words = rf"auto\(0.2\).*loss.ce_weight={word}; give kv_weight a number"
+    fields = ["loss.kv_weight=auto(0.2)", "teachers.0.path=t"]
+    for nothing in ("0", "{start: 0, end: 0}"):
+        words = r"auto\(0.2\).*loss.ce_weight=0 and loss.kl_weight=0; .* or kv_weight a number"
         with pytest.raises(KavaError, match=words):
-            parse("loss.kv_weight=auto(0.2)", f"loss.ce_weight={weight}", "teachers.0.path=t")
+            parse(*fields, f"loss.ce_weight={nothing}", f"loss.kl_weight={nothing}")
+    for something in ("0.5", "{start: 0, end: 1}", "{start: 1, end: 0}"):
+        assert parse(*fields, f"loss.ce_weight={something}").loss.kl_weight == 0
+        assert parse(*fields, "loss.ce_weight=0", f"loss.kl_weight={something}").loss.ce_weight == 0
 
 
 def test_a_ramp_takes_the_run_or_a_part_of_it():
@@ -185,7 +189,10 @@ def test_a_recipe_sets_what_the_config_does_not_say():
     original = parse("recipe=original", "loss.kv.beta=0.05", "teachers.0.path=t")
     assert original.projector.direction == "teacher_to_student"
     assert original.loss.kv == Mercator(beta=0.05)
-    assert original.teachers[0].layer_map == "ratio"
+    assert original.teachers[0].layer_map is None
+    chosen = parse("recipe=calibrated", "teachers.0={path: t, layer_map: null}")
+    assert chosen.teachers[0].layer_map is None  # what is written wins over the recipe
+    assert parse_config(dump_config(chosen)) == chosen
     both = parse(
         "recipe=calibrated", "teachers.0.path=t", "teachers.1={path: u, name: u, layer_map: last}"
     )
@@ -218,6 +225,14 @@ def test_a_recipe_sets_what_the_config_does_not_say():
             "projector.warmup_steps=100 and optimizer.warmup_steps=0 leave the student nothing",
         ),
         (["teachers.0={path: t, layer_map: nearest}"], "teachers.0.layer_map='nearest'"),
+        (
+            ["projector.kind=identity", "projector.training=warmup"],
+            "projector: training=warmup with kind=identity, which has nothing to learn; set",
+        ),
+        (
+            ["projector.kind=identity", "projector.init=calibrated", "projector.per_layer=true"],
+            "projector: init=calibrated with kind=identity",
+        ),
     ],
 )
 def test_settings_that_do_not_go_together_are_refused(overrides, message):

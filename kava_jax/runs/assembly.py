@@ -70,11 +70,16 @@ def empty_statistics(objective: Objective, student: DecoderSpec) -> Statistics:
 
 
 def kv_weight(config: Config) -> optax.Schedule:
-    """Step -> KV weight; 1 where it is a measured share, which ``TrainState.kv_scale`` holds."""
-    weight = config.loss.kv_weight
-    if isinstance(weight, AutoShare):
-        return optax.constant_schedule(1.0)
-    return _weight(weight, config.train.steps)
+    """Step -> KV weight.
+
+    Where it is a measured share, this is the sum of the language weights. It is multiplied by the
+    measured ``TrainState.kv_scale``, and follows their ramps between two measurements.
+    """
+    loss, steps = config.loss, config.train.steps
+    if isinstance(loss.kv_weight, AutoShare):
+        ce, kl = _weight(loss.ce_weight, steps), _weight(loss.kl_weight, steps)
+        return lambda step: ce(step) + kl(step)
+    return _weight(loss.kv_weight, steps)
 
 
 def schedules(config: Config) -> dict[str, optax.Schedule]:

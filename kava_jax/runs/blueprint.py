@@ -247,7 +247,7 @@ def _teacher(
     assert directory is not None  # a teacher is never fresh
     layer_map, map_note = measured_maps.get(teacher.name), None
     if layer_map is None or teacher.layer_map not in CALIBRATED_MAPS:
-        layer_map, map_note = layer_map_of(index, teacher, models)
+        layer_map, _, map_note = layer_map_of(index, teacher, models)
     loss = config.loss
     comparison = (
         CacheComparison(teacher.name, layer_map, loss.key_space, loss.remove_key_bias)

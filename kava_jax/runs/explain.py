@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from kava_jax.alignment.layer_map import CALIBRATED_MAPS
 from kava_jax.config.file import dump_config, parse_config
 from kava_jax.config.pair import TeacherConfig
 from kava_jax.config.recipes import RECIPES
@@ -28,6 +29,7 @@ MAPS = {
     "last": "the teacher's last layers, one by one",
     "origin": "the one that it was cut from",
     "straddle": "the last one before the student's next layer, by the layers it was cut from",
+    # Without the models' own files it is not known which of the two.
     None: "the one that it was cut from where that is known, else the one at its own depth",
     "cka": "the one with the highest CKA of the 8 nearest teacher layers, measured before training",
     "calibrated": f"the {LAYERS} of the 8 nearest teacher layers that fit best together, measured "
@@ -121,7 +123,9 @@ def _cut(config: Config, models: Models | None) -> str:
 
 def _teacher(config: Config, index: int, teacher: TeacherConfig, models: Models | None) -> str:
     """Which layers meet, in words and as a table where the models' geometry is found."""
-    setting = teacher.layer_map
+    setting, layer_map, note = teacher.layer_map, None, None
+    if models is not None and setting not in CALIBRATED_MAPS:
+        layer_map, setting, note = layer_map_of(index, teacher, models)
     words = "the pairs that are given" if isinstance(setting, tuple) else MAPS[setting]
     text = f"Teacher {teacher.name} ({teacher.path}): each student layer meets {words}."
     text += CONTROLS[teacher.control]
@@ -132,9 +136,8 @@ def _teacher(config: Config, index: int, teacher: TeacherConfig, models: Models 
         f" {own.num_layers} layers with {own.num_kv_heads} KV heads of {own.head_dim}; the student "
         f"has {student.num_layers} with {student.num_kv_heads} of {student.head_dim}."
     )
-    if setting in ("cka", "calibrated"):
+    if layer_map is None:
         return text
-    layer_map, note = layer_map_of(index, teacher, models)
     rows = "\n".join(f"  {line}" for line in layer_map.table(teacher.name))
     text += f" {note}." if note else ""
     if is_zero(config.loss.kl_weight):

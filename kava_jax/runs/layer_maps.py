@@ -1,13 +1,17 @@
 """The layer map of each teacher: what the config asks for, and what the student says of itself."""
 
+from typing import Any
+
 from kava_jax.alignment.layer_map import ORIGIN_MAPS, LayerMap, make_layer_map
 from kava_jax.config.pair import TeacherConfig
 from kava_jax.errors import KavaError
 from kava_jax.runs.find_models import Found, Models
 
 
-def layer_map_of(index: int, teacher: TeacherConfig, models: Models) -> tuple[LayerMap, str | None]:
-    """A teacher's layer map, and a note of how it was chosen where the config does not say.
+def layer_map_of(
+    index: int, teacher: TeacherConfig, models: Models
+) -> tuple[LayerMap, Any, str | None]:
+    """A teacher's layer map, its rule or pairs, and what is to be said of the choice.
 
     ``teachers.N.layer_map=null`` is ``origin`` for a student whose layers were cut from a model of
     this teacher's depth, else ``ratio``. The cut model may be another one: teachers are often
@@ -15,25 +19,23 @@ def layer_map_of(index: int, teacher: TeacherConfig, models: Models) -> tuple[La
 
     Raises KavaError for a map that does not fit the models, or has to be measured.
     """
-    field, setting = f"teachers.{index}.layer_map", teacher.layer_map
+    field, rule = f"teachers.{index}.layer_map", teacher.layer_map
     depths = models.teachers[teacher.name].spec.num_layers, models.student.spec.num_layers
     origins, why = _origins(models.student, depths[0])
-    rule = setting or ("origin" if origins else "ratio")
+    note = None
+    if rule is None:
+        rule = "origin" if origins else "ratio"
+        note = f"{field}: {rule}, because {why}"
     if rule in ORIGIN_MAPS and origins is None:
         raise KavaError(f"{field}={rule!r}: {why}; use 'ratio' or a list of pairs")
     layer_map = make_layer_map(rule, *depths, origins=origins, field=field)
-    if setting is None:
-        return layer_map, f"{field}: {rule}, because {why}"
-    if (
-        setting == "ratio"
-        and origins
-        and layer_map != make_layer_map("origin", *depths, origins=origins)
-    ):
-        return layer_map, (
+    others = origins is not None and layer_map.read_layers != origins
+    if teacher.layer_map == "ratio" and others:
+        note = (
             f"{field}='ratio' pairs layers with others than they came from, although {why}; "
             f"'origin' pairs them with their own"
         )
-    return layer_map, None
+    return layer_map, rule, note
 
 
 def _origins(student: Found, teacher_layers: int) -> tuple[tuple[int, ...] | None, str]:

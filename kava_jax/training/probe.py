@@ -132,23 +132,24 @@ def make_probe(
         one, nothing = jnp.ones(()), jnp.zeros(())
         of_language, of_kv = pull((one, nothing))[0], pull((nothing, one))[0]
         unweighted, cosine = gradient_share(of_kv, of_language)
-        scale = state.kv_scale if share is None else _rescaled(state.kv_scale, unweighted, share)
+        scheduled = jnp.multiply(kv_weight(state.step), unweighted)
+        scale = state.kv_scale if share is None else _rescaled(state.kv_scale, scheduled, share)
         layers = figures([examine(objective, state.params, teachers, few, tokens=TOKENS)])
-        weight = kv_weight(state.step) * state.kv_scale.value
-        gradients = {"kv_gradient_share": weight * unweighted, "kv_gradient_cosine": cosine}
+        in_force = scheduled * state.kv_scale.value
+        gradients = {"kv_gradient_share": in_force, "kv_gradient_cosine": cosine}
         return Probed(scale, gradients, layers)
 
     return probe
 
 
-def _rescaled(scale: LossScale, unweighted: Float[Array, ""], share: float) -> LossScale:
+def _rescaled(scale: LossScale, unscaled: Float[Array, ""], share: float) -> LossScale:
     """The scale after one more measurement; a gradient of zero or NaN measures nothing."""
-    known = (unweighted > 0) & jnp.isfinite(unweighted)
+    known = (unscaled > 0) & jnp.isfinite(unscaled)
     old = scale.log_ratio
     # Logarithms, because one batch's ratio is often half or double the usual: a plain mean would
     # follow the large ones.
     log_ratio = Mean(
-        MEMORY * old.sum - jnp.log(jnp.where(known, unweighted, 1.0)), MEMORY * old.count + 1.0
+        MEMORY * old.sum - jnp.log(jnp.where(known, unscaled, 1.0)), MEMORY * old.count + 1.0
     )
     new = LossScale(share * jnp.exp(log_ratio.value), log_ratio)
     return jax.tree.map(lambda after, before: jnp.where(known, after, before), new, scale)

@@ -24,8 +24,8 @@ MEMORY = 0.99
 class LossScale(NamedTuple):
     """A weight that is measured: its value, and the decayed mean that it is taken from.
 
-    ``log_ratio`` is of ``log(||g_language|| / ||g_kv||)`` over the last few measurements: one
-    batch's ratio is often double or half the usual.
+    ``log_ratio`` is of ``log(||g_language|| / ||g_kv||)``, with KV at its scheduled weight, over
+    the last few measurements: one batch's ratio is often double or half the usual.
     """
 
     value: Float[Array, ""]
@@ -60,7 +60,7 @@ class TrainState(NamedTuple):
     statistics: Statistics
     """Running means of the frame."""
     kv_scale: LossScale
-    """Times the scheduled KV weight: 1, or as measured for a share of the gradient."""
+    """Times the scheduled KV weight: 1, or as measured for a share of the language gradient."""
     skips: Skips
 
 

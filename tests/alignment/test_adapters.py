@@ -37,6 +37,17 @@ def test_linear_is_numpys_affine_map() -> None:
     np.testing.assert_allclose(adapter(jnp.asarray(x), None), want, atol=TOL["float32"])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_identity_is_the_vectors_in_float32_without_parameters(dtype: str) -> None:
+    widths = (SOURCE, SOURCE)
+    adapter = Adapter("identity", widths, "xavier", nnx.Rngs(0), mlp_ratio=1.0, dropout=0.5)
+    x = jnp.asarray(vectors(SOURCE, 3, 4), dtype)
+    for key in (None, jax.random.key(0)):
+        assert adapter(x, key).dtype == jnp.float32
+        np.testing.assert_array_equal(adapter(x, key), np.asarray(x, np.float32))
+    assert jax.tree.leaves(nnx.state(adapter)) == []
+
+
 @pytest.mark.parametrize("ratio", [0.5, 1.0])
 def test_elastic_is_layer_norm_linear_silu_linear(ratio: float) -> None:
     adapter = elastic("kaiming", mlp_ratio=ratio, dropout=0.4)

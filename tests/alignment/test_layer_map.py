@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from kava_jax.alignment.layer_map import (
     CALIBRATED_MAPS,
     NAMED_MAPS,
+    ORIGIN_MAPS,
     LayerMap,
     make_layer_map,
     window,
@@ -68,6 +69,26 @@ def test_one_layer_each(name: str, teacher: int, student: int, layers: list[int]
     assert found == LayerMap(tuple(range(student)), tuple((layer,) for layer in layers))
 
 
+MIDDLE_OUT = (*range(8), *range(23, 30))  # 15 of 30, without a block in the middle
+
+
+@pytest.mark.parametrize(
+    ("origins", "depth", "straddled"),
+    [
+        (MIDDLE_OUT, 30, [0, 1, 2, 3, 4, 5, 6, 22, 23, 24, 25, 26, 27, 28, 29]),
+        ((0, 2, 4), 6, [1, 3, 5]),  # every second: the skipped layer's own
+        ((1, 2, 4), 8, [1, 3, 7]),
+        ((3,), 5, [4]),
+        ((0, 1, 2), 3, [0, 1, 2]),  # nothing was cut
+    ],
+)
+def test_maps_of_a_cut_student(origins: tuple[int, ...], depth: int, straddled: list[int]) -> None:
+    for name, layers in (("origin", origins), ("straddle", straddled)):
+        found = make_layer_map(name, depth, len(origins), origins=origins)
+        rows = tuple((layer,) for layer in layers)
+        assert found == LayerMap(tuple(range(len(origins))), rows)
+
+
 def test_explicit_pairs_are_put_in_student_order() -> None:
     found = make_layer_map([(5, 3), (7, 0), (5, 1)], 8, 4)
     assert found == LayerMap((0, 1, 3), ((7,), (5,), (5,)))
@@ -81,6 +102,10 @@ def test_explicit_pairs_are_put_in_student_order() -> None:
         ("", ["='' is unknown", "list of pairs"]),
         ("cka", ["='cka' needs a calibration", "`kava calibrate CONFIG` makes it"]),
         ("calibrated", ["='calibrated' needs a calibration", "`kava calibrate CONFIG` makes it"]),
+        *(
+            (name, [f"={name!r}: it is not known which", "was cut from", "use 'ratio'"])
+            for name in ORIGIN_MAPS
+        ),
         ([], ["holds no pairs"]),
         ([(8, 0), (0, 4), (1, 1), (-1, 2)], ["[[8, 0], [-1, 2], [0, 4]]", "8 and", "of 4 layers"]),
         ([(0, 1), (1, 1), (2, 3), (3, 3), (4, 0)], ["[1, 3] appear twice"]),
@@ -102,7 +127,8 @@ def test_last_needs_a_teacher_as_deep_as_the_student() -> None:
 
 
 def test_the_named_maps_are_the_ones_described() -> None:
-    assert NAMED_MAPS == ("ratio", "last")
+    assert NAMED_MAPS == ("ratio", "last", "origin", "straddle")
+    assert ORIGIN_MAPS == ("origin", "straddle")
     assert CALIBRATED_MAPS == ("cka", "calibrated")
 
 

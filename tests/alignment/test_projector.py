@@ -174,6 +174,39 @@ def test_parameters_counted_by_hand() -> None:
     assert make(mlp_ratio=0.5).count_parameters() == half
 
 
+@pytest.mark.parametrize("direction", [FORWARD, BACKWARD])
+@pytest.mark.parametrize("per_layer", [False, True])
+def test_identity_passes_vectors_and_its_file_holds_none(direction, per_layer, tmp_path) -> None:
+    side = {"d_model": 10, "num_heads": 2, "num_layers": 3}
+    options = {"kind": "identity", "direction": direction, "per_layer": per_layer}
+    projector = KVDimensionProjector({"a": side, "b": side}, 10, student_heads=2, **options)
+    assert projector.count_parameters() == 0
+    assert weights(projector) == {}
+    projector.save(tmp_path / "projector")
+    loaded = KVDimensionProjector.load(tmp_path / "projector")
+    assert loaded._arguments() == projector._arguments()
+    again = nnx.merge(nnx.split(projector)[0], {})
+    cache = KVCache(vectors(3, 2, 5, 2, 5), vectors(3, 2, 5, 2, 5, seed=1))
+    for one in (projector, loaded, again):
+        got = one.project("b", cache, dropout_key=jax.random.key(0))
+        jax.tree.map(np.testing.assert_array_equal, got, cache)
+
+
+def test_identity_needs_equal_heads() -> None:
+    for student, heads, told in ((12, 2, "12 (2 x 6)"), (16, 2, "16 (2 x 8)"), (8, 1, "8 (1 x 8)")):
+        for direction in (FORWARD, BACKWARD):
+            with pytest.raises(KavaError) as caught:
+                KVDimensionProjector(
+                    {"a": {"d_model": 16, "num_heads": 4}},
+                    student,
+                    student_heads=heads,
+                    kind="identity",
+                    direction=direction,
+                )
+            for words in ("teacher 'a'", "16 (4 x 4)", told, "kind=linear bridges them"):
+                assert words in str(caught.value)
+
+
 def test_bad_shapes_and_names_are_told() -> None:
     with pytest.raises(KavaError, match=r"student_d_model=10 is not divisible by 3 heads"):
         KVDimensionProjector(TEACHERS, 10, student_heads=3)

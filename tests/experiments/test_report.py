@@ -136,7 +136,7 @@ def test_every_picture_is_inside_and_told_in_words(page):
         "cosine, training: 0.500 at step 10, 0.750 at step 20.",
         "cosine, held out: 0.012 at step 0, 0.850 at step 20.",
         "gap, training: 0.250 at step 10, 0.375 at step 20.",
-        "KV / cross-entropy: 1.500 at step 0, 0.200 at step 20.",
+        "KV / language: 1.500 at step 0, 0.200 at step 20.",
         "cosine of the two: -0.125 at step 0, -0.125 at step 20.",
     ):
         assert words in alts
@@ -411,7 +411,10 @@ def test_other_models_in_the_same_place_do_no_harm(tmp_path):
     assert page.tables[BY_LAYER][0][1:] == ["0", "1"]
     pairs = [{"name": "big", "path": "builtin:demo_teacher", "layer_map": [[9, 0], [3, 1]]}]
     page = report(make_run(tmp_path / "deep", FINISHED[-1:], teachers=pairs))
-    assert "The models that are here now do not fit the config: layer_map: pairs" in page.words
+    assert (
+        "The models that are here now do not fit the config: teachers.0.layer_map: pairs"
+        in page.words
+    )
 
 
 def test_what_a_config_says_is_text_not_html(tmp_path):

@@ -43,6 +43,17 @@ def test_the_step_does_at_most_a_tenth_more_than_it_must() -> None:
     assert 1.0 <= flops(made) / sum(floor(made).values()) <= 1.10
 
 
+def test_a_projector_without_weights_costs_nothing() -> None:
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    spec = spec_from_config(PAIR.student | heads, where="bench")
+    config = parse_config({**CONFIG, "projector": {"kind": "identity"}}, ["data.batch_size=8"])
+    models = Models(Found(Path(), spec), {"big": Found(Path(), spec)})
+    made = make_blueprint(config, make_mesh(1, 1, 1, jax.devices()[:1]), models, {})
+    found = floor(made)
+    assert found["projector"] == 0
+    assert min(found["teachers"], found["student"], found["heads"]) > 0
+
+
 def test_a_teacher_of_which_half_is_mapped_costs_half() -> None:
     """What is saved is what the formula says: four layers and the last one's attention and MLP."""
     half = "teachers.0.layer_map=[[0, 0], [1, 1], [2, 2], [3, 3]]"

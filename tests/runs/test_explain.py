@@ -69,7 +69,10 @@ def test_the_named_job_in_words() -> None:
         (["teachers.0.control=shuffled"], ["Control: its targets are those of another row"]),
         (["loss.parts=values"], ["Compared: values, head by head"]),
         (["loss.parts=keys"], ["Compared: keys before RoPE, head by head"]),
-        (["loss.kv_weight=auto(0.3)"], ["0.3 of the cross-entropy gradient (measured every 20"]),
+        (
+            ["loss.kv_weight=auto(0.3)"],
+            ["0.3 of the language gradient, that of the other terms (measured every 20 steps)"],
+        ),
         (["loss.kv_weight={start: 1, end: 0}"], ["(1 falling to 0) x KV"]),
         (
             ["loss.ce_weight={start: 0, end: 1, over: 0.2}"],
@@ -88,6 +91,22 @@ def test_the_named_job_in_words() -> None:
         ),
         (["loss.match=block_outputs"], ["Compared: the residual stream after each layer, of"]),
         (["loss.kl_weight=0.5"], ["+ 0.5 x logit KL +"]),
+        (["loss.kl_weight={start: 0, end: 1}"], ["+ (0 rising to 1) x logit KL +"]),
+        (
+            [],
+            [
+                "the one at its own relative depth (first meets first",
+                "teachers.0.layer_map: ratio, because the student holds no record of a cut",
+            ],
+        ),
+        (
+            ["teachers.0.path=nowhere/at-all"],
+            ["the one that it was cut from where that is known, else the one at its own depth"],
+        ),
+        (
+            ["projector.kind=identity", "student.path=Qwen/Qwen2.5-14B"],
+            ["Projector: identity, so both sides' vectors are compared as they are."],
+        ),
         (["loss.key_space=post_rope", "loss.sink_tokens=0"], ["keys after RoPE", "first 0 of"]),
         (["projector.training=warmup"], ["alone for the first 100 steps"]),
         (

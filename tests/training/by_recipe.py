@@ -3,13 +3,18 @@
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kava_jax.alignment.layer_map import LayerMap
+from kava_jax.alignment.layer_map import ORIGIN_MAPS, LayerMap
 from kava_jax.config.file import parse_config
+from kava_jax.hf.cut_record import CutRecord
 from kava_jax.models.spec import DecoderSpec
 from kava_jax.runs.blueprint import Blueprint, make_blueprint
 from kava_jax.runs.find_models import Found, Models
 from tests.training.small import STUDENT, TEACHER, one_device, random_values
 
+# The student as if it were cut from the teacher, for the maps that need to know.
+CUT = CutRecord(
+    teacher="big", fingerprint="", teacher_layers=4, layers=(0, 1, 3), kv_heads=((0, 1), (2, 3))
+)
 # Both sides with a key bias, unlike the teacher of ``small``.
 BIASED = DecoderSpec(**{**vars(TEACHER), "family": "qwen2", "qk_norm": False, "qkv_bias": True})
 MEASURED = {
@@ -49,8 +54,9 @@ def made(
         section[last] = value
     config = parse_config(raw)
     student = DecoderSpec(**{**vars(STUDENT), "num_layers": student_layers})
-    models = Models(Found(Path(), student), {"big": Found(Path(), BIASED)})
     name = config.teachers[0].layer_map
+    cut = CUT if name in ORIGIN_MAPS else None
+    models = Models(Found(Path(), student, cut), {"big": Found(Path(), BIASED)})
     maps = {"big": MEASURED[name]} if name in MEASURED else {}
     blueprint = make_blueprint(config, one_device(), models, maps)
     assert blueprint.projector

@@ -171,7 +171,7 @@ def setting(
         direction=direction,
         match_attention=match == "attention",
         ce_weight=optax.constant_schedule(ce_weight),
-        kl_weight=kl_weight,
+        kl_weight=optax.constant_schedule(kl_weight) if kl_weight else None,
         kl_temperature=2.0,
         batch_shards=batch_shards(mesh),
     )
@@ -197,7 +197,8 @@ def jitted(program: Callable) -> Callable:
 
 def start(made: Setting, optimizer: optax.GradientTransformation) -> TrainState:
     """Step 0, placed for ``jitted``."""
-    state = initial_state(made.params, optimizer, made.statistics)
+    taught = bool(made.teachers)
+    state = initial_state(made.params, optimizer, made.statistics, taught=taught)
     return jax.device_put(state, replicated(one_device()))
 
 

@@ -106,7 +106,7 @@ def reference(made: Setting, params, data: Batch, np_=jnp):
             q = log_softmax(logits[..., :40] / 2.0)
             p = log_softmax(wide(teacher_logits)[:, :-1] / 2.0)
             kl = 4.0 * (exp(p) * (p - q)).sum(axis=-1)
-            scale = part * made.objective.kl_weight
+            scale = part * made.objective.kl_weight(STEP)
             total = total + scale * (kl * weight).sum() / weight.sum()
     return total
 
