@@ -81,7 +81,9 @@ def test_a_whole_run(match, words, workspace, capsys) -> None:
     assert ended.code == 0, ended.err
     assert {"eval_loss", "eval_cos_sim", "eval_alignment_gap"} <= json.loads(ended.out).keys()
     assert kava(capsys, "report", "run").code == 0
-    assert "cos_o" in Path("run/report.html").read_text()
+    page = Path("run/report.html").read_text()
+    assert "cosine of outputs" in page
+    assert "cosine, outputs" in page
     assert kava(capsys, "export", "run", "--out", "exported").code == 0
     assert f"to follow the {match.replace('_', ' ')} of" in Path("exported/README.md").read_text()
 
