@@ -49,16 +49,14 @@ def output_of(spec: DecoderSpec, params: Any, layer: int, match: str) -> np.ndar
     """[B, T, D]; without an MLP a layer adds its attention alone."""
     if match == "block_outputs":
         return hidden_after(spec, params, layer + 1)
-    down = params["blocks"]["mlp"]["down"]
-    silent = params["blocks"]["mlp"] | {"down": jax.tree.map(jnp.zeros_like, down)}
-    before = 0.0 if layer == 0 else hidden_after(spec, params, layer)
     if layer == 0:
         before = np.asarray(params["embed"]["embedding"], np.float64)[np.asarray(BATCH.tokens)]
+    else:
+        before = hidden_after(spec, params, layer)
     # The layers before it keep their MLPs.
-    kept = jax.tree.map(
-        lambda whole, quiet: whole.at[layer].set(quiet[layer]), params["blocks"]["mlp"], silent
-    )
-    quiet = params | {"blocks": params["blocks"] | {"mlp": kept}}
+    blocks = params["blocks"]
+    down = jax.tree.map(lambda x: x.at[layer].set(0.0), blocks["mlp"]["down"])
+    quiet = params | {"blocks": blocks | {"mlp": blocks["mlp"] | {"down": down}}}
     return hidden_after(spec, quiet, layer + 1) - before
 
 
