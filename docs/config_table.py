@@ -31,7 +31,8 @@ def sections() -> dict[str, type[BaseModel]]:
     for name, field in Config.model_fields.items():
         if inner := _models(field.annotation):
             found[name] = inner[0]
-    found["sets"] = _models(found["eval"].model_fields["sets"].annotation)[0]
+    for section, field in (("eval", "sets"), ("student", "cut")):
+        found[field] = _models(found[section].model_fields[field].annotation)[0]
     for loss in typing.get_args(AnyKVLoss):
         found[loss.model_fields["kind"].default] = loss
     return found

@@ -68,8 +68,8 @@ class LossConfig(Section):
 
     kv: NamedKVLoss = Field(
         default=Mercator(),
-        description="how far two keys (or values) are apart: a name, or a mapping with the kind "
-        "and its fields",
+        description="how far two keys (or values, or outputs) are apart: a name, or a mapping with "
+        "the kind and its fields",
     )
     match: Match = Field(
         default="cache",

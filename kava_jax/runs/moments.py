@@ -16,7 +16,7 @@ from kava_jax.data.batches import Batch
 from kava_jax.models.decoder import Params
 from kava_jax.parallel.sharding import batch_sharding, put_batch, replicated
 from kava_jax.runs.prepare import Run
-from kava_jax.training.comparison import Comparison, forward
+from kava_jax.training.comparison import LayerComparison, forward
 
 
 class Candidates(NamedTuple):
@@ -91,7 +91,7 @@ class Moments:
 def _vectors(
     run: Run,
     name: str,
-    comparison: Comparison,
+    comparison: LayerComparison,
     student_layers: tuple[int, ...],
     student: Params,
     teacher: Params,

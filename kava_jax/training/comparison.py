@@ -90,7 +90,7 @@ def forward(
 
 
 @dataclass(frozen=True)
-class Comparison(ABC):
+class LayerComparison(ABC):
     """How one teacher's vectors and the student's become comparable; base of both kinds."""
 
     name: str
@@ -146,7 +146,7 @@ class Comparison(ABC):
 
 
 @dataclass(frozen=True)
-class OutputComparison(Comparison):
+class OutputComparison(LayerComparison):
     """Outputs of layers (``forward`` with ``output``), each vector as wide as the model."""
 
     def heads(self, spec: DecoderSpec) -> tuple[int, int]:
@@ -159,7 +159,7 @@ class OutputComparison(Comparison):
 
 
 @dataclass(frozen=True)
-class CacheComparison(Comparison):
+class CacheComparison(LayerComparison):
     """Keys and values.
 
     Models give their keys before the bias. What is still missing from the keys to compare (bias,

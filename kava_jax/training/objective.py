@@ -31,8 +31,8 @@ from kava_jax.models.spec import DecoderSpec
 from kava_jax.training.comparison import (
     CacheComparison,
     Compared,
-    Comparison,
     ForwardPass,
+    LayerComparison,
     forward,
 )
 from kava_jax.training.lm_head import Head, weighted_losses
@@ -53,7 +53,7 @@ class TeacherLink(NamedTuple):
     """How one teacher is tied to the student; its weights are an argument of the step."""
 
     graph: nnx.GraphDef[Decoder]
-    comparison: Comparison
+    comparison: LayerComparison
     spec: DecoderSpec
     weight: float = 1.0
     """Of its terms in the loss."""
