@@ -103,12 +103,15 @@ def _type(annotation: Any) -> str:
     if origin in (typing.Union, types.UnionType):
         return ", ".join(_type(part) for part in inside)
     if origin is tuple:
+        if typing.get_origin(inside[0]) is typing.Annotated:
+            return "list of whole numbers"
         return "list of names" if inside[0] != tuple[int, int] else "list of pairs"
     if origin is dict:
         return "mapping"
     if isinstance(annotation, type) and issubclass(annotation, KVLoss):
         return f"`{annotation.model_fields['kind'].default}`"
     names = {"Ramp": "ramp", "AutoShare": "share", "str": "text", "int": "whole number"}
+    names |= {"CutConfig": "section"}
     names |= {"bool": "true or false", "float": "number"}
     return names[annotation.__name__]
 
