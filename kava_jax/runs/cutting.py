@@ -92,7 +92,7 @@ def cut(
     named = named_layers(layers, keep, rule, spec.num_layers)
     units = None if intermediate_size == spec.intermediate_size else intermediate_size
     # Where they are to be measured, the first ones stand for them until then.
-    chosen = Cut(named, kv_heads, units and (tuple(range(units)),) * len(named))
+    chosen = Cut(named, kv_heads, (tuple(range(units)),) * len(named) if units else None)
     ours = cut_spec(spec, chosen)
     rule = rule if rule in MEASURED and len(named) < spec.num_layers else None
     if data is None:
