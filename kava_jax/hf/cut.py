@@ -87,6 +87,8 @@ def plan_cut(
     rule: Rule,
     kv_heads: int | None,
     intermediate_size: int | None,
+    *,
+    field: str = "layers",
 ) -> Cut:
     """What is kept of a teacher: layers by name, by number and rule, or all of them.
 
@@ -94,14 +96,14 @@ def plan_cut(
     Layers of a measured rule and units are the first ones, as many as there will be, until they
     are measured.
 
-    Raises KavaError for more layers than the teacher has.
+    Raises KavaError, naming ``field``, for a number of layers that the teacher does not have.
     """
     depth = spec.num_layers
     keep = depth if layers is None else layers
     if isinstance(keep, int):
         if not 1 <= keep <= depth:
             raise KavaError(
-                f"layers={keep}: the teacher has {depth} layers; keep 1 to {depth} of them"
+                f"{field}={keep}: the teacher has {depth} layers; keep 1 to {depth} of them"
             )
         first = keep if rule in MEASURED else -(-keep // 2)
         keep = (*range(first), *range(depth - keep + first, depth))

@@ -107,7 +107,7 @@ def cut(
     spec = read_spec(directory)
     chosen_rule = _rule(rule, keep)
     wanted = _listed(layers) if keep is None else keep
-    chosen = plan_cut(spec, wanted, chosen_rule, kv_heads, intermediate_size)
+    chosen = plan_cut(spec, wanted, chosen_rule, kv_heads, intermediate_size, field="keep")
     ours = cut_spec(spec, chosen)
     measured_rule = _measured_rule(chosen_rule, wanted, spec)
     if data is None:

@@ -133,8 +133,11 @@ def _cut_student(
     if record is None and (config.run.directory / MANIFEST_NAME).is_file():
         record = read_cut_record(config.run.directory)
     if record is None:
-        plan = plan_cut(spec, cut.layers, cut.rule, cut.kv_heads, cut.intermediate_size)
-        record = cut_record(spec, plan, source, "")
+        try:
+            plan = plan_cut(spec, cut.layers, cut.rule, cut.kv_heads, cut.intermediate_size)
+            record = cut_record(spec, plan, source, "")
+        except KavaError as error:  # its first word is a field of the cut
+            raise KavaError(f"student.cut.{error}") from None
     return Found(directory, cut_spec(spec, Cut.of(record)), record)
 
 

@@ -25,7 +25,8 @@ def layer_map_of(
     note = None
     if rule is None:
         rule = "origin" if origins else "ratio"
-        note = f"{field}: {rule}, because {why}"
+        # Of a student with a basis of its own there is nothing to say: ratio is the rule.
+        note = f"{field}: {rule}, because {why}" if models.student.cut else None
     if rule in ORIGIN_MAPS and origins is None:
         raise KavaError(f"{field}={rule!r}: {why}; use 'ratio' or a list of pairs")
     layer_map = make_layer_map(rule, *depths, origins=origins, field=field)

@@ -94,10 +94,7 @@ def test_the_named_job_in_words() -> None:
         (["loss.kl_weight={start: 0, end: 1}"], ["+ (0 rising to 1) x logit KL +"]),
         (
             [],
-            [
-                "the one at its own relative depth (first meets first",
-                "teachers.0.layer_map: ratio, because the student holds no record of a cut",
-            ],
+            ["the one at its own relative depth (first meets first"],
         ),
         (
             ["teachers.0.path=nowhere/at-all"],
