@@ -21,6 +21,7 @@ Held-out text is cut once in two: learning rates and shares are chosen by the ru
 
 import argparse
 import json
+import re
 import shutil
 import statistics
 import subprocess
@@ -163,7 +164,7 @@ def arm_config(name: str, seed: int, steps: int) -> Config:
         overrides += ["projector={kind: linear}"]  # only measured: nothing need be fitted
     elif merged and "loss.match" in str(LOSSES[arm.losses]):
         overrides += ["projector={kind: identity}"]  # outputs have equal widths
-    run = f"{name}-{steps}-{seed}".replace("/", "_").replace(" ", "_")
+    run = re.sub(r"[^\w.]+", "-", f"{name}-{steps}-{seed}")
     changes = (*LOSSES[arm.losses], *arm.changes)
     return parse_config(raw, [*overrides, *of_text(arm.text), *of_run(run), *changes])
 
