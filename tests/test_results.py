@@ -1,5 +1,6 @@
 """The figures in the README are those of the committed JSON files, written by named commands."""
 
+import importlib
 import json
 import re
 import runpy
@@ -117,3 +118,44 @@ def test_a_measured_share_holds() -> None:
     found = _result("auto_share")
     assert found["asked"] / 2 <= found["least_window"]
     assert found["most_window"] <= 2 * found["asked"]
+
+
+@pytest.fixture
+def cut_students(tmp_path, monkeypatch):
+    """The tables of cut students, with files of their own."""
+    monkeypatch.syspath_prepend(str(TABLES.parent))
+    module = importlib.import_module("real_pair_table")
+    monkeypatch.setattr(module, "RESULTS", tmp_path / "arms.jsonl")
+    monkeypatch.setattr(module, "SECONDS", tmp_path / "seconds.json")
+    # A probe comes before the steps 0, 1, 2, 4, 8, 16, 20 and 40.
+    own = {"kl": {"step": {"median": 10.0}}}
+    own["kl+mse"] = own["kl"] | {"probe": {"median": 30.0}}
+    module.SECONDS.write_text(json.dumps({"seconds": {"half": own}}))
+    return module
+
+
+def _arm(losses: str, seed: int, shift: float) -> dict:
+    blocks = [2.0 + shift, 3.0 + shift, 4.0 + 4 * shift]
+    figures = {"loss": 3 + shift, "kl": 1.0, "block_loss": blocks}
+    curve = [{"step": 0, "eval_loss": 6.0}, {"step": 60, "eval_loss": 3.0 + shift}]
+    line = {"arm": f"half/{losses}", "seed": seed, "steps": 60, "cut": "half", "losses": losses}
+    line |= {"changes": [], "text": "gsm8k", "curve": curve}
+    return line | {"figures": {"gsm8k": figures, "tinystories": figures}}
+
+
+def test_arms_are_compared_with_the_one_without_matching(cut_students) -> None:
+    for seed in range(3):
+        cut_students.append(_arm("kl", seed, 0.0))
+        cut_students.append(_arm("kl+mse", seed, -0.1 * (1 + seed)))
+    told = cut_students.real_pair()
+    rows = [line for line in told if line.startswith("| half/kl+mse | 0 ")]
+    (cells,) = ([cell.strip() for cell in row.strip("|").split("|")] for row in rows)
+    # 60 steps of 10 seconds and 8 probes of 30. Blocks differ by -0.1, -0.1 and -0.4: a mean of
+    # -0.2 and a deviation of 0.1732, over the root of 3. The curve falls from 6 by 3.1 in 60 steps.
+    assert cells[2:6] == ["60", "14.0", "2.900", "-0.200 ± 0.100"]
+    assert cells[-1] == f"{60 * 3 / 3.1:.0f}"
+    # Seeds 1 and 2 alone, -0.2 and -0.3.
+    said = "Loss on GSM8K after 60 steps, half/kl+mse minus half/kl: -0.25 ("
+    assert any(line.startswith(said) for line in told)
+    # KL's 600 seconds hold 39 steps and the 7 probes before them.
+    assert cut_students.affordable("half", "kl+mse", 60) == 39

@@ -4,6 +4,7 @@ python docs/results/tables.py               rewrite every table in docs/ and in 
 python docs/results/tables.py NAME          print that of NAME.json, or of the grid in NAME/
 python docs/results/tables.py prediction    print that of both regimes' grids together
 python docs/results/tables.py confirmed     print that of both confirming grids together
+python docs/results/tables.py real_pair     print that of the cut students
 """
 
 import json
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 from compiled import COMPILED
 from lines import head, row
+from real_pair_table import REAL_PAIR
 from scipy.stats import pearsonr, rankdata
 from speed import SPEED
 
@@ -418,7 +420,7 @@ def _gigabytes(least: float, most: float) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-TOGETHER = {"prediction": prediction, "confirmed": confirmed, "plans": plans}
+TOGETHER = {"prediction": prediction, "confirmed": confirmed, "plans": plans, **REAL_PAIR}
 
 
 TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
