@@ -24,8 +24,6 @@ import json
 import re
 import shutil
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from fnmatch import fnmatch
@@ -50,11 +48,11 @@ from kava_jax.runs.train import jitted_probe, train
 STEPS, ROUNDS = 60, 12
 
 CUTS = {
-    "20-middle": "--keep 20 --rule middle",
-    "20-evenly": "--keep 20 --rule evenly",
-    "15-middle": "--keep 15 --rule middle",
-    "15-evenly": "--keep 15 --rule evenly",
-    "1-kv-head": "--layers all --kv-heads 1",
+    "20-middle": "student.cut={layers: 20, rule: middle}",
+    "20-evenly": "student.cut={layers: 20, rule: evenly}",
+    "15-middle": "student.cut={layers: 15, rule: middle}",
+    "15-evenly": "student.cut={layers: 15, rule: evenly}",
+    "1-kv-head": "student.cut={kv_heads: 1}",
 }
 HEAVY = ("15-middle", "15-evenly")
 # What the arms change in configs/smollm2_135m_to_15_layers.yaml, which is KL + Mercator itself.
@@ -122,7 +120,11 @@ def correct(text: str, steps: int) -> None:
     out, original = WORK / "teachers" / text, WORK / "teachers" / "original"
     raw = read_yaml(shipped_config("smollm2_135m_to_15_layers.yaml"))
     # There is nothing to compare, and no cut student yet.
-    raw = {key: own for key, own in raw.items() if key not in ("teachers", "projector", "loss")}
+    raw = {
+        key: own
+        for key, own in raw.items()
+        if key not in ("teachers", "student", "projector", "loss")
+    }
     own = [f"student.path={original}", "optimizer.student_lr=3e-4", f"train.steps={steps}"]
     overrides = [*own, *of_text(text), *of_run(f"correct-{text}")]
     directory, facts = trained(parse_config(raw, overrides), out)
@@ -147,17 +149,13 @@ def run_arm(name: str, seed: int, steps: int) -> None:
 
 
 def arm_config(name: str, seed: int, steps: int) -> Config:
-    """The config of an arm; the student is cut if it has not been."""
+    """The config of an arm."""
     arm = ARMS[name]
-    teacher = arm.teacher or arm.text
-    student = WORK / "cuts" / teacher / arm.cut
-    if not student.is_dir():
-        cut = [sys.executable, "-m", "kava_jax", "cut", str(WORK / "teachers" / teacher)]
-        subprocess.run([*cut, "--out", str(student), *CUTS[arm.cut].split()], check=True)
+    teacher = WORK / "teachers" / (arm.teacher or arm.text)
     merged = arm.cut == "1-kv-head"
     goal = "1_kv_head" if merged else "15_layers"
     raw = read_yaml(shipped_config(f"smollm2_135m_to_{goal}.yaml"))
-    overrides = [f"teachers.0.path={WORK / 'teachers' / teacher}", f"student.path={student}"]
+    overrides = [f"teachers.0.path={teacher}", CUTS[arm.cut], f"student.cut.path={teacher}"]
     overrides += [f"run.seed={seed}", f"train.steps={steps}"]
     overrides += [f"train.eval_every={max(20, steps // 10)}"]
     if merged and "loss.kv_weight=0" in LOSSES[arm.losses]:
@@ -184,7 +182,8 @@ def trained(config: Config, out: Path) -> tuple[Path, dict[str, Any]]:
     """Train, or go on, and export; the run's directory, and what its files say of it."""
     directory = WORK / "runs" / config.run.name
     # A projector is fitted once for all arms that need the same one.
-    fitted, kept = directory / "calibration", WORK / "calibration" / str(config.student.path)
+    source = config.student.cut.path if config.student.cut else None
+    fitted, kept = directory / "calibration", WORK / "calibration" / Path(str(source)).name
     if config.needs_calibration and kept.is_dir() and not fitted.is_dir():
         shutil.copytree(kept, fitted)
     run = train(config, ["python", "docs/results/real_pair.py"])
