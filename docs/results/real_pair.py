@@ -108,10 +108,7 @@ ARMS |= {
     for losses in ("kl", "kl+mercator", "kl+blocks")
 }
 # So far 40 arms. Before them comes the learning rate of KL alone, after them one long pair.
-ARMS |= {
-    f"rate/{rate}": Arm(ABLATED, "kl", (f"optimizer.student_lr={rate}",))
-    for rate in ("2.5e-4", "1e-3")
-}
+ARMS |= {f"rate/{r}": Arm(ABLATED, "kl", (f"optimizer.student_lr={r}",)) for r in (2.5e-4, 1e-3)}
 ARMS |= {f"long/{losses}": Arm(ABLATED, losses, steps=1000) for losses in ("kl", "kl+mercator")}
 
 
@@ -140,9 +137,8 @@ def run_arm(name: str, seed: int, steps: int) -> None:
     config = arm_config(name, seed, steps)
     out = WORK / "exports" / config.run.name
     directory, facts = trained(config, out)
-    line = {"arm": name, "seed": seed, **arm._asdict(), "steps": steps}
-    line |= {"cut_by": CUTS[arm.cut], "losses_by": LOSSES[arm.losses]}
-    line |= {"rate": config.optimizer.student_lr, **facts}
+    line = {"arm": name, "seed": seed, **arm._asdict(), "steps": steps, "cut_by": CUTS[arm.cut]}
+    line |= {"losses_by": LOSSES[arm.losses], "rate": config.optimizer.student_lr, **facts}
     append(line | {"figures": measured(out, WORK / "teachers" / arm.text)})
     shutil.rmtree(out)
     shutil.rmtree(directory / "checkpoints")
