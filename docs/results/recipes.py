@@ -64,7 +64,7 @@ def distil(out: Path, name: str, overrides: list[str]) -> dict[str, Any]:
     """Train in a directory of its own and export; the first and the last evaluation."""
     config = tinystories([*overrides, f"run.dir={out / name}"])
     trained = train(config, ["python", "docs/results/recipes.py"])
-    export(trained.run, trained.state, out / f"{name}-export")
+    export(trained.run, trained.state.params["student"], config.train.steps, out / f"{name}-export")
     first, *_, last = read_metrics(out / name / METRICS_NAME, "eval")
     return {"steps": config.train.steps, "before": first, "after": last}
 

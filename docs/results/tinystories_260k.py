@@ -27,7 +27,7 @@ def main(model: str, text: str) -> None:
         out = Path(folder)
         distilled = run(config, out / "distilled")
         alone = run(without_teacher(config), out / "cross_entropy")
-        export(distilled.run, distilled.state, out / "export")
+        export(distilled.run, distilled.state.params["student"], config.train.steps, out / "export")
         again = assess(str(out / "export"), text, checkpoint="last", rows=None)
         first, *_, last = read_metrics(out / "distilled" / METRICS_NAME, "eval")
     result = {

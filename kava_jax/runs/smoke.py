@@ -180,7 +180,8 @@ def _shrunk(spec: DecoderSpec, depth: int, largest_head_dim: int, vocabulary: in
         num_layers=max(1, spec.num_layers // depth),
         head_dim=head_dim,
         rope_scaling=rope,
-        hidden_size=max(8, spec.hidden_size // WIDTH_SHRINK),
+        # A multiple of the heads: transformers refuses other widths, even with a head dim.
+        hidden_size=-(-max(8, spec.hidden_size // WIDTH_SHRINK) // spec.num_heads) * spec.num_heads,
         intermediate_size=max(16, spec.intermediate_size // WIDTH_SHRINK),
         # Not shrunk: every id of the real tokenizer needs a row.
         vocab_size=max(spec.vocab_size, vocabulary),

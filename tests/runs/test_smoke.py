@@ -91,6 +91,17 @@ def test_explicit_layer_pairs_shrink_with_the_models(here):
     assert smoke.teachers[0].layer_map == ((0, 0),)
 
 
+def test_widths_that_heads_do_not_divide_are_rounded_up(here):
+    # 36 // 64 is 0, so 8 is the least width; transformers reads no config of 8 numbers for 9 heads.
+    for name in ("deep", "shallow"):
+        write_model(here / name, num_attention_heads=9, num_key_value_heads=3, hidden_size=36)
+    write_rows(here / "data.jsonl", 88)
+    teacher = {"name": "big", "path": "deep"}
+    config = parse_config(CONFIG | {"teachers": [teacher], "student": {"path": "shallow"}})
+    found = smoke_config(config)
+    assert [read_spec(Path(name)).hidden_size % 9 for name in names(found)] == [0, 0]
+
+
 def test_a_named_tokenizer_that_is_missing_is_an_error_and_writes_nothing(here, capsys):
     ended = kava(
         capsys,
