@@ -130,7 +130,7 @@ FRESH = {
     ),
     "two origins": Case(
         (*TRAIN, "student.geometry.model_type=llama"),
-        ("student", "exactly one of path and geometry", "both"),
+        ("student", "exactly one of path, geometry and cut", "(path and geometry given)"),
     ),
     "template missing": Case(
         (*TRAIN, "data.format=template"), ("data.format='template'", "{prompt} and {answer}")

@@ -186,7 +186,7 @@ def test_identity_passes_vectors_and_its_file_holds_none(direction, per_layer, t
     loaded = KVDimensionProjector.load(tmp_path / "projector")
     assert loaded._arguments() == projector._arguments()
     again = nnx.merge(nnx.split(projector)[0], {})
-    cache = KVCache(vectors(3, 2, 5, 2, 5), vectors(3, 2, 5, 2, 5, seed=1))
+    cache = {"k": vectors(3, 2, 5, 2, 5), "v": vectors(3, 2, 5, 2, 5, seed=1)}
     for one in (projector, loaded, again):
         got = one.project("b", cache, dropout_key=jax.random.key(0))
         jax.tree.map(np.testing.assert_array_equal, got, cache)

@@ -25,6 +25,11 @@ HUB = {
     "qwen2.5_7b_to_0.5b_gsm8k": ((7, 6), (8, 4)),
     "llama3.2_3b_to_1b_gsm8k": ((7, 4), (8, 4)),
 }
+# Layers of the tiny teacher, and how many of them the tiny student keeps.
+CUT = {
+    "qwen2.5_14b_cut_to_24_layers_gsm8k": (2, 1),
+    "qwen2.5_7b_cut_to_14_layers_gsm8k": (2, 1),
+}
 KEPT = (
     "family",
     "num_heads",
@@ -53,7 +58,7 @@ def names(config: Config) -> list[str]:
 def test_no_config_that_names_hub_models_is_left_out():
     configs = {path.stem: load_config(path) for path in CONFIGS.glob("*.yaml")}
     named = {stem for stem, c in configs.items() if any(t.path.count("/") == 1 for t in c.teachers)}
-    assert named == set(HUB)
+    assert named == set(HUB) | set(CUT)
 
 
 @pytest.mark.parametrize("stem", HUB)
@@ -77,6 +82,15 @@ def test_structure_is_kept_and_size_is_not(stem, here, capsys):
     assert f"using {BUILTIN_PROBLEMS}" in said
     assert not config.run.directory.exists()
     assert smoke.run.directory.name == f"{stem}-smoke"
+
+
+@pytest.mark.parametrize("stem", CUT)
+def test_a_student_is_cut_from_the_tiny_teacher(stem, here):
+    smoke = smoke_config(load_config(CONFIGS / f"{stem}.yaml"))
+    cut = smoke.student.cut
+    assert cut is not None
+    assert (read_spec(Path(smoke.teachers[0].path)).num_layers, cut.layers) == CUT[stem]
+    assert (cut.path, cut.rule) == (None, "middle")
 
 
 def test_explicit_layer_pairs_shrink_with_the_models(here):
