@@ -18,6 +18,8 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest $(SPREAD) -m "not long"
 
+# One worker more than cores: processes of a test wait for each other, and leave a core free.
+test-all: SPREAD := --numprocesses $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1) --dist worksteal
 # With what takes minutes: signals and kills, several processes, fifty steps on five meshes, real
 # text, a bucket, a gigabyte. The tests of the optimised program are run once, as users have it.
 test-all: $(VENV)/.installed-test

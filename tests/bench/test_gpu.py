@@ -26,6 +26,7 @@ def measured(capsys, *arguments: str) -> dict:
     return json.loads(ended.out)
 
 
+@pytest.mark.long
 def test_a_config_is_measured_on_all_devices_beside_pytorch(workspace, capsys, monkeypatch) -> None:
     monkeypatch.setenv("JAX_NUM_CPU_DEVICES", "8")  # of the processes of the sides
     asked = ("recipe=original", "data.batch_size=16", "mesh.data=1", "mesh.fsdp=-1")

@@ -68,6 +68,7 @@ def check_saved(run: Path) -> None:
         assert checkpoints.newest_intact(pytest.fail) == STEPS
 
 
+@pytest.mark.long
 def test_what_fails_after_the_last_step_is_done_again_and_no_step_is(
     workspace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -130,6 +130,7 @@ def workspace(tmp_path_factory) -> Path:
     return work
 
 
+@pytest.mark.long
 def test_a_whole_run_without_parameters_between_the_caches(workspace, monkeypatch, capsys) -> None:
     monkeypatch.chdir(workspace)
     said = kava(capsys, "train", "tiny.yaml")

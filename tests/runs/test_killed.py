@@ -138,6 +138,7 @@ def test_a_full_disk_ends_the_run_with_its_checkpoints_whole(
     assert lines(small_disk / "run") == lines(workspace / "whole")
 
 
+@pytest.mark.long
 def test_a_term_signal_saves_and_the_same_command_goes_on(workspace: Path) -> None:
     process = command(workspace, "asked")
     metrics = workspace / "asked" / "metrics.jsonl"

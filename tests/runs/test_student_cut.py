@@ -110,6 +110,7 @@ def test_a_record_of_a_start_that_came_to_nothing_is_not_read(workspace, capsys)
     assert read_cut_record(stale) == right
 
 
+@pytest.mark.long
 def test_merged_heads_are_aligned_through_a_calibrated_projector(workspace, capsys) -> None:
     fitted = {"kind": "linear", "per_layer": True, "init": "calibrated"}
     student = {"cut": {"layers": 2, "kv_heads": 1}}
@@ -119,17 +120,21 @@ def test_merged_heads_are_aligned_through_a_calibrated_projector(workspace, caps
     assert kava(capsys, "eval", "run", "--data", "data.jsonl", "--rows", "8").code == 0
 
 
-def test_a_smoke_run_and_a_plan_know_it(workspace, capsys) -> None:
-    student = {"cut": {"layers": [0, 3], "kv_heads": 1, "intermediate_size": 16}}
-    configured(workspace, student=student, projector={"kind": "linear"})
+@pytest.mark.long
+def test_a_smoke_run_knows_it(workspace, capsys) -> None:
+    configured(workspace, student={"cut": SMALL}, projector={"kind": "linear"})
     smoke = kava(capsys, "train", "tiny.yaml", "--smoke")
     assert smoke.code == 0, smoke.err
-    assert "KV heads" in kava(capsys, "explain", "tiny.yaml").out
+
+
+def test_plan_and_explain_know_it(workspace, capsys) -> None:
+    configured(workspace, student={"cut": SMALL}, projector={"kind": "linear"})
+    told = kava(capsys, "explain", "tiny.yaml").out
+    assert "Student: cut out of big, 2 of 4 layers (0, 3), 1 KV heads, 16 units in a layer." in told
     plan = make_plan(load_config("tiny.yaml"), find_chip("h100"), 1e9, lambda _: None)
     # Masters of the cut student, counted by hand: embedding, two layers, the last norm.
     attention = 16 * 16 + 16 * 4 * 2 + 16 * 16 + 16 + 4 * 2
-    student = 512 * 16 + 2 * (attention + 2 * 16 + 3 * 16 * 16) + 16
-    assert plan.held["student"] == 4 * student
+    assert plan.held["student"] == 4 * (512 * 16 + 2 * (attention + 2 * 16 + 3 * 16 * 16) + 16)
 
 
 @pytest.mark.parametrize(
