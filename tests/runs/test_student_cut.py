@@ -13,6 +13,7 @@ from kava_jax.plan.chips import find_chip
 from kava_jax.plan.planning import make_plan
 from tests.tiny import CONFIG, kava, write_config, write_model, write_rows, write_workspace
 
+SMALL = {"layers": [0, 3], "kv_heads": 1, "intermediate_size": 16}
 DATA = CONFIG["data"] | {"eval_path": "held.jsonl"}
 HEALED = {
     "data": DATA,
