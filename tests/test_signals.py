@@ -85,7 +85,7 @@ def swallow(verbose):
     try:
         send()
         time.sleep(1)
-    except BaseException:
+    except BaseException:  # some libraries swallow whatever comes
         pass
     time.sleep(3600)
 logs.show_logs = swallow

@@ -19,8 +19,8 @@ from tests.runs.test_two_processes import assert_same_lines
 from tests.tiny import JOINED, write_config, write_workspace
 
 # All of them are in the test extra; an environment that is kept for long may lack the newest.
-pytest.importorskip("gcsfs")
-pytest.importorskip("gcp_storage_emulator")
+pytest.importorskip("gcsfs", reason="gcsfs is in the gcs extra only")
+pytest.importorskip("gcp_storage_emulator", reason="the bucket is in the test extra only")
 pytestmark = pytest.mark.long
 
 ROOT = Path(__file__).parents[2]
