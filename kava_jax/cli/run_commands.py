@@ -215,7 +215,7 @@ def cut(
         int | None, typer.Option(min=1, help="Feed-forward units left in each layer.")
     ] = None,
     data: Annotated[
-        str | None, typer.Option(help="Calibration rows, as kava eval reads them.")
+        str | None, typer.Option(help="Calibration rows, where something is measured.")
     ] = None,
     rows: Annotated[int, typer.Option(min=1, help="How many calibration rows.")] = 64,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
@@ -231,14 +231,18 @@ def cut(
     from kava_jax.runs.cutting import cut as cut_model
     from kava_jax.storage import place
 
+    if (layers is None) == (keep is None) or (rule is not None and keep is None):
+        raise KavaError("layers: give --layers 0,1,2 (or all), or --keep N with or without --rule")
+    kept = {
+        "layers": keep if layers is None else None if layers == "all" else f"[{layers}]",
+        "rule": rule,
+        "kv_heads": kv_heads,
+        "intermediate_size": intermediate_size,
+    }
     found = cut_model(
         teacher,
         place(out, "out"),
-        layers=layers,
-        keep=keep,
-        rule=rule,
-        kv_heads=kv_heads,
-        intermediate_size=intermediate_size,
+        kept,
         data=data,
         rows=rows,
         overrides=overrides or [],

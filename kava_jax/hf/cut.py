@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -34,7 +34,7 @@ from kava_jax.hf.load import (
     put_whole,
     stacked,
 )
-from kava_jax.hf.locate import CUT_RECORD, model_fingerprint
+from kava_jax.hf.locate import CUT_RECORD
 from kava_jax.hf.merge import Turns, find_turns, turned
 from kava_jax.hf.names import Index, Row, Shape, expected_tensors, parameter_shapes, rows_of
 from kava_jax.hf.tensor_files import TensorFiles
@@ -43,42 +43,7 @@ from kava_jax.storage import Place
 
 # Which layers are kept of a number of them; the last two are measured.
 Rule = Literal["middle", "evenly", "best_layers", "best_block"]
-RULES: tuple[Rule, ...] = get_args(Rule)
 MEASURED: tuple[Rule, ...] = ("best_layers", "best_block")
-
-
-@dataclass(frozen=True)
-class Cut:
-    """What is left of a teacher, all counted from 0.
-
-    Raises KavaError for layers or units that do not rise, and for rows of units of unlike lengths.
-    """
-
-    layers: tuple[int, ...]
-    kv_heads: int | None = None
-    """How many KV heads are left; each is the mean of as many neighbours. None: all."""
-    units: tuple[tuple[int, ...], ...] | None = None
-    """The feed-forward units of each kept layer. None: all."""
-
-    @classmethod
-    def of(cls, record: CutRecord) -> "Cut":
-        """The cut that a record is of."""
-        return cls(record.layers, len(record.kv_heads), record.units)
-
-    def __post_init__(self) -> None:
-        """Check what can be known without the teacher."""
-        if not _rises(self.layers):
-            raise KavaError(
-                f"layers={_listed(self.layers)} do not rise; name one or more, each once, in "
-                f"ascending order"
-            )
-        units = self.units or ((0,),) * len(self.layers)
-        sizes = sorted({len(row) for row in units})
-        if len(units) != len(self.layers) or len(sizes) > 1 or not all(map(_rises, units)):
-            raise KavaError(
-                f"units has {len(units)} rows of {sizes} units for {len(self.layers)} layers; give "
-                f"each layer as many, in ascending order"
-            )
 
 
 def plan_cut(
@@ -88,75 +53,62 @@ def plan_cut(
     kv_heads: int | None,
     intermediate_size: int | None,
     *,
-    field: str = "layers",
-) -> Cut:
+    teacher: str,
+    fingerprint: str,
+) -> CutRecord:
     """What is kept of a teacher: layers by name, by number and rule, or all of them.
 
     ``middle`` takes a block out of the middle, ``evenly`` keeps the first and the last layer.
     Layers of a measured rule and units are the first ones, as many as there will be, until they
-    are measured.
+    are measured. ``teacher`` and ``fingerprint`` are for the record.
 
-    Raises KavaError, naming ``field``, for a number of layers that the teacher does not have.
+    Raises KavaError for layers, heads and units that the teacher does not have.
     """
-    depth = spec.num_layers
+    depth, count = spec.num_layers, spec.num_kv_heads
     keep = depth if layers is None else layers
     if isinstance(keep, int):
         if not 1 <= keep <= depth:
             raise KavaError(
-                f"{field}={keep}: the teacher has {depth} layers; keep 1 to {depth} of them"
+                f"layers={keep}: the teacher has {depth} layers; keep 1 to {depth} of them"
             )
         first = keep if rule in MEASURED else -(-keep // 2)
         keep = (*range(first), *range(depth - keep + first, depth))
         if rule == "evenly":
             keep = make_layer_map("ratio", depth, len(keep)).read_layers
-    units = None if intermediate_size == spec.intermediate_size else intermediate_size
-    rows = None if units is None else (tuple(range(units)),) * len(keep)
-    return Cut(keep, kv_heads, rows)
-
-
-def cut_record(spec: DecoderSpec, cut: Cut, teacher: str, fingerprint: str) -> CutRecord:
-    """The record of a cut; ``spec`` is the teacher's.
-
-    Raises KavaError as :func:`cut_spec` does.
-    """
-    heads = np.arange(spec.num_kv_heads).reshape(cut_spec(spec, cut).num_kv_heads, -1)
+    if not keep or any(a >= b for a, b in pairwise((-1, *keep, depth))):
+        raise KavaError(
+            f"layers={','.join(map(str, keep))}: the teacher has {depth} layers; name some of 0 to "
+            f"{depth - 1}, each once, in ascending order"
+        )
+    heads = count if kv_heads is None else kv_heads
+    if heads < 1 or count % heads:
+        allowed = ", ".join(str(n) for n in range(1, count + 1) if count % n == 0)
+        raise KavaError(
+            f"kv_heads={heads} does not divide the teacher's {count} KV heads; use one of {allowed}"
+        )
+    width, units = spec.intermediate_size, intermediate_size
+    if units is not None and not 1 <= units <= width:
+        raise KavaError(
+            f"intermediate_size={units}: the teacher has {width} units in a layer; keep 1 to "
+            f"{width} of them"
+        )
     return CutRecord(
         teacher=teacher,
         fingerprint=fingerprint,
-        teacher_layers=spec.num_layers,
-        layers=cut.layers,
-        kv_heads=tuple(map(tuple, heads.tolist())),
-        units=cut.units,
+        teacher_layers=depth,
+        layers=keep,
+        kv_heads=tuple(map(tuple, np.arange(count).reshape(heads, -1).tolist())),
+        units=None if units in (None, width) else (tuple(range(units)),) * len(keep),
     )
 
 
-def cut_spec(spec: DecoderSpec, cut: Cut) -> DecoderSpec:
-    """The geometry of what is left.
-
-    Raises KavaError for layers, heads or units that the teacher does not have.
-    """
-    if not 0 <= cut.layers[0] <= cut.layers[-1] < spec.num_layers:
-        raise KavaError(
-            f"layers={_listed(cut.layers)}: the teacher has {spec.num_layers} layers; count them "
-            f"from 0 to {spec.num_layers - 1}"
-        )
-    heads, units = spec.num_kv_heads if cut.kv_heads is None else cut.kv_heads, cut.units
-    if heads < 1 or spec.num_kv_heads % heads:
-        allowed = [n for n in range(1, spec.num_kv_heads + 1) if spec.num_kv_heads % n == 0]
-        raise KavaError(
-            f"kv_heads={cut.kv_heads} does not divide the teacher's {spec.num_kv_heads} KV heads; "
-            f"use one of {', '.join(map(str, allowed))}"
-        )
-    if units and not 0 <= min(map(min, units)) <= max(map(max, units)) < spec.intermediate_size:
-        raise KavaError(
-            f"intermediate_size={len(units[0])} with units up to {max(map(max, units))}: the "
-            f"teacher has {spec.intermediate_size} in a layer, counted from 0; keep fewer"
-        )
+def cut_spec(spec: DecoderSpec, cut: CutRecord) -> DecoderSpec:
+    """The geometry of what is left; ``spec`` is the teacher's."""
     return replace(
         spec,
         num_layers=len(cut.layers),
-        num_kv_heads=heads,
-        intermediate_size=len(units[0]) if units else spec.intermediate_size,
+        num_kv_heads=len(cut.kv_heads),
+        intermediate_size=len(cut.units[0]) if cut.units else spec.intermediate_size,
     )
 
 
@@ -183,7 +135,7 @@ def stored_dtype(directory: Path, spec: DecoderSpec) -> FloatName:
 def load_cut_params(
     directory: Path,
     spec: DecoderSpec,
-    cut: Cut,
+    cut: CutRecord,
     *,
     param_dtype: Any = jnp.float32,
     put: Put | None = None,
@@ -203,43 +155,39 @@ def write_cut(
     out: Place,
     directory: Path,
     spec: DecoderSpec,
-    cut: Cut,
+    cut: CutRecord,
     *,
-    teacher: str,
     dtype: FloatName,
     card: str,
     max_shard_bytes: int = 5 * 10**9,
-) -> CutRecord:
+) -> None:
     """Write the cut model as a Hugging Face directory, with the record of the cut.
 
     Args:
         out: destination, as of ``export.export_model``.
         directory: the teacher's, whose tokenizer and further settings are copied.
         spec: the teacher's geometry.
-        cut: what is left.
-        teacher: what the record calls the teacher.
+        cut: what is left; the record is written, too.
         dtype: of the weights on disk.
         card: text of README.md.
         max_shard_bytes: size above which weights are split.
 
     Raises KavaError as ``export.export_model`` and ``load.load_decoder_params`` do.
     """
-    files, ours = open_checked(directory, spec), cut_spec(spec, cut)
+    files = open_checked(directory, spec)
     read = _parameters(files, spec, cut, jnp.dtype(dtype))
     flat = {path: OnDisk(shape, part, files) for path, shape, part in read}
-    record = cut_record(spec, cut, teacher, model_fingerprint(directory))
     export_model(
         out,
         unflatten_dict(flat, sep="/"),
-        ours,
+        cut_spec(spec, cut),
         dtype=dtype,
         tokenizer=None,
         source_dir=directory,
         card=card,
-        cut=record,
+        cut=cut,
         max_shard_bytes=max_shard_bytes,
     )
-    return record
 
 
 @dataclass(frozen=True)
@@ -269,7 +217,7 @@ class OnDisk:
 
 
 def _parameters(
-    files: TensorFiles, spec: DecoderSpec, cut: Cut, dtype: np.dtype
+    files: TensorFiles, spec: DecoderSpec, cut: CutRecord, dtype: np.dtype
 ) -> Iterator[tuple[str, Shape, Read]]:
     """Path, shape and reader of every parameter of the cut model."""
     ours = cut_spec(spec, cut)
@@ -357,12 +305,3 @@ def _turns_of_layers(files: TensorFiles, spec: DecoderSpec, left: int) -> Callab
         return find_turns(k, v, left, turn_keys=not spec.qk_norm)
 
     return turns
-
-
-def _rises(numbers: tuple[int, ...]) -> bool:
-    """Whether there are some, each larger than the one before."""
-    return bool(numbers) and all(a < b for a, b in pairwise(numbers))
-
-
-def _listed(numbers: tuple[int, ...]) -> str:
-    return ",".join(map(str, numbers))

@@ -24,7 +24,7 @@ from kava_jax.config.pair import TeacherConfig
 from kava_jax.config.run import Config
 from kava_jax.config.weights import is_zero
 from kava_jax.errors import KavaError
-from kava_jax.hf.cut import Cut, load_cut_params
+from kava_jax.hf.cut import load_cut_params
 from kava_jax.hf.cut_record import CutRecord
 from kava_jax.hf.load import load_decoder_params, read_spec
 from kava_jax.models.attend import Choice, choose, in_words
@@ -121,7 +121,7 @@ class Blueprint:
         if self.student_cut is None:
             return load_decoder_params(self.student_dir, self.student_spec, put=put)
         whole = read_spec(self.student_dir)
-        return load_cut_params(self.student_dir, whole, Cut.of(self.student_cut), put=put)
+        return load_cut_params(self.student_dir, whole, self.student_cut, put=put)
 
     def abstract_state(self) -> TrainState:
         """Shapes and dtypes of the state."""

@@ -106,7 +106,7 @@ def calibrate(config: Config) -> Calibration:
         dataset = load_dataset(run)
         fingerprints = fingerprints_of(run, dataset)
         if config.student.cut:
-            cut = settled(config, dataset.stream.rows, str(fingerprints.student))
+            cut, _ = settled(config, str(fingerprints.student), dataset.stream.rows)
             run = prepare(unmeasured(config), cut=cut)
         check_manifest(
             run.directory,

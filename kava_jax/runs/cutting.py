@@ -5,10 +5,9 @@ them. A skipped layer is one whose output projections are zero, so one compiled 
 """
 
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from math import prod
-from pathlib import Path
 from typing import Any, Literal
 
 import jax
@@ -19,9 +18,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float
 
 from kava_jax.config.file import dump_config, parse_config
+from kava_jax.config.pair import CutConfig
 from kava_jax.config.run import Config
 from kava_jax.data.batches import Batch
 from kava_jax.data.dataset import HeldOut
+from kava_jax.data.sources import BUILTIN_PROBLEMS
 from kava_jax.data.text import Encoded
 from kava_jax.errors import KavaError, StoppedError
 from kava_jax.evaluation.heldout import make_measure
@@ -30,30 +31,23 @@ from kava_jax.hf.card import cut_card
 from kava_jax.hf.config_json import FloatName
 from kava_jax.hf.cut import (
     MEASURED,
-    RULES,
-    Cut,
     Rule,
-    check_uncut,
-    cut_record,
     cut_spec,
-    load_cut_params,
-    plan_cut,
     stored_dtype,
     write_cut,
 )
 from kava_jax.hf.cut_record import CutRecord
 from kava_jax.hf.export import check_destination
 from kava_jax.hf.load import read_spec
-from kava_jax.hf.locate import resolve_model
+from kava_jax.hf.locate import model_fingerprint
 from kava_jax.hf.names import parameter_shapes
 from kava_jax.models.decoder import Decoder, Params
 from kava_jax.models.masks import attention_mask, token_positions
 from kava_jax.models.spec import DecoderSpec
 from kava_jax.parallel.sharding import replicated
-from kava_jax.runs.blueprint import Blueprint, make_blueprint
+from kava_jax.runs.blueprint import Blueprint
 from kava_jax.runs.evaluate import held_out_batches
-from kava_jax.runs.find_models import Found, Models, cut_source, with_weights
-from kava_jax.runs.parts import place_slices
+from kava_jax.runs.find_models import cut_source, find_models, planned, with_weights
 from kava_jax.runs.prepare import Run, data_loader, find_tokenizer, prepare
 from kava_jax.storage import Place
 
@@ -69,12 +63,8 @@ Batches = Sequence[Callable[[], Batch]]
 def cut(
     teacher: str,
     out: Place,
+    kept: Mapping[str, Any],
     *,
-    layers: str | None,
-    keep: int | None,
-    rule: str | None,
-    kv_heads: int | None,
-    intermediate_size: int | None,
     data: str | None,
     rows: int,
     overrides: Sequence[str],
@@ -86,12 +76,8 @@ def cut(
     Args:
         teacher: directory, hub id or built-in name.
         out: the directory to write.
-        layers: layers to keep, ``0,1,2`` or ``all``; else ``keep`` of them by ``rule``.
-        keep: how many.
-        rule: one of ``RULES``; the first by default.
-        kv_heads: how many are left; all by default.
-        intermediate_size: feed-forward units left in each layer; all by default.
-        data: calibration rows, as ``kava eval`` reads them.
+        kept: fields of ``student.cut``; None is the field's default.
+        data: calibration rows, as ``data.path`` names them; None where nothing is measured.
         rows: how many of them.
         overrides: of fields of ``data`` and ``mesh``.
         dtype: of the weights on disk; ``auto`` is the teacher's.
@@ -99,100 +85,89 @@ def cut(
 
     Raises KavaError, before anything is measured or written, for whatever does not fit.
     """
-    if layers is not None and keep is not None:
-        raise KavaError("layers and keep: both given; give one, --layers 0,1,2 or --keep N")
     check_destination(out)
-    directory = resolve_model(teacher)
-    check_uncut(directory, teacher)
+    for override in overrides:
+        if not override.startswith(("data.", "mesh.")):
+            raise KavaError(f"override={override!r}: kava cut takes data.* and mesh.* fields only")
+    fields = {
+        # Otherwise it would be runs/run, and a run there would give its date to chat templates.
+        "run": {"dir": teacher},
+        "student": {"cut": {"path": teacher}},
+        "data": {"path": data or BUILTIN_PROBLEMS, "rows": rows, "batch_size": 32},
+    }
+    asked = [f"student.cut.{name}={value}" for name, value in kept.items() if value is not None]
+    config = parse_config(fields, [*asked, *overrides])
+    # Also refuses what does not fit the teacher.
+    directory, wanted = find_models(config).student.directory, config.student.cut
+    assert directory is not None
+    assert wanted is not None
     spec = read_spec(directory)
-    chosen_rule = _rule(rule, keep)
-    wanted = _listed(layers) if keep is None else keep
-    chosen = plan_cut(spec, wanted, chosen_rule, kv_heads, intermediate_size, field="keep")
-    ours = cut_spec(spec, chosen)
-    measured_rule = _measured_rule(chosen_rule, wanted, spec)
-    if data is None:
-        needs = f"rule={rule}" if measured_rule else f"intermediate_size={intermediate_size}"
-        if measured_rule or chosen.units:
-            raise KavaError(f"{needs} is measured on rows of text; give --data PATH")
-        if overrides:
-            raise KavaError(f"override={overrides[0]!r} is of calibration rows; give --data PATH")
-    found: dict[str, Any] = {}
-    if data is not None:
-        run, batches, found = _calibration(teacher, data, rows, overrides)
-        chosen, measured = _measured(run.blueprint, batches, chosen, measured_rule)
-        found |= measured | {"loss_after": _loss_after(run, batches, directory, spec, chosen)}
+    measures = [f"{name}={value}" for name, value in _measures(wanted, spec).items()]
+    if measures and data is None:
+        raise KavaError(f"{measures[0]} is measured on rows of text; give --data PATH")
+    if not measures and (unread := [*overrides, *([f"data={data}"] if data else [])]):
+        raise KavaError(f"{unread[0]} does nothing, since nothing is measured; leave it out")
+    record, figures = settled(config, model_fingerprint(directory))
     name = stored_dtype(directory, spec) if dtype == "auto" else dtype
+    found = _left(spec, record) | {"dtype": name} | figures
+    card = cut_card(name=out.name, teacher=teacher, left=found, command=shlex.join(command))
+    write_cut(out, directory, spec, record, dtype=name, card=card)
+    return found
+
+
+def _left(spec: DecoderSpec, record: CutRecord) -> dict[str, Any]:
+    """What is left of a teacher, next to what there was."""
+    ours = cut_spec(spec, record)
     merged = ours.num_kv_heads < spec.num_kv_heads
-    found = {
-        "layers": list(chosen.layers),
+    turned = "turned towards one another, then their mean" if merged else "as they were"
+    return {
+        "layers": list(record.layers),
         "teacher_layers": spec.num_layers,
         "kv_heads": ours.num_kv_heads,
         "teacher_kv_heads": spec.num_kv_heads,
-        "keys": "mean only: a norm follows" if merged and spec.qk_norm else _MERGED[merged],
-        "values": _MERGED[merged],
+        "keys": "mean only: a norm follows" if merged and spec.qk_norm else turned,
+        "values": turned,
         "intermediate_size": ours.intermediate_size,
         "teacher_intermediate_size": spec.intermediate_size,
         "parameters": _size(ours),
         "teacher_parameters": _size(spec),
-        "dtype": name,
-    } | found
-    card = cut_card(name=out.name, teacher=teacher, left=found, command=shlex.join(command))
-    write_cut(out, directory, spec, chosen, teacher=teacher, dtype=name, card=card)
-    return found
+    }
 
 
-_MERGED = {True: "turned towards one another, then their mean", False: "as they were"}
+def _size(spec: DecoderSpec) -> int:
+    return sum(map(prod, parameter_shapes(spec).values()))
 
 
-def _listed(layers: str | None) -> tuple[int, ...] | None:
-    """``0,1,2`` as numbers; None for all."""
-    if layers is None:
-        raise KavaError("layers and keep: neither given; give one, --layers 0,1,2 or --keep N")
-    try:
-        return None if layers == "all" else tuple(map(int, layers.split(",")))
-    except ValueError:
-        raise KavaError(f"layers={layers!r} is no list such as 0,1,2; or write all") from None
+def _measures(cut: CutConfig, spec: DecoderSpec) -> dict[str, Any]:
+    """The fields of a cut that have to be measured, with their values."""
+    chooses = isinstance(cut.layers, int) and cut.layers < spec.num_layers and cut.rule in MEASURED
+    narrower = cut.intermediate_size not in (None, spec.intermediate_size)
+    fields = {"rule": chooses, "intermediate_size": narrower}
+    return {name: getattr(cut, name) for name, measured in fields.items() if measured}
 
 
-def _rule(rule: str | None, keep: int | None) -> Rule:
-    if rule is not None and keep is None:
-        raise KavaError(f"rule={rule} with layers: a rule goes with --keep N")
-    for known in RULES:
-        if known == (rule or RULES[0]):
-            return known
-    raise KavaError(f"rule={rule!r} is unknown; use one of {', '.join(RULES)}")
-
-
-def _measured_rule(
-    rule: Rule, layers: tuple[int, ...] | int | None, spec: DecoderSpec
-) -> Rule | None:
-    """The rule where it has something to measure."""
-    measures = isinstance(layers, int) and rule in MEASURED and layers < spec.num_layers
-    return rule if measures else None
-
-
-def settled(config: Config, rows: Sequence[Encoded], fingerprint: str) -> CutRecord:
-    """What ``student.cut`` keeps, measured on the first training rows where it has to be.
+def settled(
+    config: Config, fingerprint: str, rows: Sequence[Encoded] | None = None
+) -> tuple[CutRecord, dict[str, Any]]:
+    """What ``student.cut`` keeps, and the figures that decided it where it is measured.
 
     Args:
         config: of a run whose student is a cut one.
-        rows: its training rows.
         fingerprint: of the model that is cut.
+        rows: the run's training rows, of which the first are taken; None reads ``data.rows``.
 
     Raises KavaError for too few rows.
     """
     cut, source = config.student.cut, cut_source(config)
     assert cut is not None
     spec = with_weights(source).spec
-    chosen = plan_cut(spec, cut.layers, cut.rule, cut.kv_heads, cut.intermediate_size)
-    rule = _measured_rule(cut.rule, cut.layers, spec)
-    if rule or chosen.units:
+    chosen = planned(cut, source, spec, fingerprint)
+    figures: dict[str, Any] = {}
+    if measures := _measures(cut, spec):
         run = prepare(_of_source(config, source))
-        held = HeldOut(list(rows[:TRAINING_ROWS]), ())
-        _check_tokens(held, config.data.path)
-        batches = held_out_batches(run, held, lambda: None)
-        chosen, _ = _measured(run.blueprint, batches, chosen, rule)
-    return cut_record(spec, chosen, source, fingerprint)
+        rows = _read(run) if rows is None else rows[:TRAINING_ROWS]
+        chosen, figures = _measured(run, measures.get("rule"), chosen, rows)
+    return chosen, figures
 
 
 def _of_source(config: Config, source: str) -> Config:
@@ -204,56 +179,36 @@ def _of_source(config: Config, source: str) -> Config:
     return parse_config(raw | {"teachers": []})
 
 
-def _calibration(
-    teacher: str, data: str, rows: int, overrides: Sequence[str]
-) -> tuple[Run, Batches, dict[str, Any]]:
-    """The teacher as the student of a run without teachers, and the rows it is measured on."""
-    for override in overrides:
-        if not override.startswith(("data.", "mesh.")):
-            raise KavaError(f"override={override!r}: kava cut takes data.* and mesh.* fields only")
-    fields = {
-        # Otherwise it would be runs/run, and a run there would give its date to chat templates.
-        "run": {"dir": teacher},
-        "student": {"path": teacher},
-        "data": {"path": data, "batch_size": 32},
-    }
-    run = prepare(parse_config(fields, overrides))
-    settings = run.config.data
-    split = settings.eval_split or ("dev" if data.startswith("builtin:") else settings.split)
-    held = HeldOut.of(data_loader(run)(data, split=split, rows=rows), run.encoder)
-    if len(held.measured) < rows:
-        raise KavaError(
-            f"rows={rows}: {data} has {held.sentence}; give more, raise data.max_length or lower "
-            f"--rows"
-        )
-    tokens = _check_tokens(held, data)
-    return run, held_out_batches(run, held, lambda: None), {"rows": rows, "tokens": tokens}
-
-
-def _check_tokens(held: HeldOut, data: str) -> int:
-    """The tokens to predict. Raises KavaError for too few."""
-    tokens = sum(int(row.targets.sum()) for row in held.measured)
-    if tokens < LEAST_TOKENS:
-        raise KavaError(
-            f"data={data}: {len(held.measured)} rows have {tokens} tokens to predict, too few to "
-            f"measure by; give at least {LEAST_TOKENS}"
-        )
-    return tokens
+def _read(run: Run) -> list[Encoded]:
+    """The rows of a run's data that have something to predict."""
+    data = run.config.data
+    examples = data_loader(run)(data.path, split=data.split, rows=data.rows)
+    return HeldOut.of(examples, run.encoder).measured
 
 
 def _measured(
-    blueprint: Blueprint, batches: Batches, chosen: Cut, rule: Rule | None
-) -> tuple[Cut, dict[str, Any]]:
-    """What is kept once the rule and the units are measured, and the figures that decided it."""
-    params, depth = blueprint.load_student(), blueprint.student_spec.num_layers
+    run: Run, rule: Rule | None, chosen: CutRecord, rows: Sequence[Encoded]
+) -> tuple[CutRecord, dict[str, Any]]:
+    """What is kept once rule and units are measured, and the figures that decided it.
+
+    ``run`` is of the uncut model; without a rule the layers stay those that were chosen.
+    """
+    tokens = sum(int(row.targets.sum()) for row in rows)
+    if tokens < LEAST_TOKENS:
+        raise KavaError(
+            f"data={run.config.data.path}: {len(rows)} rows have {tokens} tokens to predict, too "
+            f"few to measure by; give at least {LEAST_TOKENS}"
+        )
+    batches = held_out_batches(run, HeldOut(list(rows), ()), lambda: None)
+    params, depth = run.blueprint.load_student(), run.blueprint.student_spec.num_layers
     keep, layers, units = len(chosen.layers), chosen.layers, chosen.units
-    figures: dict[str, Any] = {}
-    figures["loss_before"] = float(losses(blueprint, params, batches, np.ones((1, depth)))[0])
+    whole = losses(run.blueprint, params, batches, np.ones((1, depth)))
+    figures: dict[str, Any] = {"rows": len(rows), "tokens": tokens, "loss_before": float(whole[0])}
     if rule is not None:
         width = 1 if rule == "best_layers" else depth - keep
         skipped = [range(first, first + width) for first in range(depth - width + 1)]
         kept_ML = np.array([[float(n not in block) for n in range(depth)] for block in skipped])
-        without = losses(blueprint, params, batches, kept_ML)
+        without = losses(run.blueprint, params, batches, kept_ML)
         for block, loss in zip(skipped, without.tolist(), strict=True):
             name = f"{block[0]}-{block[-1]}" if width > 1 else f"{block[0]}"
             figures[f"loss_without/{name}"] = loss
@@ -262,10 +217,10 @@ def _measured(
         gone = skipped[order[0]] if rule == "best_block" else order[: depth - keep]
         layers = tuple(layer for layer in range(depth) if layer not in gone)
     if units is not None:
-        means_LF = unit_means(blueprint, params, batches)[list(layers)]
+        means_LF = unit_means(run.blueprint, params, batches)[list(layers)]
         largest = np.argsort(-means_LF, axis=1, kind="stable")[:, : len(units[0])]
         units = tuple(tuple(sorted(row)) for row in largest.tolist())
-    return Cut(layers, chosen.kv_heads, units), figures
+    return chosen.model_copy(update={"layers": layers, "units": units}), figures
 
 
 def losses(
@@ -332,18 +287,3 @@ def _skipping(params: Params, kept_L: Float[Array, "L"]) -> Params:
         if path.startswith(("blocks/attention/o/", "blocks/mlp/down/")):
             flat[path] = leaf * kept_L.reshape(-1, *(1,) * (leaf.ndim - 1))
     return unflatten_dict(flat, sep="/")
-
-
-def _loss_after(
-    run: Run, batches: Batches, directory: Path, spec: DecoderSpec, chosen: Cut
-) -> float:
-    """The cut model's loss on the same rows, its weights read straight to the devices."""
-    models = Models(Found(directory, cut_spec(spec, chosen)), {})
-    blueprint = make_blueprint(run.config, run.mesh, models, {})
-    put = partial(place_slices, blueprint.student.shardings)
-    params = load_cut_params(directory, spec, chosen, put=put)
-    return float(losses(blueprint, params, batches, np.ones((1, len(chosen.layers))))[0])
-
-
-def _size(spec: DecoderSpec) -> int:
-    return sum(map(prod, parameter_shapes(spec).values()))

@@ -9,11 +9,11 @@ from kava_jax.config.run import Config
 from kava_jax.errors import KavaError
 from kava_jax.hf.config_json import spec_from_config
 from kava_jax.hf.config_keys import refuse_unknown
-from kava_jax.hf.cut import Cut, check_uncut, cut_record, cut_spec, plan_cut
+from kava_jax.hf.cut import check_uncut, cut_spec, plan_cut
 from kava_jax.hf.cut_record import CutRecord, read_cut_record
 from kava_jax.hf.known import KNOWN_CONFIGS
 from kava_jax.hf.load import read_spec
-from kava_jax.hf.locate import BUILTIN_PREFIX, resolve_model
+from kava_jax.hf.locate import BUILTIN_PREFIX, CUT_RECORD, resolve_model
 from kava_jax.journal.manifest import MANIFEST_NAME
 from kava_jax.models.spec import DecoderSpec
 from kava_jax.storage import at_revision, reachable
@@ -132,13 +132,25 @@ def _cut_student(
     # A record without a manifest is that of a start that came to nothing, maybe of another config.
     if record is None and (config.run.directory / MANIFEST_NAME).is_file():
         record = read_cut_record(config.run.directory)
-    if record is None:
-        try:
-            plan = plan_cut(spec, cut.layers, cut.rule, cut.kv_heads, cut.intermediate_size)
-            record = cut_record(spec, plan, source, "")
-        except KavaError as error:  # its first word is a field of the cut
-            raise KavaError(f"student.cut.{error}") from None
-    return Found(directory, cut_spec(spec, Cut.of(record)), record)
+        if record is None:
+            raise KavaError(
+                f"run.dir={config.run.dir} has lost {CUT_RECORD}, which says what its student is "
+                f"cut to; restore it, or begin another run"
+            )
+    record = planned(cut, source, spec) if record is None else record
+    return Found(directory, cut_spec(spec, record), record)
+
+
+def planned(cut: CutConfig, source: str, spec: DecoderSpec, fingerprint: str = "") -> CutRecord:
+    """What a cut of the model at ``source`` keeps, as far as it is known without measuring.
+
+    Raises KavaError for what the model does not have.
+    """
+    named = {"teacher": source, "fingerprint": fingerprint}
+    try:
+        return plan_cut(spec, cut.layers, cut.rule, cut.kv_heads, cut.intermediate_size, **named)
+    except KavaError as error:  # its first word is a field of the cut
+        raise KavaError(f"student.cut.{error}") from None
 
 
 def _check_vocabulary(who: str, spec: DecoderSpec, vocabulary: int) -> None:

@@ -207,7 +207,7 @@ def begun(
     ``run`` is that of the ``unmeasured`` config, with its data set and fingerprints.
     """
     if config.student.cut:
-        cut = settled(config, dataset.stream.rows, str(fingerprints.student))
+        cut, _ = settled(config, str(fingerprints.student), dataset.stream.rows)
         if jax.process_index() == 0:
             write_cut_record(config.run.directory, cut)
         run = prepare(unmeasured(config), cut=cut)

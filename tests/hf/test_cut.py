@@ -4,6 +4,7 @@ import json
 import shutil
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from scipy.stats import ortho_group
 
 from kava_jax.errors import KavaError
-from kava_jax.hf.cut import Cut, cut_spec, load_cut_params, stored_dtype, write_cut
+from kava_jax.hf.cut import cut_spec, load_cut_params, plan_cut, stored_dtype, write_cut
 from kava_jax.hf.cut_record import CutRecord, read_cut_record
 from kava_jax.hf.export import export_model
 from kava_jax.hf.load import load_decoder_params, read_spec
@@ -26,6 +27,15 @@ from kava_jax.runs.parts import Part, place_slices
 from tests.tiny import write_model
 from tests.tiny_models import CONFIGS, flat, load_decoder, write_directory, write_tokenizer
 from tests.tolerances import TOL
+
+
+class Cut(NamedTuple):
+    """What is left of any teacher."""
+
+    layers: tuple[int, ...]
+    kv_heads: int | None = None
+    units: tuple[tuple[int, ...], ...] | None = None
+
 
 TOKENS = np.random.default_rng(5).integers(3, 97, (2, 12))
 ALL = Cut((0, 1, 2))
@@ -53,9 +63,15 @@ def teachers(tmp_path_factory, tokenizer_dir):
     return teacher
 
 
+def of(source: Path, cut: Cut) -> CutRecord:
+    named = {"teacher": "the/teacher", "fingerprint": model_fingerprint(source)}
+    plan = plan_cut(read_spec(source), cut.layers, "middle", cut.kv_heads, None, **named)
+    return plan.model_copy(update={"units": cut.units})
+
+
 def write(source: Path, out: Path, cut: Cut, **changes) -> Path:
-    arguments = {"teacher": "the/teacher", "dtype": "float32", "card": "# card\n"} | changes
-    write_cut(out, source, read_spec(source), cut, **arguments)
+    arguments = {"dtype": "float32", "card": "# card\n"} | changes
+    write_cut(out, source, read_spec(source), of(source, cut), **arguments)
     return out
 
 
@@ -132,7 +148,7 @@ CUTS = {
 def test_every_cut_loads_in_transformers_with_our_logits(name, cut, teachers, tmp_path):
     source = teachers(name)
     out = write(source, tmp_path / "out", cut)
-    assert read_spec(out) == cut_spec(read_spec(source), cut)
+    assert read_spec(out) == cut_spec(read_spec(source), of(source, cut))
     ours = our_logits(out)
     assert np.abs(ours - their_logits(out)).max() < TOL["parity"]
     # Something was cut, if there was more than one head to merge.
@@ -251,10 +267,10 @@ ON_MESH = Cut((0, 3), 2, (EVERY_SECOND, tuple(range(16))))
 
 
 def on_mesh(source: Path, cut: Cut, mesh) -> dict[str, jax.Array]:
-    spec = read_spec(source)
-    part = Part.of(lambda rngs: Decoder(cut_spec(spec, cut), rngs=rngs), mesh)
+    spec, record = read_spec(source), of(source, cut)
+    part = Part.of(lambda rngs: Decoder(cut_spec(spec, record), rngs=rngs), mesh)
     put = partial(place_slices, part.shardings)
-    return load_cut_params(source, spec, cut, put=put)
+    return load_cut_params(source, spec, record, put=put)
 
 
 @pytest.mark.parametrize("shape", [(1, 8, 1), (2, 2, 2)])
@@ -293,7 +309,7 @@ def test_nan_in_what_is_kept_is_named_and_nothing_is_left(teachers, tmp_path):
         write(source, tmp_path / "out", Cut((0, 1), 1))
     assert {path.name for path in tmp_path.iterdir()} == {"teacher"}
     with pytest.raises(KavaError, match=r"NaN or infinity in model\.layers\.1\..*v_proj"):
-        load_cut_params(source, read_spec(source), Cut((0, 1), 1))
+        load_cut_params(source, read_spec(source), of(source, Cut((0, 1), 1)))
     write(source, tmp_path / "out", Cut((0, 2), 1))
 
 
@@ -319,25 +335,24 @@ def test_a_few_wide_tensors_widen_all(teachers, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("cut", "words"),
+    ("kept", "words"),
     [
-        (((0, 2, 1),), "layers=0,2,1 do not rise"),
-        (((0, 1, 1),), "layers=0,1,1 do not rise"),
-        (((),), "do not rise; name one or more"),
-        (((0, 3),), "layers=0,3: the teacher has 3 layers; count them from 0 to 2"),
-        (((-1, 0),), "layers=-1,0: the teacher has 3 layers"),
-        (((0,), 3), "kv_heads=3 does not divide the teacher's 2 KV heads; use one of 1, 2"),
-        (((0,), 0), "kv_heads=0 does not divide"),
-        (((0, 1), None, ((1, 2),)), "units has 1 rows of [2] units for 2 layers"),
-        (((0, 1), None, ((1, 2), (1, 2, 3))), "units has 2 rows of [2, 3] units"),
-        (((0,), None, ((2, 1),)), "in ascending order"),
-        (
-            ((0,), None, ((1, 80),)),
-            "intermediate_size=2 with units up to 80: the teacher has 80 in a layer",
-        ),
+        (((0, 2, 1), None, None), "layers=0,2,1: the teacher has 3 layers; name some of 0 to 2"),
+        (((0, 1, 1), None, None), "each once, in ascending order"),
+        (((), None, None), "layers=: the teacher has 3 layers; name some"),
+        (((0, 3), None, None), "layers=0,3: the teacher has 3 layers; name some of 0 to 2"),
+        (((-1, 0), None, None), "layers=-1,0: the teacher has 3 layers"),
+        ((0, None, None), "layers=0: the teacher has 3 layers; keep 1 to 3 of them"),
+        ((4, None, None), "layers=4: the teacher has 3 layers"),
+        ((2, 3, None), "kv_heads=3 does not divide the teacher's 2 KV heads; use one of 1, 2"),
+        ((2, 0, None), "kv_heads=0 does not divide"),
+        ((2, None, 81), "intermediate_size=81: the teacher has 80 units in a layer; keep 1 to 80"),
+        ((2, None, 0), "intermediate_size=0: the teacher has 80 units"),
     ],
 )
-def test_what_a_teacher_does_not_have_is_refused(cut, words, teachers):
+def test_what_a_teacher_does_not_have_is_refused(kept, words, teachers):
+    layers, kv_heads, units = kept
+    spec = read_spec(teachers("qwen2"))
     with pytest.raises(KavaError) as error:
-        cut_spec(read_spec(teachers("qwen2")), Cut(*cut))
+        plan_cut(spec, layers, "middle", kv_heads, units, teacher="t", fingerprint="")
     assert words in str(error.value)

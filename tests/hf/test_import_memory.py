@@ -42,7 +42,7 @@ from pathlib import Path
 import jax
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
-from kava_jax.hf.cut import Cut, cut_spec, load_cut_params, write_cut
+from kava_jax.hf.cut import cut_spec, load_cut_params, plan_cut, write_cut
 from kava_jax.hf.load import load_decoder_params, read_spec
 from kava_jax.models.decoder import Decoder
 from kava_jax.parallel.mesh import make_mesh
@@ -75,10 +75,12 @@ print(json.dumps({"peak": most, "result": size(params)}))
 CUT = """
 import scipy.linalg  # 30 MB of code are none of the cut's data
 layers = (0, 1, 2, 3, 8, 9, 10, 11)
-cut = Cut(layers, 6, tuple(tuple(range(layer % 2, 1024, 2)) for layer in layers))
+cut = plan_cut(spec, layers, "middle", 6, None, teacher="t", fingerprint="")
+units = tuple(tuple(range(layer % 2, 1024, 2)) for layer in layers)
+cut = cut.model_copy(update={"units": units})
 part = Part.of(lambda rngs: Decoder(cut_spec(spec, cut), rngs=rngs), make_mesh(1, 8, 1))
 put = partial(place_slices, part.shardings)
-options = {"teacher": "t", "dtype": "float32", "card": "", "max_shard_bytes": int(sys.argv[3])}
+options = {"dtype": "float32", "card": "", "max_shard_bytes": int(sys.argv[3])}
 written, _ = peak(lambda: write_cut(Path(sys.argv[2]), directory, spec, cut, **options))
 loaded, params = peak(lambda: load_cut_params(directory, spec, cut, put=put))
 print(json.dumps({"written": written, "loaded": loaded, "result": size(params)}))

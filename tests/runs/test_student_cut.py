@@ -111,6 +111,16 @@ def test_a_record_of_a_start_that_came_to_nothing_is_not_read(workspace, capsys)
     assert read_cut_record(stale) == right
 
 
+def test_a_run_that_lost_its_record_is_not_guessed_at(workspace, capsys) -> None:
+    assert kava(capsys, "train", "tiny.yaml", "train.steps=1").code == 0
+    (workspace / "run" / CUT_RECORD).unlink()
+    for again in (("train", "tiny.yaml", "train.steps=2"), ("export", "run", "--out", "out")):
+        refused = kava(capsys, *again)
+        assert refused.code == 2
+        assert f"run.dir=run has lost {CUT_RECORD}" in refused.err
+        assert "restore it" in refused.err
+
+
 @pytest.mark.long
 def test_merged_heads_are_aligned_through_a_calibrated_projector(workspace, capsys) -> None:
     fitted = {"kind": "linear", "per_layer": True, "init": "calibrated"}
@@ -145,15 +155,18 @@ def test_plan_and_explain_know_it(workspace, capsys) -> None:
         ({}, "exactly one of path, geometry and cut (none given)"),
         ({"cut": {"layers": "0,1"}}, "write a number of layers, or a list such as [0, 1, 2]"),
         ({"cut": {"layers": 5}}, "student.cut.layers=5: the teacher has 4 layers; keep 1 to 4"),
-        ({"cut": {"layers": [0, 4]}}, "the teacher has 4 layers; count them from 0 to 3"),
-        ({"cut": {"layers": [1, 0]}}, "student.cut.layers=1,0 do not rise"),
+        (
+            {"cut": {"layers": [0, 4]}},
+            "student.cut.layers=0,4: the teacher has 4 layers; name some of 0",
+        ),
+        ({"cut": {"layers": [1, 0]}}, "each once, in ascending order"),
         (
             {"cut": {"kv_heads": 3}},
             "student.cut.kv_heads=3 does not divide the teacher's 2",
         ),
         (
             {"cut": {"intermediate_size": 99}},
-            "student.cut.intermediate_size=99 with units",
+            "student.cut.intermediate_size=99: the teacher has",
         ),
         ({"cut": {"rule": "first"}}, "student.cut.rule"),
         ({"cut": {"keep": 2}}, "student.cut.keep"),
