@@ -31,7 +31,7 @@ def sections() -> dict[str, type[BaseModel]]:
     for name, field in Config.model_fields.items():
         if inner := _models(field.annotation):
             found[name] = inner[0]
-    for section, field in (("eval", "sets"), ("student", "cut")):
+    for section, field in (("eval", "sets"), ("student", "cut"), ("loss", "handoff")):
         found[field] = _models(found[section].model_fields[field].annotation)[0]
     for loss in typing.get_args(AnyKVLoss):
         found[loss.model_fields["kind"].default] = loss
@@ -111,7 +111,7 @@ def _type(annotation: Any) -> str:
     if isinstance(annotation, type) and issubclass(annotation, KVLoss):
         return f"`{annotation.model_fields['kind'].default}`"
     names = {"Ramp": "ramp", "AutoShare": "share", "str": "text", "int": "whole number"}
-    names |= {"CutConfig": "section"}
+    names |= dict.fromkeys(("CutConfig", "HandoffConfig"), "section")
     names |= {"bool": "true or false", "float": "number"}
     return names[annotation.__name__]
 

@@ -11,7 +11,7 @@ Dimension key (suffix of local names, one letter per axis):
 
 from typing import NamedTuple
 
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 
 class KVCache(NamedTuple):
@@ -23,3 +23,12 @@ class KVCache(NamedTuple):
 
     k: Float[Array, "L B T K H"]
     v: Float[Array, "L B T K H"]
+
+
+class HandedOver(NamedTuple):
+    """A cache that takes the place of a model's own keys and values at some of its tokens."""
+
+    cache: KVCache
+    """For every token, with keys after the model's RoPE."""
+    where: Bool[Array, "L B T"]
+    """The tokens whose own keys and values are never read; the same in every layer."""

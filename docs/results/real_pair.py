@@ -108,7 +108,7 @@ ARMS |= {
     for losses in ("kl", "kl+mercator", "kl+blocks")
 }
 # So far 40 arms. Before them comes the learning rate of KL alone, after them one long pair.
-ARMS |= {f"rate/{r}": Arm(ABLATED, "kl", (f"optimizer.student_lr={r}",)) for r in (2.5e-4, 1e-3)}
+ARMS |= {f"rate/{r}": Arm(ABLATED, "kl", (f"optimizer.student_lr={r}",)) for r in (5e-4, 2e-3)}
 ARMS |= {f"long/{losses}": Arm(ABLATED, losses, steps=1000) for losses in ("kl", "kl+mercator")}
 
 

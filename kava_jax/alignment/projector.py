@@ -148,7 +148,15 @@ class KVDimensionProjector(nnx.Module):
         *,
         dropout_key: Key[Array, ""] | None = None,
     ) -> dict[str, Array]:
-        """Map every part of the mapped layers into the other side's heads and width."""
+        """Map every part of the mapped layers into the other side's heads and width.
+
+        Factors of products are in the narrowest dtype of the parts.
+        """
+        # Keys are float32 where a bias or RoPE was applied; their products would then be float32 as
+        # well, and slow on accelerators. Values and outputs are in the model's dtype.
+        if self.kind != "identity":
+            narrow = min((x.dtype for x in vectors.values()), key=lambda dtype: dtype.itemsize)
+            vectors = {part: x.astype(narrow) for part, x in vectors.items()}
         target = self.student if self.direction == "teacher_to_student" else self.teachers[name][0]
         flat = {part: x.reshape(*x.shape[:-2], -1) for part, x in vectors.items()}
         mapped = self._mapped(name, flat, dropout_key)

@@ -6,7 +6,9 @@ from pydantic import Field, model_validator
 
 from kava_jax.alignment.adapters import AdapterKind, InitMethod
 from kava_jax.alignment.frame import Center
+from kava_jax.alignment.handoff import Reader
 from kava_jax.alignment.kv_losses import Mercator
+from kava_jax.alignment.layer_map import RuleMap
 from kava_jax.alignment.projector import Direction
 from kava_jax.config.weights import KVWeight, NamedKVLoss, Positive, Ramp, Section, Weight
 from kava_jax.models.layers import Output
@@ -63,6 +65,33 @@ class ProjectorConfig(Section):
         return self
 
 
+class HandoffConfig(Section):
+    """One model answers from another's prompt cache, and what it takes is learnt."""
+
+    reader: Reader = Field(
+        default="teacher",
+        description="who reads the prompt (all but its last token); the other one answers",
+    )
+    train: Literal["both", "projector"] = Field(
+        default="both", description="what learns; projector leaves the student as it is"
+    )
+    weight: Weight | Ramp = Field(
+        default=1.0, description="of the language loss on answers to what was handed over"
+    )
+    alone_share: float = Field(
+        default=0.5,
+        ge=0,
+        lt=1,
+        description="share of rows that a student which answers reads alone, so that it does not "
+        "forget how; drawn in every step",
+    )
+    layer_map: RuleMap | tuple[tuple[int, int], ...] | None = Field(
+        default=None,
+        description="the reader's layer for each of the answerer's: a rule, or [reader, answerer] "
+        "pairs; null: origin for a student that was cut from a teacher of this depth, else ratio",
+    )
+
+
 class LossConfig(Section):
     """What is minimised: ce_weight x CE + kl_weight x KL + kv_weight x KV."""
 
@@ -108,6 +137,9 @@ class LossConfig(Section):
         description="subtract means per layer and head, on both sides: none, the batch's, or "
         "running means over past steps",
     )
+    handoff: HandoffConfig | None = Field(
+        default=None, description="answers from a prompt cache that is handed over; null: none"
+    )
 
     @model_validator(mode="after")
     def _fitting(self) -> "LossConfig":
@@ -124,6 +156,11 @@ class LossConfig(Section):
                     f"match={self.match} with {field}={str(value).lower()}: that is a choice about "
                     f"keys and values; set {field}={str(needed).lower()}, or match=cache"
                 )
+        if self.handoff is not None and self.match != "cache":
+            raise ValueError(
+                f"match={self.match} with handoff, whose forward passes keep caches alone; set "
+                f"match=cache"
+            )
         return self
 
     @property

@@ -148,6 +148,14 @@ def dump_config(config: Config) -> dict[str, Any]:
     return config.model_dump(mode="json")
 
 
+def without_teachers(config: Config, **student: Any) -> dict[str, Any]:
+    """The same for a run of the student alone, some of whose fields may be given."""
+    raw = dump_config(config)
+    # What weighs teachers, or needs them, is refused without any.
+    raw["loss"] |= {"ce_weight": 1.0, "kv_weight": 1.0, "kl_weight": 0.0, "handoff": None}
+    return raw | {"teachers": [], "student": raw["student"] | student}
+
+
 def _one_line(error: yaml.YAMLError) -> str:
     """Problem and line number of a YAML error, without the excerpt that follows."""
     mark = getattr(error, "problem_mark", None)

@@ -329,6 +329,10 @@ class Config(Section):
                 f"projector.init=xavier and give teachers a layer_map by a rule, or set "
                 f"loss.match=cache"
             )
+        if loss.handoff is not None and not self.teachers:
+            raise ValueError(
+                "loss.handoff without teachers: there is no one to hand over to or from"
+            )
         if names and not any(teacher.weight for teacher in self.teachers):
             raise ValueError(
                 f"no teacher has a weight above 0; give one to at least one of {names}"

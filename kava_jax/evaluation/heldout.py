@@ -37,8 +37,13 @@ def make_measure(objective: Objective, mesh: Mesh) -> Measure:
         batch: Batch,
     ) -> Metrics:
         # Step and shares weigh the total, which is not returned; the metrics do not depend on them.
-        step = jnp.zeros((), jnp.int32)
-        return objective(params, teachers, batch, step, (1.0, 1.0), statistics)[1][0]
+        known = (params, teachers, batch, jnp.zeros((), jnp.int32), (1.0, 1.0), statistics)
+        metrics = objective(*known)[1][0]
+        if objective.handoff is not None:
+            everyone = jnp.ones(batch.tokens.shape[0], bool)
+            handed = objective(*known, handed_B=everyone)[1][0]
+            metrics |= {name: own for name, own in handed.items() if name.endswith("ce_handed")}
+        return metrics
 
     # Every process reads the figures, and it can read only what its own devices hold.
     return jax.jit(measure, out_shardings=replicated(mesh))
@@ -80,7 +85,8 @@ def held_out(
         if examine and teachers and number in chosen:
             examined.append(examine(params, teachers, batch, TOKENS // len(chosen)))
     values = summarize(total or {})
-    values["loss"] = values.pop("ce")
+    names = {"ce": "loss", "ce_handed": "loss_handed"}
+    values = {names.get(name, name): value for name, value in values.items()}
     layers: dict[str, list[float]] = {}
     if examined:
         found = summarize_layers(jax.jit(figures)(examined))

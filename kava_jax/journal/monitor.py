@@ -237,6 +237,8 @@ def shown(
     formats = {
         "loss": ("loss", "{:.4f}"),
         "ce": ("ce", "{:.4f}"),
+        "ce_handed": ("handed over", "{:.4f}"),
+        "loss_handed": ("handed over", "{:.4f}"),
         cosine: ("cos", "{:.3f}"),
         gap: ("gap", "{:.3f}"),
         "mag_ratio": ("magnitude", "{:.2f}"),

@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
-from kava_jax.cache import KVCache
+from kava_jax.cache import HandedOver, KVCache
 from kava_jax.models.attend import Attend, Implementation, attend
 from kava_jax.models.layers import (
     Activations,
@@ -98,24 +98,25 @@ class Decoder(nnx.Module):
         positions_BT: Int[Array, "B T"],
         mask_BTS: Bool[Array, "B 1 T S"],
         *,
-        past: KVCache | None = None,
+        past: KVCache | HandedOver | None = None,
         key_space: KeySpace = "pre_rope",
         layers: tuple[int, ...] | None = None,
         lengths_B: Int[Array, "B"] | None = None,
     ) -> tuple[Float[Array, "B T D"], KVCache]:
         """Run the layers over ``tokens``.
 
-        ``past`` holds the post-RoPE keys and values [L, B, S - T, K, H] of earlier tokens. The
-        returned cache holds only the *new* tokens' [L, B, T, K, H], with keys in ``key_space``.
-        If ``layers`` (ascending) is given, only those layers' keys and values are kept.
-        ``lengths_B`` is the final length of each row (``rope.rope_rotation``); pass it with a past.
+        ``past`` holds the post-RoPE keys and values [L, B, S - T, K, H] of earlier tokens, or what
+        was handed over in place of these tokens' own (then S = T). The returned cache holds only
+        the *new* tokens' [L, B, T, K, H], with keys in ``key_space``. If ``layers`` (ascending) is
+        given, only those layers' keys and values are kept. ``lengths_B`` is the final length of
+        each row (``rope.rope_rotation``); pass it with a past.
         Positions and mask come from ``models.masks``.
         """
 
         def cache(new: Activations) -> KVCache:
             return new.cache(key_space)
 
-        how = self._by_kernel(positions_BT) if past is None else attend
+        how = attend if isinstance(past, KVCache) else self._by_kernel(positions_BT)
         rotation = self.rotation(positions_BT, lengths_B)
         return self._run(tokens_BT, rotation, mask_BTS, past, cache, how, layers)
 
@@ -180,7 +181,7 @@ class Decoder(nnx.Module):
         tokens_BT: Int[Array, "B T"],
         rotation: Rotation,
         mask_BTS: Bool[Array, "B 1 T S"],
-        past: KVCache | None,
+        past: KVCache | HandedOver | None,
         keep: Callable[[Activations], Any],
         how: Attend,
         wanted: tuple[int, ...] | None,
@@ -191,7 +192,9 @@ class Decoder(nnx.Module):
         if self.blocks is not None:
             graph, layers = nnx.split(self.blocks)
 
-            def layer(x_BTD: Array, xs: tuple[Any, KVCache | None]) -> tuple[Array, Any]:
+            def layer(
+                x_BTD: Array, xs: tuple[Any, KVCache | HandedOver | None]
+            ) -> tuple[Array, Any]:
                 params, layer_past = xs
                 x_BTD, new = nnx.merge(graph, params)(x_BTD, rotation, mask_BTS, layer_past, how)
                 # ``keep`` runs inside the scan, so what it drops is never stacked over layers.

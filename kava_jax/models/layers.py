@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float
 
-from kava_jax.cache import KVCache
+from kava_jax.cache import HandedOver, KVCache
 from kava_jax.models.attend import Attend, attend
 from kava_jax.models.rope import Rotation, rotate
 from kava_jax.models.spec import DecoderSpec
@@ -183,20 +183,25 @@ class Attention(nnx.Module):
         x_BTD: Float[Array, "B T D"],
         rotation: Rotation,
         mask_BTS: Bool[Array, "B 1 T S"],
-        past: KVCache | None,
+        past: KVCache | HandedOver | None,
         how: Attend = attend,
     ) -> tuple[Float[Array, "B T D"], Activations]:
         """Attend over ``past`` (post-RoPE, one layer) followed by the tokens of ``x``.
 
-        ``how(q, k, v, mask)`` computes it: ``attend``, or a ``partial`` of it.
+        What was handed over takes the place of the tokens' own keys and values. ``how(q, k, v,
+        mask)`` computes the attention: ``attend``, or a ``partial`` of it.
         """
         new, q_BTNH = self.keys_values(x_BTD, rotation), self.queries(x_BTD, rotation)
-        k_BSKH, v_BSKH = new.post_rope, new.v
         # Keys in the past are rotated already; only the new ones were rotated above.
-        if past is not None:
-            k_BSKH = jnp.concatenate([past.k, k_BSKH], axis=1)
-            v_BSKH = jnp.concatenate([past.v, v_BSKH], axis=1)
-        return self.o(how(q_BTNH, k_BSKH, v_BSKH, mask_BTS)), new._replace(q=q_BTNH)
+        read = KVCache(new.post_rope, new.v)
+        if isinstance(past, HandedOver):
+            theirs, where_BT11 = past.cache, past.where[..., None, None]
+            read = jax.tree.map(
+                lambda other, own: jnp.where(where_BT11, other.astype(own.dtype), own), theirs, read
+            )
+        elif past is not None:
+            read = jax.tree.map(lambda old, own: jnp.concatenate([old, own], axis=1), past, read)
+        return self.o(how(q_BTNH, *read, mask_BTS)), new._replace(q=q_BTNH)
 
 
 class MLP(nnx.Module):
@@ -245,7 +250,7 @@ class Block(nnx.Module):
         x_BTD: Float[Array, "B T D"],
         rotation: Rotation,
         mask_BTS: Bool[Array, "B 1 T S"],
-        past: KVCache | None,
+        past: KVCache | HandedOver | None,
         how: Attend = attend,
     ) -> tuple[Float[Array, "B T D"], Activations]:
         """Residual attention, then residual MLP; also returns what may be kept of them."""

@@ -11,6 +11,7 @@ own uncached result for the same text.
 
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -151,3 +152,8 @@ def rotate(x_BTNH: Float[Array, "B T N H"], rotation: Rotation) -> Float[Array, 
     first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x_BTNH.dtype)
+
+
+def rotate_layers(keys: Float[Array, "L B T K H"], rotation: Rotation) -> Float[Array, "L B T K H"]:
+    """Keys of all layers after RoPE, in float32."""
+    return jax.vmap(lambda layer: rotate(layer.astype(jnp.float32), rotation))(keys)

@@ -8,10 +8,12 @@ from flax import nnx
 
 from kava_jax.alignment.frame import empty
 from kava_jax.alignment.kv_losses import Hybrid, Mercator
+from kava_jax.alignment.layer_map import LayerMap
 from kava_jax.alignment.projector import forgets_length
 from kava_jax.config.run import Config
 from kava_jax.config.weights import AutoShare, Ramp, is_zero
 from kava_jax.models.spec import DecoderSpec
+from kava_jax.training.handoff_term import HandoffTerm
 from kava_jax.training.objective import PART_WEIGHTS, Objective, Statistics, TeacherLink
 from kava_jax.training.optimizer import learning_rate, make_optimizer
 
@@ -21,6 +23,7 @@ def make_objective(
     student: nnx.GraphDef[Any],
     teachers: Mapping[str, TeacherLink],
     projector: nnx.GraphDef[Any] | None,
+    handoff: HandoffTerm | None,
     batch_shards: int,
 ) -> Objective:
     """The objective that the config describes, over modules that are already built."""
@@ -38,7 +41,25 @@ def make_objective(
         ce_weight=_weight(loss.ce_weight, steps),
         kl_weight=None if is_zero(loss.kl_weight) else _weight(loss.kl_weight, steps),
         kl_temperature=loss.kl_temperature,
+        handoff=handoff,
         batch_shards=batch_shards,
+    )
+
+
+def handoff_term(
+    config: Config, projector: nnx.GraphDef[Any], maps: Mapping[str, LayerMap]
+) -> HandoffTerm:
+    """The handoff that the config describes; ``maps`` are by teacher."""
+    settings = config.loss.handoff
+    assert settings is not None
+    total = sum(teacher.weight for teacher in config.teachers)
+    return HandoffTerm(
+        projector=projector,
+        maps=maps,
+        shares={teacher.name: teacher.weight / total for teacher in config.teachers},
+        reader=settings.reader,
+        weight=_weight(settings.weight, config.train.steps),
+        alone_share=settings.alone_share,
     )
 
 
@@ -114,13 +135,14 @@ def learning_rates(config: Config) -> dict[str, optax.Schedule]:
 def optimizer_of(
     config: Config, rates: Mapping[str, optax.Schedule]
 ) -> optax.GradientTransformation:
-    """AdamW per group; a frozen projector does not move."""
-    frozen = config.projector.training == "frozen"
+    """AdamW per group; what is frozen does not move."""
+    frozen, handoff = config.projector.training == "frozen", config.loss.handoff
+    groups = {
+        "student": None if handoff and handoff.train == "projector" else rates["student"],
+        "projector": None if frozen else rates["projector"],
+    }
     return make_optimizer(
-        {
-            "student": rates["student"],
-            "projector": None if frozen else rates["projector"],
-        },
+        groups | ({"handoff": rates["projector"]} if handoff else {}),
         weight_decay=config.optimizer.weight_decay,
         clip_norm=config.optimizer.clip_norm,
         b2=config.optimizer.b2,

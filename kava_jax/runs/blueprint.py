@@ -19,7 +19,6 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from kava_jax.alignment.layer_map import CALIBRATED_MAPS, LayerMap
-from kava_jax.alignment.projector import KVDimensionProjector
 from kava_jax.config.pair import TeacherConfig
 from kava_jax.config.run import Config
 from kava_jax.config.weights import is_zero
@@ -40,8 +39,9 @@ from kava_jax.runs.assembly import (
     optimizer_of,
 )
 from kava_jax.runs.find_models import Models
-from kava_jax.runs.layer_maps import layer_map_of
+from kava_jax.runs.layer_maps import handoff_map, layer_map_of
 from kava_jax.runs.parts import Part, TeacherPart, place_slices
+from kava_jax.runs.projectors import handoff_of, projector_of
 from kava_jax.training.comparison import CacheComparison, OutputComparison
 from kava_jax.training.objective import Objective, Statistics, TeacherLink
 from kava_jax.training.step import (
@@ -68,16 +68,23 @@ class Blueprint:
     """What the run keeps of the model in ``student_dir``; None where it keeps all."""
     teachers: dict[str, TeacherPart]
     projector: Part | None
+    handoff: Part | None
+    """The projector of prompt caches that are handed over."""
     objective: Objective
     kv_weight: optax.Schedule
     rates: dict[str, optax.Schedule]
     optimizer: optax.GradientTransformation
 
     @property
+    def parts(self) -> dict[str, Part | None]:
+        """What the state holds parameters of, by their group."""
+        parts = {"student": self.student, "projector": self.projector}
+        return parts | ({"handoff": self.handoff} if self.handoff else {})
+
+    @property
     def repeated(self) -> str | None:
         """What the mesh does not divide and every device holds whole, in one line."""
-        parts = {"student": self.student, "projector": self.projector}
-        parts |= {name: teacher.part for name, teacher in self.teachers.items()}
+        parts = self.parts | {name: teacher.part for name, teacher in self.teachers.items()}
         found = [
             f"{name}/{misfit}"
             for name, part in parts.items()
@@ -105,6 +112,7 @@ class Blueprint:
         if projector is None:
             projector = self.projector.fresh(seed + 1) if self.projector else {}
         params = {"student": student, "projector": projector}
+        params |= {"handoff": self.handoff.fresh(seed + 2)} if self.handoff else {}
         # The moments are made where they will lie: whole, they may not fit on one device. The seed
         # is an argument, so that runs with other seeds share the program.
         start = jax.jit(self._state_of, out_shardings=self.state_shardings())
@@ -126,10 +134,8 @@ class Blueprint:
     def abstract_state(self) -> TrainState:
         """Shapes and dtypes of the state."""
 
-        parts = {"student": self.student, "projector": self.projector}
-
         def build() -> TrainState:
-            params = {name: _initial(part) for name, part in parts.items()}
+            params = {name: _initial(part) for name, part in self.parts.items()}
             return self._state_of(params, jnp.uint32(0))
 
         return jax.eval_shape(build)
@@ -172,8 +178,7 @@ class Blueprint:
 
     def state_shardings(self) -> Any:
         """Where every leaf of the state lies."""
-        parts = {"student": self.student, "projector": self.projector}
-        params = {name: part.shardings if part else {} for name, part in parts.items()}
+        params = {name: part.shardings if part else {} for name, part in self.parts.items()}
         return matching_shardings(self.abstract_state(), params, self.mesh)
 
 
@@ -211,7 +216,8 @@ def make_blueprint(
         for index, teacher in enumerate(config.teachers)
     }
     _check_frame(config, student_spec, teachers)
-    projector = _projector(config, student_spec, teachers, mesh) if teachers else None
+    projector = projector_of(config, student_spec, teachers, mesh) if teachers else None
+    handoff, term = handoff_of(config, models, mesh) if config.loss.handoff else (None, None)
     rates = learning_rates(config)
     return Blueprint(
         config=config,
@@ -222,11 +228,13 @@ def make_blueprint(
         student_cut=models.student.cut if config.student.cut else None,
         teachers=teachers,
         projector=projector,
+        handoff=handoff,
         objective=make_objective(
             config,
             of_batches.graph,
             {name: teacher.link for name, teacher in teachers.items()},
             projector.graph if projector else None,
+            term,
             batch_shards(mesh),
         ),
         kv_weight=kv_weight(config),
@@ -254,9 +262,15 @@ def _teacher(
         if loss.output is None
         else OutputComparison(teacher.name, layer_map)
     )
-    # Logits need every layer and the head; what is compared only the layers up to the last mapped.
-    headless = is_zero(loss.kl_weight)
-    blocks, tail = comparison.cut() if headless else (spec.num_layers, False)
+    # Logits need every layer and the head; what is read only the layers up to the last mapped.
+    reads = [comparison.cut()]
+    headless, handoff = is_zero(loss.kl_weight), loss.handoff
+    if handoff is not None:
+        headless = headless and handoff.reader == "teacher"
+        reads.append(
+            CacheComparison(teacher.name, handoff_map(handoff, teacher.name, models)).cut()
+        )
+    blocks, tail = max(reads) if headless else (spec.num_layers, False)
     dtype = _dtype(config.train.dtype)
     build = partial(
         _build_decoder,
@@ -274,42 +288,6 @@ def _teacher(
     link = TeacherLink(part.graph, comparison, spec, teacher.weight, teacher.control)
     seed = config.run.seed + RANDOM_TEACHER + index
     return TeacherPart(part, spec, directory, link, blocks, tail, headless, dtype, seed, map_note)
-
-
-def _projector(
-    config: Config, student: DecoderSpec, teachers: dict[str, TeacherPart], mesh: Mesh
-) -> Part:
-    settings, shapes = config.projector, {}
-    # One match compares all teachers, so each of them knows the student's heads.
-    own, width = next(iter(teachers.values())).link.comparison.heads(student)
-    for name, teacher in teachers.items():
-        comparison, sources = teacher.link.comparison, teacher.layer_map.sources
-        heads, head_dim = comparison.heads(teacher.spec)
-        shapes[name] = {
-            # Teacher layers that are mixed for one student layer lie side by side in the width.
-            "d_model": heads * head_dim * sources,
-            "num_heads": heads * sources,
-            "num_layers": len(teacher.layer_map),
-        }
-
-    def build(rngs: nnx.Rngs) -> KVDimensionProjector:
-        return KVDimensionProjector(
-            shapes,
-            own * width,
-            settings.mlp_ratio,
-            settings.dropout,
-            # A calibrated projector is read from its file; this one only has its shape.
-            "xavier" if settings.init == "calibrated" else settings.init,
-            settings.training != "frozen",
-            kind=settings.kind,
-            direction=settings.direction,
-            student_heads=own,
-            per_layer=settings.per_layer,
-            parts=("k", "v") if config.loss.output is None else ("o",),
-            rngs=rngs,
-        )
-
-    return Part.of(build, mesh, config.mesh.indivisible)
 
 
 def _check_frame(config: Config, student: DecoderSpec, teachers: Mapping[str, TeacherPart]) -> None:

@@ -17,7 +17,7 @@ from flax import nnx
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float
 
-from kava_jax.config.file import dump_config, parse_config
+from kava_jax.config.file import parse_config, without_teachers
 from kava_jax.config.pair import CutConfig
 from kava_jax.config.run import Config
 from kava_jax.data.batches import Batch
@@ -172,11 +172,8 @@ def settled(
 
 def _of_source(config: Config, source: str) -> Config:
     """The run of the uncut model alone, as a student without teachers."""
-    raw = dump_config(config)
     tokenizer = find_tokenizer(config)[1]
-    raw["student"] |= {"path": source, "cut": None, "tokenizer": tokenizer}
-    raw["loss"] |= {"ce_weight": 1.0, "kv_weight": 1.0, "kl_weight": 0.0}
-    return parse_config(raw | {"teachers": []})
+    return parse_config(without_teachers(config, path=source, cut=None, tokenizer=tokenizer))
 
 
 def _read(run: Run) -> list[Encoded]:

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from kava_jax.alignment.layer_map import CALIBRATED_MAPS
+from kava_jax.config.distillation import HandoffConfig
 from kava_jax.config.file import dump_config, parse_config
 from kava_jax.config.pair import TeacherConfig
 from kava_jax.config.recipes import RECIPES
@@ -64,6 +65,7 @@ def explain(config: Config) -> str:
     parts += [f"Recipe {config.recipe}. {_changes(config)}"]
     parts += [_teacher(config, *one, models) for one in enumerate(config.teachers)]
     parts += [_compared(config), _projected(config), _minimised(config)]
+    parts += [_handed(config.loss.handoff)] if config.loss.handoff else []
     parts += [_learning(config), *_warnings(config), *_idle(config)]
     return "\n\n".join(parts)
 
@@ -210,10 +212,24 @@ def _minimised(config: Config) -> str:
     return f"{text} The teachers' terms are added with fixed weights ({weights})."
 
 
+def _handed(handoff: HandoffConfig) -> str:
+    answerer = {"teacher": "student", "student": "teacher"}[handoff.reader]
+    text = (
+        f"Handoff: the {handoff.reader} reads each prompt but for its last token, and the "
+        f"{answerer} answers from that cache. Its loss counts {_number(handoff.weight)} times."
+    )
+    if answerer == "student" and handoff.alone_share:
+        text += f" In every step it reads {handoff.alone_share:.0%} of the rows alone."
+    return text
+
+
 def _learning(config: Config) -> str:
     settings = config.optimizer
     shape = f"cosine, {settings.warmup_steps} warm-up steps"
     text = f"Learns: the student at {settings.student_lr:g} ({shape})"
+    handoff = config.loss.handoff
+    if handoff and handoff.train == "projector":
+        text = f"Learns: the handoff's projector at {settings.projector_lr:g} ({shape}), no student"
     if not config.teachers or config.projector.kind == "identity":
         return f"{text}."
     training = {

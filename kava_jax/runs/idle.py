@@ -103,3 +103,23 @@ def compared_notes(sets: Mapping[str, Sequence[Encoded]], sink_tokens: int) -> l
                 f"{sink_tokens}, so nothing of them is compared with a teacher"
             )
     return notes
+
+
+def check_prompts(sets: Mapping[str, Sequence[Encoded]]) -> None:
+    """Refuse rows without a prompt to hand over, and those in which several replies are trained on.
+
+    Raises KavaError.
+    """
+    for name, rows in sets.items():
+        bare = sum(row.prompt_length < 2 for row in rows)
+        several = sum(row.trained is not None for row in rows)
+        if bare:
+            raise KavaError(
+                f"loss.handoff: {bare} of {len(rows)} {name} rows have no prompt of two tokens or "
+                f"more to hand over; give questions with answers, or leave loss.handoff out"
+            )
+        if several:
+            raise KavaError(
+                f"loss.handoff: {several} of {len(rows)} {name} rows have several replies, and "
+                f"only the first answers what is handed over; set data.train_on=last"
+            )

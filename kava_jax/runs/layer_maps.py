@@ -3,6 +3,7 @@
 from typing import Any
 
 from kava_jax.alignment.layer_map import ORIGIN_MAPS, LayerMap, make_layer_map
+from kava_jax.config.distillation import HandoffConfig
 from kava_jax.config.pair import TeacherConfig
 from kava_jax.errors import KavaError
 from kava_jax.runs.find_models import Found, Models
@@ -37,6 +38,27 @@ def layer_map_of(
             f"'origin' pairs them with their own"
         )
     return layer_map, rule, note
+
+
+def handoff_map(settings: HandoffConfig, teacher: str, models: Models) -> LayerMap:
+    """The reader's layer for each layer of the answerer, which has the place of a student's.
+
+    Raises KavaError for a map that does not fit the models, or leaves a layer without a source.
+    """
+    field, rule = "loss.handoff.layer_map", settings.layer_map
+    theirs, ours = models.teachers[teacher].spec.num_layers, models.student.spec.num_layers
+    origins, depths = None, (ours, theirs)
+    if settings.reader == "teacher":
+        origins, depths = _origins(models.student, theirs)[0], (theirs, ours)
+    if rule is None:
+        rule = "origin" if origins else "ratio"
+    found = make_layer_map(rule, *depths, origins=origins, field=field)
+    if missing := sorted({*range(depths[1])} - {*found.student_layers}):
+        raise KavaError(
+            f"{field}: layers {missing} of the answerer have no source; give each of its "
+            f"{depths[1]} layers one"
+        )
+    return found
 
 
 def _origins(student: Found, teacher_layers: int) -> tuple[tuple[int, ...] | None, str]:

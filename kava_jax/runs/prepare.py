@@ -38,7 +38,7 @@ from kava_jax.parallel.hosts import from_first
 from kava_jax.parallel.mesh import make_mesh
 from kava_jax.runs.blueprint import Blueprint, make_blueprint
 from kava_jax.runs.find_models import Models, at_hand, cut_source, find_models
-from kava_jax.runs.idle import compared_notes
+from kava_jax.runs.idle import check_prompts, compared_notes
 from kava_jax.storage import Place
 
 if TYPE_CHECKING:
@@ -164,6 +164,8 @@ def load_dataset(run: Run) -> Dataset:
     # Renamed tokens do harm only in use, and only encoded rows show which are used.
     told = [check_unused(renamed, chain(*sets), who) for who, renamed in run.renamed.items()]
     compared = {"training": dataset.stream.rows, "held-out": dataset.held_out.measured}
+    if run.config.loss.handoff:
+        check_prompts(compared)
     short = compared_notes(compared if run.config.teachers else {}, run.config.loss.sink_tokens)
     return dataset._replace(notes=(*run.notes, *filter(None, told), *dataset.notes, *short))
 

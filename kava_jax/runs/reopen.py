@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from kava_jax.alignment.layer_map import LayerMap
-from kava_jax.config.file import dump_config, parse_config
+from kava_jax.config.file import parse_config, without_teachers
 from kava_jax.config.run import Config
 from kava_jax.errors import KavaError
 from kava_jax.journal.checkpoint import Checkpoints, abstract_state
@@ -43,7 +43,7 @@ def reopen_student(run_dir: Place, overrides: Sequence[str] = ()) -> Run:
     tokenizer came with the first teacher, or that was cut from it, needs that one still.
     """
     config = config_of(run_dir, overrides)
-    raw = dump_config(config)
+    raw = without_teachers(config)
     needed = [f"teachers.{index}.path" for index in range(len(config.teachers))]
     student = config.student
     borrowed = bool(student.geometry and needed and student.tokenizer is None)
@@ -53,9 +53,6 @@ def reopen_student(run_dir: Place, overrides: Sequence[str] = ()) -> Run:
         raw["student"]["tokenizer"] = find_tokenizer(config)[1]
     if cut_here:
         raw["student"]["cut"]["path"] = config.teachers[0].path
-    # What weighs teachers is refused without any.
-    raw |= {"teachers": []}
-    raw["loss"] |= {"ce_weight": 1.0, "kv_weight": 1.0}
     return replace(prepare(parse_config(raw)), config=config)
 
 

@@ -7,7 +7,7 @@ none of this.
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from kava_jax.config.file import dump_config, parse_config
+from kava_jax.config.file import parse_config, without_teachers
 from kava_jax.data.dataset import HeldOut
 from kava_jax.errors import KavaError
 from kava_jax.evaluation.exact_match import ExactMatch
@@ -49,10 +49,6 @@ def _everyone(run: Run, held: HeldOut) -> Iterator[Answered]:
     yield Answered("student before", answer(run, held, run.blueprint.student_start()))
     yield Answered("student after", answer(run, held, restore(run).params["student"]))
     for teacher in run.config.teachers:
-        raw = dump_config(run.config)
-        raw["student"] = {"path": teacher.path}
-        # Without teachers there is nothing else to learn from, and the config would be refused.
-        raw["teachers"], raw["recipe"] = [], "anchored"
-        raw["loss"] |= {"ce_weight": 1.0, "kv_weight": 1.0}
-        alone = prepare(parse_config(raw))
+        own = {"student": {"path": teacher.path}, "recipe": "anchored"}
+        alone = prepare(parse_config(without_teachers(run.config) | own))
         yield Answered(teacher.name, answer(alone, held, alone.blueprint.load_student()))

@@ -8,10 +8,10 @@ is not projected.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -19,12 +19,12 @@ from jaxtyping import Array, Bool, Float, Key
 
 from kava_jax.alignment.layer_map import LayerMap
 from kava_jax.alignment.projector import KVDimensionProjector
-from kava_jax.cache import KVCache
+from kava_jax.cache import HandedOver, KVCache
 from kava_jax.data.batches import Batch
 from kava_jax.models.decoder import Decoder, Params
 from kava_jax.models.layers import KeySpace, Output, Rotation
 from kava_jax.models.masks import attention_mask, token_positions
-from kava_jax.models.rope import rotate
+from kava_jax.models.rope import rotate_layers
 from kava_jax.models.spec import DecoderSpec
 
 # A cache can hold keys before their bias too; these two are what may be compared.
@@ -64,16 +64,19 @@ def forward(
     key_space: KeySpace = "pre_bias",
     queries: bool = False,
     layers: tuple[int, ...] | None = None,
+    handed: Callable[[Rotation], HandedOver] | None = None,
 ) -> ForwardPass:
     """Run one model over the batch, keeping its cache or, where it is named, one ``output``.
 
     With ``queries`` a cache comes with the post-RoPE queries, of all layers; otherwise ``layers``
-    says of which layers anything is kept.
+    says of which layers anything is kept. ``handed`` gives what is handed over, for the model's
+    rotation, to a pass that keeps no more than its cache.
     """
     model = nnx.merge(graph, params)
     positions_BT = token_positions(batch.valid)
     mask = attention_mask(positions_BT, positions_BT, batch.valid, model.spec.sliding_window)
     inputs, asked = (batch.tokens, positions_BT, mask), None
+    rotation = model.rotation(positions_BT)
     if output is not None:
         hidden, outputs = model.with_outputs(*inputs, output, layers=layers)
         vectors = {"o": outputs[..., None, :]}
@@ -83,9 +86,9 @@ def forward(
             layers = None
             hidden, cache, asked = model.with_queries(*inputs, key_space=key_space)
         else:
-            hidden, cache = model(*inputs, key_space=key_space, layers=layers)
+            past = None if handed is None else handed(rotation)
+            hidden, cache = model(*inputs, past=past, key_space=key_space, layers=layers)
         vectors = cache._asdict()
-    rotation = model.rotation(positions_BT)
     return ForwardPass(model, hidden, vectors, asked, mask, rotation, layers)
 
 
@@ -130,17 +133,9 @@ class LayerComparison(ABC):
         theirs: Vectors,
         dropout_key: Key[Array, ""] | None = None,
     ) -> Compared:
-        """Both ``sides`` in one space; dropout in the projector only when a key is given.
-
-        The projector's factors are in the model's dtype.
-        """
+        """Both ``sides`` in one space; dropout in the projector only when a key is given."""
         onto_student = projector.direction == "teacher_to_student"
         source = theirs if onto_student else ours
-        # Keys are float32 where a bias or RoPE was applied; their products would then be float32 as
-        # well, and slow on accelerators. Values and outputs are in the model's dtype.
-        if projector.kind != "identity":
-            narrow = min((x.dtype for x in source.values()), key=lambda dtype: dtype.itemsize)
-            source = {part: x.astype(narrow) for part, x in source.items()}
         mapped = projector.project(self.name, source, dropout_key=dropout_key)
         return (ours, mapped, ours) if onto_student else (mapped, theirs, ours)
 
@@ -182,14 +177,10 @@ class CacheComparison(LayerComparison):
 
         They are float32 where a bias is added or RoPE turns them, else in the model's dtype.
         """
-        keys = run.vectors["k"]
-        # The bias before RoPE, as in the model: RoPE turns the sum.
-        bias = None if self.remove_key_bias else run.model.key_bias()
-        if bias is not None:
-            keys = _with_bias(keys, bias if run.layers is None else bias[np.array(run.layers)])
+        whole = run.vectors if self.remove_key_bias else full_cache(run)._asdict()
         if self.key_space == "post_rope":
-            keys = _turned(keys, run.rotation)
-        return run.vectors | {"k": keys}
+            whole = whole | {"k": rotate_layers(whole["k"], run.rotation)}
+        return whole
 
     def can_attend(self, direction: str) -> bool:
         """Whether the space has queries of its own: not where it joins teacher layers."""
@@ -218,17 +209,20 @@ class CacheComparison(LayerComparison):
             if self.key_space == "post_rope":
                 return cache
             keys = cache.k if bias is None else _with_bias(cache.k, bias[np.array(layers)])
-            return cache._replace(k=_turned(keys, space.rotation))
+            return cache._replace(k=rotate_layers(keys, space.rotation))
 
         ours, theirs, _ = compared
         queries = space.queries[np.array(layers)]
         return queries, as_attended(ours), as_attended(theirs), space.mask
 
 
+def full_cache(run: ForwardPass) -> KVCache:
+    """Keys before RoPE, with their bias, and values, of the layers that were kept."""
+    keys, bias = run.vectors["k"], run.model.key_bias()
+    if bias is not None:
+        keys = _with_bias(keys, bias if run.layers is None else bias[np.array(run.layers)])
+    return KVCache(keys, run.vectors["v"])
+
+
 def _with_bias(keys: Float[Array, "L B T K H"], bias: Float[Array, "L K H"]) -> Array:
     return keys.astype(jnp.float32) + bias[:, None, None].astype(jnp.float32)
-
-
-def _turned(keys: Float[Array, "L B T K H"], rotation: Rotation) -> Array:
-    """Keys of all layers after RoPE, in float32."""
-    return jax.vmap(lambda layer: rotate(layer.astype(jnp.float32), rotation))(keys)

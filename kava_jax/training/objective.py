@@ -5,7 +5,7 @@ objective is built; parameters and data are arguments. The teachers' parameters 
 differentiated: gradients are taken with respect to ``params`` alone.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal, NamedTuple
@@ -21,12 +21,14 @@ from kava_jax.alignment.controls import Control, controlled
 from kava_jax.alignment.frame import Center, TokenMean, framed, measure
 from kava_jax.alignment.kv_losses import KVLoss
 from kava_jax.alignment.projector import Direction, KVDimensionProjector
+from kava_jax.cache import HandedOver
 from kava_jax.data.batches import Batch
 from kava_jax.diagnostics import alignment
 from kava_jax.geometry import Mean, masked_mean
 from kava_jax.losses import cross_entropy, logit_kl, mercator
 from kava_jax.models.decoder import Decoder, Params
 from kava_jax.models.layers import Output
+from kava_jax.models.rope import Rotation
 from kava_jax.models.spec import DecoderSpec
 from kava_jax.training.comparison import (
     CacheComparison,
@@ -35,6 +37,7 @@ from kava_jax.training.comparison import (
     LayerComparison,
     forward,
 )
+from kava_jax.training.handoff_term import HandoffTerm
 from kava_jax.training.lm_head import Head, weighted_losses
 
 Metrics = dict[str, Mean]
@@ -89,7 +92,12 @@ class Objective:
     match_attention: bool = False
     kl_weight: optax.Schedule | None = None
     kl_temperature: float = 1.0
+    handoff: HandoffTerm | None = None
     batch_shards: int = 1
+
+    def dealt(self, key: Key[Array, ""], batch: Batch) -> tuple[Batch, Bool[Array, "B"] | None]:
+        """Which rows of a batch to train on are handed over; None without a handoff."""
+        return (batch, None) if self.handoff is None else self.handoff.dealt(key, batch)
 
     def __call__(
         self,
@@ -100,34 +108,56 @@ class Objective:
         shares: Shares,
         statistics: Statistics,
         dropout_key: Key[Array, ""] | None = None,
+        handed_B: Bool[Array, "B"] | None = None,
     ) -> tuple[tuple[Float[Array, ""], Float[Array, ""]], tuple[Metrics, Statistics]]:
         """CE and KL with their weights, and KV before its weight; metrics, and new statistics.
 
         Both losses are this microbatch's part: those of all microbatches add up to the losses of
         the whole batch. Metrics are (sum, count), the statistics its own. Dropout is on only when
-        a key is given.
+        a key is given. Without ``handed_B`` every model reads its rows alone.
         """
+        passes = {name: self._read(name, teachers[name], batch) for name in self.teachers}
+        from_teachers = from_student = None
+        if self.handoff is not None and handed_B is not None:
+            past = partial(self.handoff.past, params["handoff"], batch, handed_B)
+            if self.handoff.reader == "teacher":
+                from_teachers = partial(past, passes)
+            else:
+                from_student = past
         student = forward(
             self.student,
             params["student"],
             batch,
             output=self.output,
             queries=self.match_attention,
+            handed=from_teachers,
         )
-        kv, passes, metrics, means = jnp.zeros(()), {}, {}, {}
+        kv, metrics, means = jnp.zeros(()), {}, {}
         for index, name in enumerate(self.teachers):
             # ``fold_in`` and not ``split``: the masks of one teacher do not depend on how many
             # there are.
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, index)
-            passes[name], of_teacher, found, means[name] = self._of_teacher(
-                name, params, teachers[name], student, batch, statistics.get(name), key
+            of_teacher, found, means[name] = self._of_teacher(
+                name, params, passes[name], student, batch, statistics.get(name), key
             )
             kv += of_teacher
             metrics |= {f"{name}/{term}": mean for term, mean in found.items()}
         # Without KL a teacher is loaded without its LM head, so it cannot be asked for logits.
         language, found = self._language(
-            batch, student, passes if self.kl_weight else {}, step, shares[0]
+            batch,
+            student,
+            passes if self.kl_weight else {},
+            step,
+            shares[0],
+            handed_B if from_teachers else None,
         )
+        if from_student is not None:
+            for name in self.teachers:
+                past = partial(from_student, {name: student})
+                answered, found[f"{name}/ce_handed"] = self._answered(
+                    name, teachers[name], batch, past, step, shares[0]
+                )
+                language += answered
         # No entry where the frame keeps nothing, as in the state that these are merged into.
         means = jax.lax.stop_gradient({name: own for name, own in means.items() if own})
         return (language, shares[1] * kv), (metrics | found, means)
@@ -152,27 +182,35 @@ class Objective:
         assert self.projector is not None
         return nnx.merge(self.projector, params["projector"])
 
+    def _read(self, name: str, params: Params, batch: Batch) -> ForwardPass:
+        """One teacher's forward pass, which keeps the layers that are read of it."""
+        link = self.teachers[name]
+        maps = [link.comparison.layer_map]
+        if self.handoff is not None and self.handoff.reader == "teacher":
+            maps.append(self.handoff.maps[name])
+        layers = sorted({layer for layer_map in maps for layer in layer_map.read_layers})
+        return forward(
+            link.graph,
+            params,
+            batch,
+            output=self.output,
+            queries=self.match_attention,
+            layers=tuple(layers),
+        )
+
     def _of_teacher(
         self,
         name: str,
         params: Mapping[str, Params],
-        teacher_params: Params,
+        teacher: ForwardPass,
         student: ForwardPass,
         batch: Batch,
         running: Mapping[str, tuple[TokenMean, TokenMean]] | None,
         dropout_key: Key[Array, ""] | None,
-    ) -> tuple[ForwardPass, Float[Array, ""], Metrics, dict[str, tuple[TokenMean, TokenMean]]]:
-        """One teacher's forward pass, its weighted KV loss, its metrics, and its statistics."""
+    ) -> tuple[Float[Array, ""], Metrics, dict[str, tuple[TokenMean, TokenMean]]]:
+        """One teacher's weighted KV loss, its metrics, and its statistics."""
         link, projector = self.teachers[name], self._projector(params)
         comparison, mask = link.comparison, batch.kv_mask
-        teacher = forward(
-            link.graph,
-            teacher_params,
-            batch,
-            output=self.output,
-            queries=self.match_attention,
-            layers=comparison.layer_map.read_layers,
-        )
         ours, theirs = comparison.sides(student, teacher)
         aimed = comparison.projected(projector, ours, theirs, dropout_key)
         # Before a control replaces the target: what is reported is alignment with the teacher's
@@ -196,7 +234,7 @@ class Objective:
             kv = kv + attention
             metrics["attention_kl"] = masked_mean(attention, mask)
         # Each teacher's mean is over its own targets.
-        return teacher, link.weight * masked_mean(kv, mask).value, metrics, means
+        return link.weight * masked_mean(kv, mask).value, metrics, means
 
     def _language(
         self,
@@ -205,16 +243,21 @@ class Objective:
         teachers: Mapping[str, ForwardPass],
         step: Int[Array, ""],
         share: float | Float[Array, ""],
+        handed_B: Bool[Array, "B"] | None,
     ) -> tuple[Float[Array, ""], Metrics]:
-        """Weighted cross-entropy, and KL to every teacher that is given; their means as metrics."""
+        """Weighted cross-entropy, and KL to every teacher that is given; their means as metrics.
+
+        Rows whose prompt was handed over count with the handoff's weight.
+        """
         mask_BU = batch.loss_mask[:, 1:]
         weights = [self.ce_weight(step)]
         if self.kl_weight:
             weights += [self.kl_weight(step) * self.teachers[name].weight for name in teachers]
         weights_K = jnp.stack([jnp.asarray(weight, jnp.float32) for weight in weights])
-        # Weights of this microbatch's mean, times its share of the batch: over all microbatches
-        # they add up to the mean over the batch's tokens.
-        of_mean = mask_BU / jnp.maximum(mask_BU.sum(), 1) * share
+        of_mean = _of_mean(mask_BU, share)
+        if handed_B is not None:
+            assert self.handoff is not None
+            of_mean *= jnp.where(handed_B, self.handoff.weight(step), 1.0)[:, None]
 
         def losses(logits: dict[str, Array], labels: Array) -> Array:
             own = logits["student"]
@@ -235,7 +278,36 @@ class Objective:
         metrics = {
             name: masked_mean(losses_BUK[..., index], mask_BU) for index, name in enumerate(names)
         }
+        if handed_B is not None:
+            handed_BU = mask_BU & handed_B[:, None]
+            metrics["ce_handed"] = masked_mean(losses_BUK[..., 0], handed_BU)
         return total, metrics
+
+    def _answered(
+        self,
+        name: str,
+        params: Params,
+        batch: Batch,
+        handed: Callable[[Rotation], HandedOver],
+        step: Int[Array, ""],
+        share: float | Float[Array, ""],
+    ) -> tuple[Float[Array, ""], Mean]:
+        """Weighted cross-entropy of a teacher that goes on from the student's cache; its mean."""
+        assert self.handoff is not None
+        link, mask_BU = self.teachers[name], batch.loss_mask[:, 1:]
+        run = forward(link.graph, params, batch, handed=handed)
+        weights_BU = _of_mean(mask_BU, share) * self.handoff.weight(step) * link.weight
+        total, losses_BU1 = weighted_losses(
+            _head(run),
+            {},
+            batch.tokens[:, 1:],
+            mask_BU,
+            weights_BU[..., None],
+            lambda logits, labels: _cross_entropy(logits["student"], labels)[..., None],
+            shards=self.batch_shards,
+            layouts=run.model.layouts,
+        )
+        return total, masked_mean(losses_BU1[..., 0], mask_BU)
 
     def _kv(
         self,
@@ -264,6 +336,11 @@ class Objective:
                 s, t = jax.lax.stop_gradient(sides)
                 means[part] = measure(s, mask_BT), measure(t, mask_BT)
         return tokens, metrics, means
+
+
+def _of_mean(mask_BU: Bool[Array, "B U"], share: float | Float[Array, ""]) -> Array:
+    """What each token counts in this microbatch's part of the batch's mean."""
+    return mask_BU / jnp.maximum(mask_BU.sum(), 1) * share
 
 
 def _head(run: ForwardPass) -> Head:

@@ -32,7 +32,7 @@ def make_optimizer(
     b2: float,
     mu_dtype: str = "float32",
 ) -> optax.GradientTransformation:
-    """One AdamW per group (``student``, ``projector``), each with its own rate; b1 is 0.9.
+    """One AdamW per group (``student``, ``projector``, ...), each with its own rate; b1 is 0.9.
 
     Each group's gradient is clipped by its own global norm. Weight decay leaves out norms and
     biases. A rate of None freezes its group. ``mu_dtype`` is that of AdamW's first moment.

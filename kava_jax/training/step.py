@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,8 @@ from kava_jax.geometry import Mean
 from kava_jax.models.decoder import Params
 from kava_jax.training.objective import Metrics, Objective, Statistics
 
+# A batch, or one with what goes along with its rows.
+Rows = TypeVar("Rows")
 # Of the means for the display: about the last twenty steps count.
 RUNNING_DECAY = 0.95
 # Running means of the frame forget one hundredth a step: about a hundred batches count.
@@ -53,7 +55,7 @@ class TrainState(NamedTuple):
     step: Int[Array, ""]
     seed: UInt32[Array, ""]
     params: dict[str, Params]
-    """``student`` and ``projector``, which may be empty."""
+    """``student``, ``projector`` (which may be empty), and ``handoff`` where there is one."""
     opt_state: Any
     running: Metrics
     """Decayed means for the display."""
@@ -106,35 +108,43 @@ def make_train_step(
         state: TrainState, teachers: Mapping[str, Params], batch: Batch
     ) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(state.seed), state.step)
+        batch, handed_B = objective.dealt(key, batch)
         # Counted before the batch is split: microbatches hold different numbers of tokens, and the
         # mean of their means is not the mean over tokens.
         totals = loss_tokens(batch)
         weight = kv_weight(state.step) * state.kv_scale.value
 
         def loss(
-            params: Any, rows: Batch, index: Array
+            params: Any, rows: Batch, handed_B: Array | None, index: Array
         ) -> tuple[Array, tuple[Metrics, Statistics]]:
             shares = jax.tree.map(_part, loss_tokens(rows), totals)
             dropout_key = jax.random.fold_in(key, index)
             (language, kv), seen = objective(
-                params, teachers, rows, state.step, shares, state.statistics, dropout_key
+                params,
+                teachers,
+                rows,
+                state.step,
+                shares,
+                state.statistics,
+                dropout_key,
+                handed_B,
             )
             # Only here does KV get its weight. The objective gives it bare, as the probe has to
             # measure it.
             return language + weight * kv, seen
 
-        def accumulate(grads: Any, xs: tuple[Batch, Array]) -> tuple[Any, Any]:
+        def accumulate(grads: Any, xs: tuple[Any, ...]) -> tuple[Any, Any]:
             (value, seen), new = jax.value_and_grad(loss, has_aux=True)(state.params, *xs)
             # Gradients are added as they come. Means of the frame are stacked, because
             # ``merge_stacked`` needs each with its own count.
             return jax.tree.map(jnp.add, grads, new), (value, seen)
 
         zeros = jax.tree.map(jnp.zeros_like, state.params)
-        micro = split_rows(batch, microbatches)
+        micro = split_rows((batch, handed_B), microbatches)
         # A loop of XLA's: activations of one microbatch exist at a time, and its code is compiled
         # once.
         grads, (losses, (metrics, seen)) = jax.lax.scan(
-            accumulate, zeros, (micro, jnp.arange(microbatches))
+            accumulate, zeros, (*micro, jnp.arange(microbatches))
         )
         metrics = jax.tree.map(lambda parts: parts.sum(axis=0), metrics)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -192,8 +202,8 @@ def compiler_options(platform: str) -> dict[str, str]:
     return {"xla_disable_hlo_passes": "rematerialization"} if platform == "gpu" else {}
 
 
-def split_rows(batch: Batch, parts: int) -> Batch:
-    """[B, T] -> [A, B / A, T] by taking every A-th row, so that no row changes its device."""
+def split_rows(batch: Rows, parts: int) -> Rows:
+    """[B, ...] -> [A, B / A, ...] by taking every A-th row, so that no row changes its device."""
     return jax.tree.map(lambda x: jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1), batch)
 
 

@@ -92,7 +92,7 @@ def _of_teacher(own: Mapping[str, float]) -> dict[str, float]:
     # 1e-30 only keeps a target of length 0 from dividing by zero.
     ratios = [own[f"s_magnitude_{p}"] / max(own[f"t_magnitude_{p}"], 1e-30) for p in parts]
     result["mag_ratio"] = float(np.mean(ratios))
-    return result | {name: own[name] for name in ("kl", "attention_kl") if name in own}
+    return result | {name: own[name] for name in ("kl", "attention_kl", "ce_handed") if name in own}
 
 
 def _divide(mean: Mean) -> float:

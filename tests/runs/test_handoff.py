@@ -1,0 +1,243 @@
+"""``loss.handoff`` as people use it: training, what it leaves alone, and what it refuses."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from kava_jax.config.file import load_config
+from kava_jax.data.batches import collate
+from kava_jax.data.text import Encoded
+from kava_jax.errors import KavaError
+from kava_jax.journal.metrics_file import read_metrics
+from kava_jax.models.decoder import Params
+from kava_jax.runs.idle import check_prompts
+from kava_jax.runs.prepare import prepare
+from tests.tiny import CONFIG, kava, write_config, write_model, write_rows, write_workspace
+from tests.tolerances import TOL
+
+DATA = CONFIG["data"] | {"eval_path": "held.jsonl"}
+ROWS = ((14, 5), (9, 3), (11, 8), (6, 1))
+
+
+@pytest.fixture
+def workspace(tmp_path, monkeypatch):
+    """A teacher of other heads and depth than the student's."""
+    write_workspace(tmp_path)
+    write_model(
+        tmp_path / "teacher",
+        seed=1,
+        num_hidden_layers=3,
+        num_key_value_heads=4,
+        head_dim=6,
+        rope_theta=500.0,
+    )
+    write_rows(tmp_path / "held.jsonl", 8, seed=5)
+    monkeypatch.chdir(tmp_path)
+    configured(tmp_path)
+    return tmp_path
+
+
+def configured(folder, handoff=None, loss=None, **sections) -> None:
+    loss = {"kv_weight": 0.0, "handoff": handoff or {}} | (loss or {})
+    write_config(folder / "tiny.yaml", **({"data": DATA, "loss": loss} | sections))
+
+
+def rows_of(count: int = 4):
+    rng = np.random.default_rng(1)
+    rows = [Encoded(rng.integers(3, 500, n).astype(np.int32), p, False) for n, p in ROWS[:count]]
+    return jax.tree.map(jnp.asarray, collate(rows, 14, pad_id=0, sink_tokens=0))
+
+
+def evaluations(folder, run: str = "run"):
+    return list(read_metrics(folder / run / "metrics.jsonl", "eval"))
+
+
+def projector_of(run) -> Params:
+    """Random kernels and biases, large enough that a mistake in either is seen."""
+    rng = np.random.default_rng(3)
+    shapes = run.blueprint.abstract_state().params["handoff"]
+    return jax.tree.map(lambda x: jnp.float32(rng.normal(0, 0.3, x.shape)), shapes)
+
+
+def by_transformers(run, params, reader: str):
+    """Cross-entropy of every answer, and its gradients, by transformers: row by row, unpadded.
+
+    The reader reads the prompt but for its last token; its cache is turned back, mapped, turned
+    for the answerer and handed over as ``past_key_values``.
+    """
+    torch = pytest.importorskip("torch", reason="torch, the oracle, is not installed")
+    from transformers import AutoModelForCausalLM, DynamicCache
+
+    torch.set_num_threads(1)
+    names = ("teacher", "student") if reader == "teacher" else ("student", "teacher")
+    reads, answers = (
+        AutoModelForCausalLM.from_pretrained(name, dtype=torch.float64, attn_implementation="eager")
+        for name in names
+    )
+    pair = {
+        part: {
+            leaf: torch.tensor(np.asarray(value, np.float64), requires_grad=True)
+            for leaf, value in params["handoff"]["pairs"]["big"][part]["out"].items()
+        }
+        for part in "kv"
+    }
+    rows = run.blueprint.objective.handoff.maps["big"].teacher_layers
+
+    def rotated(keys, model, sign):
+        positions = torch.arange(keys.shape[2])[None]
+        cos, sin = (x.double() for x in model.model.rotary_emb(keys, positions))
+        half = keys.shape[-1] // 2
+        other = torch.cat([-keys[..., half:], keys[..., :half]], -1)
+        return keys * cos[:, None] + sign * other * sin[:, None]
+
+    total, count = 0.0, 0
+    batch = rows_of()
+    for b, (length, prompt) in enumerate(ROWS):
+        ids = torch.tensor(np.asarray(batch.tokens[b, :length]))[None].long()
+        handed = max(0, prompt - 1)
+        past = DynamicCache()
+        if handed:
+            cache = reads(ids[:, :handed], use_cache=True).past_key_values
+            heads = answers.config.num_key_value_heads
+            for layer, (source,) in enumerate(rows):
+                keys = rotated(cache.layers[source].keys, reads, -1)
+                mapped = []
+                for part, x in (("k", keys), ("v", cache.layers[source].values)):
+                    flat = x.transpose(1, 2).flatten(2)
+                    flat = flat @ pair[part]["kernel"][layer] + pair[part]["bias"][layer]
+                    mapped.append(flat.unflatten(2, (heads, -1)).transpose(1, 2))
+                past.update(rotated(mapped[0], answers, 1), mapped[1], layer)
+        positions = torch.arange(handed, length)[None]
+        out = answers(ids[:, handed:], past_key_values=past, position_ids=positions)
+        first = max(prompt, 1)
+        logits = out.logits[0, first - 1 - handed : length - 1 - handed]
+        total = total + torch.nn.functional.cross_entropy(
+            logits, ids[0, first:length], reduction="sum"
+        )
+        count += length - first
+    loss = total / count
+    loss.backward()
+    return loss.item(), pair, answers if reader == "teacher" else reads
+
+
+@pytest.mark.parametrize("reader", ["teacher", "student"])
+def test_loss_and_gradients_are_those_of_transformers(reader, workspace):
+    configured(workspace, {"reader": reader})
+    run = prepare(load_config(workspace / "tiny.yaml"))
+    state, teachers = run.blueprint.fresh_state(), run.blueprint.load_teachers()
+    params = state.params | {"handoff": projector_of(run)}
+    objective, batch = run.blueprint.objective, rows_of()
+    everyone = jnp.ones(len(ROWS), bool)
+
+    @jax.jit
+    def loss(params):
+        known = (params, teachers, batch, jnp.int32(0), (1.0, 1.0), state.statistics)
+        (alone, _), _ = objective(*known)
+        (language, _), (metrics, _) = objective(*known, handed_B=everyone)
+        # With the student as the reader, its own reading is counted as well.
+        return language - (alone if reader == "student" else 0.0), metrics
+
+    (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(params)
+    expected, pair, student = by_transformers(run, params, reader)
+    name = "ce_handed" if reader == "teacher" else "big/ce_handed"
+    assert float(value) == pytest.approx(expected, rel=TOL["float32"])
+    assert float(metrics[name].value) == pytest.approx(expected, rel=TOL["float32"])
+    for part, leaves in pair.items():
+        for leaf, theirs in leaves.items():
+            ours = gradient["handoff"]["pairs"]["big"][part]["out"][leaf]
+            np.testing.assert_allclose(ours, theirs.grad, rtol=TOL["parity"], atol=TOL["float32"])
+    # The student is where the gradient goes: as the answerer, and as the reader.
+    for layer in range(2):
+        theirs = student.model.layers[layer].self_attn.v_proj.weight.grad.numpy()
+        ours = gradient["student"]["blocks"]["attention"]["v"]["kernel"][layer].reshape(16, -1).T
+        np.testing.assert_allclose(ours, theirs, rtol=TOL["parity"], atol=TOL["float32"])
+
+
+def test_a_model_that_is_handed_its_own_cache_loses_nothing(workspace, capsys):
+    """Equal models, identity: no parameters, and the loss is the same either way."""
+    configured(workspace, teachers=[{"name": "big", "path": "student"}])
+    ended = kava(capsys, "train", "tiny.yaml", "optimizer.student_lr=0")
+    assert ended.code == 0, ended.err
+    for figures in evaluations(workspace):
+        assert figures["eval_loss_handed"] == pytest.approx(
+            figures["eval_loss"], rel=TOL["float32"]
+        )
+    assert "handed over" in ended.out + ended.err
+
+
+@pytest.mark.parametrize("reader", ["teacher", "student"])
+def test_only_the_projector_learns_where_that_is_asked(reader, workspace, capsys):
+    configured(workspace, {"train": "projector", "alone_share": 0.0, "reader": reader})
+    ended = kava(capsys, "train", "tiny.yaml", "optimizer.projector_lr=3e-3", "train.steps=6")
+    assert ended.code == 0, ended.err
+    first, *_, last = evaluations(workspace)
+    assert last["eval_loss_handed"] < first["eval_loss_handed"]
+    assert last["eval_loss"] == first["eval_loss"]
+    assert kava(capsys, "export", "run", "--out", "out").code == 0
+    before, after = (load_file(f"{name}/model.safetensors") for name in ("student", "out"))
+    assert {name: x.tobytes() for name, x in before.items()} == {
+        name: x.tobytes() for name, x in after.items()
+    }
+
+
+def test_both_learn_and_a_resumed_run_is_an_uninterrupted_one(workspace, capsys):
+    configured(workspace, {"weight": {"start": 0.5, "end": 2.0}})
+    assert kava(capsys, "train", "tiny.yaml", "train.steps=4", "run.dir=whole").code == 0
+    parts = ("train", "tiny.yaml", "train.steps=4", "run.dir=parts")
+    assert kava(capsys, *parts, "train.stop_after=2").code in (0, 2)
+    assert kava(capsys, *parts).code == 0
+    whole, in_parts = evaluations(workspace, "whole"), evaluations(workspace, "parts")
+    assert whole[-1]["eval_loss_handed"] == in_parts[-1]["eval_loss_handed"]
+    assert whole[-1]["eval_loss_handed"] < whole[0]["eval_loss_handed"]
+
+
+REFUSED = {
+    "no teacher": ({}, {"teachers": []}, "loss.handoff without teachers"),
+    "outputs": ({}, {"loss": {"match": "block_outputs"}}, "match=block_outputs with handoff"),
+    "attention": ({}, {"loss": {"match": "attention"}}, "match=attention with handoff"),
+    "all alone": ({"alone_share": 1.0}, {}, "loss.handoff.alone_share=1"),
+    "a layer without a source": (
+        {"layer_map": [[0, 1]]},
+        {},
+        "loss.handoff.layer_map: layers [0] of the answerer have no source",
+    ),
+    "a source that is not there": (
+        {"layer_map": [[0, 0], [3, 1]]},
+        {},
+        "loss.handoff.layer_map: pairs [[3, 1]] are outside",
+    ),
+    "origins that are not known": ({"layer_map": "origin"}, {}, "loss.handoff.layer_map='origin'"),
+    "nothing to learn": (
+        {"train": "projector"},
+        {"teachers": [{"name": "big", "path": "student"}]},
+        "loss.handoff.train=projector: the heads of all models are equal",
+    ),
+    "plain text": (
+        {},
+        {"data": DATA | {"fields": [None, "answer"]}},
+        "loss.handoff: 88 of 88 training rows have no prompt",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_bad_input(name, workspace, capsys):
+    handoff, sections, words = REFUSED[name]
+    configured(workspace, handoff, **sections)
+    ended = kava(capsys, "train", "tiny.yaml")
+    assert ended.code == 2
+    (line,) = [line for line in ended.err.splitlines() if line.startswith("error: ")]
+    assert words in line
+    assert not (workspace / "run").exists()
+
+
+def test_rows_with_several_replies_are_refused():
+    ids, trained = np.arange(9, dtype=np.int32), np.arange(9) % 4 > 1
+    whole, several = Encoded(ids, 3, False), Encoded(ids, 2, False, trained)
+    check_prompts({"training": [whole]})
+    with pytest.raises(
+        KavaError, match=r"1 of 2 held-out rows have several replies.*train_on=last"
+    ):
+        check_prompts({"training": [whole], "held-out": [whole, several]})
