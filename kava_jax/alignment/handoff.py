@@ -15,6 +15,7 @@ from jaxtyping import Array
 from kava_jax.alignment.layer_map import LayerMap
 from kava_jax.alignment.projector import KVDimensionProjector
 from kava_jax.cache import KVCache
+from kava_jax.errors import KavaError
 from kava_jax.models.rope import Rotation, rotate_layers
 
 Reader = Literal["teacher", "student"]
@@ -36,9 +37,16 @@ class Handoff:
     def __call__(self, caches: Mapping[str, KVCache], rotation: Rotation) -> KVCache:
         """The answerer's cache [L, B, T, K, H], float32, keys after its ``rotation``.
 
-        ``caches`` are by pair [Lr, B, T, Kr, Hr], with full keys before RoPE. Raises KavaError for
-        a cache of fewer layers than the map reads, and for another width than the projector's.
+        ``caches`` are by pair [Lr, B, T, Kr, Hr], with full keys before RoPE; ``rotation`` is the
+        answerer's ``Decoder.rotation`` of the tokens' positions.
+
+        Raises KavaError for a cache of fewer layers than the map reads, for another width than the
+        projector's, and for a pair that is missing.
         """
+        if missing := sorted({*self.weights} - {*caches}):
+            raise KavaError(
+                f"caches: those of {', '.join(missing)} are missing; give each reader's"
+            )
         total: dict[str, Array] = {}
         for name, weight in self.weights.items():
             layer_map, cache = self.maps[name], caches[name]

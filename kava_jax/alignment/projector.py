@@ -213,9 +213,7 @@ class KVDimensionProjector(nnx.Module):
             for where, leaf in jax.tree_util.tree_flatten_with_path(state)[0]
         }
         # Metadata of safetensors can hold strings only, so the arguments go there as JSON.
-        save_file(
-            tensors, str(path), metadata={"kava_jax.projector": json.dumps(self._arguments())}
-        )
+        save_file(tensors, str(path), metadata={"kava_jax.projector": json.dumps(self.arguments())})
 
     @classmethod
     def load(cls, path: str | Path) -> "KVDimensionProjector":
@@ -241,7 +239,7 @@ class KVDimensionProjector(nnx.Module):
         nnx.update(projector, filled)
         return projector
 
-    def _arguments(self) -> dict[str, Any]:
+    def arguments(self) -> dict[str, Any]:
         """The constructor's arguments, as JSON can hold them."""
         return {
             "teacher_configs": {

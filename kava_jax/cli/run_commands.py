@@ -133,6 +133,9 @@ def evaluate(
     rows: Annotated[
         int | None, typer.Option(min=1, help="Only this many rows, from the start.")
     ] = None,
+    handoff: Annotated[
+        bool, typer.Option("--handoff", help="Also answers from handed-over caches, all timed.")
+    ] = False,
     overrides: Annotated[
         list[str] | None, typer.Argument(help="data.field=value or eval.field=value.")
     ] = None,
@@ -149,7 +152,13 @@ def evaluate(
             say(text)
 
     values = assess(
-        model, data, checkpoint=checkpoint, rows=rows, overrides=overrides or [], say=note
+        model,
+        data,
+        checkpoint=checkpoint,
+        rows=rows,
+        handoff=handoff,
+        overrides=overrides or [],
+        say=note,
     )
     if first_process():
         # JSON has no NaN.

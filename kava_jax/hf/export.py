@@ -58,6 +58,7 @@ def export_model(
     source_dir: Path | None = None,
     card: str,
     cut: CutRecord | None = None,
+    more: Callable[[Path], None] | None = None,
     max_shard_bytes: int = 5 * 10**9,
 ) -> None:
     """Write ``config.json``, safetensors, generation config, tokenizer and model card.
@@ -76,6 +77,7 @@ def export_model(
             its record of a cut (``kava_cut.json``).
         card: text of README.md (see ``card.model_card``).
         cut: where the parts of a cut model came from, in place of ``source_dir``'s own record.
+        more: writes further files into a directory.
         max_shard_bytes: size above which weights are split, as transformers does.
 
     Raises:
@@ -116,6 +118,8 @@ def export_model(
             write_cut_record(partial, cut)
         elif source_dir is not None and (source_dir / CUT_RECORD).is_file():
             shutil.copyfile(source_dir / CUT_RECORD, partial / CUT_RECORD)
+        if more is not None:
+            more(partial)
         _write_weights(partial, shards, fetch)
         (partial / "README.md").write_text(card, encoding="utf-8")
         # The list lets the next export tell its own files from a user's, which are never replaced.

@@ -18,6 +18,8 @@ from kava_jax.storage import Place, at_revision, reachable, repeated_key, writte
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # Of a model that was cut from another one: where its parts came from (``cut_record``).
 CUT_RECORD = "kava_cut.json"
+# How one model answers from the cache of another (``handoff_files``).
+HANDOFF_RECORD = "handoff.json"
 BUILTIN_PREFIX = "builtin:"
 BUILTIN_MODELS = ("demo_teacher",)
 TOKENIZER_FILES = (

@@ -187,13 +187,13 @@ class Checkpoints:
         listed = ", ".join(map(str, steps))
         raise KavaError(f"checkpoint={which!r} does not exist; use last, best or one of {listed}")
 
-    def restore_student(self, step: int, abstract: Params) -> Params:
-        """The student's parameters alone, whatever else is in the checkpoint; as ``restore``."""
+    def restore_params(self, step: int, group: str, abstract: Params) -> Params:
+        """The parameters of one group (``student``), whatever else there is; as ``restore``."""
         # The optimizer's moments are left on the disk, which together are larger than the student.
         found = self._restored(
-            step, lambda place: self._items.restore_part(place, {"params": {"student": abstract}})
+            step, lambda place: self._items.restore_part(place, {"params": {group: abstract}})
         )
-        return found["params"]["student"]
+        return found["params"][group]
 
     def restore(self, step: int, abstract: Any) -> TrainState:
         """Read a checkpoint into the shapes, dtypes and shardings of ``abstract``.

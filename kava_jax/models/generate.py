@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Int
 
+from kava_jax.cache import KVCache
+from kava_jax.errors import KavaError
 from kava_jax.models.decoder import Decoder, Params
 from kava_jax.models.masks import attention_mask, token_positions
 
@@ -25,11 +27,15 @@ def generate(
     max_new_tokens: int,
     eos_ids: tuple[int, ...],
     pad_id: int,
+    past: KVCache | None = None,
 ) -> Int[Array, "B M"]:
     """Continue left-padded prompts greedily: int32 [B, max_new_tokens].
 
     A row ends at the first of ``eos_ids``, which stays in the output; ``pad_id`` fills the rest.
-    Decoding stops as soon as every row has ended.
+    Decoding stops as soon as every row has ended. ``past`` [L, B, T - 1, K, H], with keys after
+    RoPE, is the cache of all prompt tokens but the last one, the only one that is then read.
+
+    Raises KavaError for a past of other rows or another length.
     """
     model = nnx.merge(graph, params)
     window = model.spec.sliding_window
@@ -40,7 +46,17 @@ def generate(
     # Cached keys are never rotated again, so every row uses the RoPE of its full length from the
     # start.
     read = partial(model, key_space="post_rope", lengths_B=lengths_B + max_new_tokens)
-    hidden_BTD, cache = read(prompt_BT, positions_BT, mask)
+    if past is None:
+        hidden_BTD, cache = read(prompt_BT, positions_BT, mask)
+    else:
+        if past.k.shape[1:3] != (batch, length - 1):
+            raise KavaError(
+                f"past: a cache of {past.k.shape[1]} rows of {past.k.shape[2]} tokens for a prompt "
+                f"of {batch} rows of {length}; give all tokens of each row but the last"
+            )
+        past = jax.tree.map(lambda x: x.astype(model.dtype), past)
+        hidden_BTD, new = read(prompt_BT[:, -1:], positions_BT[:, -1:], mask[:, :, -1:], past=past)
+        cache = jax.tree.map(lambda old, own: jnp.concatenate([old, own], axis=2), past, new)
     # The state of a while loop has fixed shapes, so the cache gets room for all new tokens now.
     room = [(0, 0), (0, 0), (0, max_new_tokens), (0, 0), (0, 0)]
     cache = jax.tree.map(lambda array: jnp.pad(array, room), cache)

@@ -9,6 +9,7 @@ from kava_jax.data.dataset import HeldOut
 from kava_jax.errors import KavaError, StoppedError
 from kava_jax.journal.manifest import MANIFEST_NAME, OLD_MANIFEST_NAME
 from kava_jax.runs.evaluate import answer_notes, choice_note, evaluate
+from kava_jax.runs.handed import assess_handed
 from kava_jax.runs.prepare import Run, data_loader, prepare
 from kava_jax.runs.reopen import config_of, gone, reopen, reopen_student, restore, restore_student
 from kava_jax.storage import check_access, place
@@ -20,13 +21,15 @@ def assess(
     *,
     checkpoint: str,
     rows: int | None,
+    handoff: bool = False,
     overrides: Sequence[str] = (),
     say: Callable[[str], None] = lambda note: None,
 ) -> dict[str, Any]:
     """Held-out figures of a run directory, a Hugging Face directory or a hub id on ``data``.
 
     ``overrides`` change fields of ``data`` and ``eval`` (format, field names, split, new tokens).
-    A run whose teachers are gone is evaluated without alignment.
+    A run whose teachers are gone is evaluated without alignment. With ``handoff`` a run's teachers
+    are evaluated too, and answers from handed-over caches; every answer is timed.
     ``say`` is told what is not measured or not scored. ``eval_rows`` are those measured.
     The built-in generator is asked for its test split unless ``data.eval_split`` says otherwise.
     """
@@ -37,7 +40,7 @@ def assess(
     directory = place(model, "model")
     check_access(directory, "model")
     if any((directory / name).is_file() for name in (MANIFEST_NAME, OLD_MANIFEST_NAME)):
-        lost = gone(config_of(directory, overrides))
+        lost = {} if handoff else gone(config_of(directory, overrides))
         run = reopen_student(directory, overrides) if lost else reopen(directory, overrides)
         held = _held_out(run, data, rows)
         if lost:
@@ -53,7 +56,11 @@ def assess(
             say(chosen)
         for field, path in lost.items():
             say(f"{field}={path!r} is gone: alignment with the teachers is not measured")
-        return _told(held, evaluate(run, held, params, teachers, statistics), say)
+        found = evaluate(run, held, params, teachers, statistics, answers=not handoff)
+        found |= assess_handed(run, held, params, teachers) if handoff else {}
+        return _told(held, found, say)
+    if handoff:
+        raise KavaError(f"handoff: {model!r} is not a run directory; give one, or leave it out")
     if checkpoint != "last":
         raise KavaError(
             f"checkpoint={checkpoint!r}: {model!r} is not a run directory; leave it out"

@@ -8,6 +8,7 @@ from functools import partial
 import jax
 import numpy as np
 
+from kava_jax.cache import KVCache
 from kava_jax.config.run import MAIN_SET, Config
 from kava_jax.data.batches import Batch, eval_batches
 from kava_jax.data.dataset import Dataset, HeldOut
@@ -43,7 +44,7 @@ def answer(
     """
     settings = run.config.eval
     return exact_match(
-        _generate(run, student, check),
+        continuation(run, student, check),
         run.encoder,
         held.answered,
         batch_size=settings.batch_size,
@@ -57,8 +58,10 @@ def evaluate(
     params: Mapping[str, Params],
     teachers: Mapping[str, Params],
     statistics: Statistics | None = None,
+    *,
+    answers: bool = True,
 ) -> dict[str, float]:
-    """Held-out loss, alignment with the run's teachers, and exact match.
+    """Held-out loss, alignment with the run's teachers, and (with ``answers``) exact match.
 
     ``statistics`` are a train state's; those of no step yet when absent.
     """
@@ -72,7 +75,7 @@ def evaluate(
         run.blueprint.empty_statistics() if statistics is None else statistics,
         batches,
     )
-    if not (run.config.eval.max_new_tokens and held.answered):
+    if not (answers and run.config.eval.max_new_tokens and held.answered):
         return found.values
     return found.values | scores(answer(run, held, params["student"]))
 
@@ -227,23 +230,33 @@ def scores(answers: ExactMatch) -> dict[str, float]:
     }
 
 
-def _generate(run: Run, student: Params, check: Callable[[], None]) -> Generate:
-    """Greedy continuation, by the run's own ends."""
+def continuation(
+    run: Run,
+    student: Params,
+    check: Callable[[], None] = _go_on,
+    past: Callable[..., KVCache] | None = None,
+) -> Generate:
+    """Greedy continuation, by the run's own ends.
+
+    ``past(prompt, valid, final lengths)`` is the cache of the prompt but for its last token.
+    """
 
     def continued(prompt_BT: np.ndarray, valid_BT: np.ndarray) -> np.ndarray:
         # All processes ask here, in step with each other (``Preemption.asked``).
         check()
+        rows, most = len(prompt_BT), run.config.eval.max_new_tokens
+        prompts = spread_rows(prompt_BT, run.mesh), spread_rows(valid_BT, run.mesh)
         new_BM = generate(
             # Not the graph of training batches: its attention kernels take no padding on the left.
             run.blueprint.student.graph,
             student,
-            spread_rows(prompt_BT, run.mesh),
-            spread_rows(valid_BT, run.mesh),
-            max_new_tokens=run.config.eval.max_new_tokens,
+            *prompts,
+            max_new_tokens=most,
             eos_ids=run.end_ids,
             pad_id=pad_id(run.tokenizer),
+            past=None if past is None else past(*prompts, prompts[1].sum(axis=1) + most),
         )
-        return on_host(new_BM, "answers")[: len(prompt_BT)]
+        return on_host(new_BM, "answers")[:rows]
 
     return continued
 

@@ -187,7 +187,7 @@ def restore_student(run: Run, checkpoint: str = "last") -> tuple[int, Params]:
     abstract = abstract_state(nnx.to_pure_dict(student.abstract), student.shardings)
     with Checkpoints(run.directory, keep, read_only=True) as checkpoints:
         step = checkpoints.choose(checkpoint)
-        params = checkpoints.restore_student(step, abstract)
+        params = checkpoints.restore_params(step, "student", abstract)
     check_finite(run, {"student": params}, step)
     return step, params
 

@@ -6,10 +6,12 @@ from typing import Any, Literal
 from kava_jax.hf.card import model_card
 from kava_jax.hf.config_json import FloatName
 from kava_jax.hf.export import check_tokenizer, export_model
+from kava_jax.hf.handoff_files import write_handoff
 from kava_jax.hf.locate import read_json
 from kava_jax.journal.manifest import read_manifest
 from kava_jax.journal.metrics_file import METRICS_NAME, read_metrics
 from kava_jax.models.decoder import Params
+from kava_jax.runs.handed import restore_handoff
 from kava_jax.runs.prepare import Run
 from kava_jax.storage import Place
 
@@ -19,9 +21,9 @@ def export(
 ) -> None:
     """The student at a step as a Hugging Face directory, of the run's student and directory alone.
 
-    ``auto`` is the dtype it came in, or float32.
+    With it goes the handoff of a run that trains one. ``auto`` is the dtype it came in, or float32.
     """
-    source = run.blueprint.student_dir
+    source, handed = run.blueprint.student_dir, restore_handoff(run, step)
     export_model(
         out,
         student,
@@ -31,6 +33,7 @@ def export(
         source_dir=source,
         card=_card(run, step),
         cut=run.blueprint.student_cut,
+        more=None if handed is None else lambda place: write_handoff(place, *handed),
     )
 
 

@@ -14,6 +14,7 @@ from kava_jax.config.run import AutoShare, Config
 from kava_jax.data.dataset import Dataset
 from kava_jax.errors import PreemptedError
 from kava_jax.hf.cut_record import write_cut_record
+from kava_jax.hf.handoff_files import write_handoff_record
 from kava_jax.journal.checkpoint import Checkpoints, newest_step
 from kava_jax.journal.lock import alone
 from kava_jax.journal.manifest import (
@@ -31,6 +32,7 @@ from kava_jax.runs.assembly import magnitude_note
 from kava_jax.runs.calibrate import calibrated, place, unmeasured
 from kava_jax.runs.cutting import settled
 from kava_jax.runs.evaluate import evaluation_notes, evaluator
+from kava_jax.runs.handed import record_of
 from kava_jax.runs.idle import idle_settings
 from kava_jax.runs.loop import Cadence, projector_path, run_steps
 from kava_jax.runs.preemption import Preemption, listening
@@ -134,6 +136,8 @@ def _train(
                 "device_kind": jax.devices()[0].device_kind,
             },
         )
+        if config.loss.handoff:
+            write_handoff_record(run.directory, record_of(run, fingerprints))
     share = _share(config)
     with Checkpoints(run.directory, config.train.max_to_keep) as checkpoints:
         notes = [*told, *dataset.notes, *evaluation_notes(run, dataset), run.blueprint.attending]

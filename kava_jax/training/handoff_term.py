@@ -52,6 +52,16 @@ class HandoffTerm:
         handed_B = order_B >= round(self.alone_share * rows)
         return batch._replace(kv_mask=batch.kv_mask & ~handed_B[:, None]), handed_B
 
+    def handoff(self, params: Params, readers: Mapping[str, tuple[int, ...] | None]) -> Handoff:
+        """The handoff from some readers, each with the layers that its cache holds (None: all)."""
+        total = sum(self.shares[name] for name in readers)
+        maps = {
+            name: self.maps[name] if layers is None else self.maps[name].among(layers)
+            for name, layers in readers.items()
+        }
+        shares = {name: self.shares[name] / total for name in readers}
+        return Handoff(nnx.merge(self.projector, params), maps, shares)
+
     def past(
         self,
         params: Params,
@@ -61,13 +71,7 @@ class HandoffTerm:
         rotation: Rotation,
     ) -> HandedOver:
         """What an answerer with this rotation is given of the readers' passes, by teacher."""
-        maps = {
-            name: self.maps[name].among(run.layers) if run.layers else self.maps[name]
-            for name, run in readers.items()
-        }
-        total = sum(self.shares[name] for name in readers)
-        shares = {name: self.shares[name] / total for name in readers}
-        handoff = Handoff(nnx.merge(self.projector, params), maps, shares)
+        handoff = self.handoff(params, {name: run.layers for name, run in readers.items()})
         cache = handoff({name: full_cache(run) for name, run in readers.items()}, rotation)
         where_BT = handed_tokens(batch) & handed_B[:, None]
         return HandedOver(cache, jnp.broadcast_to(where_BT, (cache.k.shape[0], *where_BT.shape)))

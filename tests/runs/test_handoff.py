@@ -1,20 +1,28 @@
 """``loss.handoff`` as people use it: training, what it leaves alone, and what it refuses."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from safetensors.numpy import load_file
 
 from kava_jax.config.file import load_config
 from kava_jax.data.batches import collate
 from kava_jax.data.text import Encoded
 from kava_jax.errors import KavaError
+from kava_jax.hf.handoff_files import dynamic_cache, load_handoff
 from kava_jax.journal.metrics_file import read_metrics
 from kava_jax.models.decoder import Params
+from kava_jax.models.generate import generate
+from kava_jax.models.masks import attention_mask, token_positions
 from kava_jax.runs.idle import check_prompts
 from kava_jax.runs.prepare import prepare
+from kava_jax.runs.reopen import reopen, restore
 from tests.tiny import CONFIG, kava, write_config, write_model, write_rows, write_workspace
+from tests.tiny_models import load_decoder
 from tests.tolerances import TOL
 
 DATA = CONFIG["data"] | {"eval_path": "held.jsonl"}
@@ -241,3 +249,137 @@ def test_rows_with_several_replies_are_refused():
         KavaError, match=r"1 of 2 held-out rows have several replies.*train_on=last"
     ):
         check_prompts({"training": [whole], "held-out": [whole, several]})
+
+
+def transformers_answers(student, cache, prompts, count: int):
+    """Greedy tokens of a torch model that goes on from a cache, row by row, ends not minded."""
+    import torch
+
+    found = []
+    for b, prompt in enumerate(prompts):
+        own = slice(1 - len(prompt), None)
+        one = jax.tree.map(lambda x, b=b, own=own: x[:, b : b + 1, own], cache)
+        ids = torch.from_numpy(np.asarray(prompt)).long()[None]
+        out = student.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            past_key_values=dynamic_cache(one),
+            max_new_tokens=count,
+            min_new_tokens=count,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        found.append(out[0, len(prompt) :].tolist())
+    return found
+
+
+def test_the_exported_handoff_gives_transformers_our_answers(workspace, capsys):
+    torch = pytest.importorskip("torch", reason="torch, the oracle, is not installed")
+    from transformers import AutoModelForCausalLM
+
+    assert kava(capsys, "train", "tiny.yaml").code == 0
+    assert kava(capsys, "export", "run", "--out", "out").code == 0
+    handoff = load_handoff(workspace / "out", {"big": workspace / "teacher"})
+    state = restore(reopen(workspace / "run"))
+    trained = state.params["handoff"]["pairs"]["big"]["v"]["out"]["kernel"]
+    np.testing.assert_array_equal(handoff.projector.pairs["big"]["v"].out.kernel[...], trained)
+
+    rng = np.random.default_rng(9)
+    prompts = [rng.integers(3, 500, n).astype(np.int32) for n in (9, 4, 7)]
+    tokens, valid = np.zeros((3, 9), np.int32), np.zeros((3, 9), bool)
+    for b, prompt in enumerate(prompts):
+        tokens[b, 9 - len(prompt) :], valid[b, 9 - len(prompt) :] = prompt, True
+    teacher, student = (load_decoder(workspace / name) for name in ("teacher", "out"))
+    positions = token_positions(jnp.asarray(valid))
+    before = (x[:, :-1] for x in (jnp.asarray(tokens), positions, jnp.asarray(valid)))
+    ids, places, real = before
+    mask = attention_mask(places, places, real)
+    _, cache = teacher(ids, places, mask, key_space="pre_rope")
+    past = handoff({"big": cache}, student.rotation(places))
+    graph, params = nnx.split(student)
+    ours = generate(
+        graph,
+        nnx.to_pure_dict(params),
+        tokens,
+        valid,
+        max_new_tokens=8,
+        eos_ids=(),
+        pad_id=0,
+        past=past,
+    )
+    torch.set_num_threads(1)
+    theirs = AutoModelForCausalLM.from_pretrained("out", dtype=torch.float32)
+    assert np.asarray(ours).tolist() == transformers_answers(theirs, past, prompts, 8)
+    alone = generate(
+        graph, nnx.to_pure_dict(params), tokens, valid, max_new_tokens=8, eos_ids=(), pad_id=0
+    )
+    assert np.asarray(alone).tolist() != np.asarray(ours).tolist()
+
+    with pytest.raises(
+        KavaError, match="past: a cache of 3 rows of 8 tokens for a prompt of 3 rows"
+    ):
+        generate(
+            graph,
+            nnx.to_pure_dict(params),
+            tokens[:, 1:],
+            valid[:, 1:],
+            max_new_tokens=2,
+            eos_ids=(),
+            pad_id=0,
+            past=past,
+        )
+    with pytest.raises(KavaError, match="caches: those of big are missing"):
+        handoff({"small": cache}, student.rotation(places))
+    fewer = jax.tree.map(lambda x: x[:1], cache)
+    with pytest.raises(KavaError, match="the cache ends with layer 0"):
+        handoff({"big": fewer}, student.rotation(places))
+
+
+def test_an_exported_handoff_is_for_its_own_teacher(workspace, capsys):
+    assert kava(capsys, "train", "tiny.yaml").code == 0
+    # The export needs no teacher.
+    (workspace / "teacher").rename(workspace / "moved")
+    assert kava(capsys, "export", "run", "--out", "out").code == 0
+    out = workspace / "out"
+    load_handoff(out, {"big": workspace / "moved"})
+    with pytest.raises(
+        KavaError, match=r"teachers\.big='.*student' is another model than 'teacher'"
+    ):
+        load_handoff(out, {"big": workspace / "student"})
+    with pytest.raises(KavaError, match="teachers=other: out was trained with big"):
+        load_handoff(out, {"other": workspace / "moved"})
+    record = json.loads((out / "handoff.json").read_text())
+    record["teachers"]["big"]["layer_map"]["student_layers"] = [1, 0]
+    (out / "handoff.json").write_text(json.dumps(record))
+    with pytest.raises(KavaError, match=r"out/handoff\.json is no record of a handoff .*increase"):
+        load_handoff(out, {"big": workspace / "moved"})
+    (out / "handoff.json").unlink()
+    with pytest.raises(KavaError, match=r"out/handoff\.json is unreadable"):
+        load_handoff(out, {"big": workspace / "moved"})
+
+
+@pytest.mark.parametrize("reader", ["teacher", "student"])
+def test_eval_scores_all_three(reader, workspace, capsys):
+    configured(workspace, {"reader": reader})
+    assert kava(capsys, "train", "tiny.yaml").code == 0
+    asked = ("eval", "run", "--data", "held.jsonl", "--handoff", "--json")
+    ended = kava(capsys, *asked)
+    assert ended.code == 0, ended.err
+    found = json.loads(ended.out)
+    expected = evaluations(workspace)[-1]
+    for name in ("eval_loss", "eval_loss_handed"):
+        assert found[name] == pytest.approx(expected[name], rel=TOL["float32"])
+    teacher = kava(
+        capsys, "eval", "teacher", "--data", "held.jsonl", "--json", "data.max_length=64"
+    )
+    alone = json.loads(teacher.out)
+    assert found["big/eval_loss"] == pytest.approx(alone["eval_loss"], rel=TOL["float32"])
+    for prefix in ("", "handed/", "big/"):
+        assert found[f"{prefix}exact_match_rows"] == 8
+        assert found[f"{prefix}seconds_per_answer"] > 0
+    assert kava(capsys, "eval", "student", "--data", "held.jsonl", "--handoff").code == 2
+    configured(workspace, loss={"handoff": None}, run={"name": "plain", "dir": "plain"})
+    assert kava(capsys, "train", "tiny.yaml").code == 0
+    refused = kava(capsys, "eval", "plain", "--data", "held.jsonl", "--handoff")
+    assert refused.code == 2
+    assert "plain was trained without loss.handoff" in refused.err

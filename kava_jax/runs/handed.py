@@ -1,0 +1,181 @@
+"""What comes of a run's handoff: its record and weights, and answers from handed-over caches."""
+
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from kava_jax.alignment.projector import KVDimensionProjector
+from kava_jax.cache import KVCache
+from kava_jax.config.file import parse_config, without_teachers
+from kava_jax.data.dataset import HeldOut
+from kava_jax.errors import KavaError
+from kava_jax.evaluation.exact_match import Generate, exact_match
+from kava_jax.hf.handoff_files import CarriedFrom, HandoffRecord, read_handoff_record
+from kava_jax.journal.checkpoint import Checkpoints, abstract_state
+from kava_jax.journal.manifest import Fingerprints
+from kava_jax.models.decoder import Decoder, Params
+from kava_jax.models.masks import attention_mask, token_positions
+from kava_jax.models.rope import rope_rotation
+from kava_jax.models.spec import DecoderSpec
+from kava_jax.parallel.sharding import replicated
+from kava_jax.runs.evaluate import continuation, evaluate, scores
+from kava_jax.runs.prepare import Run, prepare
+
+
+def record_of(run: Run, fingerprints: Fingerprints) -> HandoffRecord:
+    """The record of a run's handoff."""
+    term, part = run.blueprint.objective.handoff, run.blueprint.handoff
+    assert term is not None
+    assert part is not None
+    projector: KVDimensionProjector = nnx.merge(part.graph, part.abstract)
+    return HandoffRecord(
+        teachers={
+            teacher.name: CarriedFrom(
+                path=teacher.path,
+                fingerprint=fingerprints.teachers[teacher.name],
+                share=term.shares[teacher.name],
+                layer_map=term.maps[teacher.name],
+            )
+            for teacher in run.config.teachers
+        },
+        projector=projector.arguments(),
+    )
+
+
+def restore_handoff(run: Run, step: int) -> tuple[HandoffRecord, KVDimensionProjector] | None:
+    """The handoff of a run at a step, whole on every process; None of a run without one.
+
+    The teachers need not be there.
+    """
+    if run.config.loss.handoff is None:
+        return None
+    record = read_handoff_record(run.directory)
+    projector = nnx.eval_shape(lambda: KVDimensionProjector(**record.projector))
+    graph, abstract = nnx.split(projector)
+    shapes = nnx.to_pure_dict(abstract)
+    if jax.tree.leaves(shapes):
+        everywhere = jax.tree.map(lambda _: replicated(run.mesh), shapes)
+        with Checkpoints(run.directory, run.config.train.max_to_keep, read_only=True) as kept:
+            shapes = kept.restore_params(step, "handoff", abstract_state(shapes, everywhere))
+    return record, nnx.merge(graph, shapes)
+
+
+def assess_handed(
+    run: Run, held: HeldOut, params: Mapping[str, Params], teachers: Mapping[str, Params]
+) -> dict[str, float]:
+    """Held-out figures of every teacher alone, and answers of each answerer with their seconds.
+
+    Who answers from a handed-over cache is ``handed``; with the student as the reader, and several
+    teachers, each by its name.
+
+    Raises KavaError for a run without a handoff.
+    """
+    settings = run.config.loss.handoff
+    if settings is None:
+        raise KavaError(
+            f"handoff: {run.directory.name} was trained without loss.handoff, so nothing can be "
+            f"handed over"
+        )
+    found: dict[str, float] = {}
+    answering = bool(run.config.eval.max_new_tokens and held.answered)
+    if answering:
+        found |= _answered(run, held, continuation(run, params["student"]), "")
+        if settings.reader == "teacher":
+            found |= _answered(run, held, _handed_to_student(run, params, teachers), "handed/")
+    for teacher in run.config.teachers:
+        own = {"student": {"path": teacher.path}, "recipe": "anchored"}
+        alone = prepare(parse_config(without_teachers(run.config) | own))
+        weights = alone.blueprint.load_student()
+        named = f"{teacher.name}/"
+        losses = evaluate(alone, held, {"student": weights, "projector": {}}, {}, answers=False)
+        found |= {f"{named}{name}": value for name, value in losses.items()}
+        if answering:
+            found |= _answered(alone, held, continuation(alone, weights), named)
+        if answering and settings.reader == "student":
+            handed = _handed_to_teacher(run, teacher.name, params, alone, weights)
+            prefix = "handed/" if len(run.config.teachers) == 1 else f"handed/{named}"
+            found |= _answered(alone, held, handed, prefix)
+    return found
+
+
+def _answered(run: Run, held: HeldOut, generate: Generate, prefix: str) -> dict[str, float]:
+    """Exact match and the seconds of an answer, compiling left out."""
+    known: set[tuple[int, ...]] = set()
+    seconds = 0.0
+
+    def timed(prompt_BT: np.ndarray, valid_BT: np.ndarray) -> np.ndarray:
+        nonlocal seconds
+        # Every length is compiled at its first call.
+        if prompt_BT.shape not in known:
+            generate(prompt_BT, valid_BT)
+            known.add(prompt_BT.shape)
+        begun = time.perf_counter()
+        answers = generate(prompt_BT, valid_BT)
+        seconds += time.perf_counter() - begun
+        return answers
+
+    settings = run.config.eval
+    found = exact_match(
+        timed,
+        run.encoder,
+        held.answered,
+        batch_size=settings.batch_size,
+        max_new_tokens=settings.max_new_tokens,
+    )
+    told = scores(found) | {"seconds_per_answer": seconds / found.rows}
+    return {f"{prefix}{name}": value for name, value in told.items()}
+
+
+def _handed_to_student(
+    run: Run, params: Mapping[str, Params], teachers: Mapping[str, Params]
+) -> Generate:
+    """The student's answers from the cache of its teachers."""
+    graphs = {name: link.graph for name, link in run.blueprint.objective.teachers.items()}
+    read = _reading(run, graphs, run.blueprint.student_spec)
+    past = partial(read, params["handoff"], dict(teachers))
+    return continuation(run, params["student"], past=past)
+
+
+def _handed_to_teacher(
+    run: Run, name: str, params: Mapping[str, Params], alone: Run, weights: Params
+) -> Generate:
+    """A teacher's answers from the student's cache; ``alone`` is the run of that teacher."""
+    read = _reading(run, {name: run.blueprint.student.graph}, alone.blueprint.student_spec)
+    past = partial(read, params["handoff"], {name: params["student"]})
+    return continuation(alone, weights, past=past)
+
+
+def _reading(
+    run: Run, readers: Mapping[str, nnx.GraphDef[Decoder]], answerer: DecoderSpec
+) -> Callable[..., KVCache]:
+    """``(handoff, readers' parameters, prompt, valid, lengths) -> past`` of left-padded prompts."""
+    term = run.blueprint.objective.handoff
+    assert term is not None
+
+    @jax.jit
+    def past(
+        params: Params, weights: Mapping[str, Params], prompt_BT: Any, valid_BT: Any, lengths_B: Any
+    ) -> KVCache:
+        # The answerer reads the last token itself.
+        tokens_BT, valid_BT = prompt_BT[:, :-1], valid_BT[:, :-1]
+        positions_BT = token_positions(valid_BT)
+        caches, layers = {}, {}
+        for name, graph in readers.items():
+            model = nnx.merge(graph, weights[name])
+            # Kernels take no padding on the left.
+            model.attention = "xla"
+            mask = attention_mask(positions_BT, positions_BT, valid_BT, model.spec.sliding_window)
+            layers[name] = term.maps[name].read_layers
+            _, caches[name] = model(
+                tokens_BT, positions_BT, mask, key_space="pre_rope", layers=layers[name]
+            )
+        # Cached keys are never rotated again: the row's full length counts, as in ``generate``.
+        rotation = rope_rotation(answerer, positions_BT, lengths_B)
+        return term.handoff(params, layers)(caches, rotation)
+
+    return past
