@@ -60,7 +60,7 @@ def held(blueprint: Blueprint, rows: int, length: int) -> dict[str, int]:
     parts = {
         "teachers": (blueprint.abstract_teachers(), blueprint.teacher_shardings()),
         "student": (state.params["student"], places.params["student"]),
-        "projector": (state.params["projector"], places.params["projector"]),
+        "projector": ({**state.params, "student": {}}, {**places.params, "student": {}}),
         "optimizer": (state.opt_state, places.opt_state),
         "statistics": (state._replace(**rest), places._replace(**rest)),
         "batch": (batch, of_batch),

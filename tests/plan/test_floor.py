@@ -43,6 +43,13 @@ def test_the_step_does_at_most_a_tenth_more_than_it_must() -> None:
     assert 1.0 <= flops(made) / sum(floor(made).values()) <= 1.10
 
 
+@pytest.mark.parametrize("reader", ["teacher", "student"])
+def test_a_handoff_costs_its_projector_and_the_answering_teacher(reader) -> None:
+    made = blueprint(f"loss.handoff={{reader: {reader}}}")
+    assert 1.0 <= flops(made) / sum(floor(made).values()) <= 1.10
+    assert floor(made)["projector"] > floor(blueprint())["projector"]
+
+
 def test_a_projector_without_weights_costs_nothing() -> None:
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
     spec = spec_from_config(PAIR.student | heads, where="bench")

@@ -18,9 +18,11 @@ from kava_jax.journal.metrics_file import read_metrics
 from kava_jax.models.decoder import Params
 from kava_jax.models.generate import generate
 from kava_jax.models.masks import attention_mask, token_positions
+from kava_jax.parallel.sharding import put_batch
 from kava_jax.runs.idle import check_prompts
-from kava_jax.runs.prepare import prepare
+from kava_jax.runs.prepare import load_dataset, prepare
 from kava_jax.runs.reopen import reopen, restore
+from kava_jax.training.summary import summarize
 from tests.tiny import CONFIG, kava, write_config, write_model, write_rows, write_workspace
 from tests.tiny_models import load_decoder
 from tests.tolerances import TOL
@@ -383,3 +385,54 @@ def test_eval_scores_all_three(reader, workspace, capsys):
     refused = kava(capsys, "eval", "plain", "--data", "held.jsonl", "--handoff")
     assert refused.code == 2
     assert "plain was trained without loss.handoff" in refused.err
+
+
+def stepped(folder, *overrides: str, steps: int = 2):
+    """Losses and parameters after a few steps, without a run directory."""
+    run = prepare(load_config(folder / "tiny.yaml", list(overrides)))
+    state, teachers = run.blueprint.fresh_state(), run.blueprint.load_teachers()
+    step, stream = run.blueprint.jitted_step(), load_dataset(run).stream
+    found = []
+    for number in range(steps):
+        batch = put_batch(stream.batch(number), run.mesh)
+        state, metrics = step(state, teachers, batch)
+        found.append(summarize(metrics))
+    return found, jax.device_get(state.params)
+
+
+PLAIN = ("optimizer.student_lr=1e-3", "optimizer.warmup_steps=0", "data.batch_size=16")
+
+
+@pytest.mark.parametrize("reader", ["teacher", "student"])
+def test_meshes_and_microbatches_change_nothing(reader, workspace):
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32}
+    write_model(workspace / "student", seed=2, **heads)
+    write_model(workspace / "teacher", seed=1, num_hidden_layers=3, **heads | {"head_dim": 16})
+    # All rows alike: which are read alone differs by microbatch.
+    configured(workspace, {"reader": reader, "alone_share": 0.0})
+    one, _ = stepped(workspace, *PLAIN)
+    mesh = ("mesh.data=2", "mesh.fsdp=2", "mesh.tensor=2")
+    for others in (mesh, ("train.grad_accumulation=2",)):
+        found, _ = stepped(workspace, *PLAIN, *others)
+        for ours, theirs in zip(found, one, strict=True):
+            for name in ("loss", "ce_handed"):
+                assert ours[name] == pytest.approx(theirs[name], rel=TOL["across_meshes"])
+
+
+def test_in_bfloat16_it_is_the_same_but_for_rounding(workspace):
+    configured(workspace, {"alone_share": 0.0})
+    narrow, _ = stepped(workspace, *PLAIN, "train.dtype=bfloat16", steps=1)
+    wide, _ = stepped(workspace, *PLAIN, steps=1)
+    assert narrow[0]["ce_handed"] == pytest.approx(wide[0]["ce_handed"], rel=TOL["bf16_loss"])
+
+
+def test_several_teachers_share_by_weight(workspace):
+    """One that counts nothing is as one that is not there."""
+    teachers = [{"name": "big", "path": "teacher"}, {"name": "idle", "path": "student"}]
+    configured(workspace, {"alone_share": 0.0}, teachers=[*teachers])
+    both, _ = stepped(workspace, *PLAIN, "teachers.1.weight=0", steps=1)
+    mean, _ = stepped(workspace, *PLAIN, steps=1)
+    configured(workspace, {"alone_share": 0.0}, teachers=teachers[:1])
+    alone, _ = stepped(workspace, *PLAIN, steps=1)
+    assert both[0]["ce_handed"] == pytest.approx(alone[0]["ce_handed"], rel=TOL["float32"])
+    assert abs(mean[0]["ce_handed"] - alone[0]["ce_handed"]) > 1e-4
