@@ -74,6 +74,20 @@ def bench_decode(found: dict[str, Any]) -> list[str]:
     return [*_beside(found), "", f"{speed:,.0f} tokens/s, tokens identical."]
 
 
+def bench_handoff(found: dict[str, Any]) -> list[str]:
+    """Answers from a handed-over cache beside either model by itself."""
+    lines = head(
+        "prompt + answer | >handed over | >of it before the answer | >teacher alone | >student "
+        "alone | >MB handed over | >of the teacher's cache"
+    )
+    for case, own in found["cases"].items():
+        sides = ("handed", "reading", "teacher", "student")
+        cells = [case, *(f"{own['seconds'][side]['median']:.3f}" for side in sides)]
+        carried, whole = (own["facts"]["handed"][f"{side}_bytes"] for side in ("handed", "teacher"))
+        lines.append(row(*cells, f"{carried / 1e6:.2f}", f"{carried / whole:.2f}"))
+    return lines
+
+
 def bench_teacher(found: dict[str, Any]) -> list[str]:
     """The cut teacher beside the whole one."""
     words = {

@@ -14,7 +14,7 @@ from kava_jax.journal.manifest import versions
 # The modules of this package, and which of their ``bench_NAME`` there are.
 MODULES = {"step": "train_step", "loss": "loss", "ce": "loss", "teacher": "teacher"}
 MODULES |= {"decode": "decode", "remat": "train_step", "scaling": "train_step"}
-MODULES |= {"input": "waiting", "startup": "waiting", "gpu": "gpu"}
+MODULES |= {"input": "waiting", "startup": "waiting", "gpu": "gpu", "handoff": "handing"}
 
 
 def run_benchmark(name: str, config: Path | None, overrides: list[str], peer: str | None) -> Facts:

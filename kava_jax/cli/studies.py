@@ -102,7 +102,7 @@ def bench(
     name: Annotated[
         str,
         typer.Argument(
-            help="step, loss, ce, teacher, decode, remat, scaling, input, startup or gpu."
+            help="step, loss, ce, teacher, decode, handoff, remat, scaling, input, startup or gpu."
         ),
     ],
     config: Annotated[

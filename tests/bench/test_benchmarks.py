@@ -9,6 +9,7 @@ import pytest
 
 from kava_jax.bench import (
     decode,
+    handing,
     harness,
     loss,
     original,
@@ -122,6 +123,16 @@ def test_decoding_gives_the_same_tokens() -> None:
     assert found["differences"] == {"transformers": 0.0, "transformers_one_thread": 0.0}
     assert found["tokens_per_second"]["kava"] == pytest.approx(2 * 5 / own["kava"])
     assert found["torch"]
+
+
+def test_answers_from_a_handed_over_cache() -> None:
+    found = handing.bench_handoff(PAIR, prompts=(5, 9), answers=(3,))
+    assert set(found["cases"]) == {"5 + 3", "9 + 3"}
+    for own in found["cases"].values():
+        assert set(medians(own)) == {"handed", "reading", "teacher", "student"}
+        # By hand: float32 keys and values of two layers of 2 x 4, or four of 2 x 8, numbers.
+        carried, whole = (own["prompt"] - 1) * 4 * 2 * np.array([2 * 8, 4 * 16])
+        assert own["facts"]["handed"] == {"handed_bytes": carried, "teacher_bytes": whole}
 
 
 @needs_torch
