@@ -125,9 +125,9 @@ def correct(text: str, steps: int) -> None:
     own = [f"student.path={original}", "optimizer.student_lr=3e-4", f"train.steps={steps}"]
     overrides = [*own, *of_text(text), *of_run(f"correct-{text}")]
     directory, facts = trained(parse_config(raw, overrides), out)
-    append({"arm": f"original/{text}", "seed": 0, "steps": 0, "figures": measured(original, out)})
+    record({"arm": f"original/{text}", "seed": 0, "steps": 0, "figures": measured(original, out)})
     told = {"arm": f"corrected/{text}", "seed": 0, "steps": steps, "figures": measured(out, out)}
-    append(told | facts)
+    record(told | facts)
     shutil.rmtree(directory / "checkpoints")
 
 
@@ -139,9 +139,15 @@ def run_arm(name: str, seed: int, steps: int) -> None:
     directory, facts = trained(config, out)
     line = {"arm": name, "seed": seed, **arm._asdict(), "steps": steps, "cut_by": CUTS[arm.cut]}
     line |= {"losses_by": LOSSES[arm.losses], "rate": config.optimizer.student_lr, **facts}
-    append(line | {"figures": measured(out, WORK / "teachers" / arm.text)})
+    record(line | {"figures": measured(out, WORK / "teachers" / arm.text)})
     shutil.rmtree(out)
     shutil.rmtree(directory / "checkpoints")
+
+
+def record(line: dict[str, Any]) -> None:
+    """Append a line, and say what its arm lost."""
+    losses = (f"{text} {own['loss']}" for text, own in line["figures"].items())
+    append(line, ", ".join(losses))
 
 
 def arm_config(name: str, seed: int, steps: int) -> Config:
@@ -200,14 +206,25 @@ def bench() -> None:
     """Seconds of a step and of a probe: all arms of a cut in turns, cut by cut."""
     found: dict[str, Any] = {"rounds": ROUNDS, "versions": versions(), "seconds": {}}
     for cut in CUTS:
-        found["seconds"][cut] = in_turns([name for name in ARMS if name.startswith(f"{cut}/")])
+        names = [name for name in ARMS if name.startswith(f"{cut}/")]
+        found["seconds"][cut] = in_turns({ARMS[name].losses: timed_config(name) for name in names})
         jax.clear_caches()
     SECONDS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
-def in_turns(names: list[str]) -> dict[str, Any]:
-    """Seconds of arms by their losses; they are all in memory at once, some 10 GB."""
-    sides = {ARMS[name].losses: stepping(name) for name in names}
+def timed_config(name: str) -> Config:
+    """The config that an arm's step is timed with."""
+    config = arm_config(name, 0, STEPS)
+    if ARMS[name].losses != "kl":
+        return config
+    # A weight of 0 is computed as any other. Who wants KL alone leaves the comparison out; one pair
+    # of layers is the least that can be asked for.
+    return parse_config(dump_config(config), ["teachers.0.layer_map=[[0, 0]]"])
+
+
+def in_turns(configs: dict[str, Config]) -> dict[str, Any]:
+    """Seconds of configs by their names; they are all in memory at once, some 10 GB."""
+    sides = {name: stepping(config) for name, config in configs.items()}
     # The first round compiles.
     turns = [{name: side() for name, side in sides.items()} for _ in range(ROUNDS + 1)][1:]
     return {
@@ -216,13 +233,8 @@ def in_turns(names: list[str]) -> dict[str, Any]:
     }
 
 
-def stepping(name: str) -> Callable[[], dict[str, float]]:
-    """An arm's step, and its probe where the KV weight is measured; a call takes and times each."""
-    config = arm_config(name, 0, STEPS)
-    if ARMS[name].losses == "kl":
-        # A weight of 0 is computed as any other. Who wants KL alone leaves the comparison out; one
-        # pair of layers is the least that can be asked for.
-        config = parse_config(dump_config(config), ["teachers.0.layer_map=[[0, 0]]"])
+def stepping(config: Config) -> Callable[[], dict[str, float]]:
+    """A step, and the probe where the KV weight is measured; a call takes and times each."""
     run = prepare(unmeasured(config))
     batch = put_batch(load_dataset(run).stream.batch(0), run.mesh)
     teachers, state = run.blueprint.load_teachers(), run.blueprint.fresh_state()

@@ -18,17 +18,16 @@ EVERY = 20
 Line = dict[str, Any]
 
 
-def records() -> list[Line]:
+def records(path: Path = RESULTS) -> list[Line]:
     """All finished arms, in the order in which they ended."""
-    lines = RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.is_file() else []
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     return [json.loads(line) for line in lines]
 
 
-def append(line: dict[str, Any]) -> None:
-    """A finished arm, as one line of the results."""
-    with RESULTS.open("a", encoding="utf-8") as file:
+def append(line: dict[str, Any], told: str, path: Path = RESULTS) -> None:
+    """A finished arm, as one line of the results; what it found goes to the screen."""
+    with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
-    told = ", ".join(f"{text} {own['loss']}" for text, own in line["figures"].items())
     print(f"{line['arm']}, seed {line['seed']}, {line['steps']} steps: {told}", flush=True)
 
 

@@ -1,0 +1,232 @@
+"""A student that answers from its teacher's prompt cache, on a real pretrained pair. The study.
+
+    python docs/results/handoff_pair.py prepare GSM8K_DIR       questions and answers
+    python docs/results/handoff_pair.py heal kl kl+mercator     the cut students to begin with
+    python docs/results/handoff_pair.py arms kl/alone 'kl/*'    run some of the arms
+    python docs/results/handoff_pair.py plan                    the arms, done and to do
+    python docs/results/handoff_pair.py bench                   seconds of each step
+
+Run it after ``real_pair.py prepare`` and ``correct gsm8k``, which make model, teacher and cut. All
+but ``handoff_pair.jsonl`` and ``handoff_pair_seconds.json`` stays in ``build/real_pair``. An arm
+goes on from a student that ``heal`` cut and healed (60 steps, as ``real_pair.py`` does), and learns
+GSM8K's answers for 40 steps more. Rates are chosen by the run's evaluations on ``choose``; the
+table tells the loss of answers on ``report``.
+"""
+
+import argparse
+import json
+import shutil
+from fnmatch import fnmatch
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from real_pair import arm_config, in_turns, of_run, trained
+from real_pair_measure import WORK, rounded
+from real_pair_table import HERE, append, records
+
+from kava_jax.cache import HandedOver
+from kava_jax.config.file import dump_config, parse_config
+from kava_jax.config.run import Config
+from kava_jax.data.batches import Batch, eval_batches
+from kava_jax.data.dataset import HeldOut
+from kava_jax.data.text import Encoded
+from kava_jax.journal.manifest import versions
+from kava_jax.models.decoder import Params
+from kava_jax.runs.prepare import Run, data_loader, prepare
+from kava_jax.training.comparison import ForwardPass, forward
+
+STEPS, ROWS, LENGTH, REPORTED = 40, 8, 256, 128
+CUT = "15-middle"
+RESULTS, SECONDS = HERE / "handoff_pair.jsonl", HERE / "handoff_pair_seconds.json"
+TEXTS = WORK / "texts"
+
+MODES = {
+    "alone": ("teachers=[]",),
+    "both": ("loss.handoff={alone_share: 0.5}",),
+    "handed": ("loss.handoff={alone_share: 0}",),
+    "both+kv": ("loss.handoff={alone_share: 0.5}", "loss.kv_weight=auto(0.2)"),
+    "ratio map": ("loss.handoff={alone_share: 0.5, layer_map: ratio}",),
+    "alone, KL": ("loss.kl_weight=1",),
+    "both, KL": ("loss.kl_weight=1", "loss.handoff={alone_share: 0.5}"),
+}
+
+
+class Arm(NamedTuple):
+    """One training: who begins, and how it goes on."""
+
+    healed: str
+    mode: str
+    changes: tuple[str, ...] = ()
+
+
+ARMS = {f"{healed}/{mode}": Arm(healed, mode) for healed in ("kl", "kl+mercator") for mode in MODES}
+ARMS |= {
+    f"rate/{rate}": Arm("kl", "alone", (f"optimizer.student_lr={rate}",)) for rate in (1e-4, 4e-4)
+}
+
+
+def prepare_rows(gsm8k: Path) -> None:
+    """Questions with answers; held-out ones go to the two files in turns."""
+    rows = {
+        split: (gsm8k / f"{split}.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
+        for split in ("train", "test")
+    }
+    parts = {"train": rows["train"], "choose": rows["test"][::2], "report": rows["test"][1::2]}
+    for name, lines in parts.items():
+        text = "".join(f"{line}\n" for line in lines)
+        (TEXTS / f"gsm8k_answers_{name}.jsonl").write_text(text, encoding="utf-8")
+
+
+def heal(losses: str) -> None:
+    """Cut and heal a student, and keep it."""
+    config, out = arm_config(f"{CUT}/{losses}", 0, 60), WORK / "healed" / losses
+    if not out.is_dir():
+        directory, _ = trained(config, out)
+        shutil.rmtree(directory / "checkpoints")
+
+
+def config_of(name: str, seed: int) -> Config:
+    """The config of an arm."""
+    arm = ARMS[name]
+    teacher = WORK / "teachers" / "gsm8k"
+    raw: dict[str, Any] = {
+        "teachers": [{"name": "smollm2", "path": str(teacher)}],
+        "student": {"path": str(WORK / "healed" / arm.healed)},
+        "projector": {"kind": "identity"},
+        "loss": {"kv_weight": 0.0},
+        "data": {
+            "path": str(TEXTS / "gsm8k_answers_train.jsonl"),
+            "eval_path": str(TEXTS / "gsm8k_answers_choose.jsonl"),
+            "eval_rows": 64,
+            "format": "{question}\n{answer}",
+            "max_length": LENGTH,
+            "bucket": LENGTH,
+            "batch_size": ROWS,
+        },
+        "optimizer": {"student_lr": 2e-4, "b2": 0.95, "warmup_steps": 5},
+        "train": {"log_every": 5, "eval_every": 20, "max_to_keep": 1, "diagnose_every": None},
+        "eval": {"max_new_tokens": 0},
+    }
+    run = "handoff-" + name.replace("/", "-").replace(" ", "-").replace(",", "")
+    own = [f"run.seed={seed}", f"train.steps={STEPS}", *of_run(f"{run}-{seed}")]
+    return parse_config(raw, [*own, *MODES[arm.mode], *arm.changes])
+
+
+def run_arm(name: str, seed: int) -> None:
+    """Train, measure, and append the line."""
+    config = config_of(name, seed)
+    out = WORK / "exports" / config.run.name
+    directory, facts = trained(config, out)
+    line = {"arm": name, "seed": seed, **ARMS[name]._asdict(), "steps": STEPS}
+    line |= {"changes_by": MODES[ARMS[name].mode], "rate": config.optimizer.student_lr, **facts}
+    figures = measured(out)
+    ways = ("alone", "handed", "wrong", "none", "teacher")
+    told = ", ".join(f"{way} {figures[way]}" for way in ways)
+    append(line | {"figures": figures}, told, RESULTS)
+    shutil.rmtree(out)
+    shutil.rmtree(directory / "checkpoints")
+
+
+def measured(student: Path) -> dict[str, Any]:
+    """Losses of answers on ``report``, as a whole and by row, in nats a token.
+
+    ``alone``: the student by itself; ``handed``: from the teacher's cache of the prompt; ``wrong``:
+    from its cache of another row; ``none``: of the prompt's last token alone; ``teacher``: the
+    teacher by itself.
+    """
+    # With logit KL a teacher is loaded whole.
+    config = dump_config(config_of("kl/both, KL", 0))
+    run = prepare(parse_config(config, [f"student.path={student}"]))
+    rows = HeldOut.of(
+        data_loader(run)(str(TEXTS / "gsm8k_answers_report.jsonl"), split="test", rows=REPORTED),
+        run.encoder,
+    ).measured
+    batched = partial(eval_batches, batch_size=ROWS, max_length=LENGTH, bucket=LENGTH)
+    bare = [Encoded(row.ids[row.prompt_length - 1 :], 1, False) for row in rows]
+    weights, teachers = run.blueprint.load_student(), run.blueprint.load_teachers()
+    read = jax.jit(partial(by_row, run))
+    parts = [read(weights, teachers, batch) for batch in batched(rows)]
+    found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    empty = [read(weights, teachers, batch) for batch in batched(bare)]
+    found["none"] = np.concatenate([part["alone"] for part in empty])
+    tokens = found.pop("tokens")
+    return {
+        "tokens": int(tokens.sum()),
+        **{name: rounded(own.sum() / tokens.sum()) for name, own in found.items()},
+        **{f"row_{name}": list(map(rounded, own / tokens)) for name, own in found.items()},
+    }
+
+
+def by_row(run: Run, student: Params, teachers: dict[str, Params], batch: Batch) -> dict[str, Any]:
+    """Sums over each row's answer [B], and its tokens."""
+    objective = run.blueprint.objective
+    term = objective.handoff
+    assert term is not None
+    ((name, link),) = objective.teachers.items()
+    teacher = forward(link.graph, teachers[name], batch)
+    everyone = jnp.ones(len(batch.tokens), bool)
+    given = partial(term.past, {}, batch, everyone, {name: teacher})
+
+    def wrong(rotation: Any) -> HandedOver:
+        past = given(rotation)
+        return past._replace(cache=jax.tree.map(lambda x: jnp.roll(x, 1, axis=1), past.cache))
+
+    ways = {"alone": None, "handed": given, "wrong": wrong}
+    passes = {
+        way: forward(objective.student, student, batch, handed=how) for way, how in ways.items()
+    }
+    passes |= {"teacher": teacher}
+    sums = {way: _answer_loss(one, batch) for way, one in passes.items()}
+    return sums | {"tokens": batch.loss_mask[:, 1:].sum(-1)}
+
+
+def _answer_loss(run: ForwardPass, batch: Batch) -> jax.Array:
+    logits = jax.nn.log_softmax(run.model.logits(run.hidden[:, :-1]))
+    losses = -jnp.take_along_axis(logits, batch.tokens[:, 1:, None], -1)[..., 0]
+    return jnp.where(batch.loss_mask[:, 1:], losses, 0).sum(-1)
+
+
+def bench() -> None:
+    """Seconds of a step of every mode, in turns."""
+    configs = {mode: config_of(f"kl/{mode}", 0) for mode in MODES}
+    found = {"versions": versions(), "seconds": in_turns(configs)}
+    SECONDS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("prepare").add_argument("gsm8k", type=Path)
+    commands.add_parser("heal").add_argument("losses", nargs="+")
+    several = commands.add_parser("arms")
+    several.add_argument("patterns", nargs="+", metavar="NAME")
+    several.add_argument("--seeds", type=int, nargs="+", default=[0])
+    for name in ("plan", "bench"):
+        commands.add_parser(name)
+    given = parser.parse_args()
+    done = {(line["arm"], line["seed"]) for line in records(RESULTS)}
+    if given.command == "prepare":
+        prepare_rows(given.gsm8k)
+    elif given.command == "heal":
+        for losses in given.losses:
+            heal(losses)
+    elif given.command == "arms":
+        for name in ARMS:
+            wanted = any(fnmatch(name, pattern) for pattern in given.patterns)
+            for seed in given.seeds if wanted else ():
+                if (name, seed) not in done:
+                    run_arm(name, seed)
+    elif given.command == "plan":
+        known = {name for name, _ in done}
+        print("\n".join(f"{'done' if name in known else '    '}  {name}" for name in ARMS))
+    else:
+        bench()
+
+
+if __name__ == "__main__":
+    main()
