@@ -24,7 +24,7 @@ from kava_jax.training.handoff_term import HandoffTerm, handed_tokens
 
 
 def fitted_handoff(run: Run, dataset: Dataset) -> Params | None:
-    """The weights of the handoff's projector, where the run keeps them; None where it has none.
+    """The weights of the handoff's projector, where the run keeps them; None where there are none.
 
     Every teacher is fitted by itself. Raises KavaError for too few training rows.
     """
