@@ -20,6 +20,8 @@ TOL = {
     "across_processes": 1e-5,
     # the same for other diagnostics (ranks, CKA, retrieval), of their range
     "diagnostics": 1e-3,
+    # kernels and biases of a ridge fit from float32 moments, against float64 and on other meshes
+    "ridge": 1e-4,
     # parameters after one plain gradient step, on other meshes or in other microbatches
     "after_one_step": 1e-5,
     # a bf16 forward pass against the same in float32, relative error of the hidden states

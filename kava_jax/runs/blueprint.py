@@ -103,16 +103,20 @@ class Blueprint:
         """All teachers' weights."""
         return {name: teacher.load() for name, teacher in self.teachers.items()}
 
-    def fresh_state(self, projector: Params | None = None) -> TrainState:
-        """Step 0: the student as it came (or random), empty means, and a projector.
+    def fresh_state(
+        self, projector: Params | None = None, handoff: Params | None = None
+    ) -> TrainState:
+        """Step 0: the student as it came (or random), empty means, and the projectors.
 
-        The projector is random unless one is given (a calibrated one).
+        A projector is random unless it is given: that of the comparison as a calibration found it,
+        that of the handoff as it was fitted.
         """
         seed, student = self.config.run.seed, self.student_start()
         if projector is None:
             projector = self.projector.fresh(seed + 1) if self.projector else {}
         params = {"student": student, "projector": projector}
-        params |= {"handoff": self.handoff.fresh(seed + 2)} if self.handoff else {}
+        if self.handoff:
+            params["handoff"] = self.handoff.fresh(seed + 2) if handoff is None else handoff
         # The moments are made where they will lie: whole, they may not fit on one device. The seed
         # is an argument, so that runs with other seeds share the program.
         start = jax.jit(self._state_of, out_shardings=self.state_shardings())

@@ -30,6 +30,7 @@ from kava_jax.config.file import dump_config, parse_config
 from kava_jax.config.run import Config
 from kava_jax.data.batches import Batch, eval_batches
 from kava_jax.data.dataset import Dataset
+from kava_jax.data.text import Encoded
 from kava_jax.data.tokenizer import pad_id
 from kava_jax.errors import KavaError
 from kava_jax.evaluation.heldout import held_out, make_examine, make_measure
@@ -122,18 +123,18 @@ def calibrate(config: Config) -> Calibration:
 
 def _measure(config: Config, run: Run, dataset: Dataset, identity: str) -> Calibration:
     """Stream the rows through student and every teacher, one after the other; fit; score."""
-    rows = dataset.stream.rows[:ROWS]
-    if len(rows) < LEAST_ROWS:
-        raise KavaError(
-            f"data.path={config.data.path}: {len(rows)} training rows are too few to calibrate "
-            f"with; give at least {LEAST_ROWS}"
-        )
+    rows = measured_rows(config, dataset, "calibrate")
     student = run.blueprint.student_start()
-    batches = {name: _batches(run, rows, places) for name, places in SPLITS.items()}
+    batches = {
+        # Dealt out in turn, because the rows of a file may be sorted.
+        name: batches_of(run, [row for i, row in enumerate(rows) if i % LEAST_ROWS in places])
+        for name, places in SPLITS.items()
+    }
     maps, weights, report = {}, {}, {}
     for index, teacher in enumerate(config.teachers):
         candidates = _candidates(config, run, index)
-        moments = Moments(run, teacher.name, student, candidates)
+        comparison = run.blueprint.teachers[teacher.name].link.comparison
+        moments = Moments(run, comparison, student, candidates)
         grams = {split: moments.of(batches[split]) for split in SPLITS}
         if empty := [split for split in SPLITS if not grams[split]["k"].count]:
             raise KavaError(
@@ -277,13 +278,22 @@ def place(run: Run, projector: Params) -> Params:
     return jax.device_put(projector, part.shardings)
 
 
-def _batches(run: Run, rows: Sequence[Any], places: tuple[int, ...]) -> list[Batch]:
-    """One split's rows, every batch of one shape."""
+def measured_rows(config: Config, dataset: Dataset, purpose: str) -> Sequence[Encoded]:
+    """The training rows that a fit reads; KavaError, naming its ``purpose``, for too few."""
+    rows = dataset.stream.rows[:ROWS]
+    if len(rows) < LEAST_ROWS:
+        raise KavaError(
+            f"data.path={config.data.path}: {len(rows)} training rows are too few to {purpose} "
+            f"with; give at least {LEAST_ROWS}"
+        )
+    return rows
+
+
+def batches_of(run: Run, rows: Sequence[Encoded]) -> list[Batch]:
+    """Rows to measure, every batch of as many."""
     data = run.config.data
-    # Dealt out in turn, because the rows of a file may be sorted.
-    kept = [row for index, row in enumerate(rows) if index % LEAST_ROWS in places]
     batches = eval_batches(
-        kept,
+        rows,
         data.batch_size,
         max_length=data.max_length,
         bucket=data.length_bucket,

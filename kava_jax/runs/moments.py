@@ -1,7 +1,8 @@
-"""Second moments of a student's and a teacher's caches over a calibration split, on the mesh.
+"""Second moments of a student's and a teacher's caches over some batches, on the mesh.
 
-The models run where the run's sharding puts them; every batch's sums come back to each host, which
-adds them in float64. Memory does not depend on the number of batches.
+A calibration, and the fit of a handoff's projector, are solved from them. The models run where the
+run's sharding puts them; every batch's sums come back to each host, which adds them in float64.
+Memory does not depend on the number of batches.
 """
 
 from collections.abc import Sequence
@@ -20,29 +21,33 @@ from kava_jax.training.comparison import LayerComparison, forward
 
 
 class Candidates(NamedTuple):
-    """Mapped student layers, and for each the teacher layers it may be mapped to."""
+    """Mapped student layers, each as often as it is mapped, and the teacher layers for each."""
 
     student_layers: tuple[int, ...]
     windows: Windows
 
 
 class Moments:
-    """Streams batches through student and one teacher and sums their second moments."""
+    """Streams batches through student and one teacher and sums their second moments.
 
-    def __init__(self, run: Run, name: str, student: Params, candidates: Candidates):
+    The tokens that count are those of the batches' ``kv_mask``.
+    """
+
+    def __init__(
+        self, run: Run, comparison: LayerComparison, student: Params, candidates: Candidates
+    ):
         """Load the teacher and compile nothing yet.
 
         Args:
             run: one in which nothing is left to measure.
-            name: the teacher's.
+            comparison: names the teacher and says which vectors are measured; its map is not read.
             student: the student's parameters.
             candidates: mapped student layers and their windows.
         """
         self._run, self._student, self._windows = run, student, candidates.windows
-        part = run.blueprint.teachers[name]
+        part = run.blueprint.teachers[comparison.name]
         self._teacher = part.load()
-        comparison = part.link.comparison
-        vectors = partial(_vectors, run, name, comparison, candidates.student_layers)
+        vectors = partial(_vectors, run, comparison, candidates.student_layers)
         shardings = (
             run.blueprint.student.shardings,
             part.part.shardings,
@@ -90,7 +95,6 @@ class Moments:
 
 def _vectors(
     run: Run,
-    name: str,
     comparison: LayerComparison,
     student_layers: tuple[int, ...],
     student: Params,
@@ -99,8 +103,9 @@ def _vectors(
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
     """Keys and values of both models, all heads of a token side by side: [L, B, T, E]."""
     objective = run.blueprint.objective
+    theirs = objective.teachers[comparison.name].graph
     sides = []
-    for graph, params in ((objective.student, student), (objective.teachers[name].graph, teacher)):
+    for graph, params in ((objective.student, student), (theirs, teacher)):
         sides.append(comparison.vectors(forward(graph, params, batch)))
     ours, theirs = (jax.tree.map(lambda x: x.reshape(*x.shape[:3], -1), side) for side in sides)
     mapped = jnp.array(student_layers)

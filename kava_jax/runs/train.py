@@ -33,6 +33,7 @@ from kava_jax.runs.calibrate import calibrated, place, unmeasured
 from kava_jax.runs.cutting import settled
 from kava_jax.runs.evaluate import evaluation_notes, evaluator
 from kava_jax.runs.handed import record_of
+from kava_jax.runs.handoff_fit import fitted_handoff
 from kava_jax.runs.idle import idle_settings
 from kava_jax.runs.loop import Cadence, projector_path, run_steps
 from kava_jax.runs.preemption import Preemption, listening
@@ -218,7 +219,8 @@ def begun(
     measured = calibrated(config, run, dataset, fingerprints)
     run = prepare(config, measured.maps, run.blueprint.student_cut) if measured else run
     fitted = measured.projector if measured else None
-    return run, run.blueprint.fresh_state(None if fitted is None else place(run, fitted))
+    projector = None if fitted is None else place(run, fitted)
+    return run, run.blueprint.fresh_state(projector, fitted_handoff(run, dataset))
 
 
 def jitted_probe(run: Run) -> Any:

@@ -71,6 +71,17 @@ def projector_of(run) -> Params:
     return jax.tree.map(lambda x: jnp.float32(rng.normal(0, 0.3, x.shape)), shapes)
 
 
+def rotated(keys, model, sign):
+    """Keys [1, K, T, H] of transformers' cache turned by RoPE (sign 1), or back (-1)."""
+    import torch
+
+    positions = torch.arange(keys.shape[2])[None]
+    cos, sin = (x.double() for x in model.model.rotary_emb(keys, positions))
+    half = keys.shape[-1] // 2
+    other = torch.cat([-keys[..., half:], keys[..., :half]], -1)
+    return keys * cos[:, None] + sign * other * sin[:, None]
+
+
 def by_transformers(run, params, reader: str):
     """Cross-entropy of every answer, and its gradients, by transformers: row by row, unpadded.
 
@@ -94,13 +105,6 @@ def by_transformers(run, params, reader: str):
         for part in "kv"
     }
     rows = run.blueprint.objective.handoff.maps["big"].teacher_layers
-
-    def rotated(keys, model, sign):
-        positions = torch.arange(keys.shape[2])[None]
-        cos, sin = (x.double() for x in model.model.rotary_emb(keys, positions))
-        half = keys.shape[-1] // 2
-        other = torch.cat([-keys[..., half:], keys[..., :half]], -1)
-        return keys * cos[:, None] + sign * other * sin[:, None]
 
     total, count = 0.0, 0
     batch = rows_of()
@@ -223,6 +227,12 @@ REFUSED = {
         {"train": "projector"},
         {"teachers": [{"name": "big", "path": "student"}]},
         "loss.handoff.train=projector: the heads of all models are equal",
+    ),
+    "too few rows": (
+        {},
+        {"data": DATA | {"rows": 7}},
+        "data.path=data.jsonl: 7 training rows are too few to fit loss.handoff's projector with; "
+        "give at least 8",
     ),
     "plain text": (
         {},
