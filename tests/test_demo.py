@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from kava_jax import demo
-from kava_jax.config.file import load_config, shipped_config
+from kava_jax.config.file import load_config
+from kava_jax.errors import KavaError
 
 SHORT = (
     "train.steps=3",
@@ -28,8 +29,9 @@ def _png_size(path: Path) -> tuple[int, int]:
 
 
 def test_three_steps_of_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    short = load_config(shipped_config("demo.yaml"), SHORT)
-    monkeypatch.setattr(demo, "load_config", lambda path: short)
+    monkeypatch.setattr(demo, "load_config", lambda path: load_config(path, SHORT))
+    with pytest.raises(KavaError, match="holds no student yet; run `kava demo --out"):
+        demo.run_handoff(tmp_path, ["kava", "demo", "--handoff"])
     result = demo.run_demo(tmp_path, ["kava", "demo"])
     names = [row["model"] for row in result["models"]]
     assert names == [
@@ -49,3 +51,19 @@ def test_three_steps_of_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert all(min(_png_size(Path(picture))) > 300 for picture in result["pictures"])
     assert json.loads(json.dumps(result)) == result
     assert result["questions"] == 8
+    on_from_there(tmp_path, result)
+
+
+def on_from_there(out: Path, demo_result: dict) -> None:
+    """Three steps of each way to go on from the demo's student."""
+    found = demo.run_handoff(out, ["kava", "demo", "--handoff"])
+    assert json.loads(json.dumps(found)) == found
+    teacher, alone, handed, same, reverse = found["models"]
+    assert teacher["eval_loss"] == pytest.approx(demo_result["models"][0]["loss"], rel=1e-6)
+    assert teacher["exact_match_strict"] == demo_result["models"][0]["exact_match"]
+    assert handed["model"] == "student, from the teacher's cache"
+    assert len({row["eval_loss"] for row in found["models"]}) == 5
+    # Hardly trained: a good reader's cache does not make up for a poor answerer yet.
+    assert teacher["eval_loss"] < min(row["eval_loss"] for row in (alone, handed, same, reverse))
+    assert all(row["seconds_per_answer"] > 0 for row in found["models"])
+    assert "student, trained on alone" in str(demo.render_handoff(found).columns[0]._cells)

@@ -136,18 +136,21 @@ def demo(
     out: Annotated[
         str, typer.Option(help="Directory for the runs, pictures and export, on a disk.")
     ] = "runs/demo",
+    handoff: Annotated[
+        bool, typer.Option("--handoff", help="Afterwards: answers from each other's cache.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Distil the built-in teacher into a small student and compare; no download, under 5 minutes.
 
     Example: kava demo --out runs/demo
     """
-    from kava_jax.demo import render, run_demo
+    from kava_jax.demo import render, render_handoff, run_demo, run_handoff
     from kava_jax.journal.lock import alone
     from kava_jax.storage import local_path
 
     where = local_path(out, "out")
     # Each training locks its own directory; this covers the export and the pictures.
     with alone(where, "out"):
-        result = run_demo(where, command())
-    show(result, render(result), as_json)
+        result = (run_handoff if handoff else run_demo)(where, command())
+    show(result, (render_handoff if handoff else render)(result), as_json)

@@ -84,7 +84,7 @@ def assess_handed(
     found: dict[str, float] = {}
     answering = bool(run.config.eval.max_new_tokens and held.answered)
     if answering:
-        found |= _answered(run, held, continuation(run, params["student"]), "")
+        found |= timed_answers(run, held, params["student"])
         if settings.reader == "teacher":
             found |= _answered(run, held, _handed_to_student(run, params, teachers), "handed/")
     for teacher in run.config.teachers:
@@ -95,12 +95,18 @@ def assess_handed(
         losses = evaluate(alone, held, {"student": weights, "projector": {}}, {}, answers=False)
         found |= {f"{named}{name}": value for name, value in losses.items()}
         if answering:
-            found |= _answered(alone, held, continuation(alone, weights), named)
+            own = timed_answers(alone, held, weights)
+            found |= {f"{named}{name}": value for name, value in own.items()}
         if answering and settings.reader == "student":
             handed = _handed_to_teacher(run, teacher.name, params, alone, weights)
             prefix = "handed/" if len(run.config.teachers) == 1 else f"handed/{named}"
             found |= _answered(alone, held, handed, prefix)
     return found
+
+
+def timed_answers(run: Run, held: HeldOut, student: Params) -> dict[str, float]:
+    """Exact match of a run's student by itself, and the seconds of an answer."""
+    return _answered(run, held, continuation(run, student), "")
 
 
 def _answered(run: Run, held: HeldOut, generate: Generate, prefix: str) -> dict[str, float]:
