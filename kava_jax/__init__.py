@@ -18,8 +18,12 @@ if TYPE_CHECKING:
     from kava_jax.cache import KVCache
     from kava_jax.errors import KavaError
     from kava_jax.geometry import angular_distance
+    from kava_jax.hf.handoff_files import dynamic_cache, load_handoff
+    from kava_jax.hf.load import load_model
     from kava_jax.losses import HybridKVLoss, MercatorKVLoss, alignment_accuracy
     from kava_jax.models.decoder import Decoder
+    from kava_jax.models.generate import generate
+    from kava_jax.models.masks import attention_mask, token_positions
     from kava_jax.models.spec import DecoderSpec
 
 _HOMES = {
@@ -32,6 +36,12 @@ _HOMES = {
     "MercatorKVLoss": "losses",
     "alignment_accuracy": "losses",
     "angular_distance": "geometry",
+    "attention_mask": "models.masks",
+    "dynamic_cache": "hf.handoff_files",
+    "generate": "models.generate",
+    "load_handoff": "hf.handoff_files",
+    "load_model": "hf.load",
+    "token_positions": "models.masks",
 }
 
 __all__ = [
@@ -44,6 +54,12 @@ __all__ = [
     "MercatorKVLoss",
     "alignment_accuracy",
     "angular_distance",
+    "attention_mask",
+    "dynamic_cache",
+    "generate",
+    "load_handoff",
+    "load_model",
+    "token_positions",
 ]
 
 

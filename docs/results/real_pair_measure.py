@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from kava_jax.bench.pairs import read_model
 from kava_jax.data.batches import Batch, eval_batches
 from kava_jax.data.example import Example
 from kava_jax.data.text import Encoder
 from kava_jax.data.tokenizer import load_tokenizer
+from kava_jax.hf.load import load_model
 from kava_jax.models.masks import attention_mask, token_positions
 
 WORK = Path("build/real_pair")
@@ -52,7 +52,7 @@ def blocks(text: str) -> list[Batch]:
 @functools.lru_cache(maxsize=4)
 def hidden_states(model: Path, text: str) -> list[tuple[jax.Array, jax.Array]]:
     """By batch, a model's last hidden states [B, T, D] in float32, and its head [V, D]."""
-    _, graph, params = read_model(model)
+    graph, params = load_model(model)
 
     @jax.jit
     def run(params: Any, batch: Batch) -> jax.Array:

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from kava_jax.bench.harness import Facts, Side, compare, peer_version
-from kava_jax.bench.pairs import qwen2, read_model, write_model
+from kava_jax.bench.pairs import qwen2, write_model
+from kava_jax.hf.load import load_model
 from kava_jax.models.generate import generate
 
 MODEL = qwen2(2, 16, 4, 2, 32, vocabulary=512)
@@ -40,7 +41,7 @@ def bench_decode(rows: int = 16, prompt: int = 32, new_tokens: int = 64) -> Fact
 
 
 def _ours(directory: Path, prompt_BT: np.ndarray, new_tokens: int) -> Side:
-    _, graph, params = read_model(directory)
+    graph, params = load_model(directory)
     prompt, valid = jnp.asarray(prompt_BT), jnp.ones(prompt_BT.shape, bool)
     new = partial(generate, graph, params, max_new_tokens=new_tokens, eos_ids=(), pad_id=0)
     facts = {"tokens": len(prompt_BT) * new_tokens}

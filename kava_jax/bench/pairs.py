@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from flax import nnx
 from flax.traverse_util import unflatten_dict
 
 from kava_jax.config.file import parse_config
@@ -14,10 +13,8 @@ from kava_jax.data.batches import Batch
 from kava_jax.data.tokenizer import builtin_tokenizer
 from kava_jax.hf.config_json import spec_from_config
 from kava_jax.hf.export import export_model
-from kava_jax.hf.load import load_decoder_params, read_spec
 from kava_jax.hf.names import parameter_shapes
-from kava_jax.models.decoder import Decoder, Params
-from kava_jax.models.spec import DecoderSpec
+from kava_jax.models.decoder import Params
 from kava_jax.parallel.mesh import make_mesh
 from kava_jax.parallel.sharding import put_batch
 from kava_jax.plan.compiled import Memory, memory_of
@@ -55,13 +52,6 @@ def write_model(directory: Path, config: Geometry, seed: int, std: float = 0.02)
     }
     params, tokenizer = unflatten_dict(flat, sep="/"), builtin_tokenizer()
     export_model(directory, params, spec, dtype="float32", tokenizer=tokenizer, card="random")
-
-
-def read_model(directory: Path) -> tuple[DecoderSpec, Any, Params]:
-    """Spec, graph and float32 weights of the decoder in a Hugging Face directory."""
-    spec = read_spec(directory)
-    graph = nnx.graphdef(nnx.eval_shape(lambda: Decoder(spec, rngs=nnx.Rngs(0))))
-    return spec, graph, load_decoder_params(directory, spec)
 
 
 def batch_of(run: Blueprint, prompt: int) -> tuple[Batch, dict[str, Any]]:

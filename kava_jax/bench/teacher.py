@@ -13,10 +13,10 @@ import numpy as np
 from flax import nnx
 
 from kava_jax.bench.harness import Facts, Side, compare, compiled, peer_version
-from kava_jax.bench.pairs import Pair, batch_of, read_model, write_model
+from kava_jax.bench.pairs import Pair, batch_of, write_model
 from kava_jax.cache import KVCache
 from kava_jax.errors import KavaError
-from kava_jax.hf.load import read_spec
+from kava_jax.hf.load import load_model, read_spec
 from kava_jax.models.decoder import Params
 from kava_jax.parallel.sharding import put_batch
 from kava_jax.plan.floor import step_floor
@@ -66,7 +66,7 @@ def _cut(name: str, pair: Pair) -> Side:
 
 
 def _whole(directory: Path, pair: Pair) -> Side:
-    _, graph, params = read_model(directory)
+    graph, params = load_model(directory)
     batch = jax.tree.map(jnp.asarray, batch_of(pair.run(), 0)[0])
 
     def whole(params: Params) -> tuple[Any, KVCache]:

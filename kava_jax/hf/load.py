@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from flax.traverse_util import unflatten_dict
 
 from kava_jax.errors import KavaError
@@ -33,6 +34,7 @@ from kava_jax.hf.names import (
     tail_path,
 )
 from kava_jax.hf.tensor_files import HEAD, TensorFiles
+from kava_jax.models.decoder import Decoder, Params
 from kava_jax.models.spec import DecoderSpec
 from kava_jax.parallel.hosts import from_all
 
@@ -52,6 +54,16 @@ _HEADLESS = (
 def read_spec(directory: Path) -> DecoderSpec:
     """Geometry of the model in a Hugging Face directory."""
     return spec_from_config(read_json(directory / "config.json"), where=directory.name)
+
+
+def load_model(directory: Path) -> tuple[nnx.GraphDef[Decoder], Params]:
+    """A whole model as ``nnx.merge`` and ``generate`` take it, in float32 on the default device.
+
+    Raises KavaError as :func:`load_decoder_params` does.
+    """
+    spec = read_spec(directory)
+    graph = nnx.graphdef(nnx.eval_shape(lambda: Decoder(spec, rngs=nnx.Rngs(0))))
+    return graph, load_decoder_params(directory, spec)
 
 
 def load_decoder_params(

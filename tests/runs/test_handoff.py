@@ -1,6 +1,8 @@
 """``loss.handoff`` as people use it: training, what it leaves alone, and what it refuses."""
 
 import json
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -345,6 +347,20 @@ def test_the_exported_handoff_gives_transformers_our_answers(workspace, capsys):
     fewer = jax.tree.map(lambda x: x[:1], cache)
     with pytest.raises(KavaError, match="the cache ends with layer 0"):
         handoff({"big": fewer}, student.rotation(places))
+
+
+def test_the_example_of_the_page(workspace, capsys):
+    """As it is printed, but for the length of an answer."""
+    configured(workspace, teachers=[{"name": "teacher", "path": "teacher"}])
+    assert kava(capsys, "train", "tiny.yaml").code == 0
+    assert kava(capsys, "export", "run", "--out", "out").code == 0
+    page = (Path(__file__).parents[2] / "docs" / "handoff.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.S)
+    assert len(code.strip().splitlines()) <= 12
+    tokens, valid = jnp.full((2, 6), 5), jnp.asarray([[False] * 2 + [True] * 4, [True] * 6])
+    known = {"tokens": tokens, "valid": valid}
+    exec(code.replace("max_new_tokens=64", "max_new_tokens=3"), known)
+    assert known["new"].shape == (2, 3)
 
 
 def test_an_exported_handoff_is_for_its_own_teacher(workspace, capsys):
