@@ -77,15 +77,10 @@ def read_handoff_record(directory: Place) -> HandoffRecord:
         ) from None
 
 
-def load_handoff(directory: Path, teachers: Mapping[str, Path]) -> Handoff:
-    """The handoff that ``kava export`` wrote.
+def check_teachers(directory: Place, teachers: Mapping[str, Path]) -> HandoffRecord:
+    """The record of a handoff, whose teachers these are.
 
-    Args:
-        directory: the export.
-        teachers: by the name that the run gave it, the directory of every teacher.
-
-    Raises KavaError for files that are missing or damaged, and for another teacher than the one
-    that the handoff was trained for.
+    Raises KavaError for another teacher than the one that the handoff was trained for.
     """
     record = read_handoff_record(directory)
     if set(teachers) != set(record.teachers):
@@ -99,6 +94,20 @@ def load_handoff(directory: Path, teachers: Mapping[str, Path]) -> Handoff:
                 f"teachers.{name}={str(teachers[name])!r} is another model than {one.path!r}, "
                 f"which {directory.name} was trained with; give that one, or train for this one"
             )
+    return record
+
+
+def load_handoff(directory: Path, teachers: Mapping[str, Path]) -> Handoff:
+    """The handoff that ``kava export`` wrote.
+
+    Args:
+        directory: the export.
+        teachers: by the name that the run gave it, the directory of every teacher.
+
+    Raises KavaError for files that are missing or damaged, and for another teacher than the one
+    that the handoff was trained for.
+    """
+    record = check_teachers(directory, teachers)
     return Handoff(
         KVDimensionProjector.load(directory / HANDOFF_WEIGHTS),
         {name: one.layer_map for name, one in record.teachers.items()},

@@ -35,7 +35,7 @@ def generate(
     Decoding stops as soon as every row has ended. ``past`` [L, B, T - 1, K, H], with keys after
     RoPE, is the cache of all prompt tokens but the last one, the only one that is then read.
 
-    Raises KavaError for a past of other rows or another length.
+    Raises KavaError for a past of other rows or length, or beyond the model's positions.
     """
     model = nnx.merge(graph, params)
     window = model.spec.sliding_window
@@ -53,6 +53,11 @@ def generate(
             raise KavaError(
                 f"past: a cache of {past.k.shape[1]} rows of {past.k.shape[2]} tokens for a prompt "
                 f"of {batch} rows of {length}; give all tokens of each row but the last"
+            )
+        if length > (most := model.spec.max_position_embeddings):
+            raise KavaError(
+                f"past: a prompt of {length} tokens for a model of "
+                f"max_position_embeddings={most}; give a shorter one"
             )
         past = jax.tree.map(lambda x: x.astype(model.dtype), past)
         hidden_BTD, new = read(prompt_BT[:, -1:], positions_BT[:, -1:], mask[:, :, -1:], past=past)

@@ -15,7 +15,12 @@ from kava_jax.config.file import parse_config, without_teachers
 from kava_jax.data.dataset import HeldOut
 from kava_jax.errors import KavaError
 from kava_jax.evaluation.exact_match import Generate, exact_match
-from kava_jax.hf.handoff_files import CarriedFrom, HandoffRecord, read_handoff_record
+from kava_jax.hf.handoff_files import (
+    CarriedFrom,
+    HandoffRecord,
+    check_teachers,
+    read_handoff_record,
+)
 from kava_jax.journal.checkpoint import Checkpoints, abstract_state
 from kava_jax.journal.manifest import Fingerprints
 from kava_jax.models.decoder import Decoder, Params
@@ -73,7 +78,7 @@ def assess_handed(
     Who answers from a handed-over cache is ``handed``; with the student as the reader, and several
     teachers, each by its name.
 
-    Raises KavaError for a run without a handoff.
+    Raises KavaError for a run without a handoff, and for teachers that are other models by now.
     """
     settings = run.config.loss.handoff
     if settings is None:
@@ -81,6 +86,8 @@ def assess_handed(
             f"handoff: {run.directory.name} was trained without loss.handoff, so nothing can be "
             f"handed over"
         )
+    models = run.blueprint.teachers
+    check_teachers(run.directory, {name: teacher.directory for name, teacher in models.items()})
     found: dict[str, float] = {}
     answering = bool(run.config.eval.max_new_tokens and held.answered)
     if answering:

@@ -30,6 +30,7 @@ from tests.tiny_models import load_decoder
 from tests.tolerances import TOL
 
 DATA = CONFIG["data"] | {"eval_path": "held.jsonl"}
+HEADS = {"num_key_value_heads": 4, "head_dim": 6, "rope_theta": 500.0}
 ROWS = ((14, 5), (9, 3), (11, 8), (6, 1))
 
 
@@ -37,14 +38,7 @@ ROWS = ((14, 5), (9, 3), (11, 8), (6, 1))
 def workspace(tmp_path, monkeypatch):
     """A teacher of other heads and depth than the student's."""
     write_workspace(tmp_path)
-    write_model(
-        tmp_path / "teacher",
-        seed=1,
-        num_hidden_layers=3,
-        num_key_value_heads=4,
-        head_dim=6,
-        rope_theta=500.0,
-    )
+    write_model(tmp_path / "teacher", seed=1, num_hidden_layers=3, **HEADS)
     write_rows(tmp_path / "held.jsonl", 8, seed=5)
     monkeypatch.chdir(tmp_path)
     configured(tmp_path)
@@ -342,6 +336,20 @@ def test_the_exported_handoff_gives_transformers_our_answers(workspace, capsys):
             pad_id=0,
             past=past,
         )
+    long = jnp.zeros((1, 257), jnp.int32)
+    with pytest.raises(
+        KavaError, match="past: a prompt of 257 tokens for a model of max_position_"
+    ):
+        generate(
+            graph,
+            nnx.to_pure_dict(params),
+            long,
+            long == 0,
+            max_new_tokens=2,
+            eos_ids=(),
+            pad_id=0,
+            past=jax.tree.map(lambda x: jnp.zeros((2, 1, 256, *x.shape[3:])), past),
+        )
     with pytest.raises(KavaError, match="caches: those of big are missing"):
         handoff({"small": cache}, student.rotation(places))
     fewer = jax.tree.map(lambda x: x[:1], cache)
@@ -406,6 +414,10 @@ def test_eval_scores_all_three(reader, workspace, capsys):
         assert found[f"{prefix}exact_match_rows"] == 8
         assert found[f"{prefix}seconds_per_answer"] > 0
     assert kava(capsys, "eval", "student", "--data", "held.jsonl", "--handoff").code == 2
+    write_model(workspace / "teacher", seed=7, num_hidden_layers=3, **HEADS)
+    refused = kava(capsys, *asked)
+    assert refused.code == 2
+    assert "teachers.big='teacher' is another model" in refused.err
     configured(workspace, loss={"handoff": None}, run={"name": "plain", "dir": "plain"})
     assert kava(capsys, "train", "tiny.yaml").code == 0
     refused = kava(capsys, "eval", "plain", "--data", "held.jsonl", "--handoff")
