@@ -30,8 +30,6 @@ def _png_size(path: Path) -> tuple[int, int]:
 
 def test_three_steps_of_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "load_config", lambda path: load_config(path, SHORT))
-    with pytest.raises(KavaError, match="holds no student yet; run `kava demo --out"):
-        demo.run_handoff(tmp_path, ["kava", "demo", "--handoff"])
     result = demo.run_demo(tmp_path, ["kava", "demo"])
     names = [row["model"] for row in result["models"]]
     assert names == [
@@ -51,12 +49,16 @@ def test_three_steps_of_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert all(min(_png_size(Path(picture))) > 300 for picture in result["pictures"])
     assert json.loads(json.dumps(result)) == result
     assert result["questions"] == 8
-    on_from_there(tmp_path, result)
 
 
-def on_from_there(out: Path, demo_result: dict) -> None:
-    """Three steps of each way to go on from the demo's student."""
-    found = demo.run_handoff(out, ["kava", "demo", "--handoff"])
+@pytest.mark.long
+def test_three_steps_of_each_way_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "load_config", lambda path: load_config(path, SHORT))
+    command = ["kava", "demo", "--handoff"]
+    with pytest.raises(KavaError, match="holds no student yet; run `kava demo --out"):
+        demo.run_handoff(tmp_path, command)
+    demo_result = demo.run_demo(tmp_path, command)
+    found = demo.run_handoff(tmp_path, command)
     assert json.loads(json.dumps(found)) == found
     teacher, alone, handed, same, reverse = found["models"]
     assert teacher["eval_loss"] == pytest.approx(demo_result["models"][0]["loss"], rel=1e-6)

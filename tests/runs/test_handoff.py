@@ -31,6 +31,8 @@ from tests.tolerances import TOL
 
 DATA = CONFIG["data"] | {"eval_path": "held.jsonl"}
 HEADS = {"num_key_value_heads": 4, "head_dim": 6, "rope_theta": 500.0}
+# The gradients of both are quick to compare; whole runs of the second are long.
+READERS = ["teacher", pytest.param("student", marks=pytest.mark.long)]
 ROWS = ((14, 5), (9, 3), (11, 8), (6, 1))
 
 
@@ -177,7 +179,7 @@ def test_a_model_that_is_handed_its_own_cache_loses_nothing(workspace, capsys):
     assert "handed over" in ended.out + ended.err
 
 
-@pytest.mark.parametrize("reader", ["teacher", "student"])
+@pytest.mark.parametrize("reader", READERS)
 def test_only_the_projector_learns_where_that_is_asked(reader, workspace, capsys):
     configured(workspace, {"train": "projector", "alone_share": 0.0, "reader": reader})
     ended = kava(capsys, "train", "tiny.yaml", "optimizer.projector_lr=3e-3", "train.steps=6")
@@ -394,7 +396,7 @@ def test_an_exported_handoff_is_for_its_own_teacher(workspace, capsys):
         load_handoff(out, {"big": workspace / "moved"})
 
 
-@pytest.mark.parametrize("reader", ["teacher", "student"])
+@pytest.mark.parametrize("reader", READERS)
 def test_eval_scores_all_three(reader, workspace, capsys):
     configured(workspace, {"reader": reader})
     assert kava(capsys, "train", "tiny.yaml").code == 0
@@ -441,7 +443,7 @@ def stepped(folder, *overrides: str, steps: int = 2):
 PLAIN = ("optimizer.student_lr=1e-3", "optimizer.warmup_steps=0", "data.batch_size=16")
 
 
-@pytest.mark.parametrize("reader", ["teacher", "student"])
+@pytest.mark.parametrize("reader", READERS)
 def test_meshes_and_microbatches_change_nothing(reader, workspace):
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32}
     write_model(workspace / "student", seed=2, **heads)
