@@ -4,7 +4,7 @@
     python docs/results/real_pair.py correct gsm8k tinystories            teachers learn the texts
     python docs/results/real_pair.py plan                                 the arms, done and to do
     python docs/results/real_pair.py arms 15-middle/kl '20-*'             run some of them
-    python docs/results/real_pair.py bench                                seconds of each step
+    python docs/results/real_pair.py bench 15-middle 1-kv-head            seconds of each step
     python docs/results/real_pair.py table                                what came out
 
 Run it in the root of the checkout, with the test extra (torch, accelerate) and ``pip install
@@ -45,7 +45,7 @@ from kava_jax.runs.prepare import load_dataset, prepare
 from kava_jax.runs.student_export import export
 from kava_jax.runs.train import jitted_probe, train
 
-STEPS, ROUNDS = 60, 12
+STEPS, ROUNDS = 60, 6
 
 CUTS = {
     "20-middle": "student.cut={layers: 20, rule: middle}",
@@ -202,10 +202,12 @@ def trained(config: Config, out: Path) -> tuple[Path, dict[str, Any]]:
     return directory, {"curve": curve, "versions": start["versions"], "git": start["git"]}
 
 
-def bench() -> None:
+def bench(cuts: list[str]) -> None:
     """Seconds of a step and of a probe: all arms of a cut in turns, cut by cut."""
     found: dict[str, Any] = {"rounds": ROUNDS, "versions": versions(), "seconds": {}}
-    for cut in CUTS:
+    if SECONDS.is_file():
+        found["seconds"] = json.loads(SECONDS.read_text(encoding="utf-8"))["seconds"]
+    for cut in cuts:
         names = [name for name in ARMS if name.startswith(f"{cut}/")]
         found["seconds"][cut] = in_turns({ARMS[name].losses: timed_config(name) for name in names})
         jax.clear_caches()
@@ -287,7 +289,8 @@ def main() -> None:
     several.add_argument("--seeds", type=int, nargs="+", default=[0])
     several.add_argument("--steps", type=int, help="another number than the plan's")
     several.add_argument("--equal-time", action="store_true", help="in the time without matching")
-    for name in ("plan", "bench", "table"):
+    commands.add_parser("bench").add_argument("cuts", nargs="+", choices=CUTS)
+    for name in ("plan", "table"):
         commands.add_parser(name)
     given = parser.parse_args()
     if given.command == "prepare":
@@ -301,7 +304,7 @@ def main() -> None:
         done = {line["arm"] for line in records()}
         print("\n".join(f"{'done' if name in done else '    '}  {name}" for name in ARMS))
     elif given.command == "bench":
-        bench()
+        bench(given.cuts)
     else:
         print("\n".join(real_pair()))
 

@@ -130,7 +130,7 @@ def test_answers_from_a_handed_over_cache() -> None:
     ((case, own),) = found["cases"].items()
     assert (case, own["prompt"], own["answer"]) == ("5 + 3", 5, 3)
     assert set(medians(own)) == {"handed", "reading", "teacher", "student"}
-    # By hand: four tokens, float32 keys and values of two layers of 2 x 4, or four of 2 x 8, numbers.
+    # By hand: four tokens; keys and values in float32, 2 x 4 in two layers, 2 x 8 in four.
     carried, whole = 4 * 4 * 2 * np.array([2 * 8, 4 * 16])
     assert own["facts"]["handed"] == {"handed_bytes": carried, "teacher_bytes": whole}
 
