@@ -423,8 +423,19 @@ def _gigabytes(least: float, most: float) -> str:
 TOGETHER = {"prediction": prediction, "confirmed": confirmed, "plans": plans, **REAL_PAIR}
 
 
+def demo_handoff(found: dict[str, Any]) -> list[str]:
+    """Who answers how well, and how fast, in ``kava demo --handoff``."""
+    lines = head("answers | >held-out loss | >exact match | >ms an answer")
+    for own in found["models"]:
+        right = f"{own['exact_match_strict']:.1%} ± {own['exact_match_stderr']:.1%}"
+        each = f"{1000 * own['seconds_per_answer']:.2f}"
+        lines.append(row(own["model"], f"{own['eval_loss']:.4f}", right, each))
+    return lines
+
+
 TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
     "recipes": recipes,
+    "demo_handoff": demo_handoff,
     "teachers": teachers,
     "auto_share": auto_share,
     "bias_in_bf16": bias_in_bf16,
