@@ -145,8 +145,8 @@ def _arm(losses: str, seed: int, shift: float) -> dict:
 
 def test_arms_are_compared_with_the_one_without_matching(cut_students) -> None:
     for seed in range(3):
-        cut_students.append(_arm("kl", seed, 0.0))
-        cut_students.append(_arm("kl+mse", seed, -0.1 * (1 + seed)))
+        cut_students.append(_arm("kl", seed, 0.0), "")
+        cut_students.append(_arm("kl+mse", seed, -0.1 * (1 + seed)), "")
     told = cut_students.real_pair()
     rows = [line for line in told if line.startswith("| half/kl+mse | 0 ")]
     (cells,) = ([cell.strip() for cell in row.strip("|").split("|")] for row in rows)

@@ -18,15 +18,16 @@ EVERY = 20
 Line = dict[str, Any]
 
 
-def records(path: Path = RESULTS) -> list[Line]:
-    """All finished arms, in the order in which they ended."""
+def records(path: Path | None = None) -> list[Line]:
+    """All finished arms of this study, or of another file, in the order in which they ended."""
+    path = path or RESULTS
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
     return [json.loads(line) for line in lines]
 
 
-def append(line: dict[str, Any], told: str, path: Path = RESULTS) -> None:
+def append(line: dict[str, Any], told: str, path: Path | None = None) -> None:
     """A finished arm, as one line of the results; what it found goes to the screen."""
-    with path.open("a", encoding="utf-8") as file:
+    with (path or RESULTS).open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
     print(f"{line['arm']}, seed {line['seed']}, {line['steps']} steps: {told}", flush=True)
 
@@ -102,7 +103,7 @@ def _cells(line: Line, other: Line | None) -> list[str]:
     if other is None:
         return [*cells, ""]
     target = other["curve"][-1]["eval_loss"]
-    curve = [(point["step"], point["eval_loss"]) for point in line["curve"]]
+    curve = [(int(point["step"]), point["eval_loss"]) for point in line["curve"]]
     step = steps_to_reach(curve, target, higher_is_better=False)
     return [*cells, "not" if step is None else f"{step:.0f}"]
 

@@ -65,7 +65,7 @@ def test_every_variant_shapes_and_its_file_is_bit_identical(options, tmp_path) -
     path = tmp_path / "projector.safetensors"
     projector.save(path)
     loaded = KVDimensionProjector.load(path)
-    assert loaded._arguments() == projector._arguments()
+    assert loaded.arguments() == projector.arguments()
     before, after = (jax.tree_util.tree_leaves_with_path(weights(p)) for p in (projector, loaded))
     for (where, left), (there, right) in zip(before, after, strict=True):
         assert where == there
@@ -184,7 +184,7 @@ def test_identity_passes_vectors_and_its_file_holds_none(direction, per_layer, t
     assert weights(projector) == {}
     projector.save(tmp_path / "projector")
     loaded = KVDimensionProjector.load(tmp_path / "projector")
-    assert loaded._arguments() == projector._arguments()
+    assert loaded.arguments() == projector.arguments()
     again = nnx.merge(nnx.split(projector)[0], {})
     cache = {"k": vectors(3, 2, 5, 2, 5), "v": vectors(3, 2, 5, 2, 5, seed=1)}
     for one in (projector, loaded, again):
@@ -240,7 +240,7 @@ def test_a_file_that_is_none_of_ours_is_told(tmp_path) -> None:
     from safetensors.numpy import save_file
 
     mark = "kava_jax.projector"
-    arguments = make(kind="linear")._arguments()
+    arguments = make(kind="linear").arguments()
     tensor = {"x": np.zeros(3, np.float32)}
     (tmp_path / "text").write_text("not safetensors at all")
     save_file(tensor, tmp_path / "unmarked")

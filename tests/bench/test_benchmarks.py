@@ -125,6 +125,7 @@ def test_decoding_gives_the_same_tokens() -> None:
     assert found["torch"]
 
 
+@pytest.mark.long
 def test_answers_from_a_handed_over_cache() -> None:
     found = handing.bench_handoff(PAIR, prompts=(5,), answers=(3,))
     ((case, own),) = found["cases"].items()

@@ -1,7 +1,9 @@
 """``loss.handoff`` as people use it: training, what it leaves alone, and what it refuses."""
 
+import contextlib
 import json
 import re
+import shutil
 from pathlib import Path
 
 import jax
@@ -13,17 +15,22 @@ from safetensors.numpy import load_file
 
 from kava_jax.config.file import load_config
 from kava_jax.data.batches import collate
+from kava_jax.data.dataset import HeldOut
 from kava_jax.data.text import Encoded
 from kava_jax.errors import KavaError
+from kava_jax.evaluation.heldout import make_measure
 from kava_jax.hf.handoff_files import dynamic_cache, load_handoff
 from kava_jax.journal.metrics_file import read_metrics
 from kava_jax.models.decoder import Params
 from kava_jax.models.generate import generate
 from kava_jax.models.masks import attention_mask, token_positions
 from kava_jax.parallel.sharding import put_batch
+from kava_jax.runs.handed import assess_handed
 from kava_jax.runs.idle import check_prompts
 from kava_jax.runs.prepare import load_dataset, prepare
 from kava_jax.runs.reopen import reopen, restore
+from kava_jax.runs.student_export import export
+from kava_jax.runs.train import train
 from kava_jax.training.summary import summarize
 from tests.tiny import CONFIG, kava, write_config, write_model, write_rows, write_workspace
 from tests.tiny_models import load_decoder
@@ -38,12 +45,36 @@ ROWS = ((14, 5), (9, 3), (11, 8), (6, 1))
 
 @pytest.fixture
 def workspace(tmp_path, monkeypatch):
-    """A teacher of other heads and depth than the student's."""
-    write_workspace(tmp_path)
-    write_model(tmp_path / "teacher", seed=1, num_hidden_layers=3, **HEADS)
-    write_rows(tmp_path / "held.jsonl", 8, seed=5)
+    made_in(tmp_path)
     monkeypatch.chdir(tmp_path)
-    configured(tmp_path)
+    return tmp_path
+
+
+def made_in(folder) -> None:
+    """A teacher of other heads and depth than the student's."""
+    write_workspace(folder)
+    write_model(folder / "teacher", seed=1, num_hidden_layers=3, **HEADS)
+    write_rows(folder / "held.jsonl", 8, seed=5)
+    configured(folder)
+
+
+@pytest.fixture(scope="module")
+def once(tmp_path_factory):
+    """A run of the workspace, trained and exported once."""
+    folder = tmp_path_factory.mktemp("handed")
+    made_in(folder)
+    trained = load_config(folder / "tiny.yaml", [f"run.dir={folder / 'run'}"])
+    with contextlib.chdir(folder):
+        run = train(trained, ["kava", "train", "tiny.yaml"])
+        export(run.run, run.state.params["student"], 2, folder / "out")
+    return folder
+
+
+@pytest.fixture
+def used(once, tmp_path, monkeypatch):
+    """A copy of it, to work in."""
+    shutil.copytree(once, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
@@ -194,6 +225,7 @@ def test_only_the_projector_learns_where_that_is_asked(reader, workspace, capsys
     }
 
 
+@pytest.mark.long
 def test_both_learn_and_a_resumed_run_is_an_uninterrupted_one(workspace, capsys):
     configured(workspace, {"weight": {"start": 0.5, "end": 2.0}})
     assert kava(capsys, "train", "tiny.yaml", "train.steps=4", "run.dir=whole").code == 0
@@ -283,14 +315,12 @@ def transformers_answers(student, cache, prompts, count: int):
     return found
 
 
-def test_the_exported_handoff_gives_transformers_our_answers(workspace, capsys):
+def test_the_exported_handoff_gives_transformers_our_answers(used):
     torch = pytest.importorskip("torch", reason="torch, the oracle, is not installed")
     from transformers import AutoModelForCausalLM
 
-    assert kava(capsys, "train", "tiny.yaml").code == 0
-    assert kava(capsys, "export", "run", "--out", "out").code == 0
-    handoff = load_handoff(workspace / "out", {"big": workspace / "teacher"})
-    state = restore(reopen(workspace / "run"))
+    handoff = load_handoff(used / "out", {"big": used / "teacher"})
+    state = restore(reopen(used / "run"))
     trained = state.params["handoff"]["pairs"]["big"]["v"]["out"]["kernel"]
     np.testing.assert_array_equal(handoff.projector.pairs["big"]["v"].out.kernel[...], trained)
 
@@ -299,7 +329,7 @@ def test_the_exported_handoff_gives_transformers_our_answers(workspace, capsys):
     tokens, valid = np.zeros((3, 9), np.int32), np.zeros((3, 9), bool)
     for b, prompt in enumerate(prompts):
         tokens[b, 9 - len(prompt) :], valid[b, 9 - len(prompt) :] = prompt, True
-    teacher, student = (load_decoder(workspace / name) for name in ("teacher", "out"))
+    teacher, student = (load_decoder(used / name) for name in ("teacher", "out"))
     positions = token_positions(jnp.asarray(valid))
     before = (x[:, :-1] for x in (jnp.asarray(tokens), positions, jnp.asarray(valid)))
     ids, places, real = before
@@ -359,26 +389,26 @@ def test_the_exported_handoff_gives_transformers_our_answers(workspace, capsys):
         handoff({"big": fewer}, student.rotation(places))
 
 
-def test_the_example_of_the_page(workspace, capsys):
-    """As it is printed, but for the length of an answer."""
-    configured(workspace, teachers=[{"name": "teacher", "path": "teacher"}])
-    assert kava(capsys, "train", "tiny.yaml").code == 0
-    assert kava(capsys, "export", "run", "--out", "out").code == 0
+def test_the_example_of_the_page(used):
+    """As it is printed, but for the teacher's name and the length of an answer."""
     page = (Path(__file__).parents[2] / "docs" / "handoff.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", page, re.S)
     assert len(code.strip().splitlines()) <= 12
     tokens, valid = jnp.full((2, 6), 5), jnp.asarray([[False] * 2 + [True] * 4, [True] * 6])
     known = {"tokens": tokens, "valid": valid}
-    exec(code.replace("max_new_tokens=64", "max_new_tokens=3"), known)
+    for said, here in (("tokens=64", "tokens=3"), ('"teacher":', '"big":')):
+        code = code.replace(said, here)
+    exec(code, known)
     assert known["new"].shape == (2, 3)
 
 
-def test_an_exported_handoff_is_for_its_own_teacher(workspace, capsys):
-    assert kava(capsys, "train", "tiny.yaml").code == 0
+def test_an_exported_handoff_is_for_its_own_teacher(used, capsys):
+    workspace, out = used, used / "out"
     # The export needs no teacher.
     (workspace / "teacher").rename(workspace / "moved")
-    assert kava(capsys, "export", "run", "--out", "out").code == 0
-    out = workspace / "out"
+    assert kava(capsys, "export", "run", "--out", "again").code == 0
+    for file in ("handoff.json", "handoff.safetensors"):
+        assert (workspace / "again" / file).read_bytes() == (out / file).read_bytes()
     load_handoff(out, {"big": workspace / "moved"})
     with pytest.raises(
         KavaError, match=r"teachers\.big='.*student' is another model than 'teacher'"
@@ -397,9 +427,12 @@ def test_an_exported_handoff_is_for_its_own_teacher(workspace, capsys):
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_eval_scores_all_three(reader, workspace, capsys):
-    configured(workspace, {"reader": reader})
-    assert kava(capsys, "train", "tiny.yaml").code == 0
+def test_eval_scores_all_three(reader, used, capsys):
+    workspace = used
+    if reader == "student":
+        shutil.rmtree(workspace / "run")
+        configured(workspace, {"reader": reader})
+        assert kava(capsys, "train", "tiny.yaml").code == 0
     asked = ("eval", "run", "--data", "held.jsonl", "--handoff", "--json")
     ended = kava(capsys, *asked)
     assert ended.code == 0, ended.err
@@ -420,11 +453,12 @@ def test_eval_scores_all_three(reader, workspace, capsys):
     refused = kava(capsys, *asked)
     assert refused.code == 2
     assert "teachers.big='teacher' is another model" in refused.err
-    configured(workspace, loss={"handoff": None}, run={"name": "plain", "dir": "plain"})
-    assert kava(capsys, "train", "tiny.yaml").code == 0
-    refused = kava(capsys, "eval", "plain", "--data", "held.jsonl", "--handoff")
-    assert refused.code == 2
-    assert "plain was trained without loss.handoff" in refused.err
+
+
+def test_a_run_without_a_handoff_hands_nothing_over(workspace):
+    config = load_config(workspace / "tiny.yaml", ["loss.handoff=null"])
+    with pytest.raises(KavaError, match=r"run was trained without loss\.handoff"):
+        assess_handed(prepare(config), HeldOut([], ()), {}, {})
 
 
 def stepped(folder, *overrides: str, steps: int = 2):
@@ -459,20 +493,28 @@ def test_meshes_and_microbatches_change_nothing(reader, workspace):
                 assert ours[name] == pytest.approx(theirs[name], rel=TOL["across_meshes"])
 
 
+def handed_loss(folder, *overrides: str) -> float:
+    """Of the fresh run's first batch, all of it handed over."""
+    run = prepare(load_config(folder / "tiny.yaml", list(overrides)))
+    state, teachers = run.blueprint.fresh_state(), run.blueprint.load_teachers()
+    batch = put_batch(load_dataset(run).stream.batch(0), run.mesh)
+    measure = make_measure(run.blueprint.objective, run.mesh)
+    found = measure(state.params, teachers, state.statistics, batch)
+    return float(found["ce_handed"].value)
+
+
 def test_in_bfloat16_it_is_the_same_but_for_rounding(workspace):
-    configured(workspace, {"alone_share": 0.0})
-    narrow, _ = stepped(workspace, *PLAIN, "train.dtype=bfloat16", steps=1)
-    wide, _ = stepped(workspace, *PLAIN, steps=1)
-    assert narrow[0]["ce_handed"] == pytest.approx(wide[0]["ce_handed"], rel=TOL["bf16_loss"])
+    narrow, wide = (handed_loss(workspace, f"train.dtype={d}") for d in ("bfloat16", "float32"))
+    assert narrow == pytest.approx(wide, rel=TOL["bf16_loss"])
+    assert narrow != wide
 
 
 def test_several_teachers_share_by_weight(workspace):
     """One that counts nothing is as one that is not there."""
     teachers = [{"name": "big", "path": "teacher"}, {"name": "idle", "path": "student"}]
-    configured(workspace, {"alone_share": 0.0}, teachers=[*teachers])
-    both, _ = stepped(workspace, *PLAIN, "teachers.1.weight=0", steps=1)
-    mean, _ = stepped(workspace, *PLAIN, steps=1)
-    configured(workspace, {"alone_share": 0.0}, teachers=teachers[:1])
-    alone, _ = stepped(workspace, *PLAIN, steps=1)
-    assert both[0]["ce_handed"] == pytest.approx(alone[0]["ce_handed"], rel=TOL["float32"])
-    assert abs(mean[0]["ce_handed"] - alone[0]["ce_handed"]) > 1e-4
+    configured(workspace, teachers=teachers)
+    both, mean = handed_loss(workspace, "teachers.1.weight=0"), handed_loss(workspace)
+    configured(workspace, teachers=teachers[:1])
+    alone = handed_loss(workspace)
+    assert both == pytest.approx(alone, rel=TOL["float32"])
+    assert abs(mean - alone) > 1e-4

@@ -22,6 +22,7 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 # Layers and head dims of teacher and student that must be left, worked out by hand.
 HUB = {
     "qwen2.5_14b_to_1.5b_gsm8k": ((12, 7), (8, 8)),
+    "qwen2.5_14b_to_1.5b_handoff_gsm8k": ((12, 7), (8, 8)),
     "qwen2.5_7b_to_0.5b_gsm8k": ((7, 6), (8, 4)),
     "llama3.2_3b_to_1b_gsm8k": ((7, 4), (8, 4)),
 }
