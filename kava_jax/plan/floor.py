@@ -34,7 +34,7 @@ def step_floor(blueprint: Blueprint, rows: int, length: int, targets: int) -> di
         teachers += tokens * teacher.blocks * layer_flops(teacher.spec, length)
         if teacher.tail:
             teachers += 2.0 * tokens * _keys_values(teacher.spec)
-        if not teacher.headless:
+        if blueprint.objective.kl_weight is not None:
             heads += 2.0 * _head(teacher.spec) * targets
         if handoff is not None and handoff.reader == "student":
             teachers += 2 * tokens * teacher.blocks * layer_flops(teacher.spec, length)

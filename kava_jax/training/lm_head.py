@@ -46,6 +46,7 @@ def weighted_losses(
     *,
     shards: int = 1,
     layouts: Layouts | None = None,
+    table_learns: bool = True,
 ) -> tuple[Float[Array, ""], Float[Array, "B U K"]]:
     """``sum(weights * losses)`` over counted tokens, and the losses (0 for uncounted tokens).
 
@@ -60,10 +61,12 @@ def weighted_losses(
         loss_of_logits: from every model's logits [S, n, V] and labels [S, n] to losses [S, n, K].
         shards: the number of devices that the rows are split over.
         layouts: shardings on the mesh.
+        table_learns: whether the learner's table has a gradient; its hidden states always have.
     """
     # Rows are regrouped by shard below, which takes a number that divides them. The rows of a small
     # batch may not be a multiple of the devices.
-    run = partial(_run, loss_of_logits, math.gcd(shards, labels_BU.shape[0]), layouts)
+    even = math.gcd(shards, labels_BU.shape[0])
+    run = partial(_run, loss_of_logits, even, layouts, table_learns)
 
     @jax.custom_vjp
     def total(learner: Head, weights: Array, *constants: Any) -> tuple[Array, Array]:
@@ -74,7 +77,7 @@ def weighted_losses(
         losses, gradient = run(learner, weights, *constants)
         return ((weights * losses).sum(), losses), gradient
 
-    def backward(gradient: Head, cotangents: tuple[Array, Array]) -> Any:
+    def backward(gradient: tuple[Array, Array | None], cotangents: tuple[Array, Array]) -> Any:
         scaled = jax.tree.map(lambda g: (cotangents[0] * g).astype(g.dtype), gradient)
         return scaled, None, None, None, None
 
@@ -88,12 +91,13 @@ def _run(
     loss_of_logits: LossOfLogits,
     shards: int,
     layouts: Layouts | None,
+    table_learns: bool,
     learner: Head,
     weights_BUK: Array,
     others: Mapping[str, Head],
     labels_BU: Array,
     counted_BU: Array,
-) -> tuple[Array, Head]:
+) -> tuple[Array, tuple[Array, Array | None]]:
     """Losses of all tokens, and the gradient of their weighted sum with respect to the learner."""
 
     def by_shard(x: Array) -> Array:
@@ -139,9 +143,10 @@ def _run(
         new = jnp.einsum("snv,vd->snd", slopes, tables["student"])
         # This one sums over all chunks, so it is kept in float32. The hidden states' gradient is
         # written once per token, in their own dtype.
-        of_table += jnp.einsum(
-            "snv,snd->svd", slopes, taken["student"], preferred_element_type=jnp.float32
-        )
+        if table_learns:
+            of_table += jnp.einsum(
+                "snv,snd->svd", slopes, taken["student"], preferred_element_type=jnp.float32
+            )
         return number + 1, _written(losses, found, start), _written(of_hidden, new, start), of_table
 
     def unfinished(state: tuple[Any, ...]) -> Array:
@@ -157,7 +162,9 @@ def _run(
             jnp.zeros((), jnp.int32),
             jnp.zeros((*padded.shape, weights.shape[-1])),
             jnp.zeros((*padded.shape, width), learner[0].dtype),
-            _lying(jnp.zeros((shards, *learner[1].shape)), layouts and layouts.head_gradients),
+            _lying(jnp.zeros((shards, *learner[1].shape)), layouts and layouts.head_gradients)
+            if table_learns
+            else None,
         ),
     )
     # Back to the original order of tokens. Chunks that never ran left zeros.
@@ -165,7 +172,7 @@ def _run(
     gradient = (
         _take(of_hidden, back).reshape(learner[0].shape),
         # Shards add up only here: within the loop every chunk would send a whole table.
-        of_table.sum(axis=0).astype(learner[1].dtype),
+        of_table.sum(axis=0).astype(learner[1].dtype) if table_learns else None,
     )
     return _take(losses, back).reshape(weights_BUK.shape), gradient
 

@@ -306,6 +306,7 @@ class Objective:
             lambda logits, labels: _cross_entropy(logits["student"], labels)[..., None],
             shards=self.batch_shards,
             layouts=run.model.layouts,
+            table_learns=False,
         )
         return total, masked_mean(losses_BU1[..., 0], mask_BU)
 

@@ -477,7 +477,8 @@ def stepped(folder, *overrides: str, steps: int = 2):
 PLAIN = ("optimizer.student_lr=1e-3", "optimizer.warmup_steps=0", "data.batch_size=16")
 
 
-@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.long
+@pytest.mark.parametrize("reader", ["teacher", "student"])
 def test_meshes_and_microbatches_change_nothing(reader, workspace):
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 32}
     write_model(workspace / "student", seed=2, **heads)
