@@ -214,7 +214,7 @@ def test_axes_cross_hosts_that_are_no_slices(workspace: Path) -> None:
     if subprocess.run([*trial, "true"], cwd=workspace, capture_output=True).returncode:
         pytest.skip("this user may not mount another boot_id over the machine's own")
     named = sorted(path for path in (ROOT / "configs").glob("*_gsm8k.yaml"))
-    assert len(named) == 5
+    assert len(named) == 6
     smokes = [f"train {path} --smoke" for path in named]
     across = "train shuffled.yaml mesh.data=1 mesh.fsdp=-1 run.dir=two-hosts"
     run_group(workspace, 2, 1, ["check slices", across, *smokes], prefix)
