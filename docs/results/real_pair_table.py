@@ -1,6 +1,7 @@
 """The tables of the study of cut students, from the two files that real_pair.py writes."""
 
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,8 @@ def real_pair() -> list[str]:
     ]
     for said in filter(None, (*_contrasts(arms), _teachers(teachers))):
         told += ["", said]
-    return told
+    wrapped = (textwrap.wrap(line, 118) if line[:1] not in ("", "|") else [line] for line in told)
+    return [line for lines in wrapped for line in lines]
 
 
 def reference(line: Line, arms: list[Line]) -> Line | None:

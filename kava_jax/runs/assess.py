@@ -56,9 +56,10 @@ def assess(
             say(chosen)
         for field, path in lost.items():
             say(f"{field}={path!r} is gone: alignment with the teachers is not measured")
+        # First, since it refuses runs that hand nothing over.
+        handed = assess_handed(run, held, params, teachers) if handoff else {}
         found = evaluate(run, held, params, teachers, statistics, answers=not handoff)
-        found |= assess_handed(run, held, params, teachers) if handoff else {}
-        return _told(held, found, say)
+        return _told(held, found | handed, say)
     if handoff:
         raise KavaError(f"handoff: {model!r} is not a run directory; give one, or leave it out")
     if checkpoint != "last":
