@@ -63,6 +63,8 @@ def _unread(config: Config) -> dict[str, str]:
     cut = config.student.cut
     if cut is not None and not isinstance(cut.layers, int):
         unless(False, "student.cut.layers is no number", "student.cut.rule")
+    if loss.handoff is not None and loss.handoff.reader == "student":
+        unless(False, "the student always reads by itself", "loss.handoff.alone_share")
     every = "eval.exact_match_every"
     unless(config.train.eval_every is not None, "train.eval_every=null", every)
     unless(config.eval.max_new_tokens > 0, "eval.max_new_tokens=0", every)

@@ -26,7 +26,7 @@ from kava_jax.models.generate import generate
 from kava_jax.models.masks import attention_mask, token_positions
 from kava_jax.parallel.sharding import put_batch
 from kava_jax.runs.handed import assess_handed
-from kava_jax.runs.idle import check_prompts
+from kava_jax.runs.idle import check_prompts, idle_settings
 from kava_jax.runs.prepare import load_dataset, prepare
 from kava_jax.runs.reopen import reopen, restore
 from kava_jax.runs.student_export import export
@@ -281,6 +281,14 @@ def test_bad_input(name, workspace, capsys):
     (line,) = [line for line in ended.err.splitlines() if line.startswith("error: ")]
     assert words in line
     assert not (workspace / "run").exists()
+
+
+def test_a_share_that_no_one_reads_is_told(workspace):
+    overrides = ["loss.handoff.reader=student", "loss.handoff.alone_share=0.2"]
+    told = idle_settings(load_config(workspace / "tiny.yaml", overrides))
+    assert any(note.startswith("loss.handoff.alone_share=0.2 does nothing") for note in told)
+    read = idle_settings(load_config(workspace / "tiny.yaml", overrides[1:]))
+    assert not any("alone_share" in note for note in read)
 
 
 def test_rows_with_several_replies_are_refused():
