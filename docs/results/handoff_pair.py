@@ -5,6 +5,7 @@
     python docs/results/handoff_pair.py arms kl/alone 'kl/*'    run some of the arms
     python docs/results/handoff_pair.py plan                    the arms, done and to do
     python docs/results/handoff_pair.py bench                   seconds of each step
+    python docs/results/handoff_pair.py table                   what came out
 
 Run it after ``real_pair.py prepare`` and ``correct gsm8k``, which make model, teacher and cut. All
 but ``handoff_pair.jsonl`` and ``handoff_pair_seconds.json`` stays in ``build/real_pair``. An arm
@@ -24,9 +25,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from handoff_pair_table import HANDOFF_SECONDS, RESULTS, WAYS, handoff_pair, seconds
 from real_pair import arm_config, in_turns, of_run, trained
 from real_pair_measure import WORK, rounded
-from real_pair_table import HERE, append, records
+from real_pair_table import append, records
 
 from kava_jax.cache import HandedOver
 from kava_jax.config.file import dump_config, parse_config
@@ -39,9 +41,8 @@ from kava_jax.models.decoder import Params
 from kava_jax.runs.prepare import Run, data_loader, prepare
 from kava_jax.training.comparison import ForwardPass, forward
 
-STEPS, ROWS, LENGTH, REPORTED = 40, 8, 256, 128
+STEPS, ROWS, LENGTH, REPORTED = 40, 4, 256, 96
 CUT = "15-middle"
-RESULTS, SECONDS = HERE / "handoff_pair.jsonl", HERE / "handoff_pair_seconds.json"
 TEXTS = WORK / "texts"
 
 MODES = {
@@ -82,14 +83,15 @@ def prepare_rows(gsm8k: Path) -> None:
 
 
 def heal(losses: str) -> None:
-    """Cut and heal a student, and keep it."""
+    """Cut and heal a student, and keep it; what it answers untrained is a line of its own."""
     config, out = arm_config(f"{CUT}/{losses}", 0, 60), WORK / "healed" / losses
     if not out.is_dir():
         directory, _ = trained(config, out)
         shutil.rmtree(directory / "checkpoints")
+    record({"arm": f"{losses}/untrained", "seed": 0, "healed": losses, "mode": "", "steps": 0}, out)
 
 
-def config_of(name: str, seed: int) -> Config:
+def config_of(name: str, seed: int, steps: int = STEPS) -> Config:
     """The config of an arm."""
     arm = ARMS[name]
     teacher = WORK / "teachers" / "gsm8k"
@@ -101,7 +103,7 @@ def config_of(name: str, seed: int) -> Config:
         "data": {
             "path": str(TEXTS / "gsm8k_answers_train.jsonl"),
             "eval_path": str(TEXTS / "gsm8k_answers_choose.jsonl"),
-            "eval_rows": 64,
+            "eval_rows": 32,
             "format": "{question}\n{answer}",
             "max_length": LENGTH,
             "bucket": LENGTH,
@@ -112,23 +114,27 @@ def config_of(name: str, seed: int) -> Config:
         "eval": {"max_new_tokens": 0},
     }
     run = "handoff-" + name.replace("/", "-").replace(" ", "-").replace(",", "")
-    own = [f"run.seed={seed}", f"train.steps={STEPS}", *of_run(f"{run}-{seed}")]
+    own = [f"run.seed={seed}", f"train.steps={steps}", *of_run(f"{run}-{steps}-{seed}")]
     return parse_config(raw, [*own, *MODES[arm.mode], *arm.changes])
 
 
-def run_arm(name: str, seed: int) -> None:
+def run_arm(name: str, seed: int, steps: int) -> None:
     """Train, measure, and append the line."""
-    config = config_of(name, seed)
+    config = config_of(name, seed, steps)
     out = WORK / "exports" / config.run.name
     directory, facts = trained(config, out)
-    line = {"arm": name, "seed": seed, **ARMS[name]._asdict(), "steps": STEPS}
+    line = {"arm": name, "seed": seed, **ARMS[name]._asdict(), "steps": steps}
     line |= {"changes_by": MODES[ARMS[name].mode], "rate": config.optimizer.student_lr, **facts}
-    figures = measured(out)
-    ways = ("alone", "handed", "wrong", "none", "teacher")
-    told = ", ".join(f"{way} {figures[way]}" for way in ways)
-    append(line | {"figures": figures}, told, RESULTS)
+    record(line, out)
     shutil.rmtree(out)
     shutil.rmtree(directory / "checkpoints")
+
+
+def record(line: dict[str, Any], student: Path) -> None:
+    """Measure a student, append its line, and say what came out."""
+    figures = measured(student)
+    told = ", ".join(f"{way} {figures[way]}" for way in WAYS)
+    append(line | {"figures": figures}, told, RESULTS)
 
 
 def measured(student: Path) -> dict[str, Any]:
@@ -194,7 +200,7 @@ def bench() -> None:
     """Seconds of a step of every mode, in turns."""
     configs = {mode: config_of(f"kl/{mode}", 0) for mode in MODES}
     found = {"versions": versions(), "seconds": in_turns(configs)}
-    SECONDS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    HANDOFF_SECONDS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> None:
@@ -206,26 +212,36 @@ def main() -> None:
     several = commands.add_parser("arms")
     several.add_argument("patterns", nargs="+", metavar="NAME")
     several.add_argument("--seeds", type=int, nargs="+", default=[0])
-    for name in ("plan", "bench"):
+    several.add_argument(
+        "--in-time-of", metavar="MODE", help="as many steps as that mode's time has"
+    )
+    for name in ("plan", "bench", "table"):
         commands.add_parser(name)
     given = parser.parse_args()
-    done = {(line["arm"], line["seed"]) for line in records(RESULTS)}
+    done = {(line["arm"], line["seed"], line["steps"]) for line in records(RESULTS)}
     if given.command == "prepare":
         prepare_rows(given.gsm8k)
     elif given.command == "heal":
         for losses in given.losses:
-            heal(losses)
+            if (f"{losses}/untrained", 0, 0) not in done:
+                heal(losses)
     elif given.command == "arms":
         for name in ARMS:
             wanted = any(fnmatch(name, pattern) for pattern in given.patterns)
+            ratio = (
+                seconds()[given.in_time_of] / seconds()[ARMS[name].mode] if given.in_time_of else 1
+            )
+            steps = int(STEPS * ratio)
             for seed in given.seeds if wanted else ():
-                if (name, seed) not in done:
-                    run_arm(name, seed)
+                if (name, seed, steps) not in done:
+                    run_arm(name, seed, steps)
     elif given.command == "plan":
-        known = {name for name, _ in done}
+        known = {name for name, *_ in done}
         print("\n".join(f"{'done' if name in known else '    '}  {name}" for name in ARMS))
-    else:
+    elif given.command == "bench":
         bench()
+    else:
+        print("\n".join(handoff_pair()))
 
 
 if __name__ == "__main__":

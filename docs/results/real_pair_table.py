@@ -16,6 +16,8 @@ RESULTS, SECONDS = HERE / "real_pair.jsonl", HERE / "real_pair_seconds.json"
 TEXTS = {"gsm8k": "GSM8K", "tinystories": "TinyStories"}
 # Steps between two measurements of auto(0.5), as the config has it.
 EVERY = 20
+# Cuts of one shape take one time: only which layers they hold differs.
+TIMED = {"15-evenly": "15-middle", "20-evenly": "20-middle"}
 Line = dict[str, Any]
 
 
@@ -35,9 +37,16 @@ def append(line: dict[str, Any], told: str, path: Path | None = None) -> None:
 
 def seconds(cut: str, losses: str, steps: int) -> float:
     """Of a run on a quiet machine: its steps and, where the KV weight is measured, its probes."""
-    own = json.loads(SECONDS.read_text(encoding="utf-8"))["seconds"][cut][losses]
+    own = _timed(cut)[losses]
     probes = sum(share_is_due(number, EVERY) for number in range(steps)) if "probe" in own else 0
     return steps * own["step"]["median"] + probes * own.get("probe", own["step"])["median"]
+
+
+def _timed(cut: str) -> dict[str, Line]:
+    """What the bench found of a cut, by its losses; nothing before it has been run."""
+    if not SECONDS.is_file():
+        return {}
+    return json.loads(SECONDS.read_text(encoding="utf-8"))["seconds"].get(TIMED.get(cut, cut), {})
 
 
 def affordable(cut: str, losses: str, steps: int) -> int:
@@ -94,7 +103,7 @@ def reference(line: Line, arms: list[Line]) -> Line | None:
 
 def _cells(line: Line, other: Line | None) -> list[str]:
     texts = [line["text"], *(text for text in TEXTS if text != line["text"])]
-    known = SECONDS.is_file()
+    known = line["losses"] in _timed(line["cut"])
     minutes = seconds(line["cut"], line["losses"], line["steps"]) / 60 if known else None
     cells = [line["arm"], str(line["seed"]), str(line["steps"])]
     cells += ["" if minutes is None else f"{minutes:.1f}"]
