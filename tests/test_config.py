@@ -200,8 +200,13 @@ def test_a_recipe_sets_what_the_config_does_not_say():
     assert both.projector.init == "calibrated"
     assert both.needs_calibration
     assert not original.needs_calibration
+    healed = parse("recipe=healed", "loss.kv_weight=auto(0.2)", "teachers.0.path=t")
+    assert (healed.loss.ce_weight, healed.loss.kl_weight) == (0.0, 1.0)
+    assert healed.projector.kind == "identity"
+    assert healed.loss.kv_weight == AutoShare(share=0.2)
     # What is written out is read back as it was, whatever the recipe.
-    assert parse_config(dump_config(both)) == both
+    for config in (both, healed):
+        assert parse_config(dump_config(config)) == config
 
 
 @pytest.mark.parametrize(

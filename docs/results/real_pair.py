@@ -126,7 +126,7 @@ def correct(text: str, steps: int) -> None:
     raw = {
         key: own
         for key, own in raw.items()
-        if key not in ("teachers", "student", "projector", "loss")
+        if key not in ("recipe", "teachers", "student", "projector", "loss")
     }
     own = [f"student.path={original}", "optimizer.student_lr=3e-4", f"train.steps={steps}"]
     overrides = [*own, *of_text(text), *of_run(f"correct-{text}")]

@@ -1,4 +1,4 @@
-"""The three recipes on a real pair: a student that knows the text already, before and after.
+"""Three recipes on a real pair: a student that knows the text already, before and after.
 
     python docs/results/recipes.py MODEL_DIR TEXT_FILE > docs/results/recipes.json
 
@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from kava_jax.config.file import load_config, shipped_config
-from kava_jax.config.recipes import RECIPES
 from kava_jax.config.run import Config
 from kava_jax.journal.metrics_file import METRICS_NAME, read_metrics
 from kava_jax.journal.verdict import verdict
@@ -50,7 +49,7 @@ def main(model: str, text: str) -> None:
         more = distil(out, "cross_entropy", [*start, "teachers=[]", f"student.tokenizer={model}"])
         result["cross_entropy"] = {"loss": more["after"]["eval_loss"]}
         result["recipes"] = {}
-        for recipe in RECIPES:
+        for recipe in ("original", "anchored", "calibrated"):
             found = distil(out, recipe, [*taught, f"recipe={recipe}"])
             result["recipes"][recipe] = {
                 "before": summary(found["before"]),

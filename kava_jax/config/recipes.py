@@ -1,7 +1,8 @@
-"""The three named recipes: what a config's ``recipe`` sets where the config itself says nothing.
+"""The four named recipes: what a config's ``recipe`` sets where the config itself says nothing.
 
-All of them leave padding and the first tokens out of the comparison and keep cross-entropy on. Any
-field can still be set by hand; ``kava explain CONFIG`` says in words what comes out.
+All of them leave padding and the first tokens out of the comparison, and all but ``healed`` keep
+cross-entropy on. Any field can still be set by hand; ``kava explain CONFIG`` says in words what
+comes out.
 """
 
 from collections.abc import Mapping
@@ -43,6 +44,19 @@ RECIPES: dict[str, dict[str, Any]] = {
             "key_space": "pre_rope",
             "remove_key_bias": True,
             "center": "running",
+        },
+    },
+    # For a student that lost layers of its teacher and shares its basis: keys and values meet as
+    # they are, and logit KL is the language loss (docs/cutting.md). The teacher should know the
+    # text: train it on that with cross-entropy first.
+    "healed": {
+        "projector": {"kind": "identity"},
+        "loss": {
+            "kv": "mercator",
+            "kv_weight": "auto(0.5)",
+            "key_space": "pre_rope",
+            "ce_weight": 0.0,
+            "kl_weight": 1.0,
         },
     },
 }

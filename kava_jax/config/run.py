@@ -262,7 +262,7 @@ class Config(Section):
     """A whole run."""
 
     run: RunConfig = RunConfig()
-    recipe: Literal["original", "anchored", "calibrated"] = Field(
+    recipe: Literal["original", "anchored", "calibrated", "healed"] = Field(
         default="anchored", description="sets fields that the file does not; see `kava explain`"
     )
     teachers: tuple[TeacherConfig, ...] = ()

@@ -12,9 +12,15 @@ from collections.abc import Mapping, Sequence
 
 import yaml
 
+from kava_jax.alignment.handoff import Reader
 from kava_jax.hf.locate import CUT_RECORD
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+# Whose prompt cache is carried over to whom, by who reads the prompt.
+_HANDOFF = {
+    "teacher": "It can also answer from its teacher's prompt cache",
+    "student": "Its teacher can also answer from its prompt cache",
+}
 _PATH_START = re.compile(r"/|~|\.{1,2}/|[A-Za-z]:\\")
 
 
@@ -28,7 +34,8 @@ def model_card(
     dataset: str,
     command: str,
     versions: Mapping[str, str],
-    followed: str = "attention keys and values",
+    followed: Sequence[str] = ("attention keys and values",),
+    reader: Reader | None = None,
 ) -> str:
     """README.md of an exported student, with Hugging Face front matter.
 
@@ -42,6 +49,7 @@ def model_card(
         command: the command line that made the model.
         versions: package to version.
         followed: what of the teachers the student was trained to follow.
+        reader: who reads the prompt where a cache handoff was trained.
     """
     return f"""{_front(base_model, dataset, ["distillation", "kv-cache"])}
 
@@ -49,8 +57,8 @@ def model_card(
 
 `{without_machine_path(base_model)}`, trained with kava-jax on `{without_machine_path(dataset)}`
 {_goal(teachers, followed)}.
-This is an ordinary Hugging Face directory: the projector that bridged the two models during
-training is not part of it, and no special code is needed to load it.
+This is an ordinary Hugging Face directory, and no special code is needed to load it. The projector
+through which the two models were compared during training is not part of it.{_handoff(reader)}
 
 ## How it was made
 
@@ -143,11 +151,18 @@ def without_machine_paths(command: str) -> str:
     return shlex.join(words)
 
 
-def _goal(teachers: Sequence[str], followed: str) -> str:
+def _handoff(reader: str | None) -> str:
+    if reader is None:
+        return ""
+    files = "`handoff.json` and `handoff.safetensors`, which `kava_jax.load_handoff` reads"
+    return f"\n{_HANDOFF[reader]}: see {files}."
+
+
+def _goal(teachers: Sequence[str], followed: Sequence[str]) -> str:
     if not teachers:
         return "by cross-entropy alone, without a teacher"
     names = ", ".join(f"`{without_machine_path(name)}`" for name in teachers)
-    return f"to follow the {followed} of {names}"
+    return f"to follow the {', '.join(followed)} of {names}" if followed else f"next to {names}"
 
 
 def _table(heading: str, values: Mapping[str, object]) -> str:

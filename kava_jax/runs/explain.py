@@ -49,6 +49,12 @@ CONTROLS = {
     "random": " Control: it has random weights, so its targets teach nothing.",
 }
 
+# What a recipe asks of the models that it is given.
+EXPECTS = {
+    "healed": " It expects a student cut from its teacher by layers, and a teacher that knows the "
+    "text: train that one with cross-entropy alone first.",
+}
+
 
 def explain(config: Config) -> str:
     """The config in words, a paragraph per question, with every layer map as a table."""
@@ -62,7 +68,7 @@ def explain(config: Config) -> str:
     if not config.teachers:
         parts.append("No teacher: the student learns by cross-entropy alone.")
         return "\n\n".join([*parts, _learning(config), *_idle(config)])
-    parts += [f"Recipe {config.recipe}. {_changes(config)}"]
+    parts += [f"Recipe {config.recipe}. {_changes(config)}{EXPECTS.get(config.recipe, '')}"]
     parts += [_teacher(config, *one, models) for one in enumerate(config.teachers)]
     parts += [_compared(config), _projected(config), _minimised(config)]
     parts += [_handed(config.loss.handoff)] if config.loss.handoff else []

@@ -57,7 +57,8 @@ def _unread(config: Config) -> dict[str, str]:
         unless(projector.kind != "identity", kind, *weights)
         training = f"projector.training={projector.training}"
         unless(projector.training == "warmup", training, "projector.warmup_steps")
-        unless(projector.training != "frozen", training, "optimizer.projector_lr")
+        learns = projector.training != "frozen" or loss.handoff is not None
+        unless(learns, training, "optimizer.projector_lr")
     else:
         unless(False, "there is no teacher", "loss.kl_weight", "projector.warmup_steps")
     cut = config.student.cut

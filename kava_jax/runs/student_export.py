@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any, Literal
 
+from kava_jax.config.weights import is_zero
 from kava_jax.hf.card import model_card
 from kava_jax.hf.config_json import FloatName
 from kava_jax.hf.export import check_tokenizer, export_model
@@ -68,7 +69,10 @@ def _card(run: Run, step: int) -> str:
 
     loss = config.loss
     compared = loss.output.replace("_", " ") if loss.output else f"{loss.key_space} keys"
+    followed = loss.output.replace("_", " ") if loss.output else "attention keys and values"
+    weights = {followed: loss.kv_weight, "logits": loss.kl_weight}
     recipe = {
+        "language loss": f"{loss.ce_weight} x cross-entropy, {loss.kl_weight} x logit KL",
         "KV loss": f"{loss.kv.kind} x {loss.kv_weight}, {compared}",
         "projector": f"{config.projector.kind}, {config.projector.direction}",
         "steps": f"{step} of {config.train.steps}, batch {config.data.batch_size}",
@@ -83,7 +87,8 @@ def _card(run: Run, step: int) -> str:
         teachers=[named(teacher.path) for teacher in config.teachers],
         recipe=recipe if config.teachers else {name: recipe[name] for name in ("steps",)},
         metrics=_last_evaluation(run.directory, step),
-        followed=loss.output.replace("_", " ") if loss.output else "attention keys and values",
+        followed=[what for what, weight in weights.items() if not is_zero(weight)],
+        reader=loss.handoff.reader if loss.handoff else None,
         dataset=config.data.path,
         command=start["command"],
         versions=start["versions"],

@@ -46,3 +46,14 @@ def test_a_student_without_teachers_is_not_said_to_have_any():
     card = model_card(**CARD | {"teachers": []})
     assert "by cross-entropy alone" in card
     assert "keys and values of" not in card
+
+
+def test_the_card_says_what_was_followed_and_who_answers_from_whose_cache():
+    both = model_card(**CARD, followed=["block outputs", "logits"])
+    assert "to follow the block outputs, logits of `Qwen2.5-14B`" in both
+    assert "handoff.json" not in both
+    card = model_card(**CARD, followed=[], reader="teacher")
+    assert "\nnext to `Qwen2.5-14B`" in card
+    assert "It can also answer from its teacher's prompt cache: see `handoff.json`" in card
+    turned = model_card(**CARD, reader="student")
+    assert "Its teacher can also answer from its prompt cache" in turned

@@ -417,6 +417,7 @@ def test_an_exported_handoff_is_for_its_own_teacher(used, capsys):
     assert kava(capsys, "export", "run", "--out", "again").code == 0
     for file in ("handoff.json", "handoff.safetensors"):
         assert (workspace / "again" / file).read_bytes() == (out / file).read_bytes()
+    assert "answer from its teacher's prompt cache" in (out / "README.md").read_text()
     load_handoff(out, {"big": workspace / "moved"})
     with pytest.raises(
         KavaError, match=r"teachers\.big='.*student' is another model than 'teacher'"

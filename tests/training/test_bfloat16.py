@@ -44,6 +44,7 @@ class Case(NamedTuple):
     layer_map: Any = "ratio"
     kl_weight: float = 0.0
     match: str = "cache"
+    projector: str | None = None
 
 
 CASES = (
@@ -58,6 +59,8 @@ CASES = (
     Case("original", match="block_outputs"),
     Case("anchored", layer_map="cka"),
     Case("calibrated", layer_map=PAIRS),
+    # The small pair's widths differ, so it cannot be compared as it is.
+    Case("healed", layer_map="origin", kl_weight=1.0, projector="linear"),
 )
 
 
@@ -76,6 +79,7 @@ def stepped(case: Case, dtype: str) -> tuple[float, dict[str, Any]]:
         "loss.kl_weight": case.kl_weight,
         "loss.match": case.match,
     }
+    fields |= {"projector.kind": case.projector} if case.projector else {}
     blueprint, params, teachers = made(case.recipe, dtype, **fields)
     plain = optax.sgd(1.0)  # parameters fall by their gradient
     step = make_train_step(
