@@ -377,16 +377,26 @@ def confirmed() -> list[str]:
 
 
 PLANS = ("plan_1_h100", "plan_16_v5e", "plan_64_v5e", "plan_256_v5e")
+CUT_PLANS = ("plan_cut_14b_8_h100", "plan_cut_7b_4_h100")
 
 
 def plans() -> list[str]:
     """The named job planned for several numbers of devices; bytes are those of one device."""
+    return [*_planned(PLANS), "", _one_device()]
+
+
+def cut_plans() -> list[str]:
+    """Students cut from a 14B and a 7B teacher."""
+    return _planned(CUT_PLANS)
+
+
+def _planned(names: Sequence[str]) -> list[str]:
     lines = head(
         "devices | >rows | >weights and moments, GB | >temporaries, GB | >by the CPU "
         "compiler | >peak, GB | verdict | >FLOPs over the floor | >gathered, GB | >scattered "
         "or summed, GB"
     )
-    for name in PLANS:
+    for name in names:
         plan = json.loads((HERE / f"{name}.json").read_text(encoding="utf-8"))
         held = sum(plan["held"].values()) - plan["held"]["batch"]
         spans = [
@@ -399,7 +409,7 @@ def plans() -> list[str]:
         cells += [*spans, f"{plan['verdict']} in {plan['hbm'] / 1e9:g} GB"]
         cells += [f"{plan['flops_over_floor']:.2f}", f"{sent.get('all-gather', 0.0) / 1e9:.2f}"]
         lines.append(f"| {' | '.join(cells)} | {summed / 1e9:.2f} |")
-    return [*lines, "", _one_device()]
+    return lines
 
 
 def _one_device() -> str:
@@ -420,7 +430,13 @@ def _gigabytes(least: float, most: float) -> str:
     return low if low == high else f"{low} to {high}"
 
 
-TOGETHER = {"prediction": prediction, "confirmed": confirmed, "plans": plans, **REAL_PAIR}
+TOGETHER = {
+    "prediction": prediction,
+    "confirmed": confirmed,
+    "plans": plans,
+    "cut_plans": cut_plans,
+    **REAL_PAIR,
+}
 
 
 def demo_handoff(found: dict[str, Any]) -> list[str]:
