@@ -315,7 +315,7 @@ FRESH = {
     ),
     "unsupported architecture": Case(
         TRAIN,
-        ("teacher", "GPT2LMHeadModel", "use one of LlamaForCausalLM"),
+        ("teacher", "GPT2LMHeadModel", "LlamaForCausalLM, M"),
         geometry(architectures=["GPT2LMHeadModel"], model_type="gpt2"),
     ),
     "incomplete geometry": Case(

@@ -28,6 +28,7 @@ def _png_size(path: Path) -> tuple[int, int]:
     return struct.unpack(">II", header[16:24])
 
 
+@pytest.mark.long
 def test_three_steps_of_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "load_config", lambda path: load_config(path, SHORT))
     result = demo.run_demo(tmp_path, ["kava", "demo"])

@@ -96,6 +96,15 @@ def test_every_metric_is_explained_and_no_other(records):
     assert table_keys(page("metrics.md")) == logged
 
 
+def test_the_table_of_families_is_the_code_s_own(monkeypatch):
+    monkeypatch.syspath_prepend(str(DOCS))
+    import family_table
+
+    text = page("models.md")
+    assert family_table.listed() in text
+    assert family_table.filled(text) == text, "python docs/family_table.py writes it"
+
+
 # Config
 
 

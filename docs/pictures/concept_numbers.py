@@ -19,7 +19,7 @@ from kava_jax.geometry import geodesic_rotate, magnitude, unit
 from kava_jax.hf.config_json import spec_from_config
 from kava_jax.hf.known import KNOWN_CONFIGS
 from kava_jax.losses import mercator, mercator_values, mse_values
-from kava_jax.models.rope import rope_rotation, rotate
+from kava_jax.models.rope import rope_rotations, rotate_layers
 
 TARGET = np.array([1.2, 0.9], np.float32)
 
@@ -187,7 +187,7 @@ def turned_keys(model: str, distances: np.ndarray, keys: int = 64) -> np.ndarray
 
     def at(positions: jax.Array) -> jax.Array:
         spread = jnp.broadcast_to(content, (1, positions.shape[1], keys, spec.head_dim))
-        return rotate(spread, rope_rotation(spec, positions))
+        return rotate_layers(spread[None], rope_rotations(spec, positions))[0]
 
     here, later = (at(jnp.asarray(p)[None]) for p in (np.zeros_like(distances), distances))
     return np.asarray((unit(here) * unit(later)).sum(axis=-1).mean(axis=(0, 2)))

@@ -7,7 +7,7 @@ Left out on purpose: whose queries read, and bringing both caches into their spa
 The caller stops the gradient of whatever is a constant (usually the target and its queries).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Shaped
 from kava_jax.cache import KVCache
 from kava_jax.errors import KavaError
 from kava_jax.geometry import Mean, cosine, masked_mean
+from kava_jax.models.attend import capped
 
 # Accelerators round the factors of a float32 product to TF32 or bf16 unless they are told not to.
 HIGHEST = jax.lax.Precision.HIGHEST
@@ -26,13 +27,17 @@ def attention_kl(
     q: Float[Array, "P B T N H"],
     student_k: Float[Array, "P B S K H"],
     target_k: Float[Array, "P B S K H"],
-    mask_BTS: Bool[Array, "B 1 T S"],
+    masks_BWTS: Bool[Array, "B W T S"],
     counted_BT: Shaped[Array, "B T"],
+    of_layers: Sequence[int] | None = None,
+    cap: float | None = None,
 ) -> Float[Array, "B T"]:
     """``KL(target's attention || student's)`` of every query token: mean over layers and heads.
 
-    Each distribution is ``softmax(q . k / sqrt(H))`` over the keys that the mask shows the token;
-    query head n reads KV head ``n // (N // K)``. 0 where ``counted_BT`` is 0 or nothing is visible.
+    Each distribution is ``softmax(q . k / sqrt(H))`` over the keys that the layer's mask shows the
+    token; ``of_layers`` says which of the masks that is (None: the first), and ``cap`` is the
+    model's cap of scores.
+    Query head n reads KV head ``n // (N // K)``. 0 where ``counted_BT`` is 0 or nothing is visible.
     Keys that no counted query sees, and queries that do not count, may hold NaN.
 
     Raises:
@@ -40,12 +45,13 @@ def attention_kl(
     """
     _check_heads(q, student_k)
 
-    def layer(q: Array, student_k: Array, target_k: Array) -> Array:
-        log_s, log_t = (_log_attention(q, k, mask_BTS) for k in (student_k, target_k))
+    def layer(mask: Array, q: Array, student_k: Array, target_k: Array) -> Array:
+        log_s, log_t = (_log_attention(q, k, mask, cap) for k in (student_k, target_k))
         return jnp.sum(jnp.exp(log_t) * (log_t - log_s), axis=-1).mean(axis=(1, 2))
 
-    student_k, target_k = (_seen(x, mask_BTS, counted_BT) for x in (student_k, target_k))
-    divergence_PBT = _by_layer(layer, _counted(q, counted_BT), student_k, target_k)
+    student_k, target_k = (_seen(x, masks_BWTS, counted_BT) for x in (student_k, target_k))
+    masks = (masks_BWTS, of_layers)
+    divergence_PBT = _by_layer(layer, *masks, _counted(q, counted_BT), student_k, target_k)
     return jnp.where(counted_BT != 0, divergence_PBT.mean(axis=0), 0.0)
 
 
@@ -53,8 +59,10 @@ def attention_output_cosine(
     q: Float[Array, "P B T N H"],
     student: KVCache,
     target: KVCache,
-    mask_BTS: Bool[Array, "B 1 T S"],
+    masks_BWTS: Bool[Array, "B W T S"],
     counted_BT: Shaped[Array, "B T"],
+    of_layers: Sequence[int] | None = None,
+    cap: float | None = None,
 ) -> Mean:
     """Cosine of what attention brings from each cache: mean over heads and counted tokens, [P].
 
@@ -64,15 +72,15 @@ def attention_output_cosine(
     """
     _check_heads(q, student.k)
 
-    def layer(q: Array, student_kv: KVCache, target_kv: KVCache) -> Mean:
-        brought = (_attend(q, kv, mask_BTS) for kv in (student_kv, target_kv))
+    def layer(mask: Array, q: Array, student_kv: KVCache, target_kv: KVCache) -> Mean:
+        brought = (_attend(q, kv, mask, cap) for kv in (student_kv, target_kv))
         counted = (counted_BT != 0)[:, None, None, :]
         return masked_mean(cosine(*brought), counted)
 
     student, target = (
-        jax.tree.map(lambda x: _seen(x, mask_BTS, counted_BT), side) for side in (student, target)
+        jax.tree.map(lambda x: _seen(x, masks_BWTS, counted_BT), side) for side in (student, target)
     )
-    return _by_layer(layer, _counted(q, counted_BT), student, target)
+    return _by_layer(layer, masks_BWTS, of_layers, _counted(q, counted_BT), student, target)
 
 
 def _check_heads(q: Float[Array, "P B T N H"], k: Float[Array, "P B S K H"]) -> None:
@@ -83,12 +91,25 @@ def _check_heads(q: Float[Array, "P B T N H"], k: Float[Array, "P B S K H"]) -> 
         )
 
 
-def _by_layer(of_layer: Callable[..., Any], *xs: Any) -> Any:
-    """``of_layer`` over the leading axis, one after the other, recomputed in the backward pass."""
+def _by_layer(
+    of_layer: Callable[..., Any],
+    masks_BWTS: Bool[Array, "B W T S"],
+    of_layers: Sequence[int] | None,
+    *xs: Any,
+) -> Any:
+    """``of_layer`` over the leading axis, one after the other, recomputed in the backward pass.
+
+    It is given the layer's mask [B, 1, T, S] and its part of ``xs``.
+    """
+    own = jnp.array(of_layers) if of_layers is not None and any(of_layers) else None
+
+    def one(layer: Any) -> Any:
+        number, parts = layer
+        return of_layer(masks_BWTS[:, 0 if number is None else number, None], *parts)
+
     # Inside a loop XLA cannot merge the second computation with the first one, so the barriers that
     # ``prevent_cse`` adds would only cost time.
-    one = jax.checkpoint(lambda layer: of_layer(*layer), prevent_cse=False)
-    return jax.lax.map(one, xs)
+    return jax.lax.map(jax.checkpoint(one, prevent_cse=False), (own, xs))
 
 
 def _counted(q: Float[Array, "P B T N H"], counted_BT: Array) -> Float[Array, "P B T N H"]:
@@ -97,10 +118,10 @@ def _counted(q: Float[Array, "P B T N H"], counted_BT: Array) -> Float[Array, "P
 
 
 def _seen(
-    x: Float[Array, "P B S K H"], mask_BTS: Bool[Array, "B 1 T S"], counted_BT: Array
+    x: Float[Array, "P B S K H"], masks_BWTS: Bool[Array, "B W T S"], counted_BT: Array
 ) -> Float[Array, "P B S K H"]:
     """Keys or values in float32, zero where no counted query sees them, for the same reason."""
-    seen_BS = jnp.any(mask_BTS[:, 0] & (counted_BT != 0)[:, :, None], axis=1)
+    seen_BS = jnp.any(masks_BWTS & (counted_BT != 0)[:, None, :, None], axis=(1, 2))
     return jnp.where(seen_BS[None, :, :, None, None], x.astype(jnp.float32), 0.0)
 
 
@@ -108,6 +129,7 @@ def _log_attention(
     q_BTNH: Float[Array, "B T N H"],
     k_BSKH: Float[Array, "B S K H"],
     mask_BTS: Bool[Array, "B 1 T S"],
+    cap: float | None,
 ) -> Float[Array, "B K G T S"]:
     """Logarithm of the attention weights, query heads by the KV head they read."""
     batch, tokens, heads, head_dim = q_BTNH.shape
@@ -116,15 +138,19 @@ def _log_attention(
     q_BTKGH = q_BTNH.reshape(batch, tokens, kv_heads, heads // kv_heads, head_dim)
     scores = jnp.einsum("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, precision=HIGHEST)
     # -1e30, not -inf: a token that sees nothing, and 0 * log 0 in the divergence, stay finite.
-    visible = jnp.where(mask_BTS[:, :, None], scores / head_dim**0.5, -1e30)
+    scores = capped(scores / head_dim**0.5, cap)
+    visible = jnp.where(mask_BTS[:, :, None], scores, -1e30)
     return jax.nn.log_softmax(visible, axis=-1)
 
 
 def _attend(
-    q_BTNH: Float[Array, "B T N H"], kv: KVCache, mask_BTS: Bool[Array, "B 1 T S"]
+    q_BTNH: Float[Array, "B T N H"],
+    kv: KVCache,
+    mask_BTS: Bool[Array, "B 1 T S"],
+    cap: float | None,
 ) -> Float[Array, "B K G T H"]:
     """What each query head brings from one layer's cache."""
-    attention = jnp.exp(_log_attention(q_BTNH, kv.k, mask_BTS))
+    attention = jnp.exp(_log_attention(q_BTNH, kv.k, mask_BTS, cap))
     # A query that sees nothing has equal scores, so softmax gives it the mean of all values.
     weights = jnp.where(mask_BTS[:, :, None], attention, 0.0)
     return jnp.einsum("BKGTS,BSKH->BKGTH", weights, kv.v, precision=HIGHEST)

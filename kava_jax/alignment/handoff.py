@@ -16,7 +16,7 @@ from kava_jax.alignment.layer_map import LayerMap
 from kava_jax.alignment.projector import KVDimensionProjector
 from kava_jax.cache import KVCache
 from kava_jax.errors import KavaError
-from kava_jax.models.rope import Rotation, rotate_layers
+from kava_jax.models.rope import Rotations, rotate_layers
 
 Reader = Literal["teacher", "student"]
 
@@ -34,11 +34,11 @@ class Handoff:
     """By pair, the reader's layer for each of the answerer's: the map's students are answerers."""
     weights: Mapping[str, float]
 
-    def __call__(self, caches: Mapping[str, KVCache], rotation: Rotation) -> KVCache:
-        """The answerer's cache [L, B, T, K, H], float32, keys after its ``rotation``.
+    def __call__(self, caches: Mapping[str, KVCache], rotations: Rotations) -> KVCache:
+        """The answerer's cache [L, B, T, K, H], float32, keys after its ``rotations``.
 
-        ``caches`` are by pair [Lr, B, T, Kr, Hr], with full keys before RoPE; ``rotation`` is the
-        answerer's ``Decoder.rotation`` of the tokens' positions.
+        ``caches`` are by pair [Lr, B, T, Kr, Hr], with full keys before RoPE; ``rotations`` are
+        the answerer's ``Decoder.rotation`` of the tokens' positions.
 
         Raises KavaError for a cache of fewer layers than the map reads, for another width than the
         projector's, and for a pair that is missing.
@@ -54,4 +54,4 @@ class Handoff:
             for part, mapped in self.projector.project(name, source).items():
                 own = weight * mapped.astype(jnp.float32)
                 total[part] = total[part] + own if part in total else own
-        return KVCache(rotate_layers(total["k"], rotation), total["v"])
+        return KVCache(rotate_layers(total["k"], rotations), total["v"])

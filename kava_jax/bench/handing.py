@@ -25,7 +25,7 @@ from kava_jax.hf.config_json import spec_from_config
 from kava_jax.models.decoder import Decoder, Params
 from kava_jax.models.generate import generate
 from kava_jax.models.masks import attention_mask, token_positions
-from kava_jax.models.rope import rope_rotation
+from kava_jax.models.rope import layer_rotations
 from kava_jax.models.spec import DecoderSpec
 
 PROMPTS, ANSWERS = (64, 256, 1024), (16, 64)
@@ -99,7 +99,7 @@ def _carrying(pair: Pair, prompt_BT: Int[Array, "B T"]) -> Callable[[], KVCache]
             tokens_BT, positions_BT, mask, key_space="pre_rope", layers=layers
         )
         own = replace(handoff, projector=nnx.merge(graph, of_projector), maps=maps)
-        return own({"teacher": cache}, rope_rotation(specs[1], positions_BT))
+        return own({"teacher": cache}, layer_rotations(specs[1], positions_BT))
 
     return partial(carry, weights, of_projector, prompt_BT[:, :-1])
 

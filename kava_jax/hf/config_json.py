@@ -5,48 +5,25 @@ transformers would give them (transformers 5.x configuration classes, read one b
 generations of spellings are understood and written: up to 4.x ``rope_theta``, ``rope_scaling``
 and ``torch_dtype`` at the top level; from 5.0 ``rope_parameters`` and ``dtype``.
 
-RoPE has a file of its own (``hf.rope_keys``). Left out on purpose: layers of different kinds in one
-model, quantized checkpoints (the command that converts them is said), mixture of experts. They are
-refused by name, never guessed.
+RoPE has a file of its own (``hf.rope_keys``), and so have the families. Left out on purpose:
+quantized checkpoints (the command that converts them is said). They are refused by name, never
+guessed.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from kava_jax.errors import KavaError
-from kava_jax.hf.config_keys import NUMBERS, REQUIRED_SIZES, SIZES, refused
-from kava_jax.hf.rope_keys import read_rope, rope_config
+from kava_jax.hf.config_keys import REQUIRED_SIZES, SIZES, refused
+from kava_jax.hf.families import FAMILIES, Family
+from kava_jax.hf.rope_keys import read_ropes, rope_config
 from kava_jax.hf.values import positive_float, positive_int, true_or_false
-from kava_jax.models.spec import DecoderSpec
+from kava_jax.models.spec import DecoderSpec, LayerType
 
 FloatName = Literal["float32", "bfloat16", "float16"]
 
-
-@dataclass(frozen=True)
-class Family:
-    """What transformers assumes for a ``model_type`` when ``config.json`` does not say."""
-
-    architecture: str
-    num_kv_heads: int | None  # None: as many as query heads
-    head_dim: int | None  # None: hidden_size / num_attention_heads
-    max_position_embeddings: int
-    sliding_window: int | None = None
-    qkv_bias: bool | None = None  # None: follows the config's attention_bias
-    output_bias: bool | None = None
-    mlp_bias: bool | None = False
-    qk_norm: bool = False
-
-
-FAMILIES = {
-    "qwen2": Family("Qwen2ForCausalLM", 32, None, 32768, qkv_bias=True, output_bias=False),
-    "qwen3": Family("Qwen3ForCausalLM", 32, 128, 32768, qk_norm=True),
-    "llama": Family("LlamaForCausalLM", None, None, 2048, mlp_bias=None),
-    "mistral": Family(
-        "MistralForCausalLM", 8, None, 131072, 4096, qkv_bias=False, output_bias=False
-    ),
-}
-
+# Hugging Face's names of an activation; the first one is written.
+_ACTIVATIONS = {"silu": ("silu", "swish"), "gelu_tanh": ("gelu_pytorch_tanh", "gelu_new")}
 # Which key switches which biases on in families that leave it to the config.
 _SWITCHES = {"qkv_bias": "attention_bias", "output_bias": "attention_bias", "mlp_bias": "mlp_bias"}
 
@@ -63,8 +40,10 @@ def spec_from_config(config: Mapping[str, Any], *, where: str) -> DecoderSpec:
             decoder does not have; the message names the key, its value and the remedy.
     """
     name, family = _family(config, where)
-    _refuse_unsupported(config, name, where)
-    if missing := [key for key in REQUIRED_SIZES if config.get(key) is None]:
+    _refuse_unsupported(config, family, where)
+    sizes = _sizes(family)
+    required = [key for key, field in sizes.items() if field in REQUIRED_SIZES.values()]
+    if missing := [key for key in required if config.get(key) is None]:
         raise KavaError(f"{where}: config.json lacks {', '.join(missing)}; add what the model has")
     heads = positive_int(config, "num_attention_heads", where)
     # A null is not an absent key here: transformers then takes as many as there are query heads.
@@ -76,7 +55,7 @@ def spec_from_config(config: Mapping[str, Any], *, where: str) -> DecoderSpec:
     }
     fields: dict[str, Any] = {
         field: positive_int(config, key, where, default=defaults.get(key))
-        for key, field in SIZES.items()
+        for key, field in sizes.items()
     }
     if heads % fields["num_kv_heads"]:
         raise KavaError(
@@ -86,21 +65,27 @@ def spec_from_config(config: Mapping[str, Any], *, where: str) -> DecoderSpec:
     head_dim, positions = fields["head_dim"], fields["max_position_embeddings"]
     if head_dim % 2:
         raise KavaError(f"{where}: head_dim={head_dim} is odd; RoPE needs an even head_dim")
-    for key, (field, default) in NUMBERS.items():
-        fields[field] = positive_float(config, key, where, default=default)
+    fields["norm_eps"] = positive_float(config, "rms_norm_eps", where, default=family.norm_eps)
+    fields["initializer_range"] = positive_float(config, "initializer_range", where, default=0.02)
     for field, key in _SWITCHES.items():
         fixed, asked = getattr(family, field), true_or_false(config, key, where)
         fields[field] = asked if fixed is None else fixed
-    rope_theta, rope_scaling = read_rope(
-        config, positions=positions, head_dim=head_dim, where=where
-    )
+    fields |= _scales(config, family, where)
+    fields |= _experts(config, family, where)
+    fields |= _sliding(config, family, fields["num_layers"], where)
+    ropes = read_ropes(config, family, positions, head_dim, where)
+    if fields["sliding_window"] is None:  # no layer slides
+        ropes["sliding_rope_theta"] = None
+    skips = family.skips_rotation or (lambda _config, _layer: False)
+    tied = config.get("tie_word_embeddings", family.tied)
     return DecoderSpec(
         family=name,
-        rope_theta=rope_theta,
-        rope_scaling=rope_scaling,
-        tie_embeddings=true_or_false(config, "tie_word_embeddings", where),
-        qk_norm=family.qk_norm,
-        sliding_window=_sliding_window(config, name, family, where),
+        tie_embeddings=true_or_false({"tie_word_embeddings": tied}, "tie_word_embeddings", where),
+        unrotated_layers=tuple(
+            layer for layer in range(fields["num_layers"]) if skips(config, layer)
+        ),
+        **family.layers,
+        **ropes,
         **fields,
     )
 
@@ -111,26 +96,59 @@ def config_from_spec(spec: DecoderSpec, *, dtype: FloatName) -> dict[str, Any]:
     Raises:
         KavaError: when the family's Hugging Face class has no way to express the spec.
     """
-    family = _expressible(spec)
+    if spec.family not in FAMILIES:
+        raise KavaError(f"family={spec.family!r} is unknown; use one of {', '.join(FAMILIES)}")
+    family = FAMILIES[spec.family]
     config: dict[str, Any] = {
         "architectures": [family.architecture],
         "model_type": spec.family,
-        **{key: getattr(spec, field) for key, field in SIZES.items()},
-        **{key: getattr(spec, field) for key, (field, _) in NUMBERS.items()},
-        "hidden_act": "silu",
+        **{key: getattr(spec, field) for key, field in _sizes(family).items()},
+        **{key: getattr(spec, field) for key, (field, _) in family.experts.items()},
+        "rms_norm_eps": spec.norm_eps,
+        "initializer_range": spec.initializer_range,
+        family.activation_key: _ACTIVATIONS[spec.activation][0],
         "tie_word_embeddings": spec.tie_embeddings,
-        **rope_config(spec),
+        **rope_config(spec, family),
         "torch_dtype": dtype,
         "dtype": dtype,
     }
     for field, key in _SWITCHES.items():
         if getattr(family, field) is None:
             config[key] = getattr(spec, field)
-    if spec.family == "mistral":
-        config["sliding_window"] = spec.sliding_window
-    if spec.family in ("qwen2", "qwen3"):
-        config |= {"use_sliding_window": False, "sliding_window": None}
+    for key, (field, default, power) in family.scales.items():
+        value = getattr(spec, field)
+        # A power and its inverse may leave 168.00000000000003, and what is whole stays an integer.
+        config[key] = None if value is None else round(value ** (1 / power), 9)
+        if isinstance(default, int) and float(config[key] or 0.5).is_integer():
+            config[key] = int(config[key])
+    if not family.never_slides:
+        # Classes with typed layers ask for a window even where none slides.
+        needed = family.slides is not None and family.switch is None
+        config["sliding_window"] = spec.sliding_window or (needed and family.sliding_window) or None
+    if family.slides is not None and (spec.layer_types or family.switch is None):
+        config["layer_types"] = [_type(window) for window in spec.layer_windows]
+    if family.switch is not None:
+        config[family.switch] = spec.sliding_window is not None
+    if family.skips_rotation is not None:
+        free = spec.unrotated_layers
+        config["no_rope_layers"] = [int(i not in free) for i in range(spec.num_layers)]
+    _check_written(spec, config)
     return config
+
+
+def _type(window: int | None) -> LayerType:
+    return "full_attention" if window is None else "sliding_attention"
+
+
+def _check_written(spec: DecoderSpec, config: Mapping[str, Any]) -> None:
+    """Raise KavaError where the config would be read as another spec."""
+    again = spec_from_config(config, where=f"family={spec.family}")
+    if faults := [
+        f"{field}={value} (reads as {getattr(again, field)})"
+        for field, value in vars(spec).items()
+        if getattr(again, field) != value
+    ]:
+        raise KavaError(f"family={spec.family} cannot express {', '.join(faults)}; change the spec")
 
 
 def _family(config: Mapping[str, Any], where: str) -> tuple[str, Family]:
@@ -151,34 +169,24 @@ def _family(config: Mapping[str, Any], where: str) -> tuple[str, Family]:
     return name, FAMILIES[name]
 
 
-def _refuse_unsupported(config: Mapping[str, Any], name: str, where: str) -> None:
+def _refuse_unsupported(config: Mapping[str, Any], family: Family, where: str) -> None:
     faults = []
     if (quantized := config.get("quantization_config")) is not None:
         faults.append(_quantized(quantized))
-    if (act := config.get("hidden_act", "silu")) not in ("silu", "swish"):
-        faults.append(f"hidden_act={act!r} is not supported; only silu is")
-    if name in ("qwen2", "qwen3") and true_or_false(config, "use_sliding_window", where):
-        faults.append(
-            "use_sliding_window=true is not supported for Qwen; set it to false to use full "
-            "attention in every layer"
-        )
-    if name == "llama" and (window := config.get("sliding_window")) is not None:
-        longest = config.get("max_position_embeddings") or FAMILIES[name].max_position_embeddings
+    wanted = _ACTIVATIONS[family.layers.get("activation", "silu")]
+    if (act := config.get(family.activation_key) or wanted[0]) not in wanted:
+        faults.append(f"{family.activation_key}={act!r} is not supported; only {wanted[0]} is")
+    if true_or_false(config, "use_bidirectional_attention", where):
+        faults.append("use_bidirectional_attention=true is not supported; use a causal model")
+    if family.never_slides and (window := config.get("sliding_window")) is not None:
+        longest = config.get("max_position_embeddings") or family.max_position_embeddings
         # A window of at least the longest row the model is made for changes nothing.
         if not isinstance(window, int) or window < longest:
             faults.append(
-                f"sliding_window={window!r} has no effect on Llama in transformers; set it to "
-                "null, or use MistralForCausalLM, which has one"
+                f"sliding_window={window!r} has no effect on {family.architecture} in "
+                "transformers; set it to null, or use a family that has one"
             )
-    kinds = set(config.get("layer_types") or [])
-    # Mistral's class reads sliding_window alone and gives all its layers the same mask.
-    allowed = {"sliding_attention", "full_attention"} if name == "mistral" else {"full_attention"}
-    if len(kinds) > 1 or not kinds <= allowed:
-        faults.append(
-            f"layer_types has {sorted(map(str, kinds))}; only models whose layers are all "
-            "full_attention are supported"
-        )
-    faults += refused(config)
+    faults += refused(config, family)
     if faults:
         raise KavaError(f"{where}: config.json: " + "; ".join(faults))
 
@@ -222,27 +230,98 @@ def _quantized(quantization: Any) -> str:
     return f"{said}, or convert it (DIR: this model, NEW: a new directory): {commands[method]}"
 
 
-def _sliding_window(config: Mapping[str, Any], name: str, family: Family, where: str) -> int | None:
-    if name != "mistral" or ("sliding_window" in config and config["sliding_window"] is None):
+def _scales(config: Mapping[str, Any], family: Family, where: str) -> dict[str, float | None]:
+    """The fields that scale or cap something."""
+    found: dict[str, float | None] = {}
+    for key, (field, default, power) in family.scales.items():
+        value = config.get(key, default)
+        # No cap is no fault; a scale has to be a number.
+        uncapped = value is None and field.endswith("_cap")
+        found[field] = None if uncapped else positive_float({key: value}, key, where) ** power
+    return found
+
+
+def _sizes(family: Family) -> dict[str, str]:
+    """The keys of sizes, with the field for each."""
+    inner = {"intermediate_size": family.inner_key}
+    return {inner.get(key, key): field for key, field in SIZES.items()}
+
+
+def _experts(config: Mapping[str, Any], family: Family, where: str) -> dict[str, int | bool]:
+    """The fields about experts."""
+    found: dict[str, int | bool] = {}
+    counts = {config.get(key) for key in ("num_experts", "num_local_experts")} - {None}
+    if len(counts) > 1 and family.experts:
+        raise KavaError(
+            f"{where}: config.json has num_experts={config['num_experts']} and "
+            f"num_local_experts={config['num_local_experts']}; make them agree"
+        )
+    for key, (field, default) in family.experts.items():
+        given = {key: config.get(key, default)}
+        if field == "num_experts" and counts:
+            given = {key: counts.pop()}
+        read = true_or_false if isinstance(default, bool) else positive_int
+        found[field] = read(given, key, where)
+    if found.get("experts_per_token", 0) > found.get("num_experts", 0):
+        raise KavaError(
+            f"{where}: num_experts_per_tok={found['experts_per_token']} of "
+            f"{found['num_experts']} experts; correct config.json"
+        )
+    return found
+
+
+def _sliding(
+    config: Mapping[str, Any], family: Family, depth: int, where: str
+) -> dict[str, int | tuple[LayerType, ...] | None]:
+    """The window, and which layers have it."""
+    none: dict[str, Any] = {"sliding_window": None, "layer_types": None}
+    kinds = _layer_types(config, depth, where)
+    if family.never_slides:
+        if kinds and set(kinds) != {"full_attention"}:
+            raise KavaError(
+                f"{where}: config.json: layer_types has sliding_attention, which "
+                f"{family.architecture} does not have; correct it"
+            )
+        return none
+    window = config.get("sliding_window", family.sliding_window)
+    on = family.switch is None or true_or_false(config, family.switch, where)
+    if window is None or not on:
+        if family.slides is not None and kinds and set(kinds) != {"full_attention"}:
+            raise KavaError(
+                f"{where}: config.json: layer_types has sliding_attention, and there is no "
+                f"sliding_window; give one"
+            )
+        return none
+    window = positive_int({"sliding_window": window}, "sliding_window", where)
+    if family.slides is None:
+        if kinds and len(set(kinds)) > 1:
+            raise KavaError(
+                f"{where}: config.json: layer_types mixes types, and {family.architecture} gives "
+                "all its layers the same mask; correct it"
+            )
+        return {"sliding_window": window, "layer_types": None}
+    kinds = kinds or tuple(
+        "sliding_attention" if family.slides(config, layer) else "full_attention"
+        for layer in range(depth)
+    )
+    if "sliding_attention" not in kinds:
+        return none
+    return {"sliding_window": window, "layer_types": kinds}
+
+
+def _layer_types(config: Mapping[str, Any], depth: int, where: str) -> tuple[LayerType, ...] | None:
+    """The given types, one for each layer, of the two that are known."""
+    given = config.get("layer_types")
+    if given is None:
         return None
-    return positive_int(config, "sliding_window", where, default=family.sliding_window)
-
-
-def _expressible(spec: DecoderSpec) -> Family:
-    if spec.family not in FAMILIES:
-        raise KavaError(f"family={spec.family!r} is unknown; use one of {', '.join(FAMILIES)}")
-    family = FAMILIES[spec.family]
-    faults = []
-    for field in _SWITCHES:
-        fixed = getattr(family, field)
-        if fixed is not None and getattr(spec, field) != fixed:
-            faults.append(f"{field}={getattr(spec, field)} (always {fixed})")
-    if family.qkv_bias is None and spec.qkv_bias != spec.output_bias:
-        faults.append(f"qkv_bias={spec.qkv_bias} with output_bias={spec.output_bias} (one switch)")
-    if spec.qk_norm != family.qk_norm:
-        faults.append(f"qk_norm={spec.qk_norm} (always {family.qk_norm})")
-    if spec.sliding_window is not None and spec.family != "mistral":
-        faults.append(f"sliding_window={spec.sliding_window} (only mistral has one)")
-    if faults:
-        raise KavaError(f"family={spec.family} cannot express {', '.join(faults)}; change the spec")
-    return family
+    if unknown := sorted({str(kind) for kind in given} - {*get_args(LayerType)}):
+        raise KavaError(
+            f"{where}: config.json: layer_types has {', '.join(unknown)}; only models whose layers "
+            f"are {' or '.join(get_args(LayerType))} are supported"
+        )
+    if len(given) != depth:
+        raise KavaError(
+            f"{where}: config.json: layer_types has {len(given)} entries for "
+            f"num_hidden_layers={depth}; make them agree"
+        )
+    return tuple(given)

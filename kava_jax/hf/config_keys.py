@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kava_jax.errors import KavaError
+from kava_jax.hf.families import Family
 
 # Keys of config.json that ``spec`` reads and writes, with the field of DecoderSpec for each.
 REQUIRED_SIZES = {
@@ -23,25 +24,32 @@ SIZES = REQUIRED_SIZES | {
     "head_dim": "head_dim",
     "max_position_embeddings": "max_position_embeddings",
 }
-# These with the value that transformers takes where the key is absent.
-NUMBERS = {"rms_norm_eps": ("norm_eps", 1e-6), "initializer_range": ("initializer_range", 0.02)}
-
-READ = {*SIZES, *NUMBERS} | {
+READ = {*SIZES} | {
     "architectures",
     "attention_bias",
     "eos_token_id",
     "hidden_act",
+    "hidden_activation",
+    "initializer_range",
     "layer_types",
+    "max_window_layers",
     "mlp_bias",
     "model_type",
+    "moe_intermediate_size",
+    "norm_topk_prob",
+    "num_experts_per_tok",
     "original_max_position_embeddings",
     "partial_rotary_factor",
     "quantization_config",
+    "rms_norm_eps",
+    "rope_local_base_freq",
     "rope_parameters",
     "rope_scaling",
     "rope_theta",
     "sliding_window",
+    "sliding_window_pattern",
     "tie_word_embeddings",
+    "use_bidirectional_attention",
     "use_sliding_window",
 }
 
@@ -65,6 +73,11 @@ _IGNORED_FOR = {
         "use_flash_attention",
         "_flash_attn_2_enabled",
     ),
+    "is a loss or noise of training the router": (
+        "output_router_logits",
+        "router_aux_loss_coef",
+        "router_jitter_noise",
+    ),
     "belongs to the tokenizer": ("tokenizer_class", "unk_token_id"),
     "is dropout or noise in training, which this trainer does not use": (
         "attention_dropout",
@@ -74,7 +87,11 @@ _IGNORED_FOR = {
         "neftune_noise_alpha",
         "resid_pdrop",
     ),
-    "counts only with sliding windows in some layers, which are refused": ("max_window_layers",),
+    "is read by no class of transformers": (
+        "_sliding_window_pattern",
+        "full_attn_mod",
+        "interpolate_factor",
+    ),
     "is a length that transformers ignores, too": ("max_sequence_length", "model_max_length"),
     "was a default of every model in transformers 4.x, without effect in these families": (
         "add_cross_attention",
@@ -111,7 +128,10 @@ REFUSED: dict[str, tuple[Any, ...]] = {
     "final_logit_softcapping": (),
     "query_pre_attn_scalar": (),
     "clip_qkv": (),
+    "lm_head_bias": (),
     # mixture of experts
+    "decoder_sparse_step": (1,),
+    "mlp_only_layers": ([],),
     "n_routed_experts": (0,),
     "num_experts": (0,),
     "num_local_experts": (0,),
@@ -128,9 +148,13 @@ REFUSED: dict[str, tuple[Any, ...]] = {
 (null and false never do)."""
 
 
-def refused(config: Mapping[str, Any]) -> list[str]:
-    """What to say of keys that ask for layers this decoder does not have."""
-    given = {key: config[key] for key in REFUSED if config.get(key) not in (None, False)}
+def refused(config: Mapping[str, Any], family: Family) -> list[str]:
+    """What to say of keys that ask for layers which the family does not have."""
+    given = {
+        key: config[key]
+        for key in REFUSED
+        if config.get(key) not in (None, False) and not family.reads(key)
+    }
     return [
         f"{key}={value!r} is not supported; use a model without it"
         for key, value in given.items()

@@ -64,6 +64,11 @@ def plan_cut(
 
     Raises KavaError for layers, heads and units that the teacher does not have.
     """
+    if spec.num_experts:
+        raise KavaError(
+            f"teacher={teacher}: a mixture of experts ({spec.family}) is not cut here, since what "
+            "is left could not be trained; give a dense model"
+        )
     depth, count = spec.num_layers, spec.num_kv_heads
     keep = depth if layers is None else layers
     if isinstance(keep, int):
@@ -86,6 +91,11 @@ def plan_cut(
         raise KavaError(
             f"kv_heads={heads} does not divide the teacher's {count} KV heads; use one of {allowed}"
         )
+    if heads < count and spec.qk_norm_over_heads:
+        raise KavaError(
+            f"kv_heads={heads}: this teacher norms the keys of all its heads together, so merged "
+            f"ones would be normed otherwise; keep its {count}"
+        )
     width, units = spec.intermediate_size, intermediate_size
     if units is not None and not 1 <= units <= width:
         raise KavaError(
@@ -105,8 +115,7 @@ def plan_cut(
 def cut_spec(spec: DecoderSpec, cut: CutRecord) -> DecoderSpec:
     """The geometry of what is left; ``spec`` is the teacher's."""
     return replace(
-        spec,
-        num_layers=len(cut.layers),
+        spec.among(cut.layers),
         num_kv_heads=len(cut.kv_heads),
         intermediate_size=len(cut.units[0]) if cut.units else spec.intermediate_size,
     )
@@ -302,6 +311,6 @@ def _turns_of_layers(files: TensorFiles, spec: DecoderSpec, left: int) -> Callab
     @functools.cache
     def turns(layer: int) -> Turns:
         k, v = whole("k", layer), whole("v", layer)
-        return find_turns(k, v, left, turn_keys=not spec.qk_norm)
+        return find_turns(k, v, left, turn_keys=not spec.qk_norm and spec.rotary_dim is None)
 
     return turns

@@ -34,7 +34,7 @@ from kava_jax.hf.cut_record import CUT_RECORD, CutRecord, write_cut_record
 from kava_jax.hf.generation import GENERATION, passed_on
 from kava_jax.hf.load import cast
 from kava_jax.hf.locate import INDEX, TOKENIZER_FILES, read_json
-from kava_jax.hf.names import Row, misfits, parameter_shapes, rows_of
+from kava_jax.hf.names import Row, misfits, parameter_shapes, stored_rows
 from kava_jax.models.spec import DecoderSpec
 from kava_jax.parallel.hosts import on_host
 from kava_jax.storage import Place, check_target, upload
@@ -86,22 +86,27 @@ def export_model(
     """
     check_destination(directory)
     flat = _checked_params(params, spec)
-    tensors = {row.name(layer): (row, layer) for row, layer in _tensors(spec)}
+    tensors: dict[str, list[tuple[Row, int]]] = {}
+    for row, layer in _tensors(spec):
+        tensors.setdefault(row.name(layer), []).append((row, layer))
     itemsize = jnp.dtype(dtype).itemsize
     shards = split_state_dict_into_shards_factory(
         tensors,
-        get_storage_size=lambda tensor: math.prod(tensor[0].their_shape(spec)) * itemsize,
+        get_storage_size=lambda parts: math.prod(parts[0][0].stored_shape(spec)) * itemsize,
         filename_pattern="model{suffix}.safetensors",
         max_shard_size=max_shard_bytes,
     )
 
     def fetch(name: str) -> np.ndarray:
         """One tensor in Hugging Face's layout, on the host."""
-        row, layer = tensors[name]
-        ours = on_host(flat[row.ours][layer] if row.stacked else flat[row.ours], "export")
+        parts = []
+        for row, layer in tensors[name]:
+            ours = on_host(flat[row.ours][layer] if row.stacked else flat[row.ours], "export")
+            ours = ours if row.expert is None else ours[row.expert]
+            parts.append(cast(row.to_theirs(ours, spec), jnp.dtype(dtype), name))
         # safetensors writes an array's memory as it lies. Of a transposed view it would write the
         # values in another order, without an error.
-        return np.ascontiguousarray(cast(row.to_theirs(ours, spec), jnp.dtype(dtype), name))
+        return np.ascontiguousarray(np.concatenate(parts) if len(parts) > 1 else parts[0])
 
     if jax.process_index() != 0:  # it holds parts of the tensors that the first process writes
         for name in chain(*shards.filename_to_tensors.values()):
@@ -198,7 +203,7 @@ def _checked_params(params: Mapping[str, Any], spec: DecoderSpec) -> dict[str, A
 
 def _tensors(spec: DecoderSpec) -> Iterator[tuple[Row, int]]:
     """Every tensor to write, layer by layer, so that a layer's tensors share a shard."""
-    rows = rows_of(spec)
+    rows = list(stored_rows(spec))
     yield from ((row, 0) for row in rows if row.ours.startswith("embed/"))
     for layer in range(spec.num_layers):
         yield from ((row, layer) for row in rows if row.stacked)

@@ -190,6 +190,13 @@ def layer_reader(row: Row, files: TensorFiles, spec: DecoderSpec, dtype: np.dtyp
     ``index`` has one step-1 slice for each axis of ``row.our_shape(spec)``.
     """
 
+    if row.by_expert:
+        readers = [
+            layer_reader(row.of_expert(expert), files, spec, dtype)
+            for expert in range(spec.num_experts)
+        ]
+        return lambda index, layer: np.stack([one(index[1:], layer) for one in readers[index[0]]])
+
     def read(index: Index, layer: int) -> np.ndarray:
         outer, inner = row.slice_of_theirs(index, spec)
         part = row.to_ours(files.read_weight(row.name(layer), outer), spec)[inner]

@@ -8,7 +8,8 @@ misspelt one, or a scaling that this decoder does not have.
 The fields of the scalings in ``models.spec`` are Hugging Face's own keys, so each class says what
 its type takes and demands.
 
-Left out on purpose: a part of the head dim without rotation, other settings in other layers.
+A family may rotate its sliding layers by a base of their own, or a part of each head alone. Left
+out on purpose: scaled rotations of sliding layers.
 """
 
 import dataclasses
@@ -17,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from kava_jax.errors import KavaError
+from kava_jax.hf.families import Family
 from kava_jax.hf.values import positive_float, positive_int, true_or_false
 from kava_jax.models.spec import (
     DecoderSpec,
@@ -41,30 +43,81 @@ _NOTES = ("finetuned",)
 _ORIGINAL = "original_max_position_embeddings"
 
 
-def read_rope(
-    config: Mapping[str, Any], *, positions: int, head_dim: int, where: str
-) -> tuple[float, RopeScaling | None]:
-    """Base and scaling.
+def read_ropes(
+    config: Mapping[str, Any], family: Family, positions: int, head_dim: int, where: str
+) -> dict[str, Any]:
+    """The fields of DecoderSpec that say how keys are rotated.
 
     Args:
         config: the parsed ``config.json``.
+        family: the model's.
         positions: its ``max_position_embeddings``.
-        head_dim: how many numbers are rotated.
+        head_dim: how many numbers a head has.
         where: what to call the model in messages.
 
     Raises:
         KavaError: two spellings disagree, the type is unknown, or a value is missing, unknown or
             impossible.
     """
+    sliding = None
+    if family.sliding_rope_theta is not None:
+        config, own = _by_type(config, where)
+        sliding, scaled, _ = _rope(own, family.sliding_rope_theta, family, 1, head_dim, where)
+        if scaled is not None:
+            raise KavaError(
+                f"{where}: config.json scales the rotation of its sliding layers, which is not "
+                "supported; use a model that scales that of the others alone"
+            )
+    theta, scaling, dim = _rope(config, family.rope_theta, family, positions, head_dim, where)
+    return {
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "sliding_rope_theta": sliding,
+        "rotary_dim": None if dim == head_dim else dim,
+    }
+
+
+def _by_type(config: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The config as full layers read it, and as sliding layers do."""
+    # Up to 4.x the sliding layers' base has a key of its own, and a scaling is that of the others.
+    rest = {key: value for key, value in config.items() if key != "rope_parameters"}
+    given = config.get("rope_parameters") or {}
+    if not isinstance(given, Mapping) or {*given} - {*_LAYER_TYPES}:
+        raise KavaError(
+            f"{where}: rope_parameters={given!r} needs an object for each of "
+            f"{', '.join(_LAYER_TYPES)}; correct it"
+        )
+    full = rest | {"rope_parameters": given.get("full_attention")}
+    local = {"rope_theta": config.get("rope_local_base_freq")}
+    return full, local | {"rope_parameters": given.get("sliding_attention")}
+
+
+def _rope(
+    config: Mapping[str, Any],
+    theta: float,
+    family: Family,
+    positions: int,
+    head_dim: int,
+    where: str,
+) -> tuple[float, RopeScaling | None, int]:
+    """Base, scaling, and how many numbers of a head are rotated; ``theta`` where none is given."""
     seen = _merged(config, where)
-    # 10,000 is RoFormer's base (arXiv 2104.09864) and the default of transformers.
-    theta = positive_float(seen, "rope_theta", where, default=10_000.0)
+    theta = positive_float(seen, "rope_theta", where, default=theta)
     seen.pop("rope_theta", None)
     kind = seen.pop("rope_type", None)
-    if (partial := seen.pop("partial_rotary_factor", 1.0)) != 1.0:
+    kind = "longrope" if kind == "su" and family.partial_rotary else kind
+    partial = positive_float(seen, "partial_rotary_factor", where, default=1.0)
+    seen.pop("partial_rotary_factor", None)
+    if partial != 1.0 and not family.partial_rotary:
         raise KavaError(
-            f"{where}: partial_rotary_factor={partial} is not supported; use a model that rotates "
-            "the whole head (1.0)"
+            f"{where}: partial_rotary_factor={partial} is not supported for "
+            f"{family.architecture}; use a model that rotates the whole head (1.0)"
+        )
+    dim = int(head_dim * partial)
+    if not 2 <= dim <= head_dim or dim % 2:
+        raise KavaError(
+            f"{where}: partial_rotary_factor={partial} rotates {dim} of head_dim={head_dim} "
+            "numbers; it must be an even number of them"
         )
     original = config.get(_ORIGINAL)
     if kind in (None, "default"):
@@ -74,7 +127,7 @@ def read_rope(
                 f"rope_type to what the model was trained with ({', '.join(ROPE_TYPES)}), or "
                 "remove them"
             )
-        return theta, None
+        return theta, None, dim
     if kind not in ROPE_TYPES:
         renamed = "; it is called longrope now" if kind == "su" else ""
         raise KavaError(
@@ -95,11 +148,11 @@ def read_rope(
     if scaling is LongRopeScaling:
         _set_attention_factor(seen, positions, where)
     found = _scaling(kind, seen, positions, where)
-    _check(found, kind, theta, head_dim, where)
-    return theta, found
+    _check(found, kind, theta, dim, where)
+    return theta, found, dim
 
 
-def rope_config(spec: DecoderSpec) -> dict[str, Any]:
+def rope_config(spec: DecoderSpec, family: Family) -> dict[str, Any]:
     """The same for ``config.json``, in the spellings of transformers 4.x and 5.x."""
     config: dict[str, Any] = {"rope_theta": spec.rope_theta, "rope_scaling": None}
     scaling = spec.rope_scaling
@@ -113,7 +166,20 @@ def rope_config(spec: DecoderSpec) -> dict[str, Any]:
     if isinstance(scaling, LongRopeScaling):
         # Before 5.0 this type looked for the original length here alone.
         config[_ORIGINAL] = scaling.original_max_position_embeddings
-    return config | {"rope_parameters": {"rope_theta": spec.rope_theta} | kind}
+    own = {"rope_theta": spec.rope_theta} | kind
+    if family.partial_rotary:
+        part = {"partial_rotary_factor": (spec.rotary_dim or spec.head_dim) / spec.head_dim}
+        config, own = config | part, own | part
+    if family.sliding_rope_theta is None:
+        return config | {"rope_parameters": own}
+    local = spec.sliding_rope_theta or family.sliding_rope_theta
+    config["rope_local_base_freq"] = local
+    return config | {
+        "rope_parameters": {
+            "full_attention": own,
+            "sliding_attention": {"rope_type": "default", "rope_theta": local},
+        }
+    }
 
 
 def _merged(config: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -11,6 +11,7 @@ Left out on purpose: rows packed with several texts, and kernels for decoding.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -19,6 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from kava_jax.errors import KavaError
+from kava_jax.models.spec import DecoderSpec
 from kava_jax.parallel.sharding import RULES
 
 # ``splash_interpreted`` runs the TPU kernel in interpret mode on any device. Slow; for tests.
@@ -47,7 +49,7 @@ def choose(
     device: Any,
     who: str,
     dtype: Any,
-    head_dim: int,
+    spec: DecoderSpec,
 ) -> Choice:
     """The implementation for one model: the requested one, or for ``auto`` the device's kernel.
 
@@ -58,13 +60,13 @@ def choose(
         device: a device of the mesh (``jax.Device``).
         who: the model's name in messages.
         dtype: compute dtype.
-        head_dim: width of a head.
+        spec: the model's geometry.
 
     Raises KavaError when the requested implementation cannot run.
     """
     own: dict[str, Implementation] = {"gpu": "cudnn", "tpu": "splash"}
     wanted = own.get(device.platform, "xla") if asked == "auto" else asked
-    obstacle = _obstacle(wanted, device, jnp.dtype(dtype), head_dim)
+    obstacle = _obstacle(wanted, device, jnp.dtype(dtype), spec)
     if obstacle is None:
         found = f"the device is a {device.platform.upper()}"
         return Choice(wanted, found if asked == "auto" else f"train.attention={asked}")
@@ -76,7 +78,7 @@ def choose(
 
 
 def _obstacle(
-    implementation: Implementation, device: Any, dtype: jnp.dtype, head_dim: int
+    implementation: Implementation, device: Any, dtype: jnp.dtype, spec: DecoderSpec
 ) -> str | None:
     """Why a model cannot use the implementation, or None."""
     if implementation == "xla":
@@ -90,9 +92,9 @@ def _obstacle(
         return f"cuDNN attends on NVIDIA GPUs from Ampere on, not on {device.device_kind}"
     if dtype != jnp.bfloat16:
         return f"it computes in {dtype} and cuDNN attends in bfloat16"
-    if head_dim > 128 or head_dim % 8:
-        return f"head_dim={head_dim} and cuDNN takes multiples of 8 up to 128"
-    return None
+    if spec.head_dim > 128 or spec.head_dim % 8:
+        return f"head_dim={spec.head_dim} and cuDNN takes multiples of 8 up to 128"
+    return "it caps its scores and cuDNN does not" if spec.attention_cap else None
 
 
 def in_words(choices: list[tuple[str, Choice]]) -> str:
@@ -117,8 +119,10 @@ def attend(
     valid_BT: Bool[Array, "B T"] | None = None,
     window: int | None = None,
     rows: NamedSharding | None = None,
+    scale: float | None = None,
+    cap: float | None = None,
 ) -> Float[Array, "B T N H"]:
-    """softmax(q k^T / sqrt(H)) v, softmax in float32; N / K query heads share a key/value head.
+    """softmax(q k^T scale) v, softmax in float32; N / K query heads share a key/value head.
 
     Args:
         q_BTNH: queries.
@@ -133,9 +137,12 @@ def attend(
             read it.
         rows: sharding of [B, ...] on a mesh of several devices; only splash reads it, because the
             partitioner cannot split that kernel.
+        scale: None is ``1 / sqrt(H)``.
+        cap: scores become ``cap * tanh(score / cap)``; None leaves them. cuDNN cannot do it.
     """
+    factor: float = q_BTNH.shape[-1] ** -0.5 if scale is None else scale
     if implementation == "xla":
-        return _by_blocks(q_BTNH, k_BSKH, v_BSKH, mask_BTS)
+        return _by_blocks(q_BTNH, k_BSKH, v_BSKH, mask_BTS, factor, cap)
     if implementation == "cudnn":
         # Causality already hides the padding, so cuDNN gets neither lengths nor a mask. Then no row
         # is empty. With a mask, some of its backward passes gave NaN.
@@ -143,15 +150,17 @@ def attend(
             q_BTNH,
             k_BSKH,
             v_BSKH,
+            scale=factor,
             is_causal=True,
             # JAX counts the keys on the left without the query's own.
             local_window_size=None if window is None else (window - 1, 0),
             implementation="cudnn",
         )
     assert valid_BT is not None
-    return _splash(
-        q_BTNH, k_BSKH, v_BSKH, valid_BT, window, rows, implementation == "splash_interpreted"
+    kernel = partial(
+        _splash_kernel, window=window, cap=cap, interpret=implementation == "splash_interpreted"
     )
+    return _splash(q_BTNH, k_BSKH, v_BSKH, valid_BT, kernel, rows, factor)
 
 
 def _by_blocks(
@@ -159,17 +168,22 @@ def _by_blocks(
     k_BSKH: Float[Array, "B S K H"],
     v_BSKH: Float[Array, "B S K H"],
     mask_BTS: Bool[Array, "B 1 T S"],
+    scale: float,
+    cap: float | None,
 ) -> Float[Array, "B T N H"]:
     """Attend block by block, each over the keys up to its end: about half of all scores."""
     length = q_BTNH.shape[1]
+    one: Attend = partial(jax.nn.dot_product_attention, scale=scale)
+    if cap is not None:
+        one = partial(_with_cap, scale=scale, cap=cap)
     if k_BSKH.shape[1] != length:  # with a cache: keys of earlier tokens come first
-        return jax.nn.dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask=mask_BTS)
+        return one(q_BTNH, k_BSKH, v_BSKH, mask=mask_BTS)
     size = BLOCK * math.ceil(length / BLOCK / MOST_BLOCKS)
     # A Python loop and no lax.scan, because each block reads another number of keys, and the steps
     # of a scan must have equal shapes.
     blocks = [(start, min(start + size, length)) for start in range(0, length, size)]
     parts = [
-        jax.nn.dot_product_attention(
+        one(
             q_BTNH[:, start:end],
             k_BSKH[:, :end],
             v_BSKH[:, :end],
@@ -180,21 +194,47 @@ def _by_blocks(
     return jnp.concatenate(parts, axis=1)
 
 
+def _with_cap(
+    q_BTNH: Float[Array, "B T N H"],
+    k_BSKH: Float[Array, "B S K H"],
+    v_BSKH: Float[Array, "B S K H"],
+    *,
+    mask: Bool[Array, "B 1 T S"],
+    scale: float,
+    cap: float,
+) -> Float[Array, "B T N H"]:
+    """JAX's own attention has no cap. Scores and softmax in float32, as there."""
+    batch, length, heads, width = q_BTNH.shape
+    q_BTKGH = q_BTNH.reshape(batch, length, k_BSKH.shape[2], -1, width)
+    product = partial(jnp.einsum, preferred_element_type=jnp.float32)
+    scores = capped(scale * product("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH), cap)
+    # A row that sees nothing gets a mean of values and no NaN, as from JAX's attention.
+    scores = jnp.where(mask[:, :, None], scores, -0.7 * jnp.finfo(jnp.float32).max)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v_BSKH.dtype)
+    y_BTKGH = product("BKGTS,BSKH->BTKGH", weights, v_BSKH)
+    return y_BTKGH.reshape(batch, length, heads, width).astype(q_BTNH.dtype)
+
+
+def capped(x: Float[Array, "..."], cap: float | None) -> Float[Array, "..."]:
+    """``cap * tanh(x / cap)``; ``x`` itself without a cap."""
+    return x if cap is None else cap * jnp.tanh(x / cap)
+
+
 def _splash(
     q_BTNH: Float[Array, "B T N H"],
     k_BTKH: Float[Array, "B T K H"],
     v_BTKH: Float[Array, "B T K H"],
     valid_BT: Bool[Array, "B T"],
-    window: int | None,
+    kernel: Callable[[int, int], Any],
     rows: NamedSharding | None,
-    interpret: bool,
+    scale: float,
 ) -> Float[Array, "B T N H"]:
     """Run the splash kernel on every device, for its own rows and heads."""
 
     def local(q_BTNH: Array, k_BTKH: Array, v_BTKH: Array, valid_BT: Array) -> Array:
         from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-        length, heads, width = q_BTNH.shape[1:]
+        length, heads = q_BTNH.shape[1:3]
         # Splash takes whole blocks, so the last one is padded; the padding is dropped at the end.
         filled = length + -length % SPLASH_BLOCKS[-1]
         q_BTNH, k_BTKH, v_BTKH, valid_BT = (
@@ -204,8 +244,8 @@ def _splash(
         # Padding gets a segment of its own and sees itself, so that no query sees zero keys.
         segments_BT = valid_BT.astype(jnp.int32)
         # Splash does not scale the scores. Scale in float32, so that queries are rounded only once.
-        q_BTNH = (q_BTNH.astype(jnp.float32) * width**-0.5).astype(q_BTNH.dtype)
-        y_BNTH = jax.vmap(_splash_kernel(filled, heads, window, interpret))(
+        q_BTNH = (q_BTNH.astype(jnp.float32) * scale).astype(q_BTNH.dtype)
+        y_BNTH = jax.vmap(kernel(filled, heads))(
             *(x.swapaxes(1, 2) for x in (q_BTNH, k_BTKH, v_BTKH)),
             splash.SegmentIds(segments_BT, segments_BT),
         )
@@ -228,7 +268,9 @@ def _splash(
     return split(q_BTNH, k_BTKH, v_BTKH, valid_BT)
 
 
-def _splash_kernel(length: int, heads: int, window: int | None, interpret: bool) -> Any:
+def _splash_kernel(
+    length: int, heads: int, *, window: int | None, cap: float | None, interpret: bool
+) -> Any:
     """(q [N, T, H], k [K, T, H], v [K, T, H], segments) -> [N, T, H] for one row, whole blocks."""
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
@@ -253,5 +295,6 @@ def _splash_kernel(length: int, heads: int, window: int | None, interpret: bool)
         # shard_map has already given this device its own rows and heads.
         head_shards=1,
         q_seq_shards=1,
+        attn_logits_soft_cap=cap,
         interpret=interpret,
     )

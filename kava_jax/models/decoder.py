@@ -1,16 +1,17 @@
-"""One dense RoPE decoder for Qwen2/2.5, Qwen3, Llama, Mistral and SmolLM.
+"""One RoPE decoder for all supported families.
 
 Parameters of all layers are stacked and ``lax.scan`` runs over them. A 48-layer model therefore
-compiles as fast as a 2-layer one, and the keys and values of all layers come out stacked. The cache
-is a return value; there are no hooks. A teacher that needs no logits is *cut*: it has fewer blocks,
+compiles as fast as a 2-layer one, and the keys and values of all layers come out stacked. Where
+layers differ in window or rotation, each is told by a number which of a few it takes. The cache is
+a return value; there are no hooks. A teacher that needs no logits is *cut*: it has fewer blocks,
 a KV-only tail and no head.
 
-Left out on purpose: sampling, beam search and mixture-of-experts layers.
+Left out on purpose: sampling and beam search.
 """
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +20,10 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from kava_jax.cache import HandedOver, KVCache
-from kava_jax.models.attend import Attend, Implementation, attend
+from kava_jax.models.attend import Attend, Implementation, attend, capped
+from kava_jax.models.experts import Experts
 from kava_jax.models.layers import (
+    MLP,
     Activations,
     Block,
     Dtypes,
@@ -29,12 +32,19 @@ from kava_jax.models.layers import (
     Projection,
     RMSNorm,
 )
-from kava_jax.models.rope import Rotation, rope_rotation
+from kava_jax.models.rope import Rotations, layer_rotations, rope_rotations
 from kava_jax.models.spec import DecoderSpec
 from kava_jax.parallel.sharding import Layouts
 
 Remat = Literal["none", "dots", "full"]
 Params = dict[str, Any]
+
+
+class _Own(NamedTuple):
+    """By layer, the number of its mask and of its rotation; None where all take the first."""
+
+    window: Int[Array, "L"] | None
+    rope: Int[Array, "L"] | None
 
 
 class Decoder(nnx.Module):
@@ -74,10 +84,10 @@ class Decoder(nnx.Module):
             embedding_metadata={"axes": ("vocab", "embed")},
             rngs=rngs,
         )
-        self.blocks = _stacked_blocks(spec, count, dtypes, rngs) if count else None
-        self.tail = Block(spec, dtypes=dtypes, rngs=rngs, whole=False) if tail else None
+        self.blocks = _stacked_blocks(spec, count, dtypes, rngs, layouts) if count else None
+        self.tail = Block(spec, None, dtypes=dtypes, rngs=rngs) if tail else None
         self.final_norm = (
-            RMSNorm(spec.hidden_size, "embed", eps=spec.norm_eps, dtypes=dtypes) if head else None
+            RMSNorm({"embed": spec.hidden_size}, spec=spec, dtypes=dtypes) if head else None
         )
         self.head = (
             Projection(
@@ -96,7 +106,7 @@ class Decoder(nnx.Module):
         self,
         tokens_BT: Int[Array, "B T"],
         positions_BT: Int[Array, "B T"],
-        mask_BTS: Bool[Array, "B 1 T S"],
+        mask_BWTS: Bool[Array, "B W T S"],
         *,
         past: KVCache | HandedOver | None = None,
         key_space: KeySpace = "pre_rope",
@@ -109,22 +119,22 @@ class Decoder(nnx.Module):
         was handed over in place of these tokens' own (then S = T). The returned cache holds only
         the *new* tokens' [L, B, T, K, H], with keys in ``key_space``. If ``layers`` (ascending) is
         given, only those layers' keys and values are kept. ``lengths_B`` is the final length of
-        each row (``rope.rope_rotation``); pass it with a past.
-        Positions and mask come from ``models.masks``.
+        each row (``rope.rope_rotations``); pass it with a past.
+        Positions and masks, one for each of ``spec.windows``, come from ``models.masks``.
         """
 
         def cache(new: Activations) -> KVCache:
             return new.cache(key_space)
 
-        how = attend if isinstance(past, KVCache) else self._by_kernel(positions_BT)
-        rotation = self.rotation(positions_BT, lengths_B)
-        return self._run(tokens_BT, rotation, mask_BTS, past, cache, how, layers)
+        hows = [self._by_xla()] if isinstance(past, KVCache) else self._by_kernel(positions_BT)
+        rotations = rope_rotations(self.spec, positions_BT, lengths_B)
+        return self._run(tokens_BT, rotations, mask_BWTS, past, cache, hows, layers)
 
     def with_queries(
         self,
         tokens_BT: Int[Array, "B T"],
         positions_BT: Int[Array, "B T"],
-        mask_BTS: Bool[Array, "B 1 T S"],
+        mask_BWTS: Bool[Array, "B W T S"],
         *,
         key_space: KeySpace = "pre_rope",
     ) -> tuple[Float[Array, "B T D"], KVCache, Float[Array, "L B T N H"]]:
@@ -133,36 +143,36 @@ class Decoder(nnx.Module):
         def both(new: Activations) -> tuple[KVCache, Array | None]:
             return new.cache(key_space), new.q
 
-        inputs = (tokens_BT, self.rotation(positions_BT), mask_BTS)
-        hidden, (cache, queries) = self._run(*inputs, None, both, attend, None)
+        inputs = (tokens_BT, rope_rotations(self.spec, positions_BT), mask_BWTS)
+        hidden, (cache, queries) = self._run(*inputs, None, both, [self._by_xla()], None)
         return hidden, cache, queries
 
     def with_outputs(
         self,
         tokens_BT: Int[Array, "B T"],
         positions_BT: Int[Array, "B T"],
-        mask_BTS: Bool[Array, "B 1 T S"],
-        output: Output,
+        mask_BWTS: Bool[Array, "B W T S"],
+        output: Output | Callable[[Activations], Array],
         *,
         layers: tuple[int, ...] | None = None,
-    ) -> tuple[Float[Array, "B T D"], Float[Array, "L B T D"]]:
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "L *_"]]:
         """A call without a past that keeps one ``output`` of the layers, and no cache.
 
-        If ``layers`` (ascending) is given, only those layers' outputs are kept. A KV-only tail has
-        none.
+        A function makes it of what a layer computes. If ``layers`` (ascending) is given, only those
+        layers' outputs are kept. A KV-only tail has none.
         """
 
         def keep(new: Activations) -> Array:
-            return getattr(new, output)
+            return getattr(new, output) if isinstance(output, str) else output(new)
 
-        inputs = (tokens_BT, self.rotation(positions_BT), mask_BTS)
+        inputs = (tokens_BT, rope_rotations(self.spec, positions_BT), mask_BWTS)
         return self._run(*inputs, None, keep, self._by_kernel(positions_BT), layers)
 
     def rotation(
         self, positions_BT: Int[Array, "B T"], lengths_B: Int[Array, "B"] | None = None
-    ) -> Rotation:
-        """Cosines and sines that turn pre-RoPE keys into post-RoPE ones (``rope.rotate``)."""
-        return rope_rotation(self.spec, positions_BT, lengths_B)
+    ) -> Rotations:
+        """What turns pre-RoPE keys of all layers into post-RoPE ones (``rope.rotate_layers``)."""
+        return layer_rotations(self.spec, positions_BT, lengths_B)
 
     def key_bias(self) -> Float[Array, "L K H"] | None:
         """The bias that ``pre_bias`` keys lack, for all layers that write keys.
@@ -179,11 +189,11 @@ class Decoder(nnx.Module):
     def _run(
         self,
         tokens_BT: Int[Array, "B T"],
-        rotation: Rotation,
-        mask_BTS: Bool[Array, "B 1 T S"],
+        rotations: Rotations,
+        mask_BWTS: Bool[Array, "B W T S"],
         past: KVCache | HandedOver | None,
         keep: Callable[[Activations], Any],
-        how: Attend,
+        hows: list[Attend],
         wanted: tuple[int, ...] | None,
     ) -> tuple[Float[Array, "B T D"], Any]:
         """Hidden states, and the results of ``keep`` for the wanted layers, stacked over layers."""
@@ -193,40 +203,62 @@ class Decoder(nnx.Module):
             graph, layers = nnx.split(self.blocks)
 
             def layer(
-                x_BTD: Array, xs: tuple[Any, KVCache | HandedOver | None]
+                x_BTD: Array, xs: tuple[Any, KVCache | HandedOver | None, _Own]
             ) -> tuple[Array, Any]:
-                params, layer_past = xs
-                x_BTD, new = nnx.merge(graph, params)(x_BTD, rotation, mask_BTS, layer_past, how)
+                params, layer_past, own = xs
+                window, rope = (0 if number is None else number for number in own)
+                rotation = jax.tree.map(lambda part: part[rope], rotations)
+                mask_B1TS = mask_BWTS[:, window, None]
+                # Kernels know their window when they are compiled.
+                how = hows[0] if len(hows) == 1 else partial(jax.lax.switch, window, hows)
+                x_BTD, new = nnx.merge(graph, params)(x_BTD, rotation, mask_B1TS, layer_past, how)
                 # ``keep`` runs inside the scan, so what it drops is never stacked over layers.
                 return self._by_rows(x_BTD), keep(new)
 
             run = _remat(layer, self.remat)
             depth = jax.tree.leaves(layers)[0].shape[0]
+            own = self._of_each(depth)
             of_blocks = wanted and tuple(number for number in wanted if number < depth)
             if of_blocks is None or len(of_blocks) == depth:
-                x_BTD, found = jax.lax.scan(run, x_BTD, (layers, past))
+                x_BTD, found = jax.lax.scan(run, x_BTD, (layers, past, own))
             else:
-                x_BTD, found = _scan_keeping(run, x_BTD, (layers, past), depth, of_blocks)
+                x_BTD, found = _scan_keeping(run, x_BTD, (layers, past, own), depth, of_blocks)
             kept.append(found)
         if self.tail is not None and (wanted is None or depth in wanted):
+            own = self.spec.ropes.index(self.spec.layer_ropes[depth])
+            rotation = jax.tree.map(lambda part: part[own], rotations)
             of_tail = keep(self.tail.without_attending(x_BTD, rotation))
             kept.append(jax.tree.map(lambda array: array[None], of_tail))
         stacked = jax.tree.map(lambda *parts: jnp.concatenate(parts), *kept)
-        return (x_BTD if self.final_norm is None else self.final_norm(x_BTD)), stacked
+        return (x_BTD if self.final_norm is None else self._last(self.final_norm(x_BTD))), stacked
 
-    def _by_kernel(self, positions_BT: Int[Array, "B T"]) -> Attend:
-        """This decoder's attention for calls without a past."""
-        if self.attention == "xla":
-            return attend
-        return partial(
-            attend,
+    def _last(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Hidden states whose products with the head are logits, whatever scales these have."""
+        return x_BTD if self.spec.logit_scale == 1 else x_BTD * self.spec.logit_scale
+
+    def _of_each(self, depth: int) -> _Own:
+        """Which of the masks and rotations each layer takes; numbers where all take the first."""
+        spec = self.spec
+        windows = [spec.windows.index(window) for window in spec.layer_windows[:depth]]
+        ropes = [spec.ropes.index(rope) for rope in spec.layer_ropes[:depth]]
+        return _Own(*(jnp.array(own) if any(own) else None for own in (windows, ropes)))
+
+    def _by_kernel(self, positions_BT: Int[Array, "B T"]) -> list[Attend]:
+        """This decoder's attention for calls without a past: one for each window, or for all."""
+        if self.attention == "xla":  # the mask says all
+            return [self._by_xla()]
+        kernel = partial(
+            self._by_xla(),
             implementation=self.attention,
             # Padding repeats the position before it. Using positions here leaves the mask unused,
             # so that XLA never builds it.
             valid_BT=jnp.diff(positions_BT, axis=1, prepend=-1) > 0,
-            window=self.spec.sliding_window,
             rows=None if self.layouts is None else self.layouts.rows,
         )
+        return [partial(kernel, window=window) for window in self.spec.windows]
+
+    def _by_xla(self) -> Attend:
+        return partial(attend, scale=self.spec.attention_scale, cap=self.spec.attention_cap)
 
     def _embedded(self, tokens_BT: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         x_BTD = self.embed.embedding[...][tokens_BT]
@@ -235,7 +267,10 @@ class Decoder(nnx.Module):
             # would go to the layout of rows by way of whole copies.
             x_BTD = jax.lax.with_sharding_constraint(x_BTD, self.layouts.embedded)
         # After the lookup, so that only the rows of the batch are cast and not the whole table.
-        return x_BTD.astype(self.dtype)
+        x_BTD = x_BTD.astype(self.dtype)
+        width = self.spec.hidden_size if self.spec.embedding_by_width else 1
+        scale = self.spec.embedding_scale * width**0.5
+        return x_BTD if scale == 1 else x_BTD * scale
 
     def _by_rows(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         if self.layouts is None:
@@ -243,13 +278,14 @@ class Decoder(nnx.Module):
         return jax.lax.with_sharding_constraint(x_BTD, self.layouts.rows)
 
     def logits(self, hidden: Float[Array, "*B D"]) -> Float[Array, "*B V"]:
-        """Float32 logits: ``hidden @ head_table().T``.
+        """Float32 logits: ``hidden @ head_table().T``, capped where the family does so.
 
         The factors have the compute dtype. The result is not rounded to it, because close logits
         would become equal.
         """
         table = self.head_table().astype(self.dtype)
-        return jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
+        found = jnp.einsum("...d,vd->...v", hidden, table, preferred_element_type=jnp.float32)
+        return capped(found, self.spec.logit_cap)
 
     def head_table(self) -> Float[Array, "V D"]:
         """The LM head's rows in the parameter dtype: the embedding table when tied."""
@@ -285,10 +321,16 @@ def _scan_keeping(
     return x, jax.tree.map(lambda all_: all_[: len(wanted)], kept)
 
 
-def _stacked_blocks(spec: DecoderSpec, count: int, dtypes: Dtypes, rngs: nnx.Rngs) -> Block:
+def _stacked_blocks(
+    spec: DecoderSpec, count: int, dtypes: Dtypes, rngs: nnx.Rngs, layouts: Layouts | None
+) -> Block:
     """``count`` blocks as one module whose parameters have a leading layer axis."""
-    build = nnx.vmap(lambda r: Block(spec, dtypes=dtypes, rngs=r), in_axes=0, out_axes=0)
-    return build(rngs.split(count))
+
+    def block(rngs: nnx.Rngs) -> Block:
+        mlp = partial(Experts, layouts=layouts) if spec.num_experts else MLP
+        return Block(spec, mlp(spec, dtypes=dtypes, rngs=rngs), dtypes=dtypes, rngs=rngs)
+
+    return nnx.vmap(block, in_axes=0, out_axes=0)(rngs.split(count))
 
 
 def _remat(layer: Any, policy: Remat) -> Any:

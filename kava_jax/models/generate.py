@@ -38,10 +38,10 @@ def generate(
     Raises KavaError for a past of other rows or length, or beyond the model's positions.
     """
     model = nnx.merge(graph, params)
-    window = model.spec.sliding_window
+    windows = model.spec.windows
     batch, length = prompt_BT.shape
     positions_BT = token_positions(valid_BT)
-    mask = attention_mask(positions_BT, positions_BT, valid_BT, window)
+    mask = attention_mask(positions_BT, positions_BT, valid_BT, windows)
     lengths_B = valid_BT.sum(axis=1)
     # Cached keys are never rotated again, so every row uses the RoPE of its full length from the
     # start.
@@ -93,7 +93,7 @@ def generate(
             position_B1,
             jnp.concatenate([slot_positions_BS, position_B1], axis=1),
             jnp.concatenate([valid_BT, written_BM, own_B1], axis=1),
-            window,
+            windows,
         )
         hidden, new = read(token_B[:, None], position_B1, mask, past=cache)
         # Prompts are padded on the left, so all rows write their new token to the same slot.

@@ -6,6 +6,7 @@ in ``dtype``. Norms and softmax are computed in float32. So are the gradients of
 they are sums over all tokens, and a long bfloat16 sum stops growing.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Literal, NamedTuple
 
@@ -15,9 +16,9 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float
 
 from kava_jax.cache import HandedOver, KVCache
-from kava_jax.models.attend import Attend, attend
+from kava_jax.models.attend import Attend
 from kava_jax.models.rope import Rotation, rotate
-from kava_jax.models.spec import DecoderSpec
+from kava_jax.models.spec import DecoderSpec, NormPlaces
 
 KeySpace = Literal["pre_bias", "pre_rope", "post_rope"]
 Output = Literal["attention_outputs", "block_outputs"]
@@ -75,28 +76,33 @@ class Projection(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """``x / sqrt(mean(x^2) + eps) * scale`` over the last axis; statistics in float32."""
+    """``x / sqrt(mean(x^2) + eps) * scale`` over the last axes; statistics in float32."""
 
-    def __init__(self, width: int, axis: str, *, eps: float, dtypes: Dtypes):
-        """Start with a scale of ones along the logical ``axis``."""
-        self.scale = nnx.Param(jnp.ones((width,), dtypes.param), axes=(axis,))
-        self.eps = eps
+    def __init__(self, axes: dict[str, int], *, spec: DecoderSpec, dtypes: Dtypes):
+        """Start with a factor of one along the logical axes, whose sizes are given."""
+        start = jnp.zeros if spec.norm_style == "offset" else jnp.ones
+        self.scale = nnx.Param(start(tuple(axes.values()), dtypes.param), axes=tuple(axes))
+        self.eps, self.style = spec.norm_eps, spec.norm_style
 
-    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-        """Normalise, cast back to the input's dtype, then scale (the order of Hugging Face)."""
-        wide = x.astype(jnp.float32)
-        scaled = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
-        return _times(scaled.astype(x.dtype), self.scale[...])
+    def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+        """Normalise and scale, in the order of the family's class in Hugging Face."""
+        wide, scale = x.astype(jnp.float32), self.scale[...]
+        mean = jnp.mean(wide * wide, axis=tuple(range(-scale.ndim, 0)), keepdims=True)
+        normed = wide * jax.lax.rsqrt(mean + self.eps)
+        if self.style == "plain":
+            return _times(normed.astype(x.dtype), scale)
+        factor = scale.astype(jnp.float32) + (1.0 if self.style == "offset" else 0.0)
+        return (normed * factor.reshape((1,) * (x.ndim - scale.ndim) + scale.shape)).astype(x.dtype)
 
 
 @jax.custom_vjp
-def _times(x: Float[Array, "*B D"], scale: Float[Array, "D"]) -> Float[Array, "*B D"]:
+def _times(x: Float[Array, "..."], scale: Float[Array, "..."]) -> Float[Array, "..."]:
     """``x * scale`` in x's dtype; the gradient of ``scale`` is summed over tokens in float32.
 
     The gradient is written by hand because autodiff of a float32 product would store a float32 copy
     of ``x``.
     """
-    return x * scale.astype(x.dtype).reshape((1,) * (x.ndim - 1) + scale.shape)
+    return x * scale.astype(x.dtype).reshape((1,) * (x.ndim - scale.ndim) + scale.shape)
 
 
 def _times_forward(x: Array, scale: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -106,7 +112,8 @@ def _times_forward(x: Array, scale: Array) -> tuple[Array, tuple[Array, Array]]:
 def _times_backward(saved: tuple[Array, Array], slope: Array) -> tuple[Array, Array]:
     x, scale = saved
     of_scale = slope.astype(jnp.float32) * x.astype(jnp.float32)
-    return _times(slope, scale), of_scale.sum(axis=tuple(range(x.ndim - 1))).astype(scale.dtype)
+    tokens = tuple(range(x.ndim - scale.ndim))
+    return _times(slope, scale), of_scale.sum(axis=tokens).astype(scale.dtype)
 
 
 _times.defvjp(_times_forward, _times_backward)
@@ -116,7 +123,8 @@ class Activations(NamedTuple):
     """What one layer computes and a caller may keep: keys (three stages), values, queries, outputs.
 
     ``attention_outputs`` are what attention adds to the residual stream, after its output
-    projection; ``block_outputs`` are that stream after the whole layer.
+    projection; ``block_outputs`` are that stream after the whole layer, and ``units`` the inner
+    units of the MLP.
 
     ``pre_bias`` keys are the projection's output before its bias is added. In bfloat16 a large bias
     costs precision, because rounding follows the magnitude of the sum. If there is no bias, or a
@@ -130,6 +138,7 @@ class Activations(NamedTuple):
     q: Float[Array, "B T N H"] | None = None
     attention_outputs: Float[Array, "B T D"] | None = None
     block_outputs: Float[Array, "B T D"] | None = None
+    units: Float[Array, "B T F"] | None = None
 
     def cache(self, key_space: KeySpace) -> KVCache:
         """The keys of one stage, with the values."""
@@ -150,16 +159,17 @@ class Attention(nnx.Module):
         heads = {"heads": spec.num_heads, "head_dim": spec.head_dim}
         project = partial(Projection, std=spec.initializer_range, dtypes=dtypes, rngs=rngs)
 
-        def norm() -> RMSNorm | None:
+        def norm(heads: dict[str, int]) -> RMSNorm | None:
             if not spec.qk_norm:
                 return None
-            return RMSNorm(spec.head_dim, "head_dim", eps=spec.norm_eps, dtypes=dtypes)
+            axes = heads if spec.qk_norm_over_heads else {"head_dim": spec.head_dim}
+            return RMSNorm(axes, spec=spec, dtypes=dtypes)
 
         self.k = project(model, kv_heads, bias=spec.qkv_bias)
         self.v = project(model, kv_heads, bias=spec.qkv_bias)
         self.q = project(model, heads, bias=spec.qkv_bias)
-        self.q_norm = norm()
-        self.k_norm = norm()
+        self.q_norm = norm(heads)
+        self.k_norm = norm(kv_heads)
         if output:
             self.o = project(heads, model, bias=spec.output_bias)
 
@@ -184,12 +194,12 @@ class Attention(nnx.Module):
         rotation: Rotation,
         mask_BTS: Bool[Array, "B 1 T S"],
         past: KVCache | HandedOver | None,
-        how: Attend = attend,
+        how: Attend,
     ) -> tuple[Float[Array, "B T D"], Activations]:
         """Attend over ``past`` (post-RoPE, one layer) followed by the tokens of ``x``.
 
         What was handed over takes the place of the tokens' own keys and values. ``how(q, k, v,
-        mask)`` computes the attention: ``attend``, or a ``partial`` of it.
+        mask)`` computes the attention: a ``partial`` of ``attend``.
         """
         new, q_BTNH = self.keys_values(x_BTD, rotation), self.queries(x_BTD, rotation)
         # Keys in the past are rotated already; only the new ones were rotated above.
@@ -205,7 +215,7 @@ class Attention(nnx.Module):
 
 
 class MLP(nnx.Module):
-    """``down(silu(gate(x)) * up(x))``."""
+    """``down(activation(gate(x)) * up(x))``."""
 
     def __init__(self, spec: DecoderSpec, *, dtypes: Dtypes, rngs: nnx.Rngs):
         """Build the three projections."""
@@ -217,33 +227,53 @@ class MLP(nnx.Module):
             dtypes=dtypes,
             rngs=rngs,
         )
+        # The only GELU that any family has is the one by tanh.
+        self.activation = {"silu": jax.nn.silu, "gelu_tanh": jax.nn.gelu}[spec.activation]
         self.gate = project(model, inner)
         self.up = project(model, inner)
         self.down = project(inner, model)
 
-    def __call__(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """Gate, multiply, project back."""
-        return self.down(self.units(x_BTD))
+    def __call__(
+        self, x_BTD: Float[Array, "B T D"]
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "B T F"]]:
+        """The output, and the units that it was made of."""
+        units_BTF = self.units(x_BTD)
+        return self.down(units_BTF), units_BTF
 
     def units(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
         """The inner units, which ``down`` reads."""
-        return jax.nn.silu(self.gate(x_BTD)) * self.up(x_BTD)
+        return self.activation(self.gate(x_BTD)) * self.up(x_BTD)
 
 
 class Block(nnx.Module):
-    """One pre-norm decoder layer; with ``whole=False`` only what makes keys, values and queries.
+    """One decoder layer; without an ``mlp`` only what makes keys, values and queries.
 
-    The latter is the *tail* of a cut teacher, its last layer.
+    The latter is the *tail* of a cut teacher, its last layer. Norms are where the spec says.
     """
 
-    def __init__(self, spec: DecoderSpec, *, dtypes: Dtypes, rngs: nnx.Rngs, whole: bool = True):
-        """Build attention, MLP and their norms."""
-        width, eps = spec.hidden_size, spec.norm_eps
-        self.attention_norm = RMSNorm(width, "embed", eps=eps, dtypes=dtypes)
-        self.attention = Attention(spec, dtypes=dtypes, rngs=rngs, output=whole)
-        if whole:
-            self.mlp_norm = RMSNorm(width, "embed", eps=eps, dtypes=dtypes)
-            self.mlp = MLP(spec, dtypes=dtypes, rngs=rngs)
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        mlp: Callable[[Array], tuple[Array, Array | None]] | None,
+        *,
+        dtypes: Dtypes,
+        rngs: nnx.Rngs,
+    ):
+        """Build attention and norms around ``mlp``: an ``MLP``, or a mixture of experts."""
+
+        def norm(*places: NormPlaces) -> RMSNorm | None:
+            if spec.norm_places not in places:
+                return None
+            return RMSNorm({"embed": spec.hidden_size}, spec=spec, dtypes=dtypes)
+
+        self.residual_scale = spec.residual_scale
+        self.attention_norm = norm("before", "both")
+        self.attention = Attention(spec, dtypes=dtypes, rngs=rngs, output=mlp is not None)
+        if mlp is not None:
+            self.attention_out_norm = norm("after", "both")
+            self.mlp_norm = norm("before", "both")
+            self.mlp = mlp
+            self.mlp_out_norm = norm("after", "both")
 
     def __call__(
         self,
@@ -251,16 +281,28 @@ class Block(nnx.Module):
         rotation: Rotation,
         mask_BTS: Bool[Array, "B 1 T S"],
         past: KVCache | HandedOver | None,
-        how: Attend = attend,
+        how: Attend,
     ) -> tuple[Float[Array, "B T D"], Activations]:
         """Residual attention, then residual MLP; also returns what may be kept of them."""
-        y_BTD, new = self.attention(self.attention_norm(x_BTD), rotation, mask_BTS, past, how)
+        normed = _normed(self.attention_norm, x_BTD)
+        y_BTD, new = self.attention(normed, rotation, mask_BTS, past, how)
+        y_BTD = self._added(self.attention_out_norm, y_BTD)
         x_BTD = x_BTD + y_BTD
-        x_BTD = x_BTD + self.mlp(self.mlp_norm(x_BTD))
-        return x_BTD, new._replace(attention_outputs=y_BTD, block_outputs=x_BTD)
+        z_BTD, units = self.mlp(_normed(self.mlp_norm, x_BTD))
+        x_BTD = x_BTD + self._added(self.mlp_out_norm, z_BTD)
+        return x_BTD, new._replace(attention_outputs=y_BTD, block_outputs=x_BTD, units=units)
 
     def without_attending(self, x_BTD: Float[Array, "B T D"], rotation: Rotation) -> Activations:
         """Keys, values and queries alone. ``jit`` removes those that nothing uses."""
-        normed = self.attention_norm(x_BTD)
+        normed = _normed(self.attention_norm, x_BTD)
         new = self.attention.keys_values(normed, rotation)
         return new._replace(q=self.attention.queries(normed, rotation))
+
+    def _added(self, norm: RMSNorm | None, y_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """What is added to the residual stream of what attention or MLP give."""
+        scale = self.residual_scale
+        return _normed(norm, y_BTD) * scale if scale != 1 else _normed(norm, y_BTD)
+
+
+def _normed(norm: RMSNorm | None, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    return x_BTD if norm is None else norm(x_BTD)

@@ -10,6 +10,7 @@ own uncached result for the same text.
 """
 
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -22,15 +23,19 @@ from kava_jax.models.spec import (
     LinearRopeScaling,
     Llama3RopeScaling,
     LongRopeScaling,
+    Rope,
+    RopeScaling,
     YarnRopeScaling,
 )
 
 Rotation = tuple[Float[Array, "B T 1 h"], Float[Array, "B T 1 h"]]
 """Cosines and sines of every position's angles, with an axis to broadcast over heads."""
+Rotations = tuple[Float[Array, "_ B T 1 h"], Float[Array, "_ B T 1 h"]]
+"""Of several layers, or the one of them all."""
 
 
-def rope_frequencies(spec: DecoderSpec, lengths_B: Int[Array, "B"]) -> Float[Array, "#B h"]:
-    """Angular frequency of each rotated pair, in radians per position: float32 [B or 1, H / 2].
+def rope_frequencies(rope: Rope, lengths_B: Int[Array, "B"]) -> Float[Array, "#B h"]:
+    """Angular frequency of each rotated pair, in radians per position: float32 [B or 1, dim / 2].
 
     ``theta ** (-2 i / H)``, then the model's scaling. A scaling that depends on the length gives a
     row of frequencies for each of ``lengths_B``; the others give one row for all.
@@ -39,9 +44,9 @@ def rope_frequencies(spec: DecoderSpec, lengths_B: Int[Array, "B"]) -> Float[Arr
     """
     # In float64, rounded once at the end: an angle is position times frequency, so the error of a
     # frequency grows along the row.
-    exponent = np.arange(0, spec.head_dim, 2, dtype=np.float64) / spec.head_dim
-    plain = spec.rope_theta**-exponent
-    match spec.rope_scaling:
+    exponent = np.arange(0, rope.dim, 2, dtype=np.float64) / rope.dim
+    plain = rope.theta**-exponent
+    match rope.scaling:
         case None:
             scaled = plain
         case LinearRopeScaling(factor):
@@ -49,9 +54,9 @@ def rope_frequencies(spec: DecoderSpec, lengths_B: Int[Array, "B"]) -> Float[Arr
         case Llama3RopeScaling() as scaling:
             scaled = _llama3(plain, scaling)
         case YarnRopeScaling() as scaling:
-            scaled = _yarn(plain, scaling, spec)
+            scaled = _yarn(plain, scaling, rope)
         case DynamicRopeScaling(factor):
-            return _dynamic(plain, exponent, factor, spec, lengths_B)
+            return _dynamic(plain, exponent, factor, rope, lengths_B)
         case LongRopeScaling() as scaling:
             short, long = (
                 jnp.asarray(plain / np.array(divisors), jnp.float32)
@@ -73,13 +78,13 @@ def _llama3(frequencies: np.ndarray, scaling: Llama3RopeScaling) -> np.ndarray:
     return frequencies * (keep + (1.0 - keep) / scaling.factor)
 
 
-def _yarn(frequencies: np.ndarray, scaling: YarnRopeScaling, spec: DecoderSpec) -> np.ndarray:
+def _yarn(frequencies: np.ndarray, scaling: YarnRopeScaling, rope: Rope) -> np.ndarray:
     """Like llama3, but the blend is linear in the pair's index (arXiv 2309.00071, 3.2)."""
-    dim, context = spec.head_dim, scaling.original_max_position_embeddings
+    dim, context = rope.dim, scaling.original_max_position_embeddings
 
     def pair_of(turns: float) -> float:
         """The (fractional) index of the pair that makes ``turns`` turns in the original length."""
-        return dim * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(spec.rope_theta))
+        return dim * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(rope.theta))
 
     low, high = pair_of(scaling.beta_fast), pair_of(scaling.beta_slow)
     if scaling.truncate:
@@ -97,23 +102,22 @@ def _dynamic(
     frequencies: np.ndarray,
     exponent: np.ndarray,
     factor: float,
-    spec: DecoderSpec,
+    rope: Rope,
     lengths_B: Int[Array, "B"],
 ) -> Float[Array, "B h"]:
-    """Base beyond max: ``theta * (factor * length / max - (factor - 1)) ** (H / (H - 2))``."""
-    longest = spec.max_position_embeddings
+    """Base beyond max: ``theta * (factor * length / max - (factor - 1)) ** (dim / (dim - 2))``."""
+    longest = rope.longest
     times_B = jnp.maximum(lengths_B, longest).astype(jnp.float32) / longest
     stretch_B = factor * times_B - (factor - 1)
-    # The base grows by stretch ** (H / (H - 2)). A frequency is base ** -exponent, so it changes by
-    # this power of the stretch.
-    power = -exponent * spec.head_dim / (spec.head_dim - 2)
+    # The base grows by stretch ** (dim / (dim - 2)). A frequency is base ** -exponent, so it
+    # changes by this power of the stretch.
+    power = -exponent * rope.dim / (rope.dim - 2)
     plain, power = jnp.asarray(frequencies, jnp.float32), jnp.asarray(power, jnp.float32)
     return plain[None] * stretch_B[:, None] ** power[None]
 
 
-def attention_factor(spec: DecoderSpec) -> float:
+def attention_factor(scaling: RopeScaling | None) -> float:
     """The factor by which yarn and longrope scale rotated keys and queries; otherwise 1."""
-    scaling = spec.rope_scaling
     if not isinstance(scaling, YarnRopeScaling | LongRopeScaling):
         return 1.0
     if scaling.attention_factor is not None:
@@ -130,30 +134,62 @@ def attention_factor(spec: DecoderSpec) -> float:
     return scale(1.0)
 
 
-def rope_rotation(
+def rope_rotations(
     spec: DecoderSpec, positions_BT: Int[Array, "B T"], lengths_B: Int[Array, "B"] | None = None
-) -> Rotation:
-    """Float32 cosines and sines of every position's angles.
+) -> Rotations:
+    """Float32 cosines and sines of every position's angles, for each of ``spec.ropes``.
 
     ``lengths_B`` is the final length of each row; None means its current length, the last position
     plus one.
     """
     if lengths_B is None:
         lengths_B = positions_BT.max(axis=1) + 1
-    frequencies_Bh = rope_frequencies(spec, lengths_B)
-    angles = positions_BT[:, :, None, None].astype(jnp.float32) * frequencies_Bh[:, None, None, :]
-    factor = attention_factor(spec)
-    return factor * jnp.cos(angles), factor * jnp.sin(angles)
+    positions_BT11 = positions_BT[:, :, None, None].astype(jnp.float32)
+
+    def of(rope: Rope | None) -> Rotation:
+        if rope is None:  # by an angle of 0, which changes no bit
+            shape = (*positions_BT.shape, 1, (spec.rotary_dim or spec.head_dim) // 2)
+            return jnp.ones(shape), jnp.zeros(shape)
+        angles = positions_BT11 * rope_frequencies(rope, lengths_B)[:, None, None, :]
+        factor = attention_factor(rope.scaling)
+        return factor * jnp.cos(angles), factor * jnp.sin(angles)
+
+    return jax.tree.map(lambda *parts: jnp.stack(parts), *map(of, spec.ropes))
+
+
+def layer_rotations(
+    spec: DecoderSpec, positions_BT: Int[Array, "B T"], lengths_B: Int[Array, "B"] | None = None
+) -> Rotations:
+    """Those of every layer, as ``rotate_layers`` takes them; a single one where all are alike."""
+    own = rope_rotations(spec, positions_BT, lengths_B)
+    which = np.array([spec.ropes.index(rope) for rope in spec.layer_ropes])
+    return own if len(spec.ropes) == 1 else jax.tree.map(lambda part: part[which], own)
 
 
 def rotate(x_BTNH: Float[Array, "B T N H"], rotation: Rotation) -> Float[Array, "B T N H"]:
-    """Rotate each pair (i, i + H/2) by its position's angle; float32 inside, input dtype out."""
+    """Rotate each pair (i, i + dim/2) by its position's angle; float32 inside, input dtype out.
+
+    Numbers of a head beyond ``dim`` stay.
+    """
     cos, sin = rotation
-    first, second = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x_BTNH.dtype)
+    half = cos.shape[-1]
+    first, second, rest = jnp.split(x_BTNH.astype(jnp.float32), (half, 2 * half), axis=-1)
+    turned = (first * cos - second * sin, second * cos + first * sin)
+    return jnp.concatenate([*turned, rest], axis=-1).astype(x_BTNH.dtype)
 
 
-def rotate_layers(keys: Float[Array, "L B T K H"], rotation: Rotation) -> Float[Array, "L B T K H"]:
-    """Keys of all layers after RoPE, in float32."""
-    return jax.vmap(lambda layer: rotate(layer.astype(jnp.float32), rotation))(keys)
+def rotate_layers(
+    keys: Float[Array, "L B T K H"], rotations: Rotations
+) -> Float[Array, "L B T K H"]:
+    """Keys of several layers after RoPE, in float32; there is one rotation for each, or for all."""
+    one = rotations[0].shape[0] == 1
+    each = jax.tree.map(lambda part: part[0], rotations) if one else rotations
+    turn = jax.vmap(rotate, in_axes=(0, None if one else 0))
+    return turn(keys.astype(jnp.float32), each)
+
+
+def of_layers(rotations: Rotations, layers: Sequence[int]) -> Rotations:
+    """The rotations of some of the layers."""
+    if rotations[0].shape[0] == 1:
+        return rotations
+    return jax.tree.map(lambda part: part[np.array(layers)], rotations)

@@ -29,6 +29,7 @@ RULES: dict[str | None, str | None] = {
     # RoPE pairs the two halves of a head, so splitting a head would send them between devices.
     "head_dim": None,
     "ffw": "tensor",
+    "experts": None,
     "kv_in": "fsdp",
     "kv_hidden": "tensor",
     "kv_out": None,

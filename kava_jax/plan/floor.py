@@ -51,7 +51,9 @@ def step_floor(blueprint: Blueprint, rows: int, length: int, targets: int) -> di
 def layer_flops(spec: DecoderSpec, length: int) -> float:
     """Forward FLOPs of one decoder layer for one token of ``length``, on average over positions."""
     width, queries = spec.hidden_size, spec.num_heads * spec.head_dim
-    weights = 2 * width * queries + _keys_values(spec) + 3 * width * spec.intermediate_size
+    experts = spec.experts_per_token or 1
+    weights = 2 * width * queries + _keys_values(spec) + width * spec.num_experts
+    weights += 3 * width * spec.intermediate_size * experts
     # Scores and weighted sum, 2 FLOPs each per query entry and attended token: (length + 1) / 2.
     return 2.0 * weights + 4.0 * queries * (length + 1) / 2
 

@@ -207,6 +207,11 @@ def make_blueprint(
             f" use a multiple of {shards} or lower mesh.data"
         )
     student_dir, student_spec, _ = models.student
+    if student_spec.num_experts:
+        raise KavaError(
+            f"student: a mixture of experts ({student_spec.family}) can teach, and is not trained "
+            "here; give a dense student"
+        )
     dtype = _dtype(config.train.dtype)
     remat, layout = config.student.remat, layouts(mesh)
     build = partial(_build_decoder, student_spec, dtype=dtype, remat=remat, layouts=layout)
@@ -319,7 +324,7 @@ def _check_frame(config: Config, student: DecoderSpec, teachers: Mapping[str, Te
 
 def _attention(config: Config, mesh: Mesh, who: str, spec: DecoderSpec, dtype: Any) -> Choice:
     """What one model attends with when it reads a batch."""
-    return choose(config.train.attention, mesh.devices.flat[0], who, dtype, spec.head_dim)
+    return choose(config.train.attention, mesh.devices.flat[0], who, dtype, spec)
 
 
 def _dtype(name: str) -> Any:

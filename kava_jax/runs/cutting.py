@@ -42,6 +42,7 @@ from kava_jax.hf.load import read_spec
 from kava_jax.hf.locate import model_fingerprint
 from kava_jax.hf.names import parameter_shapes
 from kava_jax.models.decoder import Decoder, Params
+from kava_jax.models.layers import Activations
 from kava_jax.models.masks import attention_mask, token_positions
 from kava_jax.models.spec import DecoderSpec
 from kava_jax.parallel.sharding import replicated
@@ -260,21 +261,14 @@ def unit_means(blueprint: Blueprint, params: Params, batches: Batches) -> Float[
 def _unit_sums(graph: nnx.GraphDef[Decoder], params: Params, batch: Batch) -> Float[Array, "L F"]:
     model = nnx.merge(graph, params)
     positions_BT = token_positions(batch.valid)
-    mask = attention_mask(positions_BT, positions_BT, batch.valid, model.spec.sliding_window)
-    rotation = model.rotation(positions_BT)
-    assert model.blocks is not None  # a whole model
-    blocks, layers = nnx.split(model.blocks)
+    mask = attention_mask(positions_BT, positions_BT, batch.valid, model.spec.windows)
 
-    def layer(x_BTD: Array, own: Any) -> tuple[Array, Array]:
-        block = nnx.merge(blocks, own)
-        y_BTD, _ = block.attention(block.attention_norm(x_BTD), rotation, mask, None)
-        units_BTF = jnp.abs(block.mlp.units(block.mlp_norm(x_BTD + y_BTD)))
-        counted = jnp.where(batch.valid[..., None], units_BTF.astype(jnp.float32), 0)
-        # The compiler computes the attention once, here and in the block.
-        return block(x_BTD, rotation, mask, None)[0], counted.sum(axis=(0, 1))
+    def summed(new: Activations) -> Array:
+        assert new.units is not None
+        units_BTF = jnp.abs(new.units.astype(jnp.float32))
+        return jnp.where(batch.valid[..., None], units_BTF, 0).sum(axis=(0, 1))
 
-    embedded = model.embed.embedding[...][batch.tokens].astype(model.dtype)
-    return jax.lax.scan(layer, embedded, layers)[1]
+    return model.with_outputs(batch.tokens, positions_BT, mask, summed)[1]
 
 
 def _skipping(params: Params, kept_L: Float[Array, "L"]) -> Params:

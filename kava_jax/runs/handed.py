@@ -25,7 +25,7 @@ from kava_jax.journal.checkpoint import Checkpoints, abstract_state
 from kava_jax.journal.manifest import Fingerprints
 from kava_jax.models.decoder import Decoder, Params
 from kava_jax.models.masks import attention_mask, token_positions
-from kava_jax.models.rope import rope_rotation
+from kava_jax.models.rope import layer_rotations
 from kava_jax.models.spec import DecoderSpec
 from kava_jax.parallel.sharding import replicated
 from kava_jax.runs.evaluate import continuation, evaluate, scores
@@ -182,13 +182,13 @@ def _reading(
             model = nnx.merge(graph, weights[name])
             # Kernels take no padding on the left.
             model.attention = "xla"
-            mask = attention_mask(positions_BT, positions_BT, valid_BT, model.spec.sliding_window)
+            mask = attention_mask(positions_BT, positions_BT, valid_BT, model.spec.windows)
             layers[name] = term.maps[name].read_layers
             _, caches[name] = model(
                 tokens_BT, positions_BT, mask, key_space="pre_rope", layers=layers[name]
             )
         # Cached keys are never rotated again: the row's full length counts, as in ``generate``.
-        rotation = rope_rotation(answerer, positions_BT, lengths_B)
+        rotation = layer_rotations(answerer, positions_BT, lengths_B)
         return term.handoff(params, layers)(caches, rotation)
 
     return past

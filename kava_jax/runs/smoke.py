@@ -166,19 +166,23 @@ def _shrunk(spec: DecoderSpec, depth: int, largest_head_dim: int, vocabulary: in
     # Even, because RoPE turns pairs of dimensions.
     head_dim = max(2, 2 * (spec.head_dim * LARGEST_HEAD_DIM // largest_head_dim // 2))
     head_dim = min(spec.head_dim, head_dim)
+    rotary_dim = spec.rotary_dim and max(2, 2 * (spec.rotary_dim * head_dim // spec.head_dim // 2))
     rope = spec.rope_scaling
     if isinstance(rope, LongRopeScaling):  # one factor for each pair of the head dim
         # Each pair that is left takes the factor of the pair at the same relative place.
-        places = [pair * spec.head_dim // head_dim for pair in range(head_dim // 2)]
+        left = (rotary_dim or head_dim) // 2
+        places = [pair * len(rope.short_factor) // left for pair in range(left)]
         fewer = {
             name: tuple(getattr(rope, name)[place] for place in places)
             for name in ("short_factor", "long_factor")
         }
         rope = dataclasses.replace(rope, **fewer)
     return dataclasses.replace(
-        spec,
-        num_layers=max(1, spec.num_layers // depth),
+        spec.among(tuple(range(max(1, spec.num_layers // depth)))),
         head_dim=head_dim,
+        rotary_dim=rotary_dim,
+        num_experts=min(spec.num_experts, 8),
+        experts_per_token=min(spec.experts_per_token, 2),
         rope_scaling=rope,
         # A multiple of the heads: transformers refuses other widths, even with a head dim.
         hidden_size=-(-max(8, spec.hidden_size // WIDTH_SHRINK) // spec.num_heads) * spec.num_heads,

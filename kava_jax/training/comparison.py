@@ -22,9 +22,9 @@ from kava_jax.alignment.projector import KVDimensionProjector
 from kava_jax.cache import HandedOver, KVCache
 from kava_jax.data.batches import Batch
 from kava_jax.models.decoder import Decoder, Params
-from kava_jax.models.layers import KeySpace, Output, Rotation
+from kava_jax.models.layers import KeySpace, Output
 from kava_jax.models.masks import attention_mask, token_positions
-from kava_jax.models.rope import rotate_layers
+from kava_jax.models.rope import Rotations, of_layers, rotate_layers
 from kava_jax.models.spec import DecoderSpec
 
 # A cache can hold keys before their bias too; these two are what may be compared.
@@ -41,6 +41,21 @@ Vectors = dict[str, Float[Array, "_ _ _ _ _"]]
 Compared = tuple[Vectors, Vectors, Vectors]
 
 
+class Attended(NamedTuple):
+    """Two caches and the queries that read both."""
+
+    queries: Float[Array, "P B T N H"]
+    """Scaled so that scores are their products with keys, over sqrt(H)."""
+    student: KVCache
+    """Keys after RoPE and with biases, as the target's."""
+    target: KVCache
+    masks: Bool[Array, "B W T S"]
+    mask_of: tuple[int, ...]
+    """By layer, which of the masks."""
+    cap: float | None
+    """Of the scores."""
+
+
 class ForwardPass(NamedTuple):
     """What one model makes of a batch."""
 
@@ -49,8 +64,9 @@ class ForwardPass(NamedTuple):
     vectors: Vectors
     """Of the kept layers, by part; keys before their bias, unless others were asked for."""
     queries: Float[Array, "L B T N H"] | None
-    mask: Bool[Array, "B 1 T S"]
-    rotation: Rotation
+    masks: Bool[Array, "B W T S"]
+    rotations: Rotations
+    """Of all layers."""
     layers: tuple[int, ...] | None = None
     """Which layers were kept; None: all."""
 
@@ -64,19 +80,19 @@ def forward(
     key_space: KeySpace = "pre_bias",
     queries: bool = False,
     layers: tuple[int, ...] | None = None,
-    handed: Callable[[Rotation], HandedOver] | None = None,
+    handed: Callable[[Rotations], HandedOver] | None = None,
 ) -> ForwardPass:
     """Run one model over the batch, keeping its cache or, where it is named, one ``output``.
 
     With ``queries`` a cache comes with the post-RoPE queries, of all layers; otherwise ``layers``
     says of which layers anything is kept. ``handed`` gives what is handed over, for the model's
-    rotation, to a pass that keeps no more than its cache.
+    rotations, to a pass that keeps no more than its cache.
     """
     model = nnx.merge(graph, params)
     positions_BT = token_positions(batch.valid)
-    mask = attention_mask(positions_BT, positions_BT, batch.valid, model.spec.sliding_window)
+    mask = attention_mask(positions_BT, positions_BT, batch.valid, model.spec.windows)
     inputs, asked = (batch.tokens, positions_BT, mask), None
-    rotation = model.rotation(positions_BT)
+    rotations = model.rotation(positions_BT)
     if output is not None:
         hidden, outputs = model.with_outputs(*inputs, output, layers=layers)
         vectors = {"o": outputs[..., None, :]}
@@ -86,10 +102,10 @@ def forward(
             layers = None
             hidden, cache, asked = model.with_queries(*inputs, key_space=key_space)
         else:
-            past = None if handed is None else handed(rotation)
+            past = None if handed is None else handed(rotations)
             hidden, cache = model(*inputs, past=past, key_space=key_space, layers=layers)
         vectors = cache._asdict()
-    return ForwardPass(model, hidden, vectors, asked, mask, rotation, layers)
+    return ForwardPass(model, hidden, vectors, asked, mask, rotations, layers)
 
 
 @dataclass(frozen=True)
@@ -179,7 +195,8 @@ class CacheComparison(LayerComparison):
         """
         whole = run.vectors if self.remove_key_bias else full_cache(run)._asdict()
         if self.key_space == "post_rope":
-            whole = whole | {"k": rotate_layers(whole["k"], run.rotation)}
+            kept = range(len(whole["k"])) if run.layers is None else run.layers
+            whole = whole | {"k": rotate_layers(whole["k"], of_layers(run.rotations, kept))}
         return whole
 
     def can_attend(self, direction: str) -> bool:
@@ -188,11 +205,8 @@ class CacheComparison(LayerComparison):
 
     def attended(
         self, compared: Compared, direction: str, student: ForwardPass, teacher: ForwardPass
-    ) -> tuple[Float[Array, "P B T N H"], KVCache, KVCache, Bool[Array, "B 1 T S"]]:
-        """What the queries of the space (student's or teacher's) need to read both caches.
-
-        The queries, student and target with keys after RoPE and with biases, and the mask.
-        """
+    ) -> Attended:
+        """What the queries of the space (student's or teacher's) need to read both caches."""
         # Layers of the space's model. In the teacher's space rows have one layer (``can_attend``).
         space, layers = student, list(self.layer_map.student_layers)
         if direction != "teacher_to_student":
@@ -209,11 +223,15 @@ class CacheComparison(LayerComparison):
             if self.key_space == "post_rope":
                 return cache
             keys = cache.k if bias is None else _with_bias(cache.k, bias[np.array(layers)])
-            return cache._replace(k=rotate_layers(keys, space.rotation))
+            return cache._replace(k=rotate_layers(keys, of_layers(space.rotations, layers)))
 
         ours, theirs, _ = compared
-        queries = space.queries[np.array(layers)]
-        return queries, as_attended(ours), as_attended(theirs), space.mask
+        queries, spec = space.queries[np.array(layers)], space.model.spec
+        if spec.attention_scale is not None:
+            queries = queries * (spec.attention_scale * spec.head_dim**0.5)
+        which = tuple(spec.windows.index(spec.layer_windows[layer]) for layer in layers)
+        caches = (as_attended(ours), as_attended(theirs))
+        return Attended(queries, *caches, space.masks, which, spec.attention_cap)
 
 
 def full_cache(run: ForwardPass) -> KVCache:

@@ -20,7 +20,7 @@ from kava_jax.alignment.projector import KVDimensionProjector
 from kava_jax.cache import HandedOver
 from kava_jax.data.batches import Batch
 from kava_jax.models.decoder import Params
-from kava_jax.models.rope import Rotation
+from kava_jax.models.rope import Rotations
 from kava_jax.training.comparison import ForwardPass, full_cache
 
 # The draw of rows has a key of its own; microbatches have the small numbers.
@@ -68,11 +68,11 @@ class HandoffTerm:
         batch: Batch,
         handed_B: Bool[Array, "B"],
         readers: Mapping[str, ForwardPass],
-        rotation: Rotation,
+        rotations: Rotations,
     ) -> HandedOver:
-        """What an answerer with this rotation is given of the readers' passes, by teacher."""
+        """What an answerer with these rotations is given of the readers' passes, by teacher."""
         handoff = self.handoff(params, {name: run.layers for name, run in readers.items()})
-        cache = handoff({name: full_cache(run) for name, run in readers.items()}, rotation)
+        cache = handoff({name: full_cache(run) for name, run in readers.items()}, rotations)
         where_BT = handed_tokens(batch) & handed_B[:, None]
         return HandedOver(cache, jnp.broadcast_to(where_BT, (cache.k.shape[0], *where_BT.shape)))
 

@@ -26,9 +26,10 @@ from kava_jax.data.batches import Batch
 from kava_jax.diagnostics import alignment
 from kava_jax.geometry import Mean, masked_mean
 from kava_jax.losses import cross_entropy, logit_kl, mercator
+from kava_jax.models.attend import capped
 from kava_jax.models.decoder import Decoder, Params
 from kava_jax.models.layers import Output
-from kava_jax.models.rope import Rotation
+from kava_jax.models.rope import Rotations
 from kava_jax.models.spec import DecoderSpec
 from kava_jax.training.comparison import (
     CacheComparison,
@@ -224,13 +225,12 @@ class Objective:
         metrics |= of_kv
         if self.match_attention:
             assert isinstance(comparison, CacheComparison)
-            queries, own, target, visible = comparison.attended(
-                aimed, self.direction, student, teacher
-            )
+            read = comparison.attended(aimed, self.direction, student, teacher)
             # In the student's space these queries are its own. With a gradient they could lower the
             # loss where the keys should.
-            queries = jax.lax.stop_gradient(queries)
-            attention = attention_kl(queries, own.k, target.k, visible, mask)
+            queries = jax.lax.stop_gradient(read.queries)
+            keys = (read.student.k, read.target.k)
+            attention = attention_kl(queries, *keys, read.masks, mask, read.mask_of, read.cap)
             kv = kv + attention
             metrics["attention_kl"] = masked_mean(attention, mask)
         # Each teacher's mean is over its own targets.
@@ -260,8 +260,12 @@ class Objective:
             of_mean *= jnp.where(handed_B, self.handoff.weight(step), 1.0)[:, None]
 
         def losses(logits: dict[str, Array], labels: Array) -> Array:
-            own = logits["student"]
-            divergences = [_divergence(own, logits[name], self.kl_temperature) for name in teachers]
+            caps = {name: run.model.spec.logit_cap for name, run in teachers.items()}
+            own = capped(logits["student"], student.model.spec.logit_cap)
+            divergences = [
+                _divergence(own, capped(logits[name], cap), self.kl_temperature)
+                for name, cap in caps.items()
+            ]
             return jnp.stack([_cross_entropy(own, labels), *divergences], axis=-1)
 
         total, losses_BUK = weighted_losses(
@@ -288,7 +292,7 @@ class Objective:
         name: str,
         params: Params,
         batch: Batch,
-        handed: Callable[[Rotation], HandedOver],
+        handed: Callable[[Rotations], HandedOver],
         step: Int[Array, ""],
         share: float | Float[Array, ""],
     ) -> tuple[Float[Array, ""], Mean]:
@@ -303,7 +307,9 @@ class Objective:
             batch.tokens[:, 1:],
             mask_BU,
             weights_BU[..., None],
-            lambda logits, labels: _cross_entropy(logits["student"], labels)[..., None],
+            lambda logits, labels: _cross_entropy(
+                capped(logits["student"], run.model.spec.logit_cap), labels
+            )[..., None],
             shards=self.batch_shards,
             layouts=run.model.layouts,
             table_learns=False,

@@ -66,8 +66,9 @@ def examine(
             aligned[f"{name}/{part}"] = alignment(ours, theirs, batch.kv_mask, own)
         comparison, direction = objective.teachers[name].comparison, objective.direction
         if isinstance(comparison, CacheComparison) and comparison.can_attend(direction):
-            attended = comparison.attended(compared, direction, student, teacher)
-            attention[name] = attention_output_cosine(*attended, batch.kv_mask)
+            read = comparison.attended(compared, direction, student, teacher)
+            sides, rest = (read.queries, read.student, read.target), (read.mask_of, read.cap)
+            attention[name] = attention_output_cosine(*sides, read.masks, batch.kv_mask, *rest)
     return Examination(samples, aligned, attention)
 
 

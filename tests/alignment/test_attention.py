@@ -24,7 +24,7 @@ VALID = np.array(
 # The first real token is a key like any other, and no query that counts.
 COUNTED = VALID & (np.cumsum(VALID, axis=1) > 1)
 POSITIONS = token_positions(jnp.asarray(VALID))
-VISIBLE = np.asarray(attention_mask(POSITIONS, POSITIONS, jnp.asarray(VALID), window=4))
+VISIBLE = np.asarray(attention_mask(POSITIONS, POSITIONS, jnp.asarray(VALID), (4,)))
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:
@@ -54,6 +54,9 @@ def cosine_and_gradients(q, student, target, mask, counted):
     return mean, *gradients
 
 
+by_kl, by_cosine = (
+    jax.jit(of, static_argnums=(5, 6)) for of in (attention_kl, attention_output_cosine)
+)
 jitted_kl, jitted_cosine = jax.jit(kl_and_gradients), jax.jit(cosine_and_gradients)
 
 
@@ -71,6 +74,42 @@ def attention64(q: np.ndarray, k: np.ndarray, p: int, b: int, i: int, n: int) ->
     scores = k[p, b, seen, n // (N // K)].astype(np.float64) @ q[p, b, i, n] / np.sqrt(H)
     weights = np.exp(scores - scores.max())
     return weights / weights.sum()
+
+
+def test_each_layer_is_read_through_its_own_mask() -> None:
+    everything = np.asarray(attention_mask(POSITIONS, POSITIONS, jnp.asarray(VALID)))
+    masks = np.concatenate([VISIBLE, everything], axis=1)
+    kl, mean = (
+        of(*sides, masks, COUNTED, (1, 0))
+        for of, sides in (
+            (by_kl, (Q, STUDENT.k, TARGET.k)),
+            (by_cosine, (Q, STUDENT, TARGET)),
+        )
+    )
+    halves = []
+    for layer, mask in enumerate((everything, VISIBLE)):
+        one = jax.tree.map(lambda x, layer=layer: x[layer : layer + 1], (Q, STUDENT, TARGET))
+        halves.append(by_kl(one[0], one[1].k, one[2].k, mask, COUNTED))
+        alone = by_cosine(*one, mask, COUNTED)
+        np.testing.assert_allclose(mean.value[layer], alone.value[0], atol=CLOSE)
+    np.testing.assert_allclose(kl, sum(halves) / 2, atol=CLOSE)
+    assert np.abs(halves[0] - halves[1]).max() > 0.01
+
+
+def test_a_cap_bounds_the_scores_before_the_softmax() -> None:
+    cap = 0.5
+    found = by_kl(Q, STUDENT.k, TARGET.k, VISIBLE, COUNTED, None, cap)
+    want = np.zeros((B, T))
+    for (b, i), p, n in itertools.product(np.argwhere(COUNTED), range(P), range(N)):
+        logs = []
+        for side in (STUDENT, TARGET):
+            seen = VISIBLE[b, 0, i]
+            raw = side.k[p, b, seen, n // (N // K)].astype(np.float64) @ Q[p, b, i, n] / np.sqrt(H)
+            scores = cap * np.tanh(raw / cap)
+            logs.append(scores - np.log(np.exp(scores).sum()))
+        s, t = logs
+        want[b, i] += (np.exp(t) * (t - s)).sum() / (P * N)
+    np.testing.assert_allclose(found, want, atol=CLOSE)
 
 
 def test_divergence_equals_numpy() -> None:

@@ -115,6 +115,7 @@ def test_the_head_with_and_without_prompts() -> None:
         assert facts["kava"]["flops"] == 6 * positions[name] * 8 * 400
 
 
+@pytest.mark.long
 @needs_torch
 def test_decoding_gives_the_same_tokens() -> None:
     found = decode.bench_decode(rows=2, prompt=6, new_tokens=5)
@@ -197,6 +198,7 @@ def test_an_exponent_is_the_slope_of_a_power_law() -> None:
     assert train_step.exponent(sizes, [7.0] * 4) == pytest.approx(0, abs=1e-12)
 
 
+@pytest.mark.long
 def test_scaling_over_an_axis() -> None:
     middle = {"rows": 2, "length": 8, "depth": 1, "width": 16, "vocabulary": 64}
     assert set(train_step.AXES) < set(train_step.MIDDLE) == set(middle)

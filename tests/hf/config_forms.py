@@ -63,6 +63,35 @@ _QWEN3 = without(written("qwen3", "Qwen3ForCausalLM", "4.51.0"), "hidden_act") |
     "bos_token_id": 151643,
     "eos_token_id": 151645,
 }
+_GEMMA3 = without(written("gemma3_text", "Gemma3ForCausalLM", "4.50.0"), "hidden_act") | {
+    "attention_bias": False,
+    "attn_logit_softcapping": None,
+    "bos_token_id": 2,
+    "cache_implementation": "hybrid",
+    "final_logit_softcapping": None,
+    "head_dim": 256,
+    "hidden_activation": "gelu_pytorch_tanh",
+    "max_position_embeddings": 32768,
+    "pad_token_id": 0,
+    "query_pre_attn_scalar": 256,
+    "rms_norm_eps": 1e-6,
+}
+_PHI3 = written("phi3", "Phi3ForCausalLM", "4.43.3") | {
+    "attention_bias": False,
+    "bos_token_id": 1,
+    "embd_pdrop": 0.0,
+    "max_position_embeddings": 131072,
+    "original_max_position_embeddings": 4096,
+    "resid_pdrop": 0.0,
+    "rms_norm_eps": 1e-5,
+    "rope_scaling": {
+        "long_factor": [1.0 + 0.5 * pair for pair in range(48)],
+        "short_factor": [1.0] * 48,
+        "type": "longrope",
+    },
+    "rope_theta": 10000.0,
+    "sliding_window": 262144,
+}
 _LLAMA3_ENDS = {"bos_token_id": 128000, "eos_token_id": 128001}
 _LLAMA31 = (
     _LLAMA
@@ -351,6 +380,162 @@ FORMS: dict[str, Form] = {
         "sliding_window": 262144,
         "tie_word_embeddings": False,
     },
+    "Qwen2 with sliding windows": _QWEN2
+    | sizes(3584, 18944, 28, 28, 4, 152064)
+    | {"use_sliding_window": True, "max_window_layers": 14, "tie_word_embeddings": False},
+    "Ministral saved by transformers 5": without(_MISTRAL, "torch_dtype")
+    | sizes(4096, 12288, 36, 32, 8, 131072)
+    | {
+        "architectures": ["MinistralForCausalLM"],
+        "model_type": "ministral",
+        "dtype": "bfloat16",
+        "head_dim": 128,
+        "layer_types": 9 * ["full_attention", *["sliding_attention"] * 3],
+        "max_position_embeddings": 131072,
+        "rope_parameters": {"rope_theta": 100000000.0, "rope_type": "default"},
+        "sliding_window": 32768,
+        "tie_word_embeddings": False,
+    },
+    "gemma-2-2b": written("gemma2", "Gemma2ForCausalLM", "4.42.4", "float32")
+    | sizes(2304, 9216, 26, 8, 4, 256000)
+    | {
+        "attention_bias": False,
+        "attn_logit_softcapping": 50.0,
+        "bos_token_id": 2,
+        "cache_implementation": "hybrid",
+        "eos_token_id": 1,
+        "final_logit_softcapping": 30.0,
+        "head_dim": 256,
+        "hidden_act": "gelu_pytorch_tanh",
+        "hidden_activation": "gelu_pytorch_tanh",
+        "max_position_embeddings": 8192,
+        "pad_token_id": 0,
+        "query_pre_attn_scalar": 256,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0,
+        "sliding_window": 4096,
+    },
+    "gemma-3-1b-it": _GEMMA3
+    | sizes(1152, 6912, 26, 4, 1, 262144)
+    | {
+        "eos_token_id": [1, 106],
+        "rope_local_base_freq": 10000,
+        "rope_scaling": None,
+        "rope_theta": 1000000,
+        "sliding_window": 512,
+        "sliding_window_pattern": 6,
+    },
+    "gemma-3-270m saved by transformers 5": without(_GEMMA3, "torch_dtype")
+    | sizes(640, 2048, 18, 4, 1, 262144)
+    | {
+        "_sliding_window_pattern": 6,
+        "dtype": "bfloat16",
+        "eos_token_id": 1,
+        "layer_types": 3 * [*["sliding_attention"] * 5, "full_attention"],
+        "rope_parameters": {
+            "full_attention": {"rope_theta": 1000000.0, "rope_type": "default"},
+            "sliding_attention": {"rope_theta": 10000.0, "rope_type": "default"},
+        },
+        "sliding_window": 512,
+        "use_bidirectional_attention": False,
+    },
+    "Phi-3.5-mini-instruct": _PHI3
+    | sizes(3072, 8192, 32, 32, 32, 32064)
+    | {"eos_token_id": 32000, "pad_token_id": 32000, "tie_word_embeddings": False},
+    "Phi-4-mini-instruct": _PHI3
+    | sizes(3072, 8192, 32, 24, 8, 200064)
+    | {
+        "eos_token_id": 199999,
+        "full_attn_mod": 1,
+        "interpolate_factor": 1,
+        "lm_head_bias": False,
+        "mlp_bias": False,
+        "pad_token_id": 199999,
+        "partial_rotary_factor": 0.75,
+        "tie_word_embeddings": True,
+    },
+    "OLMo-2-1124-7B": written("olmo2", "Olmo2ForCausalLM", "4.47.0.dev0", "float32")
+    | sizes(4096, 11008, 32, 32, 32, 100352)
+    | {
+        "attention_bias": False,
+        "eos_token_id": 100257,
+        "max_position_embeddings": 4096,
+        "pad_token_id": 100277,
+        "rms_norm_eps": 1e-6,
+        "rope_scaling": None,
+        "rope_theta": 500000,
+        "tie_word_embeddings": False,
+    },
+    "SmolLM3-3B": written("smollm3", "SmolLM3ForCausalLM", "4.54.0")
+    | sizes(2048, 11008, 36, 16, 4, 128256)
+    | {
+        "attention_bias": False,
+        "eos_token_id": 128012,
+        "layer_types": 36 * ["full_attention"],
+        "max_position_embeddings": 65536,
+        "max_window_layers": 28,
+        "mlp_bias": False,
+        "no_rope_layer_interval": 4,
+        "no_rope_layers": 9 * [1, 1, 1, 0],
+        "pad_token_id": 128004,
+        "pretraining_tp": 2,
+        "rms_norm_eps": 1e-6,
+        "rope_scaling": None,
+        "rope_theta": 5000000.0,
+        "sliding_window": None,
+        "use_sliding_window": False,
+    },
+    "granite-3.1-2b-base": written("granite", "GraniteForCausalLM", "4.47.0.dev0")
+    | sizes(2048, 8192, 40, 32, 8, 49155)
+    | {
+        "attention_bias": False,
+        "attention_multiplier": 0.015625,
+        "bos_token_id": 0,
+        "embedding_multiplier": 12.0,
+        "eos_token_id": 0,
+        "logits_scaling": 8.0,
+        "max_position_embeddings": 131072,
+        "mlp_bias": False,
+        "pad_token_id": 0,
+        "residual_multiplier": 0.22,
+        "rms_norm_eps": 1e-5,
+        "rope_scaling": None,
+        "rope_theta": 5000000.0,
+        "tie_word_embeddings": True,
+    },
+}
+
+FORMS |= {
+    "Qwen3-30B-A3B": without(_QWEN3, "max_window_layers")
+    | sizes(2048, 6144, 48, 32, 4, 151936)
+    | {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "decoder_sparse_step": 1,
+        "max_window_layers": 48,
+        "mlp_only_layers": [],
+        "moe_intermediate_size": 768,
+        "norm_topk_prob": True,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "output_router_logits": False,
+        "router_aux_loss_coef": 0.001,
+        "tie_word_embeddings": False,
+    },
+    "Mixtral-8x7B-v0.1": written("mixtral", "MixtralForCausalLM", "4.36.0.dev0")
+    | sizes(4096, 14336, 32, 32, 8, 32000)
+    | _ENDS
+    | {
+        "max_position_embeddings": 32768,
+        "num_experts_per_tok": 2,
+        "num_local_experts": 8,
+        "output_router_logits": False,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 1000000.0,
+        "router_aux_loss_coef": 0.02,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+    },
 }
 
 NOT_SUPPORTED: dict[str, tuple[Form, str]] = {
@@ -371,9 +556,48 @@ NOT_SUPPORTED: dict[str, tuple[Form, str]] = {
         | {"quantization_config": {"bits": 4, "group_size": 128, "quant_method": "awq"}},
         "quantization_config",
     ),
-    "Qwen2 with sliding windows": (
-        FORMS["Qwen2-7B"] | {"use_sliding_window": True},
-        "use_sliding_window",
+    "Qwen3-MoE with dense layers": (
+        FORMS["Qwen3-30B-A3B"] | {"mlp_only_layers": [0]},
+        "mlp_only_layers=[0] is not supported",
+    ),
+    "Qwen3-MoE with an MLP in every second layer": (
+        FORMS["Qwen3-30B-A3B"] | {"decoder_sparse_step": 2},
+        "decoder_sparse_step=2 is not supported",
+    ),
+    "more experts for a token than there are": (
+        FORMS["Mixtral-8x7B-v0.1"] | {"num_experts_per_tok": 9},
+        "num_experts_per_tok=9 of 8 experts",
+    ),
+    "Gemma with attention in both directions": (
+        FORMS["gemma-3-1b-it"] | {"use_bidirectional_attention": True},
+        "use_bidirectional_attention=true",
+    ),
+    "Gemma 3's sliding layers with a scaled rotation": (
+        FORMS["gemma-3-270m saved by transformers 5"]
+        | {
+            "rope_parameters": {
+                "full_attention": {"rope_theta": 1e6, "rope_type": "default"},
+                "sliding_attention": {"rope_theta": 1e4, "rope_type": "linear", "factor": 2.0},
+            }
+        },
+        "scales the rotation of its sliding layers",
+    ),
+    "Gemma 3 with one rotation for all types": (
+        FORMS["gemma-3-270m saved by transformers 5"]
+        | {"rope_parameters": {"rope_theta": 1e6, "rope_type": "default"}},
+        "needs an object for each of full_attention, sliding_attention",
+    ),
+    "fewer types than layers": (
+        FORMS["SmolLM3-3B"] | {"layer_types": ["full_attention"]},
+        "layer_types has 1 entries for num_hidden_layers=36",
+    ),
+    "sliding layers without a window": (
+        FORMS["SmolLM3-3B"] | {"layer_types": 36 * ["sliding_attention"]},
+        "there is no sliding_window",
+    ),
+    "Phi with half a pair rotated": (
+        FORMS["Phi-4-mini-instruct"] | {"partial_rotary_factor": 0.01},
+        "rotates 1 of head_dim=128",
     ),
     "a Granite's multipliers on Llama": (
         FORMS["TinyLlama-1.1B"] | {"embedding_multiplier": 12.0, "residual_multiplier": 0.22},
@@ -395,9 +619,8 @@ NOT_SUPPORTED: dict[str, tuple[Form, str]] = {
         FORMS["Mistral-7B-v0.1"] | {"partial_rotary_factor": 0.5},
         "partial_rotary_factor=0.5",
     ),
-    "Phi-3 itself": (
-        FORMS["longrope as Phi-3.5 has it, on Llama"]
-        | {"architectures": ["Phi3ForCausalLM"], "model_type": "phi3"},
-        "Phi3ForCausalLM",
+    "Phi-4-mini with another family's factors": (
+        FORMS["Phi-4-mini-instruct"] | {"partial_rotary_factor": 1.0},
+        "needs 64 of each",
     ),
 }

@@ -13,6 +13,7 @@ from kava_jax.hf.rope_keys import ROPE_TYPES
 from kava_jax.models.spec import DecoderSpec, Llama3RopeScaling
 from tests.tiny_models import CONFIGS
 
+MIXED = ["full_attention", "sliding_attention", "full_attention"]
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 32.0,
@@ -46,17 +47,35 @@ def read(config: dict) -> DecoderSpec:
     return spec_from_config(config, where="models.0")
 
 
+def windows(config) -> tuple[int | None, ...]:
+    """How far a token of each layer sees, as the families' classes in transformers have it."""
+    depth, window = config.num_hidden_layers, getattr(config, "sliding_window", None)
+    if config.model_type in ("mistral", "phi3", "mixtral", "qwen3_moe"):  # one mask for all layers
+        return (window,) * depth
+    types = getattr(config, "layer_types", None) or ["full_attention"] * depth
+    return tuple(window if kind == "sliding_attention" else None for kind in types)
+
+
 def agrees(spec: DecoderSpec, config) -> None:
     """Every field of the spec against a transformers config object."""
-    rope = config.rope_parameters
-    qwen2 = config.model_type == "qwen2"
+    rope, sliding = config.rope_parameters, None
+    if "full_attention" in rope:
+        rope, sliding = rope["full_attention"], rope["sliding_attention"]
+        assert sliding["rope_type"] == "default"
+    family = config.model_type
+    qwen2 = family == "qwen2"
     attention_bias = getattr(config, "attention_bias", False)
     heads = config.num_attention_heads
     expected = {
         "family": config.model_type,
         "vocab_size": config.vocab_size,
         "hidden_size": config.hidden_size,
-        "intermediate_size": config.intermediate_size,
+        "intermediate_size": config.moe_intermediate_size
+        if family == "qwen3_moe"
+        else config.intermediate_size,
+        "num_experts": getattr(config, "num_local_experts", 0),
+        "experts_per_token": getattr(config, "num_experts_per_tok", 0),
+        "experts_normalised": getattr(config, "norm_topk_prob", family == "mixtral"),
         "num_layers": config.num_hidden_layers,
         "num_heads": heads,
         "num_kv_heads": config.num_key_value_heads,
@@ -67,11 +86,28 @@ def agrees(spec: DecoderSpec, config) -> None:
         "qkv_bias": qwen2 or attention_bias,
         "output_bias": attention_bias,
         "mlp_bias": getattr(config, "mlp_bias", False),
-        "qk_norm": config.model_type == "qwen3",
-        # A Llama's is never looked at.
-        "sliding_window": None
-        if config.model_type == "llama"
-        else getattr(config, "sliding_window", None),
+        "qk_norm": config.model_type in ("qwen3", "gemma3_text", "olmo2", "qwen3_moe"),
+        "layer_windows": windows(config),
+        "layer_ropes": tuple(
+            None
+            if not rotated
+            else replace(spec.layer_ropes[layer], theta=float(sliding["rope_theta"]), scaling=None)
+            if sliding and config.layer_types[layer] == "sliding_attention"
+            else replace(spec.layer_ropes[layer], theta=float(rope["rope_theta"]))
+            for layer, rotated in enumerate(
+                getattr(config, "no_rope_layers", None) or [1] * config.num_hidden_layers
+            )
+        ),
+        "attention_scale": getattr(config, "attention_multiplier", None)
+        or (getattr(config, "query_pre_attn_scalar", 0) ** -0.5 if "gemma" in family else None),
+        "attention_cap": getattr(config, "attn_logit_softcapping", None),
+        "logit_cap": getattr(config, "final_logit_softcapping", None),
+        "logit_scale": 1 / getattr(config, "logits_scaling", 1),
+        "embedding_scale": getattr(config, "embedding_multiplier", 1),
+        "residual_scale": getattr(config, "residual_multiplier", 1),
+        "rotary_dim": None
+        if rope.get("partial_rotary_factor", 1.0) == 1.0
+        else int(spec.head_dim * rope["partial_rotary_factor"]),
         "initializer_range": config.initializer_range,
         "max_position_embeddings": config.max_position_embeddings,
     }
@@ -106,11 +142,13 @@ def test_absent_keys_get_the_defaults_of_transformers(name):
         "vocab_size": 1000,
         "hidden_size": 2048,
         "intermediate_size": 256,
+        "moe_intermediate_size": 768,
         "num_hidden_layers": 2,
         "num_attention_heads": 32,
     }
     agrees(read(bare), hf_config(bare))
-    if name == "mistral":  # transformers refuses null there
+    # transformers refuses null there
+    if name in ("mistral", "ministral", "gemma2", "gemma3_text", "qwen3_moe", "mixtral"):
         return
     null = bare | {"num_key_value_heads": None, "rope_scaling": None}
     agrees(read(null), hf_config(null))
@@ -223,9 +261,14 @@ def test_qwen25_kv_width_is_not_the_hidden_size(size, numbers, rows, tied, kv_wi
         ("qwen2", {"architectures": ["Qwen2ForSequenceClassification"]}, "Qwen2ForCausalLM"),
         ("qwen2", {"model_type": "llama"}, "model_type='llama'"),
         ("qwen2", {"architectures": None, "model_type": None}, "Qwen3ForCausalLM"),
-        ("qwen2", {"use_sliding_window": True}, "use_sliding_window"),
-        ("qwen2", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
-        ("mistral", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
+        ("qwen2", {"layer_types": MIXED}, "there is no sliding_window"),
+        ("qwen2_sliding", {"layer_types": MIXED[:2]}, "layer_types has 2 entries"),
+        ("qwen2_sliding", {"layer_types": ["chunked_attention"] * 3}, "has chunked_attention"),
+        ("qwen2_sliding", {"sliding_window": 0}, "sliding_window=0"),
+        ("mistral", {"layer_types": MIXED}, "layer_types mixes types"),
+        ("llama3", {"layer_types": MIXED}, "LlamaForCausalLM does not have"),
+        ("gemma2", {"hidden_activation": "gelu"}, "hidden_activation='gelu'"),
+        ("granite", {"residual_multiplier": None}, "residual_multiplier=None"),
         ("llama3", {"hidden_act": "gelu"}, "hidden_act='gelu'"),
         ("llama3", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config"),
         ("llama3", {"rope_scaling": {"type": "su", "factor": 2.0}}, "called longrope now"),
@@ -274,8 +317,11 @@ def test_what_is_not_supported_is_refused_in_one_line(name, change, words):
     [
         ("qwen2", {"qkv_bias": False}, "qkv_bias=False"),
         ("llama3", {"qk_norm": True}, "qk_norm=True"),
-        ("llama3", {"qkv_bias": True}, "one switch"),
-        ("qwen3", {"sliding_window": 4}, "sliding_window=4"),
+        ("llama3", {"qkv_bias": True}, "qkv_bias=True"),
+        ("qwen3", {"qk_norm_over_heads": True}, "qk_norm_over_heads=True"),
+        ("llama3", {"sliding_window": 4}, "sliding_window=4"),
+        ("gemma3", {"norm_places": "after"}, "norm_places=after"),
+        ("smollm3", {"rotary_dim": 4}, "rotary_dim=4"),
         ("qwen3", {"family": "gpt2"}, "gpt2"),
     ],
 )

@@ -16,6 +16,8 @@ from kava_jax.hf.load import load_decoder_params, read_spec
 from kava_jax.models.masks import attention_mask, token_positions
 from tests.tiny_models import (
     CONFIGS,
+    QUICK_FILES,
+    each,
     flat,
     load_decoder,
     random_tensors,
@@ -55,7 +57,7 @@ def same_files(first, second) -> None:
         assert tensor.tobytes() == theirs[name].tobytes()
 
 
-@pytest.mark.parametrize("name", sorted(CONFIGS))
+@pytest.mark.parametrize("name", each(CONFIGS, QUICK_FILES))
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_import_export_import_is_bit_identical(name, dtype, tmp_path, tokenizer_dir):
     source = write_directory(tmp_path / "source", name, jnp.dtype(dtype))
@@ -83,7 +85,7 @@ def our_logits(directory) -> np.ndarray:
     model = load_decoder(directory)
     valid = jnp.ones(TOKENS.shape, bool)
     positions = token_positions(valid)
-    mask = attention_mask(positions, positions, valid, model.spec.sliding_window)
+    mask = attention_mask(positions, positions, valid, model.spec.windows)
     return np.asarray(model.logits(model(jnp.asarray(TOKENS), positions, mask)[0]))
 
 
@@ -93,7 +95,7 @@ def their_logits(model) -> np.ndarray:
         return model(torch.from_numpy(TOKENS)).logits.float().numpy()
 
 
-@pytest.mark.parametrize("name", sorted(CONFIGS))
+@pytest.mark.parametrize("name", each(CONFIGS, QUICK_FILES))
 def test_the_export_loads_in_transformers_with_equal_logits(name, tmp_path, tokenizer_dir):
     pytest.importorskip("torch", reason="torch, the oracle, is not installed")
     from transformers import AutoModelForCausalLM

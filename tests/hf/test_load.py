@@ -67,7 +67,19 @@ def test_layers_are_stacked_and_transposed(name, tmp_path):
     tensors = random_tensors(name)
     for layer in range(3):
         up = params["blocks"]["mlp"]["up"]["kernel"][layer]
-        np.testing.assert_array_equal(up, tensors[f"model.layers.{layer}.mlp.up_proj.weight"].T)
+        mlp = f"model.layers.{layer}.mlp."
+        if (fused := tensors.get(mlp + "gate_up_proj.weight")) is not None:
+            stored = np.split(fused, 2)[1]
+        else:
+            stored = tensors.get(mlp + "up_proj.weight")
+        if stored is None:  # of every expert, one by one
+            names = ("mlp.experts.{}.up_proj", "block_sparse_moe.experts.{}.w3")
+            start = names[name == "mixtral"]
+            for expert, own in enumerate(up):
+                tensor = f"model.layers.{layer}.{start.format(expert)}.weight"
+                np.testing.assert_array_equal(own, tensors[tensor].T)
+            continue
+        np.testing.assert_array_equal(up, stored.T)
     np.testing.assert_array_equal(
         params["embed"]["embedding"], tensors["model.embed_tokens.weight"]
     )

@@ -46,7 +46,7 @@ def logits(spec: DecoderSpec, flat: dict[str, np.ndarray], window: int | None = 
     model = nnx.merge(graph, state)
     valid = jnp.ones(TOKENS.shape, bool)
     positions = token_positions(valid)
-    mask = attention_mask(positions, positions, valid, window)
+    mask = attention_mask(positions, positions, valid, (window,))
     return np.asarray(model.logits(model(jnp.asarray(TOKENS), positions, mask)[0]))
 
 
@@ -112,7 +112,9 @@ def test_turned_but_not_merged_is_the_teacher(name, left):
             eye, np.broadcast_to(np.eye(spec.head_dim), eye.shape), atol=1e-9
         )
         np.testing.assert_allclose(np.abs(own.keys), 1, atol=1e-12)
-        assert spec.qk_norm == bool((own.keys == 1).all())
+        # A head that is alone in its group is turned by next to nothing.
+        alone = left == spec.num_kv_heads
+        assert alone or spec.qk_norm == bool((own.keys == 1).all())
     after = logits(spec, all_turned(flat, spec, turns))
     assert np.abs(after - logits(spec, flat)).max() < TOL["float32"]
 

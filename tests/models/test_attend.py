@@ -72,7 +72,7 @@ def computed(q, k, v, back, window, dtype=jnp.float32, **options):
     """The same by ``attend``."""
     valid = jnp.asarray(VALID)
     positions = token_positions(valid)
-    mask = attention_mask(positions, positions, valid, window)
+    mask = attention_mask(positions, positions, valid, (window,))
 
     @jax.jit
     def run(q, k, v, back):
@@ -169,7 +169,7 @@ def learnt(graph, params, tokens, valid):
     def loss(params):
         model = nnx.merge(graph, params)
         positions = token_positions(valid)
-        mask = attention_mask(positions, positions, valid, model.spec.sliding_window)
+        mask = attention_mask(positions, positions, valid, model.spec.windows)
         hidden, cache = model(tokens, positions, mask)
         kept = jax.tree.map(lambda x: jnp.where(valid[None, ..., None, None], x, 0), cache)
         hidden = jnp.where(valid[..., None], hidden, 0)
@@ -181,9 +181,19 @@ def learnt(graph, params, tokens, valid):
     return jax.value_and_grad(loss, has_aux=True)(params)
 
 
-@pytest.mark.parametrize("shape", [None, (2, 2, 2)])
-def test_a_decoder_learns_the_same_by_the_kernel(shape) -> None:
-    spec = replace(SPEC, sliding_window=50, num_layers=2)
+# Some layers of all of these see everything; scores are scaled and capped, and two bases rotate.
+MIXED = {
+    "layer_types": ("sliding_attention", "full_attention", "sliding_attention"),
+    "num_layers": 3,
+    "sliding_rope_theta": 10.0,
+    "attention_scale": 0.3,
+    "attention_cap": 2.0,
+}
+
+
+@pytest.mark.parametrize(("shape", "mixed"), [(None, {}), ((2, 2, 2), {}), ((2, 2, 2), MIXED)])
+def test_a_decoder_learns_the_same_by_the_kernel(shape, mixed) -> None:
+    spec = replace(SPEC, **{"sliding_window": 50, "num_layers": 2, **mixed})
     tokens = jnp.asarray(np.random.default_rng(2).integers(0, 40, (4, 128)), jnp.int32)
     valid = jnp.asarray(np.arange(128) < np.array([[128], [127], [60], [0]]))
     layout = None if shape is None else layouts(make_mesh(*shape))
@@ -243,7 +253,7 @@ H100, T4, MI300 = (
     ],
 )
 def test_the_choice(asked, device, dtype, head_dim, expected) -> None:
-    found = choose(asked, device, "student", jnp.dtype(dtype), head_dim)
+    found = choose(asked, device, "student", jnp.dtype(dtype), replace(SPEC, head_dim=head_dim))
     if isinstance(expected, Choice):
         assert found == expected
     else:
@@ -261,7 +271,7 @@ def test_the_choice(asked, device, dtype, head_dim, expected) -> None:
 )
 def test_a_choice_that_cannot_work_is_refused(asked, device, dtype, message) -> None:
     with pytest.raises(KavaError, match=f"train.attention={asked} does not work for {message}"):
-        choose(asked, device, "student", jnp.dtype(dtype), 64)
+        choose(asked, device, "student", jnp.dtype(dtype), replace(SPEC, head_dim=64))
 
 
 def test_the_note_names_models_only_where_they_differ() -> None:

@@ -9,9 +9,10 @@ import pytest
 from flax import nnx
 
 from kava_jax.cache import KVCache
+from kava_jax.models.attend import attend
 from kava_jax.models.decoder import Decoder
 from kava_jax.models.masks import attention_mask, token_positions
-from kava_jax.models.rope import rope_frequencies, rope_rotation, rotate
+from kava_jax.models.rope import rope_frequencies, rope_rotations, rotate_layers
 from kava_jax.models.spec import DecoderSpec, Llama3RopeScaling
 from tests.tolerances import TOL
 
@@ -51,15 +52,15 @@ def build(**options) -> Decoder:
     return nnx.merge(graph, values)
 
 
-def inputs(valid: jax.Array, window: int | None = None) -> tuple[jax.Array, jax.Array]:
+def inputs(valid: jax.Array, *windows: int | None) -> tuple[jax.Array, jax.Array]:
     positions = token_positions(valid)
-    return positions, attention_mask(positions, positions, valid, window)
+    return positions, attention_mask(positions, positions, valid, windows or (None,))
 
 
 @partial(jax.jit, static_argnames=("graph", "key_space"))
 def forward(graph, params, tokens, valid, key_space):
     model = nnx.merge(graph, params)
-    return model(tokens, *inputs(valid, model.spec.sliding_window), key_space=key_space)
+    return model(tokens, *inputs(valid, *model.spec.windows), key_space=key_space)
 
 
 def run(model: Decoder, tokens=TOKENS, valid=ALL, key_space="pre_rope"):
@@ -84,12 +85,12 @@ def test_scanned_layers_equal_a_loop_over_them() -> None:
     hidden, cache = run(model)
     post = run(model, key_space="post_rope")[1]
     positions, mask = inputs(ALL)
-    rotation = rope_rotation(SPEC, positions)
+    rotation = jax.tree.map(lambda part: part[0], rope_rotations(SPEC, positions))
     graph, layers = nnx.split(model.blocks)
     x = model.embed.embedding[...][TOKENS]
     for i in range(SPEC.num_layers):
         block = nnx.merge(graph, jax.tree.map(lambda w, i=i: w[i], layers))
-        x, new = block(x, rotation, mask, None)
+        x, new = block(x, rotation, mask, None, attend)
         assert_close((new.pre_rope, new.post_rope, new.v), (cache.k[i], post.k[i], cache.v[i]))
     assert_close(hidden, model.final_norm(x))
     assert hidden.shape == (2, 10, 16)
@@ -107,9 +108,7 @@ def test_keys_after_rope_are_the_rotated_keys() -> None:
     )[None, None, :, None, :]
     want = np.concatenate([turned.real, turned.imag], axis=-1)
     np.testing.assert_allclose(after.k, want, atol=TOL["float32"])
-    rotation = rope_rotation(SPEC, token_positions(ALL))
-    for layer in range(3):
-        assert_close(rotate(before.k[layer], rotation), after.k[layer])
+    assert_close(rotate_layers(before.k, model.rotation(token_positions(ALL))), after.k)
 
 
 @pytest.mark.parametrize("blocks", [0, 1, 2])
@@ -248,7 +247,7 @@ def test_masks_by_hand() -> None:
     mask = attention_mask(positions, positions, valid)
     np.testing.assert_array_equal(mask[0, 0, 1:], [[0, 1, 0, 0], [0, 1, 1, 0], [0, 1, 1, 1]])
     np.testing.assert_array_equal(mask[1, 0, :3], [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0]])
-    mask = attention_mask(positions, positions, valid, 2)
+    mask = attention_mask(positions, positions, valid, (2,))
     np.testing.assert_array_equal(mask[0, 0, 1:], [[0, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]])
 
 
@@ -330,7 +329,7 @@ def test_llama3_frequencies() -> None:
     plain = 100.0 ** (-np.arange(8) / 8)
     kinds = {"kept": want[0] == plain[0], "divided": np.isclose(want[-1], plain[-1] / 8)}
     assert all(kinds.values())
-    found = rope_frequencies(spec, jnp.array([10]))[0]
+    found = rope_frequencies(spec.ropes[0], jnp.array([10]))[0]
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, want, rtol=TOL["float32"])
     between = (found < 0.99 * plain) & (found > 1.01 * plain / 8)

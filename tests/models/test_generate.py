@@ -45,7 +45,7 @@ def next_tokens(graph, params, tokens, window):
     valid = jnp.ones(tokens.shape, bool)
     positions = token_positions(valid)
     model = nnx.merge(graph, params)
-    hidden, _ = model(tokens, positions, attention_mask(positions, positions, valid, window))
+    hidden, _ = model(tokens, positions, attention_mask(positions, positions, valid, (window,)))
     return jnp.argmax(model.logits(hidden), axis=-1)
 
 

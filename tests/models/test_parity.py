@@ -8,7 +8,14 @@ from flax import nnx
 from kava_jax.hf.load import load_decoder_params
 from kava_jax.models.generate import generate
 from kava_jax.models.masks import attention_mask, token_positions
-from tests.tiny_models import CONFIGS, load_decoder, torch_model, write_directory
+from tests.tiny_models import (
+    CONFIGS,
+    QUICK_LAYERS,
+    each,
+    load_decoder,
+    torch_model,
+    write_directory,
+)
 from tests.tolerances import TOL
 
 torch = pytest.importorskip("torch", reason="torch, the oracle, is not installed")
@@ -16,7 +23,7 @@ torch = pytest.importorskip("torch", reason="torch, the oracle, is not installed
 LENGTHS = (40, 23, 31)
 
 
-@pytest.fixture(scope="module", params=sorted(set(CONFIGS) - {"mistral_full"}))
+@pytest.fixture(scope="module", params=each({*CONFIGS} - {"mistral_full"}, QUICK_LAYERS))
 def name(request) -> str:
     return request.param
 
@@ -40,19 +47,31 @@ def batch(padding: str, vocab: int = 97) -> tuple[np.ndarray, np.ndarray]:
     return np.where(valid, tokens, 0), valid
 
 
+def keys_before_rotation(attention, shape: tuple[int, ...]):
+    """The last module before the rotation, and its output as keys [B, T, K, H]."""
+    heads, width = attention.config.num_key_value_heads, attention.head_dim
+    if (fused := getattr(attention, "qkv_proj", None)) is not None:
+        first = attention.config.num_attention_heads * width
+        return fused, lambda out: out[..., first : first + heads * width].reshape(*shape, heads, -1)
+    module = getattr(attention, "k_norm", None) or attention.k_proj
+    # Some norm the keys after their heads have been moved to the front.
+    front = attention.config.model_type == "gemma3_text"
+    return module, lambda out: (out.transpose(1, 2) if front else out).reshape(*shape, heads, width)
+
+
 def run_torch(name: str, tokens: np.ndarray, valid: np.ndarray):
     """Logits, post-RoPE keys, values and pre-RoPE keys of every layer, as [L, B, T, K, H]."""
     from transformers import DynamicCache
 
     model = torch_model(name)
     hooked: list[np.ndarray] = []
+    hooks = []
     for layer in model.model.layers:
-        attention = layer.self_attn
-        # Keys before rotation are what the last module before it returns: k_norm where it exists.
-        module = getattr(attention, "k_norm", None) or attention.k_proj
-        shape = (*tokens.shape, -1, attention.head_dim)
-        module.register_forward_hook(
-            lambda _m, _i, out, shape=shape: hooked.append(out.detach().reshape(shape).numpy())
+        module, keys_of = keys_before_rotation(layer.self_attn, tokens.shape)
+        hooks.append(
+            module.register_forward_hook(
+                lambda _m, _i, out, keys_of=keys_of: hooked.append(keys_of(out.detach()).numpy())
+            )
         )
     cache = DynamicCache()  # without the config, so that sliding layers keep every token
     mask = torch.from_numpy(valid.astype(np.int64))
@@ -64,11 +83,8 @@ def run_torch(name: str, tokens: np.ndarray, valid: np.ndarray):
             position_ids=positions,
             past_key_values=cache,
         ).logits.numpy()
-    for layer in model.model.layers:
-        attention = layer.self_attn
-        for module in (getattr(attention, "k_norm", None), attention.k_proj):
-            if module is not None:
-                module._forward_hooks.clear()
+    for hook in hooks:
+        hook.remove()
     keys = np.stack([layer.keys.numpy().transpose(0, 2, 1, 3) for layer in cache.layers])
     values = np.stack([layer.values.numpy().transpose(0, 2, 1, 3) for layer in cache.layers])
     return logits, keys, values, np.stack(hooked)
@@ -77,7 +93,7 @@ def run_torch(name: str, tokens: np.ndarray, valid: np.ndarray):
 def run_ours(model, tokens: np.ndarray, valid: np.ndarray, key_space: str):
     valid_BT = jnp.asarray(valid)
     positions = token_positions(valid_BT)
-    mask = attention_mask(positions, positions, valid_BT, model.spec.sliding_window)
+    mask = attention_mask(positions, positions, valid_BT, model.spec.windows)
     return model(jnp.asarray(tokens), positions, mask, key_space=key_space)
 
 
@@ -124,8 +140,11 @@ def outputs_of_torch(name: str, tokens: np.ndarray, valid: np.ndarray) -> dict[s
         return hook
 
     hooks = []
+    # What attention adds to the residual stream is normed after it in some families.
+    normed = model.config.model_type in ("gemma2", "gemma3_text", "olmo2")
     for layer in model.model.layers:
-        hooks.append(layer.self_attn.register_forward_hook(keep("attention_outputs")))
+        added = layer.post_attention_layernorm if normed else layer.self_attn
+        hooks.append(added.register_forward_hook(keep("attention_outputs")))
         hooks.append(layer.register_forward_hook(keep("block_outputs")))
     mask = torch.from_numpy(valid.astype(np.int64))
     with torch.no_grad():
@@ -138,6 +157,7 @@ def outputs_of_torch(name: str, tokens: np.ndarray, valid: np.ndarray) -> dict[s
     for hook in hooks:
         hook.remove()
     stacked = {kind: np.stack(layers) for kind, layers in found.items()}
+    stacked["attention_outputs"] *= getattr(model.config, "residual_multiplier", 1.0)
     # The last of transformers' own hidden states has gone through the final norm.
     for layer, state in enumerate(states[1:-1]):
         np.testing.assert_array_equal(stacked["block_outputs"][layer], state.numpy())
@@ -152,7 +172,7 @@ def test_outputs_of_layers_match_transformers(name, directory, padding):
     positions = token_positions(valid_BT)
 
     def check(model, layers: tuple[int, ...] | None, kept: slice) -> None:
-        mask = attention_mask(positions, positions, valid_BT, model.spec.sliding_window)
+        mask = attention_mask(positions, positions, valid_BT, model.spec.windows)
         for kind, theirs in wanted.items():
             inputs = (jnp.asarray(tokens), positions, mask)
             _, ours = model.with_outputs(*inputs, kind, layers=layers)

@@ -15,7 +15,7 @@ from safetensors.numpy import save_file
 from kava_jax.hf.config_json import spec_from_config
 from kava_jax.models.generate import generate
 from kava_jax.models.masks import attention_mask, token_positions
-from kava_jax.models.rope import rope_rotation
+from kava_jax.models.rope import rope_rotations
 from tests.tiny_models import CONFIGS, load_decoder, random_tensors
 from tests.tolerances import TOL
 
@@ -98,13 +98,13 @@ def test_cosines_and_sines_are_those_of_transformers(scaling, side):
 
     valid = padded(3, side)
     spec = spec_from_config(config_with(scaling), where="tiny")
-    tables = rope_rotation(spec, token_positions(jnp.asarray(valid)))
+    tables = rope_rotations(spec, token_positions(jnp.asarray(valid)))
     for row, real in enumerate(valid):
         rotary = LlamaRotaryEmbedding(hf_config(scaling))
         positions = torch.arange(int(real.sum()))[None]
         for ours, theirs in zip(tables, rotary(torch.zeros(1), positions), strict=True):
             want = theirs[0, :, : HEAD_DIM // 2].numpy()
-            np.testing.assert_allclose(ours[row, real, 0], want, atol=TOL["parity"])
+            np.testing.assert_allclose(ours[0, row, real, 0], want, atol=TOL["parity"])
 
 
 @pytest.fixture(params=SCALINGS)

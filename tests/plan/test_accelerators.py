@@ -43,6 +43,7 @@ def answers(monkeypatch) -> None:
 MESH = ["--devices", "8", "--mesh", "data=2,fsdp=2,tensor=2"]
 
 
+@pytest.mark.long
 def test_a_gpu_is_asked_for_the_step_and_the_largest_batches(capsys, answers) -> None:
     ended = kava(capsys, "plan", "tiny.yaml", *MESH, "--chip", "h100", "--json")
     assert ended.code == 0, ended.err

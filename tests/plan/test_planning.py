@@ -135,6 +135,7 @@ def test_the_program_does_little_more_than_the_floor(workspace) -> None:
     assert 1.0 <= found.flops_over_floor < 1.25
 
 
+@pytest.mark.long
 def test_search_ranks_what_fits(workspace, monkeypatch) -> None:
     # A step is compiled for every mesh: of one layer each, and without those of other batches, on
     # whose line the memory lies in another test.
@@ -251,6 +252,7 @@ def test_weights_and_moments_of_the_named_job_shrink_with_the_devices() -> None:
     assert few / many >= 3.8
 
 
+@pytest.mark.long
 def test_the_named_job_is_planned_in_a_process_of_its_own(tmp_path) -> None:
     done = subprocess.run(
         command("plan", str(NAMED), "--devices", "16", "--mesh", "fsdp=16", "--json"),

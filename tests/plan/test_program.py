@@ -6,6 +6,7 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from kava_jax.models.attend import attend
 from kava_jax.models.decoder import Decoder
 from kava_jax.models.masks import attention_mask, token_positions
 from kava_jax.models.spec import DecoderSpec
@@ -150,9 +151,10 @@ def gradient(model_spec: DecoderSpec, unrolled: bool):
         x, total = model.embed.embedding[...][tokens], jnp.zeros(())
         assert model.blocks is not None
         block, stacked = nnx.split(model.blocks)
+        rotation = jax.tree.map(lambda part: part[0], model.rotation(positions))
         for layer in range(model_spec.num_layers):
             own = jax.tree.map(lambda stack, layer=layer: stack[layer], stacked)
-            x, new = nnx.merge(block, own)(x, model.rotation(positions), mask, None)
+            x, new = nnx.merge(block, own)(x, rotation, mask, None, attend)
             total += (new.pre_rope**2).sum() + (new.v**2).sum()
         assert model.final_norm is not None
         return (model.logits(model.final_norm(x)) ** 2).sum() + total

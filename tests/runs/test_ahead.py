@@ -50,6 +50,7 @@ def losses(directory: Path) -> list[float]:
     return [line["loss"] for line in lines if line["kind"] == "train"]
 
 
+@pytest.mark.long
 @pytest.mark.usefixtures("_place")
 def test_every_length_is_compiled_before_the_first_step_and_none_after(
     tmp_path, capsys, monkeypatch, compiled

@@ -200,6 +200,7 @@ def test_kava_calibrate_alone_is_what_the_run_then_uses_unless_the_data_changed(
     assert contents(tmp_path / "run/calibration") != first
 
 
+@pytest.mark.long
 def test_a_given_map_is_fitted_as_it_is_and_warmup_starts_from_the_fit(
     tmp_path, monkeypatch, capsys
 ):

@@ -210,6 +210,7 @@ def test_a_model_that_is_handed_its_own_cache_loses_nothing(workspace, capsys):
     assert "handed over" in ended.out + ended.err
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("reader", READERS)
 def test_only_the_projector_learns_where_that_is_asked(reader, workspace, capsys):
     configured(workspace, {"train": "projector", "alone_share": 0.0, "reader": reader})

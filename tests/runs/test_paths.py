@@ -27,6 +27,7 @@ def lines(run: Path) -> list[dict]:
     return [{k: x for k, x in line.items() if "second" not in k} for line in found]
 
 
+@pytest.mark.long
 def test_a_tilde_is_the_home_directory_in_every_path(workspace, tmp_path, monkeypatch, capsys):
     """The same run from inside and by ``~`` from elsewhere; nothing is called ``~``."""
     monkeypatch.setenv("HOME", str(workspace))

@@ -28,6 +28,7 @@ def test_other_words_are_refused(written, remedy):
         first_and_last(written, 4)
 
 
+@pytest.mark.long
 def test_a_traced_run_leaves_a_trace_and_may_go_on_without(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(write_workspace(tmp_path))
     command = ("train", "tiny.yaml", "eval.max_new_tokens=0")

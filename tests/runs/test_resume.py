@@ -113,6 +113,7 @@ def test_everything_moved_and_twice_the_steps(workspace, monkeypatch, capsys):
     assert fifth["kv_weight"] == pytest.approx(1 - 4 / 7)
 
 
+@pytest.mark.long
 def test_a_run_extended_from_20_to_40_steps_is_the_uninterrupted_one(workspace, capsys):
     write_config(workspace / "tiny.yaml", **CONSTANT)
     trained(capsys, "train.steps=20", "run.dir=grown")

@@ -62,7 +62,7 @@ def write_attentive(directory: Path, geometry: dict) -> None:
 def our_logits(directory: str, tokens: np.ndarray) -> np.ndarray:
     model, valid = load_decoder(Path(directory)), jnp.ones((1, len(tokens)), bool)
     positions = token_positions(valid)
-    mask = attention_mask(positions, positions, valid)
+    mask = attention_mask(positions, positions, valid, model.spec.windows)
     return np.asarray(model.logits(model(jnp.asarray(tokens)[None], positions, mask)[0][0]))
 
 

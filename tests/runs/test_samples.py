@@ -10,6 +10,7 @@ from kava_jax.runs.samples import answer_all
 from tests.tiny import kava, write_config, write_workspace
 
 
+@pytest.mark.long
 def test_everyone_answers_the_same_questions_each_with_its_own_weights(
     tmp_path: Path, monkeypatch, capsys
 ) -> None:

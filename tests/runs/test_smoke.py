@@ -152,6 +152,7 @@ def finite_metrics(run: Path) -> list[dict[str, object]]:
     return lines
 
 
+@pytest.mark.long
 def test_one_of_them_end_to_end(tmp_path):
     said = smoke(tmp_path, "llama3.2_3b_to_1b_gsm8k")
     run = tmp_path / "runs" / "llama3.2_3b_to_1b_gsm8k-smoke"

@@ -51,6 +51,7 @@ def figures(run) -> list[dict[str, Any]]:
     ]
 
 
+@pytest.mark.long
 def test_a_run_that_cuts_is_one_of_a_directory_that_was_cut(workspace, capsys) -> None:
     kept = {"layers": 2, "rule": "best_block", "intermediate_size": 20}
     configured(workspace, student={"cut": kept})
@@ -78,6 +79,7 @@ def test_a_run_that_cuts_is_one_of_a_directory_that_was_cut(workspace, capsys) -
     assert figures(workspace / "run") == figures(workspace / "other")
 
 
+@pytest.mark.long
 def test_it_resumes_and_is_exported_with_its_record(workspace, capsys) -> None:
     assert kava(capsys, "train", "tiny.yaml", "train.steps=1").code == 0
     gone_on = kava(capsys, "train", "tiny.yaml", "train.steps=2")

@@ -27,6 +27,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
+@pytest.mark.long
 def test_export_evaluation_and_report_do_without_the_teachers(workspace, monkeypatch, capsys):
     monkeypatch.chdir(workspace)
 

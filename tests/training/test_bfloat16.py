@@ -22,7 +22,7 @@ from kava_jax.training.objective import Match
 from kava_jax.training.step import initial_state, make_train_step
 from tests.tolerances import TOL
 from tests.training.by_recipe import made
-from tests.training.small import KV_LOSSES, PAIRS, batch
+from tests.training.small import KV_LOSSES, PAIRS, STUDENT, batch
 
 BATCH = batch()
 
@@ -227,7 +227,7 @@ def test_gradients_of_biases_and_scales_are_summed_in_float32() -> None:
         dtypes = Dtypes(jnp.dtype(jnp.float32), jnp.dtype(dtype))
         build = {"inputs": {"embed": width}, "outputs": {"ffw": width}, "bias": True, "std": 0.2}
         model = {
-            "norm": RMSNorm(width, "embed", eps=1e-6, dtypes=dtypes),
+            "norm": RMSNorm({"embed": width}, spec=STUDENT, dtypes=dtypes),
             "map": Projection(**build, dtypes=dtypes, rngs=nnx.Rngs(0)),
         }
         graph, params = nnx.split(nnx.Dict(model))

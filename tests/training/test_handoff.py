@@ -67,7 +67,7 @@ def batch() -> Batch:
 
 def read(decoder: Decoder, tokens, valid, **options):
     positions = token_positions(valid)
-    mask = attention_mask(positions, positions, valid, decoder.spec.sliding_window)
+    mask = attention_mask(positions, positions, valid, decoder.spec.windows)
     return decoder(tokens, positions, mask, **options)
 
 
@@ -94,7 +94,7 @@ def test_what_is_handed_over_is_read_like_a_past(name):
         past = jax.tree.map(lambda x, b=b, n=n: x[:, b : b + 1, :n], given)
         positions = jnp.arange(length)[None]
         mask = attention_mask(
-            positions[:, n:], positions, jnp.ones((1, length), bool), spec.sliding_window
+            positions[:, n:], positions, jnp.ones((1, length), bool), spec.windows
         )
         alone, own = decoder(rows.tokens[b : b + 1, n:length], positions[:, n:], mask, past=past)
         np.testing.assert_allclose(

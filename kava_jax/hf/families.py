@@ -1,0 +1,271 @@
+"""The table of model families: what Hugging Face's class of each computes and takes for granted.
+
+A family is one entry: which spec its layers have, which keys of ``config.json`` it reads beyond
+those that all families have, and the values that transformers takes where a key is absent
+(transformers 5.x configuration classes, read one by one).
+
+Left out on purpose: linear and latent attention, dense layers among mixtures of experts.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+Config = Mapping[str, Any]
+
+
+class Scale(NamedTuple):
+    """A number of ``config.json`` that scales or caps something."""
+
+    name: str
+    """The field of DecoderSpec."""
+    default: float | None
+    power: float = 1.0
+    """The field is the number to this power; 1 where nothing is scaled."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """One ``model_type``."""
+
+    models: str
+    """Which models are of it."""
+    architecture: str
+    num_kv_heads: int | None  # None: as many as query heads
+    head_dim: int | None  # None: hidden_size / num_attention_heads
+    max_position_embeddings: int
+    qkv_bias: bool | None = False  # None: follows the config's attention_bias
+    output_bias: bool | None = False
+    mlp_bias: bool | None = False  # None: follows mlp_bias
+    rope_theta: float = 10_000.0
+    norm_eps: float = 1e-6
+    tied: bool = False
+    layers: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of DecoderSpec that are the same in every model of the family."""
+    scales: Mapping[str, Scale] = field(default_factory=dict)
+    """By key of ``config.json``."""
+    activation_key: str = "hidden_act"
+    inner_key: str = "intermediate_size"
+    """The key of the feed-forward width, or of each expert's."""
+    experts: Mapping[str, tuple[str, int | bool]] = field(default_factory=dict)
+    """By key of ``config.json``, a field about experts and its value where the key is absent."""
+    sliding_window: int | None = None
+    slides: Callable[[Config, int], bool] | None = None
+    """Which layers slide where ``layer_types`` does not say; None: all, and it is not read."""
+    switch: str | None = None
+    """The key that switches sliding on; None: it is on where there is a window."""
+    never_slides: bool = False
+    partial_rotary: bool = False
+    sliding_rope_theta: float | None = None
+    """The base of sliding layers, which the family rotates by themselves."""
+    skips_rotation: Callable[[Config, int], bool] | None = None
+    """Which layers are not rotated; None: every layer is."""
+
+    def reads(self, key: str) -> bool:
+        """Whether a key that changes the layers of other models is this family's own."""
+        own = {*self.scales, *self.experts}
+        if self.skips_rotation is not None:
+            own |= {"no_rope_layers", "no_rope_layer_interval"}
+        if self.experts:  # as transformers 5 writes their number, whatever the family
+            own.add("num_local_experts")
+        return key in own
+
+
+def _pattern(config: Config) -> int:
+    """Gemma 3: of so many layers the last one sees everything."""
+    return config.get("sliding_window_pattern") or 6
+
+
+def _unrotated(config: Config, layer: int) -> bool:
+    """SmolLM3: a 0 in the list, or else the last of every few layers."""
+    listed = config.get("no_rope_layers")
+    if listed is not None:
+        return not listed[layer]
+    return (layer + 1) % (config.get("no_rope_layer_interval") or 4) == 0
+
+
+_QWEN: dict[str, Any] = {
+    "switch": "use_sliding_window",
+    "sliding_window": 4096,
+    "slides": lambda config, layer: layer >= config.get("max_window_layers", 28),
+}
+_GEMMA: dict[str, Any] = {
+    "qkv_bias": None,
+    "output_bias": None,
+    "tied": True,
+    "activation_key": "hidden_activation",
+    "sliding_window": 4096,
+}
+_GEMMA_LAYERS = {
+    "norm_places": "both",
+    "norm_style": "offset",
+    "activation": "gelu_tanh",
+    "embedding_by_width": True,
+}
+
+
+def _gemma_scales(attention_cap: float | None, logit_cap: float | None) -> dict[str, Scale]:
+    return {
+        "query_pre_attn_scalar": Scale("attention_scale", 256, -0.5),
+        "attn_logit_softcapping": Scale("attention_cap", attention_cap),
+        "final_logit_softcapping": Scale("logit_cap", logit_cap),
+    }
+
+
+FAMILIES = {
+    "qwen2": Family("Qwen2, Qwen2.5", "Qwen2ForCausalLM", 32, None, 32768, qkv_bias=True, **_QWEN),
+    "qwen3": Family(
+        "Qwen3",
+        "Qwen3ForCausalLM",
+        32,
+        128,
+        32768,
+        qkv_bias=None,
+        output_bias=None,
+        layers={"qk_norm": True},
+        **_QWEN,
+    ),
+    "llama": Family(
+        "Llama 2, 3, 3.1, 3.2, SmolLM, SmolLM2, TinyLlama, Yi",
+        "LlamaForCausalLM",
+        None,
+        None,
+        2048,
+        qkv_bias=None,
+        output_bias=None,
+        mlp_bias=None,
+        never_slides=True,
+    ),
+    "mistral": Family(
+        "Mistral 7B, Mistral Nemo, Ministral 8B",
+        "MistralForCausalLM",
+        8,
+        None,
+        131072,
+        sliding_window=4096,
+    ),
+    "ministral": Family(
+        "Ministral of transformers 5",
+        "MinistralForCausalLM",
+        8,
+        None,
+        131072,
+        sliding_window=4096,
+        slides=lambda _config, _layer: True,
+    ),
+    "gemma2": Family(
+        "Gemma 2",
+        "Gemma2ForCausalLM",
+        4,
+        256,
+        8192,
+        layers=_GEMMA_LAYERS,
+        scales=_gemma_scales(50.0, 30.0),
+        slides=lambda _config, layer: layer % 2 == 0,
+        **_GEMMA,
+    ),
+    "gemma3_text": Family(
+        "Gemma 3 270M and 1B",
+        "Gemma3ForCausalLM",
+        4,
+        256,
+        131072,
+        rope_theta=1e6,
+        sliding_rope_theta=1e4,
+        layers=_GEMMA_LAYERS | {"qk_norm": True},
+        scales=_gemma_scales(None, None),
+        slides=lambda config, layer: (layer + 1) % _pattern(config) != 0,
+        **_GEMMA,
+    ),
+    "phi3": Family(
+        "Phi-3, Phi-3.5, Phi-4-mini",
+        "Phi3ForCausalLM",
+        None,
+        None,
+        4096,
+        norm_eps=1e-5,
+        layers={"projections": "fused"},
+        partial_rotary=True,
+    ),
+    "olmo2": Family(
+        "OLMo 2",
+        "Olmo2ForCausalLM",
+        None,
+        None,
+        2048,
+        qkv_bias=None,
+        output_bias=None,
+        norm_eps=1e-5,
+        layers={
+            "norm_places": "after",
+            "norm_style": "wide",
+            "qk_norm": True,
+            "qk_norm_over_heads": True,
+        },
+        never_slides=True,
+    ),
+    "smollm3": Family(
+        "SmolLM3",
+        "SmolLM3ForCausalLM",
+        4,
+        None,
+        32768,
+        qkv_bias=None,
+        output_bias=None,
+        mlp_bias=None,
+        rope_theta=2e6,
+        tied=True,
+        switch="use_sliding_window",
+        slides=_unrotated,
+        skips_rotation=_unrotated,
+    ),
+    "mixtral": Family(
+        "Mixtral",
+        "MixtralForCausalLM",
+        8,
+        None,
+        131072,
+        rope_theta=1e6,
+        norm_eps=1e-5,
+        layers={"projections": "block_sparse_moe", "experts_normalised": True},
+        experts={
+            "num_local_experts": ("num_experts", 8),
+            "num_experts_per_tok": ("experts_per_token", 2),
+        },
+    ),
+    "qwen3_moe": Family(
+        "Qwen3 30B-A3B, 235B-A22B",
+        "Qwen3MoeForCausalLM",
+        4,
+        None,
+        32768,
+        qkv_bias=None,
+        output_bias=None,
+        layers={"projections": "experts", "qk_norm": True},
+        inner_key="moe_intermediate_size",
+        experts={
+            "num_experts": ("num_experts", 128),
+            "num_experts_per_tok": ("experts_per_token", 8),
+            "norm_topk_prob": ("experts_normalised", False),
+        },
+        switch="use_sliding_window",
+        sliding_window=4096,
+    ),
+    "granite": Family(
+        "Granite 3",
+        "GraniteForCausalLM",
+        None,
+        None,
+        2048,
+        qkv_bias=None,
+        output_bias=None,
+        mlp_bias=None,
+        scales={
+            "embedding_multiplier": Scale("embedding_scale", 1.0),
+            "residual_multiplier": Scale("residual_scale", 1.0),
+            "attention_multiplier": Scale("attention_scale", 1.0),
+            "logits_scaling": Scale("logit_scale", 1.0, -1.0),
+        },
+        never_slides=True,
+    ),
+}
