@@ -36,6 +36,7 @@ def _row(name: str, family: Family) -> str:
         over = "all heads" if layers.get("qk_norm_over_heads") else "each head"
         norms += f"; queries and keys over {over}"
     further = ["fused projections"] if layers.get("projections") == "fused" else []
+    further += ["mixture of experts"] if family.experts else []
     further += ["GELU"] if layers.get("activation") else []
     further += [f"`{key}`" for key in family.scales]
     window = "" if family.never_slides else window

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import yaml
 
 from tests.tiny import CONFIG, write_config, write_model, write_rows
@@ -44,6 +45,7 @@ def test_verify_in_an_ascii_locale_and_without_any_home(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.long
 def test_a_run_in_an_ascii_locale_writes_utf_8(tmp_path):
     """And where the home directory cannot hold a file."""
     write_model(tmp_path / "student")

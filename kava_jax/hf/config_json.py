@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 
 from kava_jax.errors import KavaError
 from kava_jax.hf.config_keys import REQUIRED_SIZES, SIZES, refused
-from kava_jax.hf.families import FAMILIES, Family
+from kava_jax.hf.families import FAMILIES, TEXT_PARTS, Family
 from kava_jax.hf.rope_keys import read_ropes, rope_config
 from kava_jax.hf.values import positive_float, positive_int, true_or_false
 from kava_jax.models.spec import DecoderSpec, LayerType
@@ -25,6 +25,18 @@ FloatName = Literal["float32", "bfloat16", "float16"]
 # Hugging Face's names of an activation; the first one is written.
 _ACTIVATIONS = {"silu": ("silu", "swish"), "gelu_tanh": ("gelu_pytorch_tanh", "gelu_new")}
 # Which key switches which biases on in families that leave it to the config.
+# Why the caches of some models cannot be compared, whoever reads them.
+_NO_CACHE = {
+    "its attention is latent: it keeps one vector for all heads in place of keys and values": (
+        lambda config: config.get("kv_lora_rank") is not None
+    ),
+    "some of its layers are linear or convolutions and have no keys and values": (
+        lambda config: (
+            {"linear_attention", "mamba", "conv", "recurrent"}
+            & {*(config.get("layer_types") or ()), *(config.get("block_types") or ())}
+        )
+    ),
+}
 _SWITCHES = {"qkv_bias": "attention_bias", "output_bias": "attention_bias", "mlp_bias": "mlp_bias"}
 
 
@@ -39,16 +51,20 @@ def spec_from_config(config: Mapping[str, Any], *, where: str) -> DecoderSpec:
         KavaError: for an unknown architecture, a missing or impossible value, or a feature this
             decoder does not have; the message names the key, its value and the remedy.
     """
+    config = text_part(config, where)
     name, family = _family(config, where)
     _refuse_unsupported(config, family, where)
     sizes = _sizes(family)
     required = [key for key, field in sizes.items() if field in REQUIRED_SIZES.values()]
-    if missing := [key for key in required if config.get(key) is None]:
+    absent = [key for key in required if config.get(key) is None]
+    if missing := [key for key in absent if key not in family.sizes]:
         raise KavaError(f"{where}: config.json lacks {', '.join(missing)}; add what the model has")
-    heads = positive_int(config, "num_attention_heads", where)
+    default = family.sizes.get("num_attention_heads")
+    heads = positive_int(config, "num_attention_heads", where, default=default)
     # A null is not an absent key here: transformers then takes as many as there are query heads.
     kv_heads = None if "num_key_value_heads" in config else family.num_kv_heads
     defaults = {
+        **family.sizes,
         "num_key_value_heads": kv_heads or heads,
         "head_dim": family.head_dim or max(positive_int(config, "hidden_size", where) // heads, 1),
         "max_position_embeddings": family.max_position_embeddings,
@@ -88,6 +104,24 @@ def spec_from_config(config: Mapping[str, Any], *, where: str) -> DecoderSpec:
         **ropes,
         **fields,
     )
+
+
+def text_part(config: Mapping[str, Any], where: str) -> Mapping[str, Any]:
+    """The text model's own config, where a model reads images, too; else ``config`` itself.
+
+    Raises KavaError for such a model of an unknown architecture.
+    """
+    if "text_config" not in config:
+        return config
+    inner = config["text_config"]
+    names = config.get("architectures") or []
+    parts = [TEXT_PARTS[name] for name in names if name in TEXT_PARTS]
+    if not isinstance(inner, Mapping) or len(parts) != 1:
+        raise KavaError(
+            f"{where}: architectures={names} with a text_config is not supported; of models that "
+            f"read more than text, {', '.join(TEXT_PARTS)} is"
+        )
+    return {**inner, "architectures": parts}
 
 
 def config_from_spec(spec: DecoderSpec, *, dtype: FloatName) -> dict[str, Any]:
@@ -162,9 +196,11 @@ def _family(config: Mapping[str, Any], where: str) -> tuple[str, Family]:
     known = by_architecture | bases
     names = {known.get(a) for a in architectures} | ({model_type} - {None})
     if len(names) != 1 or (name := names.pop()) not in FAMILIES:
+        lacks = [reason for reason, has in _NO_CACHE.items() if has(config)]
         raise KavaError(
             f"{where}: architectures={architectures} with model_type={model_type!r} is not "
             f"supported; use one of {', '.join(sorted(by_architecture))}"
+            + "".join(f" ({reason})" for reason in lacks)
         )
     return name, FAMILIES[name]
 

@@ -187,6 +187,10 @@ def refuse_unknown(config: Mapping[str, Any], where: str) -> None:
 
 def note_unknown(config: Mapping[str, Any], who: str) -> str | None:
     """What to say of the keys on none of the lists."""
+    if (inner := config.get("text_config")) is not None:
+        further = note_unknown(inner, who)
+        said = f"{who}: of this model the text part alone is read, not what reads images"
+        return f"{said}; {further}" if further else said
     unknown = unknown_keys(config)
     if not unknown:
         return None

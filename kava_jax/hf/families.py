@@ -47,6 +47,8 @@ class Family:
     activation_key: str = "hidden_act"
     inner_key: str = "intermediate_size"
     """The key of the feed-forward width, or of each expert's."""
+    sizes: Mapping[str, int] = field(default_factory=dict)
+    """What transformers takes for sizes that public files leave out."""
     experts: Mapping[str, tuple[str, int | bool]] = field(default_factory=dict)
     """By key of ``config.json``, a field about experts and its value where the key is absent."""
     sliding_window: int | None = None
@@ -112,6 +114,9 @@ def _gemma_scales(attention_cap: float | None, logit_cap: float | None) -> dict[
     }
 
 
+# Models that read images, too, with the architecture of the text part that is read here.
+TEXT_PARTS = {"Gemma3ForConditionalGeneration": "Gemma3ForCausalLM"}
+
 FAMILIES = {
     "qwen2": Family("Qwen2, Qwen2.5", "Qwen2ForCausalLM", 32, None, 32768, qkv_bias=True, **_QWEN),
     "qwen3": Family(
@@ -165,13 +170,14 @@ FAMILIES = {
         **_GEMMA,
     ),
     "gemma3_text": Family(
-        "Gemma 3 270M and 1B",
+        "Gemma 3",
         "Gemma3ForCausalLM",
         4,
         256,
         131072,
         rope_theta=1e6,
         sliding_rope_theta=1e4,
+        sizes={"vocab_size": 262208, "num_attention_heads": 8},
         layers=_GEMMA_LAYERS | {"qk_norm": True},
         scales=_gemma_scales(None, None),
         slides=lambda config, layer: (layer + 1) % _pattern(config) != 0,

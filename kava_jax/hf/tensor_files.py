@@ -22,6 +22,9 @@ from kava_jax.hf.names import Index
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # What transformers' base classes (``LlamaModel``) save without their prefix.
 _BASE = re.compile(r"(embed_tokens|layers|norm)\.")
+# A text model inside one that reads images, as transformers 4.x and 5.x call it; and the rest.
+_TEXT = re.compile(r"(?:language_model\.(?=model\.|lm_head\.)|model\.language_model\.)")
+_IMAGES = re.compile(r"(?:model\.)?(?:vision_tower|multi_modal_projector)\.")
 # A copy of a tied head is compared in pieces of about this many numbers.
 _PIECE = 1 << 24
 # Numbers in a piece that is checked for NaN and infinity; in float32 it takes 1 MiB.
@@ -66,6 +69,10 @@ class TensorFiles:
 
     def _add(self, tensor: Tensor) -> None:
         name = tensor.stored_as
+        if _IMAGES.match(name):
+            return
+        if found := _TEXT.match(name):
+            name = name[found.end() :]
         name = f"model.{name}" if _BASE.match(name) else name
         first = self.tensors.setdefault(name, tensor)
         if first is not tensor:

@@ -43,6 +43,7 @@ def medians(found) -> dict[str, float]:
     return {name: own["median"] for name, own in found["seconds"].items()}
 
 
+@pytest.mark.long
 @needs_torch
 def test_the_loss_by_the_command(monkeypatch, capsys) -> None:
     """Without torch.compile: it takes most of a minute."""
@@ -99,6 +100,7 @@ def test_the_peer_is_the_original_loss_with_a_mask() -> None:
     assert {name: float(x) for name, x in metrics.items()} == pytest.approx(want, rel=1e-4)
 
 
+@pytest.mark.long
 def test_the_head_with_and_without_prompts() -> None:
     found = loss.bench_ce((2, 24, 8, 400))
     positions = {"all": 2 * 24, "answers": 2 * 12}
@@ -137,6 +139,7 @@ def test_answers_from_a_handed_over_cache() -> None:
     assert own["facts"]["handed"] == {"handed_bytes": carried, "teacher_bytes": whole}
 
 
+@pytest.mark.long
 @needs_torch
 def test_the_step_beside_the_originals_loop() -> None:
     """Same weights, same first loss."""
@@ -182,6 +185,7 @@ def test_a_peer_that_is_missing_is_told(nothing_installed, capsys, peer, package
     )
 
 
+@pytest.mark.long
 def test_the_cut_teacher_beside_the_whole_one() -> None:
     peer = "tunix" if find_spec("tunix") else None
     found = teacher.bench_teacher(peer, PAIR)

@@ -556,6 +556,17 @@ NOT_SUPPORTED: dict[str, tuple[Form, str]] = {
         | {"quantization_config": {"bits": 4, "group_size": 128, "quant_method": "awq"}},
         "quantization_config",
     ),
+    "DeepSeek-V3": (
+        {"architectures": ["DeepseekV3ForCausalLM"], "kv_lora_rank": 512},
+        "its attention is latent",
+    ),
+    "Qwen3-Next": (
+        {
+            "architectures": ["Qwen3NextForCausalLM"],
+            "layer_types": ["linear_attention", "full_attention"],
+        },
+        "have no keys and values",
+    ),
     "Qwen3-MoE with dense layers": (
         FORMS["Qwen3-30B-A3B"] | {"mlp_only_layers": [0]},
         "mlp_only_layers=[0] is not supported",

@@ -71,6 +71,7 @@ def test_a_gpu_s_plan_in_words(capsys, answers) -> None:
     assert "largest batch in" not in ended.out
 
 
+@pytest.mark.long
 def test_a_gpu_that_is_too_small_for_one_row_is_told(monkeypatch, answers) -> None:
     monkeypatch.setattr(
         planning, "own_memory", lambda blueprint, rows, _: Memory(70 * 10**9, 0, rows * 10**9)

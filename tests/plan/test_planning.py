@@ -87,6 +87,7 @@ def test_a_plan_needs_no_weights(workspace) -> None:
     assert plan().verdict == "fits"
 
 
+@pytest.mark.long
 def test_memory_of_another_batch_is_on_the_line(workspace) -> None:
     """The largest batch that surely fits does, and the one after it may not."""
     whole = plan()
@@ -105,6 +106,7 @@ def test_memory_of_another_batch_is_on_the_line(workspace) -> None:
     assert in_need[2 * surely] > room
 
 
+@pytest.mark.long
 def test_the_verdict_follows_the_memory(workspace) -> None:
     peak = plan().peak
     assert plan(peak.most).verdict == "fits"

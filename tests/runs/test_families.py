@@ -38,12 +38,10 @@ RUNS = {
     "experts": ("qwen3_moe", "gemma2", {"kl_weight": 1.0}),
     "answered": ("phi3", "granite", {"handoff": {"reader": "student"}}),
 }
-QUICK = ("attention",)
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.long) for name in RUNS]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("name", RUNS)
 def test_import_train_export_transformers(name, tmp_path, monkeypatch, capsys) -> None:
     from transformers import AutoModelForCausalLM
 

@@ -101,6 +101,7 @@ def test_it_resumes_and_is_exported_with_its_record(workspace, capsys) -> None:
     assert "was cut from 'big' already" in refused.err
 
 
+@pytest.mark.long
 def test_a_record_of_a_start_that_came_to_nothing_is_not_read(workspace, capsys) -> None:
     assert kava(capsys, "train", "tiny.yaml").code == 0
     right = read_cut_record(workspace / "run")

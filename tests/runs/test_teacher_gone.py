@@ -70,6 +70,7 @@ def test_export_evaluation_and_report_do_without_the_teachers(workspace, monkeyp
     assert "another place" in done("train", "tiny.yaml", "train.steps=2", *moved).err
 
 
+@pytest.mark.long
 def test_a_fresh_student_needs_the_teacher_that_gave_its_tokenizer(tmp_path, monkeypatch, capsys):
     write_workspace(tmp_path)
     geometry = json.loads((tmp_path / "student" / "config.json").read_text())
