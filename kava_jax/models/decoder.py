@@ -328,7 +328,7 @@ def _stacked_blocks(
 
     def block(rngs: nnx.Rngs) -> Block:
         mlp = partial(Experts, layouts=layouts) if spec.num_experts else MLP
-        return Block(spec, mlp(spec, dtypes=dtypes, rngs=rngs), dtypes=dtypes, rngs=rngs)
+        return Block(spec, mlp, dtypes=dtypes, rngs=rngs)
 
     return nnx.vmap(block, in_axes=0, out_axes=0)(rngs.split(count))
 

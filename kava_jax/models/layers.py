@@ -8,7 +8,7 @@ they are sums over all tokens, and a long bfloat16 sum stops growing.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -237,12 +237,8 @@ class MLP(nnx.Module):
         self, x_BTD: Float[Array, "B T D"]
     ) -> tuple[Float[Array, "B T D"], Float[Array, "B T F"]]:
         """The output, and the units that it was made of."""
-        units_BTF = self.units(x_BTD)
+        units_BTF = self.activation(self.gate(x_BTD)) * self.up(x_BTD)
         return self.down(units_BTF), units_BTF
-
-    def units(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T F"]:
-        """The inner units, which ``down`` reads."""
-        return self.activation(self.gate(x_BTD)) * self.up(x_BTD)
 
 
 class Block(nnx.Module):
@@ -254,12 +250,12 @@ class Block(nnx.Module):
     def __init__(
         self,
         spec: DecoderSpec,
-        mlp: Callable[[Array], tuple[Array, Array | None]] | None,
+        mlp: Callable[..., Any] | None,
         *,
         dtypes: Dtypes,
         rngs: nnx.Rngs,
     ):
-        """Build attention and norms around ``mlp``: an ``MLP``, or a mixture of experts."""
+        """Build attention, norms, and an ``mlp``: the class ``MLP`` or what stands in for it."""
 
         def norm(*places: NormPlaces) -> RMSNorm | None:
             if spec.norm_places not in places:
@@ -272,7 +268,7 @@ class Block(nnx.Module):
         if mlp is not None:
             self.attention_out_norm = norm("after", "both")
             self.mlp_norm = norm("before", "both")
-            self.mlp = mlp
+            self.mlp = mlp(spec, dtypes=dtypes, rngs=rngs)
             self.mlp_out_norm = norm("after", "both")
 
     def __call__(

@@ -11,6 +11,7 @@ from flax import nnx
 from kava_jax.cache import KVCache
 from kava_jax.models.attend import attend
 from kava_jax.models.decoder import Decoder
+from kava_jax.models.layers import MLP, Attention, Block, Dtypes
 from kava_jax.models.masks import attention_mask, token_positions
 from kava_jax.models.rope import rope_frequencies, rope_rotations, rotate_layers
 from kava_jax.models.spec import DecoderSpec, Llama3RopeScaling
@@ -95,6 +96,16 @@ def test_scanned_layers_equal_a_loop_over_them() -> None:
     assert_close(hidden, model.final_norm(x))
     assert hidden.shape == (2, 10, 16)
     assert cache.k.shape == cache.v.shape == (3, 2, 10, 2, 6)
+
+
+def test_a_seed_draws_attention_before_the_mlp() -> None:
+    """As it always has: a run from random weights can be repeated by a later version."""
+    dtypes = Dtypes(jnp.dtype(jnp.float32), jnp.dtype(jnp.float32))
+    block = Block(SPEC, MLP, dtypes=dtypes, rngs=nnx.Rngs(7))
+    rngs = nnx.Rngs(7)
+    for name, part in (("attention", Attention), ("mlp", MLP)):
+        alone = nnx.state(part(SPEC, dtypes=dtypes, rngs=rngs))
+        jax.tree.map(np.testing.assert_array_equal, nnx.state(getattr(block, name)), alone)
 
 
 def test_keys_after_rope_are_the_rotated_keys() -> None:
