@@ -92,13 +92,15 @@ def spec_from_config(config: Mapping[str, Any], *, where: str) -> DecoderSpec:
     ropes = read_ropes(config, family, positions, head_dim, where)
     if fields["sliding_window"] is None:  # no layer slides
         ropes["sliding_rope_theta"] = None
-    skips = family.skips_rotation or (lambda _config, _layer: False)
+    skips = family.skips_rotation
     tied = config.get("tie_word_embeddings", family.tied)
     return DecoderSpec(
         family=name,
         tie_embeddings=true_or_false({"tie_word_embeddings": tied}, "tie_word_embeddings", where),
         unrotated_layers=tuple(
-            layer for layer in range(fields["num_layers"]) if skips(config, layer)
+            layer
+            for layer in range(fields["num_layers"])
+            if skips is not None and skips(config, layer, where)
         ),
         **family.layers,
         **ropes,
@@ -111,9 +113,8 @@ def text_part(config: Mapping[str, Any], where: str) -> Mapping[str, Any]:
 
     Raises KavaError for such a model of an unknown architecture.
     """
-    if "text_config" not in config:
+    if "text_config" not in config or (inner := config["text_config"]) is None:
         return config
-    inner = config["text_config"]
     names = config.get("architectures") or []
     parts = [TEXT_PARTS[name] for name in names if name in TEXT_PARTS]
     if not isinstance(inner, Mapping) or len(parts) != 1:
@@ -337,7 +338,7 @@ def _sliding(
             )
         return {"sliding_window": window, "layer_types": None}
     kinds = kinds or tuple(
-        "sliding_attention" if family.slides(config, layer) else "full_attention"
+        "sliding_attention" if family.slides(config, layer, where) else "full_attention"
         for layer in range(depth)
     )
     if "sliding_attention" not in kinds:
@@ -350,6 +351,8 @@ def _layer_types(config: Mapping[str, Any], depth: int, where: str) -> tuple[Lay
     given = config.get("layer_types")
     if given is None:
         return None
+    if not isinstance(given, list):
+        raise KavaError(f"{where}: config.json: layer_types={given!r} is no list; correct it")
     if unknown := sorted({str(kind) for kind in given} - {*get_args(LayerType)}):
         raise KavaError(
             f"{where}: config.json: layer_types has {', '.join(unknown)}; only models whose layers "

@@ -234,7 +234,7 @@ def _write_configs(
         kept = {key: getattr(_loaded(tokenizer), key, None) for key in _TOKEN_IDS}
     else:
         config = read_json(source / "config.json")
-        if "text_config" in config:
+        if config.get("text_config") is not None:
             left = {key: x for key, x in config.items() if not key.endswith("_token_index")}
             config = left | config["text_config"]
         dropped = (*_NOT_KEPT, *_OF_IMAGES)

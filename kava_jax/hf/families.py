@@ -11,7 +11,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from kava_jax.errors import KavaError
+from kava_jax.hf.values import positive_int
+
 Config = Mapping[str, Any]
+# Of a config and the number of a layer; the last is what messages call the model.
+Rule = Callable[[Config, int, str], bool]
 
 
 class Scale(NamedTuple):
@@ -21,7 +26,7 @@ class Scale(NamedTuple):
     """The field of DecoderSpec."""
     default: float | None
     power: float = 1.0
-    """The field is the number to this power; 1 where nothing is scaled."""
+    """The field is the number to this power."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +57,7 @@ class Family:
     experts: Mapping[str, tuple[str, int | bool]] = field(default_factory=dict)
     """By key of ``config.json``, a field about experts and its value where the key is absent."""
     sliding_window: int | None = None
-    slides: Callable[[Config, int], bool] | None = None
+    slides: Rule | None = None
     """Which layers slide where ``layer_types`` does not say; None: all, and it is not read."""
     switch: str | None = None
     """The key that switches sliding on; None: it is on where there is a window."""
@@ -60,7 +65,7 @@ class Family:
     partial_rotary: bool = False
     sliding_rope_theta: float | None = None
     """The base of sliding layers, which the family rotates by themselves."""
-    skips_rotation: Callable[[Config, int], bool] | None = None
+    skips_rotation: Rule | None = None
     """Which layers are not rotated; None: every layer is."""
 
     def reads(self, key: str) -> bool:
@@ -73,23 +78,36 @@ class Family:
         return key in own
 
 
-def _pattern(config: Config) -> int:
+def _pattern(config: Config, where: str) -> int:
     """Gemma 3: of so many layers the last one sees everything."""
-    return config.get("sliding_window_pattern") or 6
+    return positive_int(config, "sliding_window_pattern", where, default=6)
 
 
-def _unrotated(config: Config, layer: int) -> bool:
+def _full_layers(config: Config, where: str) -> int:
+    """Qwen: how many layers see everything before the sliding ones."""
+    if config.get("max_window_layers") == 0:
+        return 0
+    return positive_int(config, "max_window_layers", where, default=28)
+
+
+def _unrotated(config: Config, layer: int, where: str) -> bool:
     """SmolLM3: a 0 in the list, or else the last of every few layers."""
-    listed = config.get("no_rope_layers")
-    if listed is not None:
-        return not listed[layer]
-    return (layer + 1) % (config.get("no_rope_layer_interval") or 4) == 0
+    listed, depth = config.get("no_rope_layers"), config.get("num_hidden_layers")
+    if listed is None:
+        every = positive_int(config, "no_rope_layer_interval", where, default=4)
+        return (layer + 1) % every == 0
+    if not isinstance(listed, list) or len(listed) != depth:
+        raise KavaError(
+            f"{where}: config.json: no_rope_layers={listed!r} is no list of "
+            f"num_hidden_layers={depth} entries; correct it"
+        )
+    return not listed[layer]
 
 
 _QWEN: dict[str, Any] = {
     "switch": "use_sliding_window",
     "sliding_window": 4096,
-    "slides": lambda config, layer: layer >= config.get("max_window_layers", 28),
+    "slides": lambda config, layer, where: layer >= _full_layers(config, where),
 }
 _GEMMA: dict[str, Any] = {
     "qkv_bias": None,
@@ -156,7 +174,7 @@ FAMILIES = {
         None,
         131072,
         sliding_window=4096,
-        slides=lambda _config, _layer: True,
+        slides=lambda _config, _layer, _where: True,
     ),
     "gemma2": Family(
         "Gemma 2",
@@ -166,7 +184,7 @@ FAMILIES = {
         8192,
         layers=_GEMMA_LAYERS,
         scales=_gemma_scales(50.0, 30.0),
-        slides=lambda _config, layer: layer % 2 == 0,
+        slides=lambda _config, layer, _where: layer % 2 == 0,
         **_GEMMA,
     ),
     "gemma3_text": Family(
@@ -180,7 +198,7 @@ FAMILIES = {
         sizes={"vocab_size": 262208, "num_attention_heads": 8},
         layers=_GEMMA_LAYERS | {"qk_norm": True},
         scales=_gemma_scales(None, None),
-        slides=lambda config, layer: (layer + 1) % _pattern(config) != 0,
+        slides=lambda config, layer, where: (layer + 1) % _pattern(config, where) != 0,
         **_GEMMA,
     ),
     "phi3": Family(
