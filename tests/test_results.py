@@ -127,9 +127,9 @@ def cut_students(tmp_path, monkeypatch):
     module = importlib.import_module("real_pair_table")
     monkeypatch.setattr(module, "RESULTS", tmp_path / "arms.jsonl")
     monkeypatch.setattr(module, "SECONDS", tmp_path / "seconds.json")
-    # A probe comes before the steps 0, 1, 2, 4, 8, 16, 20 and 40.
+    # The steps 0, 1, 2, 4, 8, 16, 20 and 40 measure the weight.
     own = {"kl": {"step": {"median": 10.0}}}
-    own["kl+mse"] = own["kl"] | {"probe": {"median": 30.0}}
+    own["kl+mse"] = own["kl"] | {"measuring_step": {"median": 40.0}}
     module.SECONDS.write_text(json.dumps({"seconds": {"half": own}}))
     return module
 
@@ -150,12 +150,12 @@ def test_arms_are_compared_with_the_one_without_matching(cut_students) -> None:
     told = cut_students.real_pair()
     rows = [line for line in told if line.startswith("| half/kl+mse | 0 ")]
     (cells,) = ([cell.strip() for cell in row.strip("|").split("|")] for row in rows)
-    # 60 steps of 10 seconds and 8 probes of 30. Blocks differ by -0.1, -0.1 and -0.4: a mean of
+    # 52 steps of 10 seconds and 8 of 40. Blocks differ by -0.1, -0.1 and -0.4: a mean of
     # -0.2 and a deviation of 0.1732, over the root of 3. The curve falls from 6 by 3.1 in 60 steps.
     assert cells[2:6] == ["60", "14.0", "2.900", "-0.200 ± 0.100"]
     assert cells[-1] == f"{60 * 3 / 3.1:.0f}"
     # Seeds 1 and 2 alone, -0.2 and -0.3.
     said = "Loss on GSM8K after 60 steps, half/kl+mse minus half/kl: -0.25 ("
     assert any(line.startswith(said) for line in told)
-    # KL's 600 seconds hold 39 steps and the 7 probes before them.
+    # KL's 600 seconds hold 39 steps, 7 of them long.
     assert cut_students.affordable("half", "kl+mse", 60) == 39

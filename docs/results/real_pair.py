@@ -49,7 +49,7 @@ from kava_jax.parallel.sharding import put_batch
 from kava_jax.runs.calibrate import unmeasured
 from kava_jax.runs.prepare import load_dataset, prepare
 from kava_jax.runs.student_export import export
-from kava_jax.runs.train import jitted_probe, train
+from kava_jax.runs.train import train
 
 STEPS, ROUNDS = 60, 6
 
@@ -209,7 +209,7 @@ def trained(config: Config, out: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def bench(cuts: list[str]) -> None:
-    """Seconds of a step and of a probe: all arms of a cut in turns, cut by cut."""
+    """Seconds of a step, plain and measuring: all arms of a cut in turns, cut by cut."""
     found: dict[str, Any] = {"rounds": ROUNDS, "versions": versions(), "seconds": {}}
     if SECONDS.is_file():
         found["seconds"] = json.loads(SECONDS.read_text(encoding="utf-8"))["seconds"]
@@ -242,22 +242,21 @@ def in_turns(configs: dict[str, Config]) -> dict[str, Any]:
 
 
 def stepping(config: Config) -> Callable[[], dict[str, float]]:
-    """A step, and the probe where the KV weight is measured; a call takes and times each."""
+    """A step, and one that measures its KV weight where that is a share; a call times each."""
     run = prepare(unmeasured(config))
     batch = put_batch(load_dataset(run).stream.batch(0), run.mesh)
     teachers, state = run.blueprint.load_teachers(), run.blueprint.fresh_state()
-    step = run.blueprint.jitted_step()
-    probe = jitted_probe(run) if isinstance(config.loss.kv_weight, AutoShare) else None
+    steps, weight = {"step": run.blueprint.jitted_step()}, config.loss.kv_weight
+    if isinstance(weight, AutoShare):
+        steps["measuring_step"] = run.blueprint.jitted_step(weight.share)
 
     def call() -> dict[str, float]:
         nonlocal state
-        begun = time.perf_counter()
-        state = jax.block_until_ready(step(state, teachers, batch))[0]
-        found = {"step": time.perf_counter() - begun}
-        if probe is not None:
+        found = {}
+        for name, step in steps.items():
             begun = time.perf_counter()
-            jax.block_until_ready(probe(state, teachers, batch))
-            found["probe"] = time.perf_counter() - begun
+            state = jax.block_until_ready(step(state, teachers, batch))[0]
+            found[name] = time.perf_counter() - begun
         return found
 
     return call

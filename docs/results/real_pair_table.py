@@ -9,7 +9,7 @@ import numpy as np
 from lines import head, row
 
 from kava_jax.experiments.statistics import estimate, in_words, steps_to_reach
-from kava_jax.training.probe import share_is_due
+from kava_jax.training.share import share_is_due
 
 HERE = Path(__file__).resolve().parent
 RESULTS, SECONDS = HERE / "real_pair.jsonl", HERE / "real_pair_seconds.json"
@@ -36,10 +36,11 @@ def append(line: dict[str, Any], told: str, path: Path | None = None) -> None:
 
 
 def seconds(cut: str, losses: str, steps: int) -> float:
-    """Of a run on a quiet machine: its steps and, where the KV weight is measured, its probes."""
+    """Of a run on a quiet machine; steps that measure the KV weight cost more."""
     own = _timed(cut)[losses]
-    probes = sum(share_is_due(number, EVERY) for number in range(steps)) if "probe" in own else 0
-    return steps * own["step"]["median"] + probes * own.get("probe", own["step"])["median"]
+    plain = own["step"]["median"]
+    due = sum(share_is_due(number, EVERY) for number in range(steps))
+    return steps * plain + due * (own.get("measuring_step", own["step"])["median"] - plain)
 
 
 def _timed(cut: str) -> dict[str, Line]:
@@ -50,9 +51,12 @@ def _timed(cut: str) -> dict[str, Line]:
 
 
 def affordable(cut: str, losses: str, steps: int) -> int:
-    """How many steps an arm has in the time in which the one without matching takes ``steps``."""
+    """How many steps an arm has in the time in which the one without matching takes ``steps``.
+
+    At most as many: matching makes no step quicker, whatever the bench's noise says.
+    """
     limit = seconds(cut, without_matching(losses), steps)
-    return max(n for n in range(1, 2 * steps) if seconds(cut, losses, n) <= limit)
+    return max(n for n in range(1, steps + 1) if seconds(cut, losses, n) <= limit)
 
 
 def without_matching(losses: str) -> str:

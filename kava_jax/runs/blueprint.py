@@ -155,13 +155,17 @@ class Blueprint:
             params, self.optimizer, self.empty_statistics(), seed, taught=bool(self.teachers)
         )
 
-    def jitted_step(self) -> Any:
-        """The train step with its shardings; the old state's memory is reused for the new one."""
+    def jitted_step(self, share: float | None = None) -> Any:
+        """The train step with its shardings; the old state's memory is reused for the new one.
+
+        With ``share``, the step that measures its KV weight.
+        """
         step = make_train_step(
             self.objective,
             self.optimizer,
             kv_weight=self.kv_weight,
             microbatches=self.config.train.grad_accumulation,
+            share=share,
         )
         state = self.state_shardings()
         return jax.jit(

@@ -19,8 +19,9 @@ from kava_jax.runs.preemption import AskedToEndError, Preemption
 from kava_jax.runs.profiling import Profile
 from kava_jax.storage import Place
 from kava_jax.training.objective import Metrics
-from kava_jax.training.probe import Probed, share_is_due
-from kava_jax.training.step import LossScale, TrainState
+from kava_jax.training.probe import Probed
+from kava_jax.training.share import share_is_due
+from kava_jax.training.step import TrainState
 from kava_jax.training.summary import Figures, summarize_layers
 
 Step = Callable[[TrainState, Mapping[str, Params], Batch], tuple[TrainState, Metrics]]
@@ -44,6 +45,7 @@ def run_steps(
     state: TrainState,
     *,
     step: Step,
+    measuring_step: Step | None,
     probe: Probe | None,
     teachers: Mapping[str, Params],
     stream: BatchStream,
@@ -64,7 +66,8 @@ def run_steps(
     was cut short (``evaluated`` is False). A checkpoint is written every ``checkpoint_every``
     steps, at the end, and when the run is asked to end. The last one is whole before the last
     evaluation begins, so that whatever fails from there on costs no step. ``probe`` (None without
-    teachers) is called before a step, every ``diagnose_every`` and whenever a share is due.
+    teachers) is called before a step, every ``diagnose_every``. ``measuring_step`` (None where the
+    KV weight is no share) takes the steps at which a share is due.
 
     Raises:
         StoppedError: ``max_consecutive_skips`` steps in a row were not finite.
@@ -94,18 +97,16 @@ def run_steps(
         lines.restart_clock(start)
         for number in range(start, cadence.steps):
             rows, batch = upcoming.take(number)
-            measuring = share_is_due(number, cadence.share_every)
-            if probe and (measuring or _due(number, cadence.diagnose_every)):
+            if probe and _due(number, cadence.diagnose_every):
                 # Lines are in the order of the steps, and the probe's comes after this one.
                 lines.settle()
-                # One length for all batches, so that the probe is compiled once.
-                whole = put_batch(padded(rows, stream.max_length), mesh)
-                scale = _probed(probe, state, teachers, whole, monitor, lines.clock)
-                # Only then: how often one looks must not change what is learnt.
-                state = state._replace(kv_scale=scale) if measuring else state
+                _probed(probe, state, teachers, upcoming.whole(rows), monitor, lines.clock)
+            taken = step
+            if measuring_step and share_is_due(number, cadence.share_every):
+                taken, batch = measuring_step, upcoming.whole(rows)
             done = number + 1
             profile.before(done, state)
-            state, metrics = step(state, teachers, batch)
+            state, metrics = taken(state, teachers, batch)
             if number == start:
                 preemption.begin()  # now there is something to save
             upcoming.fetch(done)
@@ -164,6 +165,10 @@ class _Upcoming:
             self.fetch(number)
         return self._ahead.pop(number)
 
+    def whole(self, rows: Batch) -> Batch:
+        """A batch at the greatest length: what is done rarely is compiled for one length only."""
+        return put_batch(padded(rows, self._stream.max_length), self._mesh)
+
 
 def _evaluated(evaluate: Evaluate, state: TrainState, step: int, monitor: Monitor) -> Figures:
     evaluation = evaluate(state, step)
@@ -199,8 +204,8 @@ def _probed(
     batch: Batch,
     monitor: Monitor,
     clock: Clock,
-) -> LossScale:
-    """The scale that the probe measured; what else it found goes to the monitor."""
+) -> None:
+    """What the probe found goes to the monitor."""
     jax.block_until_ready(state)  # else the probe would be charged for steps still under way
     with clock.paused():
         found = probe(state, teachers, batch)
@@ -209,7 +214,6 @@ def _probed(
     step = int(state.step)
     values = gradients | figures.values | clock.cost_of_pauses(step)
     monitor.diagnostics(step, values, figures.layers)
-    return found.kv_scale
 
 
 def projector_path(run_dir: Place) -> Place:

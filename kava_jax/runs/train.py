@@ -167,6 +167,7 @@ def _train(
             state, evaluation = run_steps(
                 start,
                 step=step,
+                measuring_step=run.blueprint.jitted_step(share.share) if share else None,
                 probe=jitted_probe(run) if config.teachers else None,
                 teachers=teachers,
                 stream=dataset.stream,
@@ -225,11 +226,10 @@ def begun(
 
 def jitted_probe(run: Run) -> Any:
     """The probe with its shardings; it reads the state and leaves it alone."""
-    blueprint, share = run.blueprint, _share(run.config)
+    blueprint = run.blueprint
     probe = make_probe(
         blueprint.objective,
         kv_weight=blueprint.kv_weight,
-        share=share.share if share else None,
         microbatches=run.config.train.grad_accumulation,
     )
     teachers, batch = blueprint.teacher_shardings(), batch_sharding(run.mesh)

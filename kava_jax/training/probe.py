@@ -1,7 +1,6 @@
 """What is too dear to measure at every step: gradient shares, and what a cosine alone hides.
 
-A probe looks at one training batch before its step is taken, without dropout. It changes nothing:
-what it finds is logged and, when the KV weight is a share of the gradient, becomes its scale.
+A probe looks at one training batch before its step is taken, without dropout. It changes nothing.
 """
 
 import math
@@ -9,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
@@ -27,12 +25,11 @@ from kava_jax.geometry import Mean
 from kava_jax.models.decoder import Params
 from kava_jax.training.comparison import CacheComparison
 from kava_jax.training.objective import Objective
-from kava_jax.training.step import LossScale, TrainState, split_rows
+from kava_jax.training.share import split_gradients
+from kava_jax.training.step import TrainState, split_rows
 
 # Of one probe: enough for stable figures, few enough to cost little compared with the steps.
 ROWS, TOKENS = 8, 512
-# What is left of a measured ratio at the next measurement: about the last two count.
-MEMORY = 0.5
 
 Layers = dict[str, Float[Array, "P"]]
 
@@ -97,8 +94,6 @@ def _added(trees: Sequence[Any]) -> Any:
 class Probed(NamedTuple):
     """What one probe found."""
 
-    kv_scale: LossScale
-    """For the state, from here on."""
     gradients: dict[str, Float[Array, ""]]
     """``kv_gradient_share``: ``||weight * g_kv|| / ||g_language||`` with the weights that were in
     force; ``kv_gradient_cosine``: of the two gradients."""
@@ -109,51 +104,29 @@ def make_probe(
     objective: Objective,
     *,
     kv_weight: optax.Schedule,
-    share: float | None,
     microbatches: int,
 ) -> Callable[[TrainState, Mapping[str, Params], Batch], Probed]:
     """``(state, teachers, batch) -> Probed``, to be jitted by the caller.
 
     Everything is measured on a few rows of the first microbatch, gradients on the student's
-    parameters. With ``share`` given, the new ``kv_scale`` is the one at which the KV gradient would
-    have that share of the language gradient (cross-entropy and KL with their weights), going by the
-    geometric mean of the last few measurements.
+    parameters.
     """
 
     def probe(state: TrainState, teachers: Mapping[str, Params], batch: Batch) -> Probed:
         few = _few_rows(batch, microbatches, objective.batch_shards)
 
-        def losses(student: Params) -> tuple[Array, Array]:
+        def losses(student: Params) -> Any:
             params = state.params | {"student": student}
             known = (state.step, (1.0, 1.0), state.statistics)
-            return objective(params, teachers, few, *known)[0]
+            return objective(params, teachers, few, *known)
 
-        # One forward pass serves both gradients; ``grad`` twice would run all models twice.
-        _, pull = jax.vjp(losses, state.params["student"])
-        one, nothing = jnp.ones(()), jnp.zeros(())
-        of_language, of_kv = pull((one, nothing))[0], pull((nothing, one))[0]
+        _, _, of_language, of_kv = split_gradients(losses, state.params["student"])
         unweighted, cosine = gradient_share(of_kv, of_language)
-        scheduled = jnp.multiply(kv_weight(state.step), unweighted)
-        scale = state.kv_scale if share is None else _rescaled(state.kv_scale, scheduled, share)
         layers = figures([examine(objective, state.params, teachers, few, tokens=TOKENS)])
-        in_force = scheduled * state.kv_scale.value
-        gradients = {"kv_gradient_share": in_force, "kv_gradient_cosine": cosine}
-        return Probed(scale, gradients, layers)
+        in_force = unweighted * kv_weight(state.step) * state.kv_scale.value
+        return Probed({"kv_gradient_share": in_force, "kv_gradient_cosine": cosine}, layers)
 
     return probe
-
-
-def _rescaled(scale: LossScale, unscaled: Float[Array, ""], share: float) -> LossScale:
-    """The scale after one more measurement; a gradient of zero or NaN measures nothing."""
-    known = (unscaled > 0) & jnp.isfinite(unscaled)
-    old = scale.log_ratio
-    # Logarithms, because one batch's ratio is often half or double the usual: a plain mean would
-    # follow the large ones.
-    log_ratio = Mean(
-        MEMORY * old.sum - jnp.log(jnp.where(known, unscaled, 1.0)), MEMORY * old.count + 1.0
-    )
-    new = LossScale(share * jnp.exp(log_ratio.value), log_ratio)
-    return jax.tree.map(lambda after, before: jnp.where(known, after, before), new, scale)
 
 
 def _few_rows(batch: Batch, microbatches: int, shards: int) -> Batch:
@@ -163,13 +136,3 @@ def _few_rows(batch: Batch, microbatches: int, shards: int) -> Batch:
     # ``split_rows`` cuts into equal parts only, so the rows must divide those of a device.
     kept = next(n for n in range(wanted, of_device + 1) if of_device % n == 0)
     return jax.tree.map(lambda x: x[0], split_rows(batch, microbatches * (of_device // kept)))
-
-
-def share_is_due(number: int, every: int | None) -> bool:
-    """Whether the KV weight's share is measured before step ``number`` (None: never).
-
-    Every ``every`` steps, and at 1, 2, 4, 8, ... too: gradients change fastest at the start.
-    """
-    if every is None:
-        return False
-    return number % every == 0 or (number < every and number.bit_count() == 1)

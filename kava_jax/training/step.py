@@ -7,31 +7,23 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Int, UInt32
 
 from kava_jax.alignment.frame import TokenMean, decay, merge, merge_stacked
 from kava_jax.data.batches import Batch
 from kava_jax.geometry import Mean
 from kava_jax.models.decoder import Params
 from kava_jax.training.objective import Metrics, Objective, Statistics
+from kava_jax.training.share import LossScale, rescaled, split_gradients
 
 # A batch, or one with what goes along with its rows.
 Rows = TypeVar("Rows")
+# ``(params, rows, handed_B, index) -> ((language, kv), (metrics, statistics))`` of a microbatch.
+Losses = Callable[..., Any]
 # Of the means for the display: about the last twenty steps count.
 RUNNING_DECAY = 0.95
 # Running means of the frame forget one hundredth a step: about a hundred batches count.
 MEMORY = 0.99
-
-
-class LossScale(NamedTuple):
-    """A weight that is measured: its value, and the decayed mean that it is taken from.
-
-    ``log_ratio`` is of ``log(||g_language|| / ||g_kv||)``, with KV at its scheduled weight, over
-    the last few measurements: one batch's ratio is often double or half the usual.
-    """
-
-    value: Float[Array, ""]
-    log_ratio: Mean
 
 
 class Skips(NamedTuple):
@@ -97,11 +89,16 @@ def make_train_step(
     *,
     kv_weight: optax.Schedule,
     microbatches: int,
+    share: float | None = None,
 ) -> Callable[[TrainState, Mapping[str, Params], Batch], tuple[TrainState, Metrics]]:
     """``(state, teachers, batch) -> (state, metrics)``, to be jitted by the caller.
 
     Gradients are accumulated over ``microbatches``, weighted by loss-bearing tokens, so that the
     result is that of one whole batch. A step whose loss or gradient is not finite is skipped.
+
+    With ``share`` the step first measures its KV weight: on the first microbatch and the student's
+    parameters, ``||weight * g_kv|| / ||g_language||`` is then that share (see :func:`rescaled`).
+    That costs one backward pass of a microbatch, and no forward pass.
     """
 
     def train_step(
@@ -112,40 +109,22 @@ def make_train_step(
         # Counted before the batch is split: microbatches hold different numbers of tokens, and the
         # mean of their means is not the mean over tokens.
         totals = loss_tokens(batch)
-        weight = kv_weight(state.step) * state.kv_scale.value
 
-        def loss(
-            params: Any, rows: Batch, handed_B: Array | None, index: Array
-        ) -> tuple[Array, tuple[Metrics, Statistics]]:
+        def losses(params: Any, rows: Batch, handed_B: Array | None, index: Array) -> Any:
+            # The two terms come bare, so that a share can be measured before KV gets its weight.
             shares = jax.tree.map(_part, loss_tokens(rows), totals)
             dropout_key = jax.random.fold_in(key, index)
-            (language, kv), seen = objective(
-                params,
-                teachers,
-                rows,
-                state.step,
-                shares,
-                state.statistics,
-                dropout_key,
-                handed_B,
-            )
-            # Only here does KV get its weight. The objective gives it bare, as the probe has to
-            # measure it.
-            return language + weight * kv, seen
+            known = (state.step, shares, state.statistics, dropout_key, handed_B)
+            return objective(params, teachers, rows, *known)
 
-        def accumulate(grads: Any, xs: tuple[Any, ...]) -> tuple[Any, Any]:
-            (value, seen), new = jax.value_and_grad(loss, has_aux=True)(state.params, *xs)
-            # Gradients are added as they come. Means of the frame are stacked, because
-            # ``merge_stacked`` needs each with its own count.
-            return jax.tree.map(jnp.add, grads, new), (value, seen)
-
-        zeros = jax.tree.map(jnp.zeros_like, state.params)
-        micro = split_rows((batch, handed_B), microbatches)
-        # A loop of XLA's: activations of one microbatch exist at a time, and its code is compiled
-        # once.
-        grads, (losses, (metrics, seen)) = jax.lax.scan(
-            accumulate, zeros, (*micro, jnp.arange(microbatches))
-        )
+        micro = (*split_rows((batch, handed_B), microbatches), jnp.arange(microbatches))
+        factor, scale = jnp.asarray(kv_weight(state.step)), state.kv_scale
+        if share is None:
+            zeros = jax.tree.map(jnp.zeros_like, state.params)
+            grads, found = _accumulated(zeros, losses, state.params, micro, factor * scale.value)
+        else:
+            grads, found, scale = _measured(losses, state.params, micro, factor, scale, share)
+        value, (metrics, seen) = found
         metrics = jax.tree.map(lambda parts: parts.sum(axis=0), metrics)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params: Any = optax.apply_updates(state.params, updates)
@@ -154,15 +133,16 @@ def make_train_step(
             name: _decayed_sum(old, [metrics[f"{teacher}/{name}_{part}"] for teacher, part in of])
             for name, old in state.running.items()
         }
-        metrics |= {"loss": _scalar(losses.sum()), "tokens": _scalar(batch.valid.sum())}
+        metrics |= {"loss": _scalar(value.sum()), "tokens": _scalar(batch.valid.sum())}
         metrics |= {f"grad_norm_{group}": _scalar(optax.tree.norm(g)) for group, g in grads.items()}
         metrics |= {f"{name}_running": mean for name, mean in running.items()}
-        metrics |= {"kv_weight": _scalar(jnp.asarray(weight))} if objective.teachers else {}
+        metrics |= {"kv_weight": _scalar(factor * scale.value)} if objective.teachers else {}
         new = state._replace(
             params=params,
             opt_state=opt_state,
             running=running,
             statistics=remembered(state.statistics, seen),
+            kv_scale=scale,
         )
         # A loss can be finite where its gradient is not. One NaN or infinity anywhere spoils the
         # norm of its group, so the norms say it all.
@@ -177,6 +157,39 @@ def make_train_step(
         return new._replace(step=state.step + 1, skips=skips), metrics
 
     return train_step
+
+
+def _accumulated(grads: Any, losses: Losses, params: Any, micro: Any, weight: Array) -> Any:
+    """``grads`` and those of ``language + weight * kv``; values and what was seen, stacked."""
+
+    def accumulate(grads: Any, xs: tuple[Any, ...]) -> tuple[Any, Any]:
+        def loss(params: Any) -> tuple[Array, Any]:
+            (language, kv), seen = losses(params, *xs)
+            return language + weight * kv, seen
+
+        found, new = jax.value_and_grad(loss, has_aux=True)(params)
+        # Gradients are added as they come. Means of the frame are stacked, because
+        # ``merge_stacked`` needs each with its own count.
+        return jax.tree.map(jnp.add, grads, new), found
+
+    # A loop of XLA's: activations of one microbatch exist at a time, and its code is compiled once.
+    return jax.lax.scan(accumulate, grads, micro)
+
+
+def _measured(
+    losses: Losses, params: Any, micro: Any, factor: Any, scale: LossScale, share: float
+) -> tuple[Any, Any, LossScale]:
+    """The same with the scale that the first microbatch asks for, and that scale."""
+    first, rest = (jax.tree.map(lambda x, cut=cut: x[cut], micro) for cut in (0, slice(1, None)))
+    (language, kv), seen, of_language, of_kv = split_gradients(
+        lambda params: losses(params, *first), params
+    )
+    scale = rescaled(scale, of_kv["student"], of_language["student"], factor, share)
+    weight = factor * scale.value
+    grads = jax.tree.map(lambda x, y: x + weight * y, of_language, of_kv)
+    grads, found = _accumulated(grads, losses, params, rest, weight)
+    own = (language + weight * kv, seen)
+    return grads, jax.tree.map(lambda x, xs: jnp.concatenate([x[None], xs]), own, found), scale
 
 
 def remembered(old: Statistics, seen: Statistics) -> Statistics:

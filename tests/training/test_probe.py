@@ -18,8 +18,9 @@ from kava_jax.diagnostics import TokenSample, diagnose
 from kava_jax.geometry import Mean
 from kava_jax.training.comparison import CacheComparison
 from kava_jax.training.objective import TeacherLink
-from kava_jax.training.probe import TOKENS, Probed, examine, figures, make_probe, share_is_due
-from kava_jax.training.step import LossScale, TrainState, initial_state
+from kava_jax.training.probe import TOKENS, Probed, examine, figures, make_probe
+from kava_jax.training.share import LossScale
+from kava_jax.training.step import TrainState, initial_state
 from tests.tolerances import TOL
 from tests.training.small import STUDENT, Setting, batch, setting
 
@@ -29,33 +30,31 @@ ZEROS = TokenSample(jnp.zeros((1, 4, 1, 2)), jnp.zeros((1, 4, 1, 2)), jnp.ones(4
 FIGURES = {*jax.eval_shape(diagnose, ZEROS), "cos_sim", "cos_shuffled"}
 # Two microbatches of 16 rows, of which 8 are looked at.
 BATCH = batch(0, 32)
-SHARE = 0.2
 RISING, FALLING = (optax.linear_schedule(*ends, 10) for ends in ((0.0, 1.0), (1.0, 0.0)))
 
 
-def state_of(made: Setting, log_ratio: tuple[float, float] = (0.0, 0.0)) -> TrainState:
+def state_of(made: Setting) -> TrainState:
     """A state in which schedule and scale both matter: 0.3 of the way up, scaled by 2."""
     state = initial_state(made.params, optax.sgd(0.1), made.statistics)
-    scale = LossScale(jnp.asarray(2.0), Mean(*map(jnp.asarray, log_ratio)))
+    scale = LossScale(jnp.asarray(2.0), Mean(jnp.zeros(()), jnp.zeros(())))
     return state._replace(step=jnp.asarray(3, jnp.int32), kv_scale=scale)
 
 
-def probe_of(made: Setting, *, share: float | None, microbatches: int):
-    ramp = RISING
-    return make_probe(made.objective, kv_weight=ramp, share=share, microbatches=microbatches)
+def probe_of(made: Setting, *, microbatches: int):
+    return make_probe(made.objective, kv_weight=RISING, microbatches=microbatches)
 
 
 @cache
 def program(**weights: Any):
-    """A setting and its compiled ``(batch, log_ratio) -> Probed``, two microbatches, share 0.2.
+    """A setting and its compiled ``batch -> Probed``, two microbatches.
 
     Cross-entropy falls and KL rises over ten steps unless ``weights`` say otherwise.
     """
     made = setting(names=("big", "other"), kl_weight=1.0)
     weights = {"ce_weight": FALLING, "kl_weight": RISING} | weights
     made = made._replace(objective=replace(made.objective, **weights))
-    run = jax.jit(probe_of(made, share=SHARE, microbatches=2))
-    return made, lambda data=BATCH, *known: run(state_of(made, *known), made.teachers, data)
+    run = jax.jit(probe_of(made, microbatches=2))
+    return made, lambda data=BATCH: run(state_of(made), made.teachers, data)
 
 
 def every(rows: Batch, nth: int) -> Batch:
@@ -102,21 +101,11 @@ def test_shares_and_cosines_of_gradients_are_those_of_separate_gradients(weights
         {"kv_gradient_share": 0.3 * 2.0 * ratio, "kv_gradient_cosine": cosine}, rel=CLOSE, abs=CLOSE
     )
     assert abs(cosine) > 100 * CLOSE
-    # With this scale the scheduled weight, 0.3, has the share that is asked for.
-    ratio *= 0.3
-    assert float(found.kv_scale.value) == pytest.approx(SHARE / ratio, rel=CLOSE)
-    # Later the scale goes by the geometric mean of this ratio and of those before it, which fade.
-    later = run(BATCH, (-1.5, 2.0)).kv_scale
-    total, count = -0.5 * 1.5 - np.log(ratio), 0.5 * 2.0 + 1.0
-    assert float(later.log_ratio.sum) == pytest.approx(total, rel=CLOSE)
-    assert float(later.log_ratio.count) == pytest.approx(count, rel=CLOSE)
-    assert float(later.value) == pytest.approx(SHARE * np.exp(total / count), rel=CLOSE)
 
 
-def test_a_kv_gradient_of_zero_measures_nothing() -> None:
+def test_a_kv_gradient_of_zero_has_no_share_and_no_direction() -> None:
     _, run = program()
-    found = run(BATCH._replace(kv_mask=jnp.zeros_like(BATCH.kv_mask)), (-1.5, 2.0))
-    assert [float(x) for x in jax.tree.leaves(found.kv_scale)] == [2.0, -1.5, 2.0]
+    found = run(BATCH._replace(kv_mask=jnp.zeros_like(BATCH.kv_mask)))
     assert [float(x) for x in found.gradients.values()] == [0.0, 0.0]
     assert all(np.isfinite(row).all() for row in found.layers.values())
 
@@ -145,10 +134,10 @@ def test_figures_are_of_every_mapped_layer_on_a_few_rows_of_the_first_microbatch
             np.testing.assert_allclose(found, centred, rtol=CLOSE, atol=CLOSE)
 
 
-def shape_of(made: Setting, *, share: float | None = None, rows: Batch = BATCH) -> Probed:
+def shape_of(made: Setting) -> Probed:
     """What a probe would return; nothing is computed, so nothing is compiled."""
-    probe = probe_of(made, share=share, microbatches=1)
-    return jax.eval_shape(probe, state_of(made), made.teachers, rows)
+    probe = probe_of(made, microbatches=1)
+    return jax.eval_shape(probe, state_of(made), made.teachers, BATCH)
 
 
 @pytest.mark.parametrize("direction", ["student_to_teacher", "teacher_to_student"])
@@ -164,26 +153,6 @@ def test_which_figures_there_are(direction) -> None:
         assert {row.shape for row in layers.values()} == {(len(layer_map),)}
     several = shape_of(setting(direction=direction, names=("a", "b"))).layers
     assert {name.split("/")[0] for name in several} == {"a", "b"}
-
-
-def test_the_scale_is_left_alone_where_no_share_is_asked_for() -> None:
-    made = setting(layer_map=SIDE_BY_SIDE)
-    probe, few = probe_of(made, share=None, microbatches=1), batch(0, 2)
-    found = jax.jit(probe)(state_of(made), made.teachers, few)
-    assert [float(x) for x in jax.tree.leaves(found.kv_scale)] == [2.0, 0.0, 0.0]
-    assert float(found.gradients["kv_gradient_share"]) > 0
-    assert "big/attention_cos" not in found.layers
-
-
-def test_when_a_share_is_due() -> None:
-    def due(every: int | None) -> list[int]:
-        return [number for number in range(26) if share_is_due(number, every)]
-
-    assert due(None) == []
-    assert due(1) == list(range(26))
-    assert due(10) == [0, 1, 2, 4, 8, 10, 20]
-    assert due(16) == [0, 1, 2, 4, 8, 16]
-    assert due(20) == [0, 1, 2, 4, 8, 16, 20]
 
 
 def itself() -> Setting:
