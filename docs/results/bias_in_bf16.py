@@ -21,9 +21,10 @@ from flax import nnx
 from transformers import Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2RotaryEmbedding
 
+from kava_jax.models.attend import attend
 from kava_jax.models.layers import Activations, Attention, Dtypes
 from kava_jax.models.masks import attention_mask
-from kava_jax.models.rope import rope_frequencies, rope_rotation
+from kava_jax.models.rope import rope_rotations
 from kava_jax.models.spec import DecoderSpec
 
 TOKENS, WIDTH, HEADS, KV_HEADS, HEAD_DIM, THETA = 256, 512, 8, 2, 64, 1e6
@@ -67,13 +68,14 @@ def ours(x: np.ndarray, found: dict[str, np.ndarray], dtype: Any) -> dict[str, n
     for name in "qkvo":
         kernel = getattr(layer, name).kernel
         kernel[...] = jnp.asarray(found[name]).reshape(kernel.shape)
+    assert layer.k.bias is not None
     layer.k.bias[...] = jnp.asarray(found["bias"]).reshape(layer.k.bias.shape)
     positions = jnp.arange(TOKENS)[None]
     mask = attention_mask(positions, positions, jnp.ones((1, TOKENS), bool))
-    rotation = rope_rotation(positions, rope_frequencies(spec))
+    rotation = jax.tree.map(lambda part: part[0], rope_rotations(spec, positions))
 
     def run(x: jax.Array) -> tuple[jax.Array, Activations]:
-        return layer(x, rotation, mask, None)
+        return layer(x, rotation, mask, None, attend)
 
     output, new = jax.jit(run)(jnp.asarray(x, dtype)[None])
     bias = layer.k.bias[...].astype(dtype)[None, None]
@@ -91,7 +93,7 @@ def theirs(x: np.ndarray, found: dict[str, np.ndarray], dtype: Any) -> dict[str,
         num_attention_heads=HEADS,
         num_key_value_heads=KV_HEADS,
         rope_parameters={"rope_theta": THETA, "rope_type": "default"},
-        attn_implementation="eager",
+        attn_implementation="eager",  # pyright: ignore[reportCallIssue]  (made at run time)
     )
     layer = Qwen2Attention(config, 0)
     names = {"q": layer.q_proj, "k": layer.k_proj, "v": layer.v_proj, "o": layer.o_proj}

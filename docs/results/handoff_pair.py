@@ -205,7 +205,7 @@ def bench() -> None:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("prepare").add_argument("gsm8k", type=Path)
     commands.add_parser("heal").add_argument("losses", nargs="+")

@@ -23,7 +23,7 @@ SILENT |= {tokenize.ENCODING, tokenize.ENDMARKER}
 
 def main() -> None:
     """Count, print, and write under the name that was given."""
-    found = {"commit": _git("rev-parse", "--short", "HEAD")}
+    found: dict[str, Any] = {"commit": _git("rev-parse", "--short", "HEAD")}
     found |= {part: count(_files(part)) for part in ("kava_jax", "tests")}
     found["config_fields"] = len(config_fields())
     if len(sys.argv) > 1:

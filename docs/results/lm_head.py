@@ -12,6 +12,7 @@ from kava_jax.bench.loss import _chunked as written
 from kava_jax.losses import cross_entropy
 from kava_jax.plan.accelerators import described_devices
 from kava_jax.plan.chips import find_chip
+from kava_jax.plan.compiled import memory_of
 from kava_jax.training.lm_head import _chunk_size, _take
 
 
@@ -40,7 +41,7 @@ def measure(B, T, D, V, dtype, device=None):
     hidden, table, *given = (jax.ShapeDtypeStruct(*x, sharding=on) for x in shapes)
     forms = [jax.jit(jax.value_and_grad(form)) for form in (written, checkpointed)]
     programs = [form.lower((hidden, table), *given).compile() for form in forms]
-    found = {"temporaries_MB": [p.memory_analysis().temp_size_in_bytes / 1e6 for p in programs]}
+    found = {"temporaries_MB": [memory_of(p).temporaries / 1e6 for p in programs]}
     if device is None:
         head = jax.random.normal(jax.random.key(0), (B, T, D), dtype), jnp.full((V, D), 0.02)
         rest = jnp.ones((B, T), jnp.int32), jnp.arange(B * T).reshape(B, T) % 2 > 0

@@ -281,7 +281,7 @@ def arms(patterns: list[str], seeds: list[int], steps: int | None, equal_time: b
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     files = commands.add_parser("prepare")
     files.add_argument("gsm8k", type=Path, help="directory with train.jsonl and test.jsonl")

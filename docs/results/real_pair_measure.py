@@ -58,7 +58,7 @@ def hidden_states(model: Path, text: str) -> list[tuple[jax.Array, jax.Array]]:
     def run(params: Any, batch: Batch) -> jax.Array:
         decoder = nnx.merge(graph, params)
         positions = token_positions(batch.valid)
-        mask = attention_mask(positions, positions, batch.valid, decoder.spec.sliding_window)
+        mask = attention_mask(positions, positions, batch.valid, decoder.spec.windows)
         return decoder(batch.tokens, positions, mask)[0]
 
     table = nnx.merge(graph, params).head_table()
@@ -74,7 +74,8 @@ def compared(
     keep = batch.loss_mask[:, 1:]
     loss = -jnp.take_along_axis(s, batch.tokens[:, 1:, None], -1)[..., 0]
     kl = (jnp.exp(t) * (t - s)).sum(-1)
-    return *(jnp.where(keep, x, 0).sum(-1) for x in (loss, kl)), keep.sum(-1)
+    loss, kl = (jnp.where(keep, x, 0).sum(-1) for x in (loss, kl))
+    return loss, kl, keep.sum(-1)
 
 
 def rounded(value: Any) -> Any:

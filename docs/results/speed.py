@@ -168,7 +168,7 @@ def bench_import(found: dict[str, Any]) -> list[str]:
     ]
 
 
-SPEED = {
+SPEED: dict[str, Any] = {
     name: made for name, made in globals().items() if name.startswith("bench_") and callable(made)
 }
 

@@ -19,7 +19,7 @@ import numpy as np
 from compiled import COMPILED
 from lines import head, row
 from real_pair_table import REAL_PAIR
-from scipy.stats import pearsonr, rankdata
+from scipy.stats import rankdata
 from speed import SPEED
 
 from kava_jax.experiments.contrasts import COSINE, GAP, compare, figure_points
@@ -196,6 +196,7 @@ def sensitivity(directory: Path) -> list[str]:
     for name, own in comparison.arms.items():
         key, value = next(iter(results.grid.arms[name].items()), ("default", ""))
         setting = key.rpartition(".")[2]
+        assert own.score is not None  # every arm of this grid has answered
         scores = ", ".join(f"{100 * x:.1f}" for x in own.score.per_seed.values())
         cells = [setting, RECOMMENDED.get(setting, ""), str(value), scores]
         change = own.difference
@@ -257,7 +258,7 @@ def rank_correlation_within(groups: Sequence[Sequence[tuple[float, float]]]) -> 
     )
     if not (any(rank_x) and any(rank_y)):
         return RankCorrelation(None, None, None, n)
-    rho = float(pearsonr(rank_x, rank_y).statistic)
+    rho = float(np.corrcoef(rank_x, rank_y)[0, 1])
     return RankCorrelation(rho, *interval_of_rho(rho, n - len(members) + 1), n)
 
 
