@@ -1,11 +1,13 @@
 """A mixture of experts in place of a layer's MLP, for teachers that are read and not trained.
 
-A router picks a few experts for every token. Tokens are sorted by expert, and each expert's tokens
-are one group of a grouped product (``jax.lax.ragged_dot``): no token is dropped, and none is
-computed by an expert that was not picked. On a mesh every device sorts its own rows' tokens. The
-experts' weights are gathered over fsdp as any layer's are, and split over tensor by their units.
+A router picks a few experts for every token. Tokens are sorted by expert and laid into blocks, each
+of one expert, which a loop computes: no token is dropped, and none is computed by an expert that
+was not picked. On a mesh every device sorts its own rows' tokens. The experts' weights are gathered
+over fsdp as any layer's are, and split over tensor by their units.
 
-Left out on purpose: balancing losses, capacities, and devices that hold some experts alone.
+Left out on purpose: balancing losses, capacities, and devices that hold some experts alone; and
+``jax.lax.ragged_dot``, which the compilers of GPUs and CPUs turn into a product of every token with
+every expert.
 """
 
 from functools import partial
@@ -19,6 +21,10 @@ from jaxtyping import Array, Float, Int
 from kava_jax.models.layers import Dtypes, Projection
 from kava_jax.models.spec import DecoderSpec
 from kava_jax.parallel.sharding import RULES, Layouts
+
+# Tokens of one expert that are computed together. Larger blocks use a chip better, smaller ones
+# waste less on an expert's last block.
+BLOCK = 128
 
 
 class Experts(nnx.Module):
@@ -80,18 +86,28 @@ def _computed(
     up_EDF: Float[Array, "E D F"],
     down_EFD: Float[Array, "E F D"],
 ) -> Float[Array, "B T D"]:
-    """What the picked experts give, sorted by expert and brought back."""
+    """What the picked experts give, block by block, brought back to the order of tokens."""
     *rows, width = x_BTD.shape
-    picked = ids_BTk.shape[-1]
+    (count, picked), experts = (ids_BTk.size, ids_BTk.shape[-1]), gate_EDF.shape[0]
     order = jnp.argsort(ids_BTk.reshape(-1), stable=True)
-    sizes_E = jnp.bincount(ids_BTk.reshape(-1), length=gate_EDF.shape[0])
-    sorted_x = x_BTD.reshape(-1, width)[order // picked]
+    expert = ids_BTk.reshape(-1)[order]
+    sizes_E = jnp.bincount(expert, length=experts)
+    # Every expert begins a block of its own, so at most one block of each is not full.
+    ends_E = jnp.cumsum(-(-sizes_E // BLOCK))
+    blocks = count // BLOCK + min(experts, count)
+    within = jnp.arange(count) - (jnp.cumsum(sizes_E) - sizes_E)[expert]
+    place = jnp.concatenate([jnp.zeros(1, ends_E.dtype), ends_E])[expert] * BLOCK + within
+    laid = jnp.zeros((blocks * BLOCK, width), x_BTD.dtype)
+    laid = laid.at[place].set(x_BTD.reshape(-1, width)[order // picked])
+    # Blocks that no token needs come last, and are some expert's.
+    of_block = jnp.searchsorted(ends_E, jnp.arange(blocks), side="right").clip(max=experts - 1)
 
-    def grouped(x: Array, kernels: Array) -> Array:
-        return jax.lax.ragged_dot(x, kernels, sizes_E)
+    def computed(block: tuple[Array, Array]) -> Array:
+        x, e = block
+        return (jax.nn.silu(x @ gate_EDF[e]) * (x @ up_EDF[e])) @ down_EFD[e]
 
-    units = jax.nn.silu(grouped(sorted_x, gate_EDF)) * grouped(sorted_x, up_EDF)
-    given = grouped(units, down_EFD) * weights_BTk.reshape(-1)[order][:, None]
+    given = jax.lax.map(computed, (laid.reshape(blocks, BLOCK, width), of_block))
+    given = given.reshape(-1, width)[place] * weights_BTk.reshape(-1)[order][:, None]
     # Back to the order of tokens, each with its k experts side by side.
     back = jnp.zeros_like(given).at[order].set(given)
     return back.reshape(*rows, picked, width).sum(axis=-2)
