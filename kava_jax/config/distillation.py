@@ -83,13 +83,18 @@ class HandoffConfig(Section):
         ge=0,
         lt=1,
         description="share of rows that a student which answers reads alone, so that it does not "
-        "forget how; drawn in every step",
+        "forget how; drawn in every step; none where the student does not learn",
     )
     layer_map: RuleMap | tuple[tuple[int, int], ...] | None = Field(
         default=None,
         description="the reader's layer for each of the answerer's: a rule, or [reader, answerer] "
         "pairs; null: origin for a student that was cut from a teacher of this depth, else ratio",
     )
+
+    @property
+    def read_alone(self) -> float:
+        """The share of rows that the answerer reads alone."""
+        return self.alone_share if self.reader == "teacher" and self.train == "both" else 0.0
 
 
 class LossConfig(Section):

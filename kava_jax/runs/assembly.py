@@ -59,7 +59,7 @@ def handoff_term(
         shares={teacher.name: teacher.weight / total for teacher in config.teachers},
         reader=settings.reader,
         weight=_weight(settings.weight, config.train.steps),
-        alone_share=settings.alone_share,
+        alone_share=settings.read_alone,
     )
 
 

@@ -224,8 +224,8 @@ def _handed(handoff: HandoffConfig) -> str:
         f"Handoff: the {handoff.reader} reads each prompt but for its last token, and the "
         f"{answerer} answers from that cache. Its loss counts {_number(handoff.weight)} times."
     )
-    if answerer == "student" and handoff.alone_share:
-        text += f" In every step it reads {handoff.alone_share:.0%} of the rows alone."
+    if handoff.read_alone:
+        text += f" In every step it reads {handoff.read_alone:.0%} of the rows alone."
     return text
 
 

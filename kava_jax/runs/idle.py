@@ -64,8 +64,10 @@ def _unread(config: Config) -> dict[str, str]:
     cut = config.student.cut
     if cut is not None and not isinstance(cut.layers, int):
         unless(False, "student.cut.layers is no number", "student.cut.rule")
-    if loss.handoff is not None and loss.handoff.reader == "student":
-        unless(False, "the student always reads by itself", "loss.handoff.alone_share")
+    if loss.handoff is not None:
+        alone, student_reads = "loss.handoff.alone_share", loss.handoff.reader == "student"
+        unless(loss.handoff.train == "both", "the student does not learn", alone)
+        unless(not student_reads, "the student always reads by itself", alone)
     every = "eval.exact_match_every"
     unless(config.train.eval_every is not None, "train.eval_every=null", every)
     unless(config.eval.max_new_tokens > 0, "eval.max_new_tokens=0", every)

@@ -213,7 +213,7 @@ def test_a_model_that_is_handed_its_own_cache_loses_nothing(workspace, capsys):
 @pytest.mark.long
 @pytest.mark.parametrize("reader", READERS)
 def test_only_the_projector_learns_where_that_is_asked(reader, workspace, capsys):
-    configured(workspace, {"train": "projector", "alone_share": 0.0, "reader": reader})
+    configured(workspace, {"train": "projector", "reader": reader})
     ended = kava(capsys, "train", "tiny.yaml", "optimizer.projector_lr=3e-3", "train.steps=6")
     assert ended.code == 0, ended.err
     first, *_, last = evaluations(workspace)
@@ -285,11 +285,17 @@ def test_bad_input(name, workspace, capsys):
 
 
 def test_a_share_that_no_one_reads_is_told(workspace):
-    overrides = ["loss.handoff.reader=student", "loss.handoff.alone_share=0.2"]
-    told = idle_settings(load_config(workspace / "tiny.yaml", overrides))
-    assert any(note.startswith("loss.handoff.alone_share=0.2 does nothing") for note in told)
-    read = idle_settings(load_config(workspace / "tiny.yaml", overrides[1:]))
-    assert not any("alone_share" in note for note in read)
+    share = "loss.handoff.alone_share=0.2"
+    for field in ("reader=student", "train=projector"):
+        config = load_config(workspace / "tiny.yaml", [f"loss.handoff.{field}", share])
+        told = [note for note in idle_settings(config) if note.startswith(f"{share} does nothing")]
+        assert len(told) == 1
+        assert config.loss.handoff is not None
+        assert config.loss.handoff.read_alone == 0
+    config = load_config(workspace / "tiny.yaml", [share])
+    assert config.loss.handoff is not None
+    assert config.loss.handoff.read_alone == 0.2
+    assert not any("alone_share" in note for note in idle_settings(config))
 
 
 def test_rows_with_several_replies_are_refused():
