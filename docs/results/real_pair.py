@@ -42,7 +42,7 @@ from real_pair_measure import TEXTS, WORK, measured, rounded
 from real_pair_table import SECONDS, affordable, append, real_pair, records
 
 from kava_jax.config.file import dump_config, parse_config, read_yaml, shipped_config
-from kava_jax.config.run import AutoShare, Config
+from kava_jax.config.run import Config
 from kava_jax.journal.manifest import read_manifest, versions
 from kava_jax.journal.metrics_file import METRICS_NAME, read_metrics
 from kava_jax.parallel.sharding import put_batch
@@ -246,9 +246,9 @@ def stepping(config: Config) -> Callable[[], dict[str, float]]:
     run = prepare(unmeasured(config))
     batch = put_batch(load_dataset(run).stream.batch(0), run.mesh)
     teachers, state = run.blueprint.load_teachers(), run.blueprint.fresh_state()
-    steps, weight = {"step": run.blueprint.jitted_step()}, config.loss.kv_weight
-    if isinstance(weight, AutoShare):
-        steps["measuring_step"] = run.blueprint.jitted_step(weight.share)
+    steps, share = {"step": run.blueprint.jitted_step()}, config.loss.share
+    if share:
+        steps["measuring_step"] = run.blueprint.jitted_step(share.share)
 
     def call() -> dict[str, float]:
         nonlocal state

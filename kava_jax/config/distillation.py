@@ -10,7 +10,15 @@ from kava_jax.alignment.handoff import Reader
 from kava_jax.alignment.kv_losses import Mercator
 from kava_jax.alignment.layer_map import RuleMap
 from kava_jax.alignment.projector import Direction
-from kava_jax.config.weights import KVWeight, NamedKVLoss, Positive, Ramp, Section, Weight
+from kava_jax.config.weights import (
+    AutoShare,
+    KVWeight,
+    NamedKVLoss,
+    Positive,
+    Ramp,
+    Section,
+    Weight,
+)
 from kava_jax.models.layers import Output
 from kava_jax.training.comparison import ComparedKeys
 from kava_jax.training.objective import Match, Parts
@@ -172,3 +180,8 @@ class LossConfig(Section):
     def output(self) -> Output | None:
         """The output of layers that is compared; None where keys and values are."""
         return None if self.match in ("cache", "attention") else self.match
+
+    @property
+    def share(self) -> AutoShare | None:
+        """How the KV weight is measured; None where it is a number or a ramp."""
+        return self.kv_weight if isinstance(self.kv_weight, AutoShare) else None

@@ -18,7 +18,7 @@ import yaml
 
 from kava_jax.alignment.layer_map import LayerMap
 from kava_jax.config.pair import TeacherConfig
-from kava_jax.config.run import AutoShare, Config
+from kava_jax.config.run import Config
 from kava_jax.diagnostics import alignment_gap
 from kava_jax.errors import KavaError
 from kava_jax.experiments import pictures, tables
@@ -80,7 +80,7 @@ def write_report(
         loss=pictures.loss_chart({"loss": log}),
         alignment=pictures.alignment_chart(log),
         gradients=pictures.gradient_chart(log),
-        probed=config.train.diagnose_every or isinstance(config.loss.kv_weight, AutoShare),
+        probed=config.train.diagnose_every,
         cost=measured[-1].get("probe_share_of_time") if measured else None,
         evaluations=_by_owner(first, last),
         answers=read_answers(run_dir),

@@ -64,7 +64,7 @@ def own_memory(blueprint: Blueprint, rows: int, length: int) -> Memory:
     ``blueprint.mesh`` consists of ``described_devices``. A GPU's compiler lays out any program. A
     TPU's refuses what does not fit; then only the temporaries are known, and results are 0.
     """
-    program = lowered(blueprint, rows, length)
+    program = lowered(blueprint, rows, length, dearest=True)
     try:
         return memory_of(program.compile())
     except jax.errors.JaxRuntimeError as error:

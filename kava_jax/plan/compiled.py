@@ -73,9 +73,13 @@ def held(blueprint: Blueprint, rows: int, length: int) -> dict[str, int]:
     return {name: sum(jax.tree.leaves(jax.tree.map(size, *own))) for name, own in parts.items()}
 
 
-def lowered(blueprint: Blueprint, rows: int, length: int) -> Any:
-    """The step for the blueprint's mesh, not yet compiled."""
-    return blueprint.jitted_step().lower(
+def lowered(blueprint: Blueprint, rows: int, length: int, *, dearest: bool = False) -> Any:
+    """The step for the blueprint's mesh, not yet compiled.
+
+    ``dearest``: the step that measures its KV weight, where a run has one; it needs more memory.
+    """
+    share = blueprint.config.loss.share if dearest else None
+    return blueprint.jitted_step(share and share.share).lower(
         blueprint.abstract_state(), blueprint.abstract_teachers(), abstract_batch(rows, length)
     )
 

@@ -198,10 +198,10 @@ def _estimate(config: Config, room: float) -> tuple[Range, tuple[int, int]]:
     raw = dump_config(config)
     raw["train"]["dtype"] = "float32"
     blueprint, rows = _blueprint(parse_config(raw)), config.data.batch_size
-    unit = _unit(blueprint)
+    unit, length = _unit(blueprint), config.data.max_length
     other = 2 * rows  # larger, because small batches hold what does not grow
     here, there = (
-        memory_of(lowered(blueprint, size, config.data.max_length).compile(QUICK)).temporaries
+        memory_of(lowered(blueprint, size, length, dearest=True).compile(QUICK)).temporaries
         for size in (rows, other)
     )
     # Where nothing grows with the rows there is no line, and no batch is too large.

@@ -10,7 +10,7 @@ from flax import nnx
 
 from kava_jax.alignment.projector import KVDimensionProjector
 from kava_jax.config.file import dump_config
-from kava_jax.config.run import AutoShare, Config
+from kava_jax.config.run import Config
 from kava_jax.data.dataset import Dataset
 from kava_jax.errors import PreemptedError
 from kava_jax.hf.cut_record import write_cut_record
@@ -139,7 +139,7 @@ def _train(
         )
         if config.loss.handoff:
             write_handoff_record(run.directory, record_of(run, fingerprints))
-    share = _share(config)
+    share = config.loss.share
     with Checkpoints(run.directory, config.train.max_to_keep) as checkpoints:
         notes = [*told, *dataset.notes, *evaluation_notes(run, dataset), run.blueprint.attending]
         maps = [teacher.map_note for teacher in run.blueprint.teachers.values()]
@@ -238,11 +238,6 @@ def jitted_probe(run: Run) -> Any:
         in_shardings=(blueprint.state_shardings(), teachers, batch),
         out_shardings=replicated(run.mesh),
     )
-
-
-def _share(config: Config) -> AutoShare | None:
-    weight = config.loss.kv_weight
-    return weight if isinstance(weight, AutoShare) else None
 
 
 def _save_projector(run: Run, state: TrainState) -> None:

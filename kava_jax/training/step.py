@@ -187,9 +187,11 @@ def _measured(
     scale = rescaled(scale, of_kv["student"], of_language["student"], factor, share)
     weight = factor * scale.value
     grads = jax.tree.map(lambda x, y: x + weight * y, of_language, of_kv)
+    own = jax.tree.map(lambda x: x[None], (language + weight * kv, seen))
+    if not len(rest[-1]):
+        return grads, own, scale
     grads, found = _accumulated(grads, losses, params, rest, weight)
-    own = (language + weight * kv, seen)
-    return grads, jax.tree.map(lambda x, xs: jnp.concatenate([x[None], xs]), own, found), scale
+    return grads, jax.tree.map(lambda *parts: jnp.concatenate(parts), own, found), scale
 
 
 def remembered(old: Statistics, seen: Statistics) -> Statistics:

@@ -106,6 +106,18 @@ def test_memory_of_another_batch_is_on_the_line(workspace) -> None:
     assert in_need[2 * surely] > room
 
 
+def test_where_the_kv_weight_is_measured_the_step_that_does_so_is_planned(workspace) -> None:
+    def steps(weight: str) -> list:
+        wanted = config(f"loss.kv_weight={weight}")
+        blueprint = make_blueprint(wanted, make_mesh(), models_without_weights(wanted), {})
+        return [lowered(blueprint, 8, 64, dearest=dearest) for dearest in (False, True)]
+
+    plain, dearest = (memory_of(step.compile(QUICK)).temporaries for step in steps("auto(0.2)"))
+    assert dearest > plain
+    plain, dearest = (step.as_text() for step in steps("0.2"))
+    assert dearest == plain
+
+
 @pytest.mark.long
 def test_the_verdict_follows_the_memory(workspace) -> None:
     peak = plan().peak
