@@ -2,9 +2,9 @@
 
     python docs/results/auto_share.py > docs/results/auto_share.json
 
-Runs ``configs/demo.yaml`` for 500 steps with a probe every 10 steps, while the weight is measured
-anew every 20 steps only: half of the probes see a weight that is 10 steps old. One batch's share is
-a noisy figure (8 rows), so beside all of them stands the median over every 50 steps.
+Runs ``configs/demo.yaml`` for 500 steps with a probe every 10 steps. The step measures its weight
+every 20 steps, on its whole batch. A probe reads 8 rows of it, whose gradients are noisier, so the
+median over every 50 steps is given, too.
 """
 
 import json
@@ -28,7 +28,7 @@ def main() -> None:
         )
         run = train(config, ["python", "docs/results/auto_share.py"])
         probes = read_metrics(run.run.directory / METRICS_NAME, "diagnostics")
-    # The first probe is what sets the weight: it still sees a weight of 1.
+    # At the first probe nothing has been measured yet, and the weight is 1.
     shares = {probe["step"]: probe["kv_gradient_share"] for probe in probes[1:]}
     windows = [
         statistics.median(value for step, value in shares.items() if first <= step < first + WINDOW)

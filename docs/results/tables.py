@@ -379,11 +379,12 @@ def confirmed() -> list[str]:
 
 PLANS = ("plan_1_h100", "plan_16_v5e", "plan_64_v5e", "plan_256_v5e")
 CUT_PLANS = ("plan_cut_14b_8_h100", "plan_cut_7b_4_h100")
+FAMILY_PLANS = ("plan_30b_a3b_8_h100", "plan_gemma3_27b_8_h100")
 
 
 def plans() -> list[str]:
     """The named job planned for several numbers of devices; bytes are those of one device."""
-    return [*_planned(PLANS), "", _one_device()]
+    return [*_planned(PLANS, jobs=False), "", _one_device()]
 
 
 def cut_plans() -> list[str]:
@@ -391,9 +392,15 @@ def cut_plans() -> list[str]:
     return _planned(CUT_PLANS)
 
 
-def _planned(names: Sequence[str]) -> list[str]:
+def family_plans() -> list[str]:
+    """A mixture of experts that teaches, and layers of two kinds."""
+    return _planned(FAMILY_PLANS)
+
+
+def _planned(names: Sequence[str], *, jobs: bool = True) -> list[str]:
     lines = head(
-        "devices | >rows | >weights and moments, GB | >temporaries, GB | >by the CPU "
+        ("job | " if jobs else "")
+        + "devices | >rows | >weights and moments, GB | >temporaries, GB | >by the CPU "
         "compiler | >peak, GB | verdict | >FLOPs over the floor | >gathered, GB | >scattered "
         "or summed, GB"
     )
@@ -406,7 +413,8 @@ def _planned(names: Sequence[str]) -> list[str]:
         ]
         sent = plan["messages"]
         summed = sent.get("all-reduce", 0.0) + sent.get("reduce-scatter", 0.0)
-        cells = [f"{plan['devices']} x {plan['chip']}", str(plan["rows"]), f"{held / 1e9:.2f}"]
+        cells = [plan["name"]] if jobs else []
+        cells += [f"{plan['devices']} x {plan['chip']}", str(plan["rows"]), f"{held / 1e9:.2f}"]
         cells += [*spans, f"{plan['verdict']} in {plan['hbm'] / 1e9:g} GB"]
         cells += [f"{plan['flops_over_floor']:.2f}", f"{sent.get('all-gather', 0.0) / 1e9:.2f}"]
         lines.append(f"| {' | '.join(cells)} | {summed / 1e9:.2f} |")
@@ -436,6 +444,7 @@ TOGETHER = {
     "confirmed": confirmed,
     "plans": plans,
     "cut_plans": cut_plans,
+    "family_plans": family_plans,
     **REAL_PAIR,
 }
 
