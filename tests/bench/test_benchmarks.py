@@ -216,12 +216,14 @@ def test_scaling_over_an_axis() -> None:
         assert all(seconds > 0 for seconds in curve["seconds_per_token"])
 
 
+@pytest.mark.long
 def test_reading_rows() -> None:
     found = waiting.bench_input(rows=64, batch_size=8, batches=4)
     assert set(found["tokens_per_second"]) == {"encode", "batch", "put"}
     assert len({own["tokens"] for own in found["facts"].values()}) == 1
 
 
+@pytest.mark.long
 def test_startup_waits_for_a_real_first_step(monkeypatch) -> None:
     monkeypatch.setattr(harness, "ROUNDS", 1)
     monkeypatch.setattr(waiting, "LIMIT", 0.2)

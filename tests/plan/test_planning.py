@@ -106,6 +106,7 @@ def test_memory_of_another_batch_is_on_the_line(workspace) -> None:
     assert in_need[2 * surely] > room
 
 
+@pytest.mark.long
 def test_where_the_kv_weight_is_measured_the_step_that_does_so_is_planned(workspace) -> None:
     def steps(weight: str) -> list:
         wanted = config(f"loss.kv_weight={weight}")

@@ -169,6 +169,7 @@ def test_a_whole_run_without_parameters_between_the_caches(workspace, monkeypatc
     assert "other files: student weights" in refused.err
 
 
+@pytest.mark.long
 def test_maps_that_are_measured_stay_what_they_are(workspace, monkeypatch, capsys) -> None:
     monkeypatch.chdir(workspace)
     fields = ["recipe=calibrated", "teachers.0.layer_map=null", "run.dir=fitted"]

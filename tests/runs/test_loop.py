@@ -169,7 +169,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, made, step) -> N
 
 def test_what_is_measured_along_the_way_resumes_exactly(tmp_path: Path) -> None:
     """Running means and a measured share: all of them in the state and its file."""
-    made = setting(names=("big", "other"), center="running", kv_weight=1.0)
+    made = setting(center="running", kv_weight=1.0)
     known = {"kv_weight": made.kv_weight, "microbatches": 2}
     step = jitted(make_train_step(made.objective, OPTIMIZER, **known))
     measuring = jitted(make_train_step(made.objective, OPTIMIZER, **known, share=0.2))

@@ -78,6 +78,7 @@ MOVES = {
 }
 
 
+@pytest.mark.long
 def test_everything_moved_and_twice_the_steps(workspace, monkeypatch, capsys):
     """Memory is counted where it is fullest: the state is read and nothing has been let go of."""
     gc.collect()

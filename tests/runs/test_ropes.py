@@ -13,7 +13,7 @@ from kava_jax.hf.load import read_spec
 from kava_jax.models.masks import attention_mask, token_positions
 from kava_jax.runs.smoke import smoke_config
 from tests.tiny import CONFIG, kava, write_config, write_model, write_rows
-from tests.tiny_models import each, load_decoder
+from tests.tiny_models import load_decoder
 from tests.tolerances import TOL
 
 torch = pytest.importorskip("torch", reason="torch, the oracle, is not installed")
@@ -66,8 +66,8 @@ def our_logits(directory: str, tokens: np.ndarray) -> np.ndarray:
     return np.asarray(model.logits(model(jnp.asarray(tokens)[None], positions, mask)[0][0]))
 
 
-# The one whose frequencies depend on the row's length by a table of its own.
-@pytest.mark.parametrize("scaling", each(SCALINGS, {"longrope"}))
+@pytest.mark.long
+@pytest.mark.parametrize("scaling", SCALINGS)
 def test_import_train_export_transformers(scaling, tmp_path, monkeypatch, capsys):
     from transformers import AutoModelForCausalLM
 

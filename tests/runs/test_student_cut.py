@@ -114,6 +114,7 @@ def test_a_record_of_a_start_that_came_to_nothing_is_not_read(workspace, capsys)
     assert read_cut_record(stale) == right
 
 
+@pytest.mark.long
 def test_a_run_that_lost_its_record_is_not_guessed_at(workspace, capsys) -> None:
     assert kava(capsys, "train", "tiny.yaml", "train.steps=1").code == 0
     (workspace / "run" / CUT_RECORD).unlink()
