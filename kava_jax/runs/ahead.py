@@ -19,7 +19,7 @@ def compiled_ahead(
     teachers: Mapping[str, Params],
     rows: int,
     lengths: Sequence[int],
-    tell: Callable[[str], None],
+    tell: Callable[[str], None] | None = None,
 ) -> Step:
     """``step`` for batches [rows, T] with T among ``lengths``, and no others.
 
@@ -34,7 +34,7 @@ def compiled_ahead(
         tell: hears once what is being done, in a sentence.
     """
     longest_first = sorted(lengths, reverse=True)
-    if lengths:  # none are left when a run that has ended is called again
+    if tell and lengths:  # none are left when a run that has ended is called again
         count = f"{len(lengths)} padded length{'s' if len(lengths) > 1 else ''}"
         tell(f"compiling the step for {count}: {', '.join(map(str, longest_first))}")
     # Kept here, because ``jit`` does not find what was compiled ahead and would compile it again.

@@ -159,15 +159,20 @@ def _train(
         ) as monitor:
             for note in notes:
                 monitor.note(note)
-            step = run.blueprint.jitted_step()
+            step, measuring_step = run.blueprint.jitted_step(), None
+            if share:
+                measuring_step = run.blueprint.jitted_step(share.share)
             if config.data.batching == "bucketed":
                 lengths = dataset.stream.lengths(int(start.step), config.train.steps)
-                rows = config.data.batch_size
-                step = compiled_ahead(step, start, teachers, rows, lengths, monitor.note)
+                shapes = (start, teachers, config.data.batch_size)
+                step = compiled_ahead(step, *shapes, lengths, monitor.note)
+                if measuring_step and lengths:
+                    longest = [dataset.stream.max_length]
+                    measuring_step = compiled_ahead(measuring_step, *shapes, longest)
             state, evaluation = run_steps(
                 start,
                 step=step,
-                measuring_step=run.blueprint.jitted_step(share.share) if share else None,
+                measuring_step=measuring_step,
                 probe=jitted_probe(run) if config.teachers else None,
                 teachers=teachers,
                 stream=dataset.stream,
