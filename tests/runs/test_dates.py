@@ -44,6 +44,7 @@ def manifest(run: str) -> dict:
     return read_manifest(Path(run))
 
 
+@pytest.mark.long
 def test_a_run_keeps_its_day(workspace, monkeypatch):
     on(FIRST, monkeypatch)
     first = train(load_config(Path("tiny.yaml"), ["train.eval_every=1"]), ["test"])

@@ -526,6 +526,7 @@ def test_in_bfloat16_it_is_the_same_but_for_rounding(workspace):
     assert narrow != wide
 
 
+@pytest.mark.long
 def test_several_teachers_share_by_weight(workspace):
     """One that counts nothing is as one that is not there."""
     teachers = [{"name": "big", "path": "teacher"}, {"name": "idle", "path": "student"}]

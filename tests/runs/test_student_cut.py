@@ -142,6 +142,7 @@ def test_a_smoke_run_knows_it(workspace, capsys) -> None:
     assert smoke.code == 0, smoke.err
 
 
+@pytest.mark.long
 def test_plan_and_explain_know_it(workspace, capsys) -> None:
     configured(workspace, student={"cut": SMALL}, projector={"kind": "linear"})
     told = kava(capsys, "explain", "tiny.yaml").out
