@@ -31,7 +31,7 @@ def compiled_ahead(
         teachers: as the step takes them, or their shapes.
         rows: of the global batch.
         lengths: every T that a batch can have.
-        tell: hears once what is being done, in a sentence.
+        tell: hears once what is being done, in a sentence; None where that is said already.
     """
     longest_first = sorted(lengths, reverse=True)
     if tell and lengths:  # none are left when a run that has ended is called again
