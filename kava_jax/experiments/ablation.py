@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -85,26 +86,31 @@ class Ablation:
         self, jobs: Iterable[Job], workers: int, tell: Callable[[Job, str], None]
     ) -> list[Job]:
         """Run them, ``workers`` at a time; returns those that failed."""
-        # Several jobs each get their share of the cores, where the system has such a thing.
-        can = workers > 1 and hasattr(os, "sched_getaffinity")
-        cores = sorted(os.sched_getaffinity(0)) if can else []
-        # Shares are the free places too: where there are no cores to share out, they are empty
-        # sets and still count.
-        shares = [set(cores[worker::workers]) for worker in range(workers)]
         waiting, running, failed = [(job, self._commands(job)) for job in jobs], [], []
+        shares, refused = _shares(workers), None
+
+        def call(job: Job, command: list[str], rest: list[list[str]], share: set[int]) -> None:
+            running.append((job, self._call(job, command, share), rest, share))
+
+        # An interrupt is raised in the main thread alone, so that in another none comes between a
+        # process and its place in the list: a run that is not there would be told nothing.
+        starter = ThreadPoolExecutor(1)
         try:
             while waiting or running:
                 while waiting and shares:
                     (job, (command, *rest)), share = waiting.pop(0), shares.pop()
-                    running.append((job, self._call(job, command, share), rest, share))
+                    starter.submit(call, job, command, rest, share).result()
                 ended = [one for one in running if one[1].poll() is not None]
                 for one in ended:
                     job, process, rest, share = one
                     running.remove(one)
                     shares.append(share)
-                    # Calling again does not mend bad input, so the grid ends with the run's words.
+                    # Calling again does not mend bad input, so the grid ends with the run's words
+                    # when the runs under way have ended.
                     if process.returncode == BAD_INPUT:
-                        raise self._refusal(job)
+                        refused = refused or self._refusal(job)
+                        waiting.clear()
+                        continue
                     if process.returncode == 0 and rest:
                         waiting.insert(0, (job, rest))
                         continue
@@ -116,13 +122,16 @@ class Ablation:
                 if not ended:
                     time.sleep(POLL)
         except KeyboardInterrupt:  # at a terminal the runs hear Ctrl-C too, else only this does
+            starter.shutdown()
             for _, process, *_ in running:
                 # On SIGTERM a run saves what it has done, and the next call continues it.
                 process.terminate()
             raise
-        finally:  # a run that is refused ends the grid when those under way have ended
+        finally:
             for _, process, *_ in running:
                 process.wait()
+        if refused is not None:
+            raise refused
         return failed
 
     def _commands(self, job: Job) -> list[list[str]]:
@@ -197,3 +206,10 @@ class Ablation:
         # There is no file yet, or a broken one, which is about to be replaced.
         except (OSError, ValueError, KeyError, TypeError):
             return int(time.time())
+
+
+def _shares(workers: int) -> list[set[int]]:
+    """The cores of each of several jobs, which are its place too: all sets are empty otherwise."""
+    can = workers > 1 and hasattr(os, "sched_getaffinity")
+    cores = sorted(os.sched_getaffinity(0)) if can else []
+    return [set(cores[worker::workers]) for worker in range(workers)]
