@@ -167,6 +167,8 @@ def _shrunk(spec: DecoderSpec, depth: int, largest_head_dim: int, vocabulary: in
     head_dim = max(2, 2 * (spec.head_dim * LARGEST_HEAD_DIM // largest_head_dim // 2))
     head_dim = min(spec.head_dim, head_dim)
     rotary_dim = spec.rotary_dim and max(2, 2 * (spec.rotary_dim * head_dim // spec.head_dim // 2))
+    # Whole: transformers refuses widths that are no multiple of the heads, even with a head dim.
+    of_head = -(-max(8, spec.hidden_size // WIDTH_SHRINK) // spec.num_heads)
     rope = spec.rope_scaling
     if isinstance(rope, LongRopeScaling):  # one factor for each pair of the head dim
         # Each pair that is left takes the factor of the pair at the same relative place.
@@ -176,7 +178,7 @@ def _shrunk(spec: DecoderSpec, depth: int, largest_head_dim: int, vocabulary: in
             name: tuple(getattr(rope, name)[place] for place in places)
             for name in ("short_factor", "long_factor")
         }
-        rope = dataclasses.replace(rope, **fewer)
+        rope, of_head = dataclasses.replace(rope, **fewer), head_dim  # of Phi it wants this, too
     return dataclasses.replace(
         spec.among(tuple(range(max(1, spec.num_layers // depth)))),
         head_dim=head_dim,
@@ -184,8 +186,7 @@ def _shrunk(spec: DecoderSpec, depth: int, largest_head_dim: int, vocabulary: in
         num_experts=min(spec.num_experts, 8),
         experts_per_token=min(spec.experts_per_token, 2),
         rope_scaling=rope,
-        # A multiple of the heads: transformers refuses other widths, even with a head dim.
-        hidden_size=-(-max(8, spec.hidden_size // WIDTH_SHRINK) // spec.num_heads) * spec.num_heads,
+        hidden_size=of_head * spec.num_heads,
         intermediate_size=max(16, spec.intermediate_size // WIDTH_SHRINK),
         # Not shrunk: every id of the real tokenizer needs a row.
         vocab_size=max(spec.vocab_size, vocabulary),

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import AutoConfig
 
 from kava_jax.config.file import load_config, parse_config
 from kava_jax.config.run import Config
@@ -17,6 +18,8 @@ from kava_jax.hf.known import KNOWN_CONFIGS
 from kava_jax.hf.load import read_spec
 from kava_jax.runs.smoke import smoke_config
 from tests.tiny import CONFIG, contents, kava, write_model, write_rows
+from tests.tiny_models import CONFIGS as FAMILIES
+from tests.tiny_models import DENSE, each
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 # Layers and head dims of teacher and student that must be left, worked out by hand.
@@ -115,6 +118,23 @@ def test_widths_that_heads_do_not_divide_are_rounded_up(here):
     config = parse_config(CONFIG | {"teachers": [teacher], "student": {"path": "shallow"}})
     found = smoke_config(config)
     assert [read_spec(Path(name)).hidden_size % 9 for name in names(found)] == [0, 0]
+
+
+@pytest.mark.parametrize("family", each(FAMILIES, {"phi4_mini", "qwen3_moe"}))
+def test_transformers_reads_what_is_left_of_each_family(family, here):
+    """Its configs check themselves: widths over heads, factors of a rope over pairs."""
+    (here / "model").mkdir()
+    (here / "model" / "config.json").write_text(json.dumps(FAMILIES[family]))
+    write_rows(here / "data.jsonl", 88)
+    student = "model" if family in DENSE else write_model(here / "student")
+    raw = CONFIG | {
+        "teachers": [{"name": "big", "path": "model"}],
+        "student": {"path": str(student), "tokenizer": BUILTIN_TOKENIZER},
+    }
+    for name in names(smoke_config(parse_config(raw))):
+        left, spec = AutoConfig.from_pretrained(name), read_spec(Path(name))
+        found = (left.model_type, left.num_attention_heads, left.num_hidden_layers)
+        assert found == (spec.family, spec.num_heads, spec.num_layers)
 
 
 def test_a_named_tokenizer_that_is_missing_is_an_error_and_writes_nothing(here, capsys):
