@@ -379,7 +379,12 @@ def confirmed() -> list[str]:
 
 PLANS = ("plan_1_h100", "plan_16_v5e", "plan_64_v5e", "plan_256_v5e")
 CUT_PLANS = ("plan_cut_14b_8_h100", "plan_cut_7b_4_h100")
-FAMILY_PLANS = ("plan_30b_a3b_8_h100", "plan_gemma3_27b_8_h100")
+FAMILY_PLANS = (
+    "plan_30b_a3b_8_h100",
+    "plan_30b_a3b_16_v5e",
+    "plan_gemma3_27b_8_h100",
+    "plan_gemma3_27b_32_v5e",
+)
 
 
 def plans() -> list[str]:

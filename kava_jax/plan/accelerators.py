@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from kava_jax.plan.chips import Chip, topology_name
-from kava_jax.plan.compiled import Memory, held, lowered, memory_of
+from kava_jax.plan.compiled import Memory, held, lowered, memory_of, uncached
 from kava_jax.plan.gpus import GPUS, target_config
 from kava_jax.runs.blueprint import Blueprint
 
@@ -66,7 +66,8 @@ def own_memory(blueprint: Blueprint, rows: int, length: int) -> Memory:
     """
     program = lowered(blueprint, rows, length, dearest=True)
     try:
-        return memory_of(program.compile())
+        with uncached():
+            return memory_of(program.compile())
     except jax.errors.JaxRuntimeError as error:
         # "HLO temporaries" it says, and counts the arguments too.
         used = re.search(r"\(([\d.]+)([KMGT])\) exceeds available", str(error))

@@ -43,7 +43,7 @@ def compile_step(blueprint: Blueprint, rows: int, length: int) -> tuple[Work, Me
 
 def partitioned(program: Any) -> tuple[str, Any]:
     """One device's program as the partitioner left it, and the compiled one."""
-    with tempfile.TemporaryDirectory() as folder, _uncached():
+    with tempfile.TemporaryDirectory() as folder, uncached():
         dump = {"xla_dump_to": folder, "xla_dump_hlo_pass_re": _PASS}
         compiled = program.compile(QUICK | dump)
         # Unpacking fails unless the pass ran once: no other program is counted by mistake.
@@ -93,8 +93,11 @@ def memory_of(compiled: Any) -> Memory:
 
 
 @contextmanager
-def _uncached() -> Any:
-    """A program that comes out of the cache leaves no text behind."""
+def uncached() -> Any:
+    """Compile anew. Out of JAX's cache a program leaves no text behind.
+
+    And one for chips that are only described cannot be read back: JAX warns, and compiles it.
+    """
     before = jax.config.jax_enable_compilation_cache  # pyright: ignore[reportAttributeAccessIssue]  (made at run time)
     jax.config.update("jax_enable_compilation_cache", False)
     compilation_cache.reset_cache()  # else the switch is not looked at again

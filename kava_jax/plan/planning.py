@@ -13,7 +13,7 @@ from kava_jax.errors import KavaError
 from kava_jax.parallel.mesh import AXES, batch_shards, check_slices, make_mesh
 from kava_jax.plan.accelerators import described_devices, own_memory
 from kava_jax.plan.chips import Chip, roofline
-from kava_jax.plan.compiled import QUICK, compile_step, held, lowered, memory_of
+from kava_jax.plan.compiled import QUICK, compile_step, held, lowered, memory_of, uncached
 from kava_jax.plan.floor import step_floor
 from kava_jax.plan.gpus import GPUS
 from kava_jax.plan.most_rows import Boundary, Tried, find_boundary
@@ -113,7 +113,8 @@ def compile_for(config: Config, chip: Chip) -> Any:
             f"or there is no such slice; pip install 'kava_jax[cuda]' or 'kava_jax[tpu]'"
         )
     blueprint = _blueprint(_as_on(chip, config), devices)
-    return lowered(blueprint, config.data.batch_size, config.data.max_length).compile()
+    with uncached():
+        return lowered(blueprint, config.data.batch_size, config.data.max_length).compile()
 
 
 def search(config: Config, chip: Chip, hbm: float, say: Callable[[str], None]) -> list[Plan]:

@@ -5,7 +5,9 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from kava_jax.config.file import parse_config
 from kava_jax.config.run import Config
@@ -94,6 +96,30 @@ def test_without_a_compiler_nothing_is_described(monkeypatch) -> None:
     assert described_devices(CHIPS["h100"], 8) is None
     with pytest.raises(KavaError, match="--chip=h100 --devices=8: no compiler for it is installed"):
         planning.compile_for(tiny_config(), CHIPS["h100"])
+
+
+@pytest.mark.long
+def test_a_program_for_described_chips_is_not_kept(tmp_path, answers) -> None:
+    """Out of JAX's cache it could not be read again."""
+    kept = {
+        "jax_compilation_cache_dir": str(tmp_path),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_enable_compilation_cache": True,
+    }
+    before = {name: getattr(jax.config, name) for name in kept}
+    try:
+        for name, value in kept.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        planning.compile_for(tiny_config("mesh.fsdp=2", "mesh.tensor=2"), find_chip("h100"))
+        jax.jit(lambda x: x * 3).lower(jnp.zeros(())).compile()
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+    names = {path.name for path in tmp_path.glob("*-cache")}
+    assert any("lambda" in name for name in names)
+    assert not any("train_step" in name for name in names)
 
 
 def test_every_gpu_among_the_chips_has_its_figures() -> None:
