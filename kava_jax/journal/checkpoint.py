@@ -21,7 +21,9 @@ from kava_jax.parallel.hosts import absent, from_all, from_first, meet
 from kava_jax.storage import Place, absolute, move
 from kava_jax.training.step import TrainState
 
-BEST_METRIC = "eval_loss"
+# Held-out losses by which `best` is chosen, the first that a run has. Answers from a cache that is
+# handed over come first: the student's own loss stands still where it does not learn.
+CHOOSING = ("eval_loss_handed", "eval_loss")
 # Next to ``checkpoints/``: what was found damaged there, moved and never deleted.
 DAMAGED_NAME = "checkpoints_damaged"
 
@@ -30,7 +32,8 @@ class Checkpoints:
     """The ``checkpoints/`` directory of one run; a context manager that waits for writes to end."""
 
     def __init__(self, run_dir: Place, max_to_keep: int, *, read_only: bool = False):
-        """Keep the newest ``max_to_keep`` checkpoints and the one with the lowest held-out loss.
+        """Keep the newest ``max_to_keep`` checkpoints and the one with the lowest held-out loss
+        (``CHOOSING``).
 
         ``read_only`` creates and deletes nothing.
         """
@@ -42,7 +45,7 @@ class Checkpoints:
         # BestN keeps the end of an ascending order, so a loss goes in with its sign turned.
         # Checkpoints without metrics have no place in that order; Orbax would keep all of them.
         best = keeping.BestN(
-            get_metric_fn=lambda metrics: -metrics[BEST_METRIC],
+            get_metric_fn=lambda metrics: -_choosing(metrics),
             n=1,
             keep_checkpoints_without_metrics=False,
         )
@@ -57,7 +60,7 @@ class Checkpoints:
             item_handlers=orbax_items.DigestedHandler(),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policy,
-                best_fn=lambda metrics: metrics[BEST_METRIC],
+                best_fn=_choosing,
                 best_mode="min",
                 create=not read_only,
                 read_only=read_only,
@@ -87,7 +90,7 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         # A loss that is NaN would be neither better nor worse than any other: it does not count.
-        known = metrics is not None and math.isfinite(metrics.get(BEST_METRIC, math.nan))
+        known = metrics is not None and math.isfinite(_choosing(metrics))
         scored = metrics if known else None
         with self._stops_told():
             self._manager.save(step, args=self._items.DigestedSave(state), metrics=scored)
@@ -106,7 +109,7 @@ class Checkpoints:
         self.wait()
         scored = step in self._manager.all_steps() and self._manager.metrics(step) is not None
         missing = from_first(step in self._manager.all_steps() and not scored, "unscored")
-        if not missing or not math.isfinite(metrics.get(BEST_METRIC, math.nan)):
+        if not missing or not math.isfinite(_choosing(metrics)):
             return
         if jax.process_index() == 0:
             # Where and how Orbax writes the metrics that ``save`` is given.
@@ -291,3 +294,8 @@ def abstract_state(state: Any, shardings: Any) -> Any:
 def _because(problems: Mapping[int, str]) -> str:
     found = [f"{step}: {problem}" for step, problem in problems.items()]
     return f" ({'; '.join(found)})" if found else ""
+
+
+def _choosing(metrics: Mapping[str, float]) -> float:
+    """The loss that ``best`` goes by; NaN where there is none."""
+    return next((metrics[name] for name in CHOOSING if name in metrics), math.nan)

@@ -275,3 +275,14 @@ def test_a_loss_that_is_not_a_number_is_never_the_best(tmp_path: Path) -> None:
     with Checkpoints(tmp_path, 2) as checkpoints:
         assert checkpoints.steps() == [1, 4, 5]
         assert checkpoints.choose("best") == 1
+
+
+def test_answers_from_a_cache_come_before_the_student_s_own(tmp_path: Path) -> None:
+    """A student that does not learn has one loss at every step."""
+    with Checkpoints(tmp_path, 2) as checkpoints:
+        for step, handed in enumerate((4.0, 3.0, 3.5, 3.2), start=1):
+            metrics = {"eval_loss": 2.0, "eval_loss_handed": handed}
+            checkpoints.save(small_state(step), metrics)
+        assert checkpoints.choose("best") == 2
+        checkpoints.wait()
+        assert checkpoints.steps() == [2, 3, 4]

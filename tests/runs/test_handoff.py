@@ -20,6 +20,7 @@ from kava_jax.data.text import Encoded
 from kava_jax.errors import KavaError
 from kava_jax.evaluation.heldout import make_measure
 from kava_jax.hf.handoff_files import dynamic_cache, load_handoff
+from kava_jax.journal.checkpoint import Checkpoints
 from kava_jax.journal.metrics_file import read_metrics
 from kava_jax.models.decoder import Params
 from kava_jax.models.generate import generate
@@ -214,10 +215,14 @@ def test_a_model_that_is_handed_its_own_cache_loses_nothing(workspace, capsys):
 @pytest.mark.parametrize("reader", READERS)
 def test_only_the_projector_learns_where_that_is_asked(reader, workspace, capsys):
     configured(workspace, {"train": "projector", "reader": reader})
-    ended = kava(capsys, "train", "tiny.yaml", "optimizer.projector_lr=3e-3", "train.steps=6")
+    changes = ("optimizer.projector_lr=3e-3", "train.steps=6", "train.eval_every=2")
+    ended = kava(capsys, "train", "tiny.yaml", *changes)
     assert ended.code == 0, ended.err
-    first, *_, last = evaluations(workspace)
+    first, *between, last = evaluations(workspace)
     assert last["eval_loss_handed"] < first["eval_loss_handed"]
+    best = min([*between, last], key=lambda one: one["eval_loss_handed"])
+    with Checkpoints(Path("run"), 1, read_only=True) as kept:
+        assert kept.choose("best") == best["step"]
     assert last["eval_loss"] == first["eval_loss"]
     assert kava(capsys, "export", "run", "--out", "out").code == 0
     before, after = (load_file(f"{name}/model.safetensors") for name in ("student", "out"))
