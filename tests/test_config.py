@@ -226,6 +226,21 @@ def test_a_recipe_sets_what_the_config_does_not_say():
             "projector: init=calibrated with kind=elastic, per_layer=False",
         ),
         (
+            ["projector={init: merged, kind: linear}"],
+            "projector: init=merged with kind=linear, per_layer=False",
+        ),
+        (
+            ["projector={init: merged, kind: linear, per_layer: true}"],
+            "projector: init=merged with direction=student_to_teacher: heads are merged on the",
+        ),
+        (
+            [
+                "projector={init: merged, kind: linear, per_layer: true, direction: "
+                "teacher_to_student}"
+            ],
+            "projector.init=merged with student.cut=None, loss.match=cache: it merges keys and",
+        ),
+        (
             ["projector.training=warmup", "train.steps=50", "teachers.0.path=t"],
             "projector.warmup_steps=100 and optimizer.warmup_steps=0 leave the student nothing",
         ),

@@ -23,6 +23,10 @@ loss on GSM8K's ``report``, seeds 1 to 6, in the time in which KL alone takes 60
 
     python docs/results/real_pair.py arms '15-*/kl' '15-*/kl+mercator' --equal-time --seeds 1 2 3
     python docs/results/real_pair.py arms '15-*/kl' '15-*/kl+mercator' --equal-time --seeds 4 5 6
+
+And the same on the merged heads, at 60 steps, declared after seed 0 and before any other:
+
+    python docs/results/real_pair.py arms 1-kv-head/kl 1-kv-head/kl+mercator --seeds 1 2 3 4 5 6
 """
 
 import argparse
@@ -107,13 +111,14 @@ class Arm(NamedTuple):
 ARMS = {f"{cut}/{losses}": Arm(cut, losses) for cut in CUTS for losses in list(LOSSES)[:5]}
 ARMS |= {f"{cut}/{losses}": Arm(cut, losses) for cut in HEAVY for losses in ("ce", "ce+mercator")}
 ARMS |= {f"ablation/{what}": Arm(ABLATED, "kl+mercator", own) for what, own in ABLATIONS.items()}
+ARMS["ablation/calibrated"] = Arm("1-kv-head", "kl+mercator", ("projector.init=calibrated",))
 ARMS["ablation/uncorrected"] = Arm(ABLATED, "kl+mercator", teacher="original")
 # The two best of GSM8K beside KL: to be named again when those are known.
 ARMS |= {
     f"tinystories/{losses}": Arm(ABLATED, losses, text="tinystories")
     for losses in ("kl", "kl+mercator", "kl+blocks")
 }
-# So far 40 arms. Before them comes the learning rate of KL alone, after them one long pair.
+# So far 41 arms. Before them comes the learning rate of KL alone, after them one long pair.
 ARMS |= {f"rate/{r}": Arm(ABLATED, "kl", (f"optimizer.student_lr={r}",)) for r in (5e-4, 2e-3)}
 ARMS |= {f"long/{losses}": Arm(ABLATED, losses, steps=1000) for losses in ("kl", "kl+mercator")}
 

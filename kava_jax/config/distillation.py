@@ -43,10 +43,11 @@ class ProjectorConfig(Section):
     dropout: float = Field(
         default=0.1, ge=0, lt=1, description="of kind elastic: dropout in its hidden layer"
     )
-    init: InitMethod | Literal["calibrated"] = Field(
+    init: InitMethod | Literal["calibrated", "merged"] = Field(
         default="xavier",
-        description="first weights; calibrated fits them in closed form before training (needs "
-        "kind linear and per_layer true)",
+        description="first weights; calibrated fits them in closed form before training, merged "
+        "merges the teacher's KV heads as student.cut did (both need kind linear and per_layer "
+        "true)",
     )
     per_layer: bool = Field(
         default=False, description="one map per layer; false shares one map among all layers"
@@ -60,10 +61,16 @@ class ProjectorConfig(Section):
 
     @model_validator(mode="after")
     def _learns(self) -> "ProjectorConfig":
-        if self.init == "calibrated" and (self.kind != "linear" or not self.per_layer):
+        given = self.init in ("calibrated", "merged")
+        if given and (self.kind != "linear" or not self.per_layer):
             raise ValueError(
-                f"init=calibrated with kind={self.kind}, per_layer={self.per_layer}: the fit is "
-                f"one linear map per layer; set kind=linear and per_layer=true"
+                f"init={self.init} with kind={self.kind}, per_layer={self.per_layer}: it is one "
+                f"linear map per layer; set kind=linear and per_layer=true"
+            )
+        if self.init == "merged" and self.direction != "teacher_to_student":
+            raise ValueError(
+                f"init=merged with direction={self.direction}: heads are merged on the teacher's "
+                f"side; set direction=teacher_to_student"
             )
         if self.kind == "identity" and self.training == "warmup":
             raise ValueError(

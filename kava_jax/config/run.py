@@ -329,6 +329,12 @@ class Config(Section):
                 f"projector.init=xavier and give teachers a layer_map by a rule, or set "
                 f"loss.match=cache"
             )
+        if self.projector.init == "merged" and (self.student.cut is None or loss.output):
+            raise ValueError(
+                f"projector.init=merged with student.cut={self.student.cut}, loss.match="
+                f"{loss.match}: it merges keys and values as the run's own cut does; set "
+                f"student.cut and match=cache, or projector.init=calibrated"
+            )
         if loss.handoff is not None and not self.teachers:
             raise ValueError(
                 "loss.handoff without teachers: there is no one to hand over to or from"

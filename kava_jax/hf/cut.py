@@ -160,6 +160,30 @@ def load_cut_params(
     return unflatten_dict(flat, sep="/")
 
 
+def merging_maps(directory: Path, spec: DecoderSpec, cut: CutRecord) -> dict[str, Any]:
+    """The linear maps by which a cut merges the KV heads of each layer that it keeps.
+
+    ``y = x @ kernel + bias`` takes a teacher layer's keys (before RoPE, with their bias) or values,
+    all heads side by side, to those of the cut model's heads for the same input. By part ("k",
+    "v") {"out": {"kernel": [P, K*H, K'*H], "bias": [P, K'*H]}} in float32, as a projector with a
+    map per layer holds them; the bias is 0. ``directory`` and ``spec`` are the teacher's. Keys
+    behind a norm are merged by their mean, as the cut does with what is normed.
+    """
+    count, left, width = spec.num_kv_heads, len(cut.kv_heads), spec.head_dim
+    turns = _turns_of_layers(open_checked(directory, spec), spec, left)
+    basis = np.eye(count * width).reshape(-1, count, width)
+
+    def merged(part: str, layer: int) -> np.ndarray:
+        heads = turned(f"blocks/attention/{part}/kernel", basis, turns(layer), range(count))
+        return heads.reshape(-1, left, count // left, width).mean(2).reshape(-1, left * width)
+
+    maps = {}
+    for part in ("k", "v"):
+        kernel = np.stack([merged(part, layer) for layer in cut.layers]).astype(np.float32)
+        maps[part] = {"out": {"kernel": kernel, "bias": np.zeros_like(kernel[:, 0])}}
+    return maps
+
+
 def write_cut(
     out: Place,
     directory: Path,

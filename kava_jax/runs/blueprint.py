@@ -23,7 +23,7 @@ from kava_jax.config.pair import TeacherConfig
 from kava_jax.config.run import Config
 from kava_jax.config.weights import is_zero
 from kava_jax.errors import KavaError
-from kava_jax.hf.cut import load_cut_params
+from kava_jax.hf.cut import load_cut_params, merging_maps
 from kava_jax.hf.cut_record import CutRecord
 from kava_jax.hf.load import load_decoder_params, read_spec
 from kava_jax.models.attend import Choice, choose, in_words
@@ -108,12 +108,12 @@ class Blueprint:
     ) -> TrainState:
         """Step 0: the student as it came (or random), empty means, and the projectors.
 
-        A projector is random unless it is given: that of the comparison as a calibration found it,
-        that of the handoff as it was fitted.
+        A projector is random unless it is given, that of the comparison as a calibration found it,
+        that of the handoff as it was fitted, or follows from the cut.
         """
         seed, student = self.config.run.seed, self.student_start()
         if projector is None:
-            projector = self.projector.fresh(seed + 1) if self.projector else {}
+            projector = self._projector_start(self.projector) if self.projector else {}
         params = {"student": student, "projector": projector}
         if self.handoff:
             params["handoff"] = self.handoff.fresh(seed + 2) if handoff is None else handoff
@@ -121,6 +121,15 @@ class Blueprint:
         # is an argument, so that runs with other seeds share the program.
         start = jax.jit(self._state_of, out_shardings=self.state_shardings())
         return start(params, jnp.uint32(seed))
+
+    def _projector_start(self, part: Part) -> Params:
+        """That of the comparison: random, or what the cut merged the heads by."""
+        if self.config.projector.init != "merged":
+            return part.fresh(self.config.run.seed + 1)
+        assert self.student_dir is not None
+        assert self.student_cut is not None
+        maps = merging_maps(self.student_dir, read_spec(self.student_dir), self.student_cut)
+        return jax.device_put({"pairs": dict.fromkeys(self.teachers, maps)}, part.shardings)
 
     def student_start(self) -> Params:
         """The student before its first step."""
@@ -229,6 +238,7 @@ def make_blueprint(
         for index, teacher in enumerate(config.teachers)
     }
     _check_frame(config, student_spec, teachers)
+    _check_merged(config, models, teachers)
     projector = projector_of(config, student_spec, teachers, mesh) if teachers else None
     handoff, term = handoff_of(config, models, mesh) if config.loss.handoff else (None, None)
     rates = learning_rates(config)
@@ -323,6 +333,26 @@ def _check_frame(config: Config, student: DecoderSpec, teachers: Mapping[str, Te
                 f"loss.match=attention: the target of teacher {name} joins or mixes several "
                 f"layers, so it has no queries of its own; give one teacher layer per student "
                 f"layer, or set projector.direction=teacher_to_student"
+            )
+
+
+def _check_merged(config: Config, models: Models, teachers: Mapping[str, TeacherPart]) -> None:
+    """Heads are merged in the very layers that the student's came from, or in no basis of its."""
+    cut, width = models.student.cut, models.student.spec.head_dim
+    if config.projector.init != "merged" or cut is None:
+        return
+    origins = tuple((layer,) for layer in cut.layers)
+    for index, part in enumerate(teachers.values()):
+        heads = sum(map(len, cut.kv_heads))
+        if (part.spec.num_kv_heads, part.spec.head_dim) != (heads, width):
+            raise KavaError(
+                f"projector.init=merged: teachers.{index} has {part.spec.num_kv_heads} KV heads of "
+                f"{part.spec.head_dim}, and the cut merges {heads} of {width}; set init=calibrated"
+            )
+        if part.layer_map.teacher_layers != origins:
+            raise KavaError(
+                f"projector.init=merged: teachers.{index}.layer_map pairs layers with others than "
+                f"they came from, whose heads have other bases; set it to origin"
             )
 
 

@@ -185,6 +185,8 @@ def _projected(config: Config) -> str:
     )
     if settings.init == "calibrated":
         text += "It is fitted in closed form before training, on rows the run then trains on. "
+    if settings.init == "merged":
+        text += "It merges the teacher's KV heads as the cut merged the student's. "
     if not forward:
         own = "output" if config.loss.output else "cache"
         text += f"The target is the teacher's own {own} and cannot drift; "

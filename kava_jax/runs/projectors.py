@@ -37,8 +37,8 @@ def projector_of(
             own * width,
             settings.mlp_ratio,
             settings.dropout,
-            # A calibrated projector is read from its file; this one only has its shape.
-            "xavier" if settings.init == "calibrated" else settings.init,
+            # Of weights that are fitted, or follow from the cut, this only has the shape.
+            "xavier" if settings.init in ("calibrated", "merged") else settings.init,
             settings.training != "frozen",
             kind=settings.kind,
             direction=settings.direction,

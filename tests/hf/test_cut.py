@@ -14,7 +14,14 @@ from safetensors.numpy import load_file, save_file
 from scipy.stats import ortho_group
 
 from kava_jax.errors import KavaError
-from kava_jax.hf.cut import cut_spec, load_cut_params, plan_cut, stored_dtype, write_cut
+from kava_jax.hf.cut import (
+    cut_spec,
+    load_cut_params,
+    merging_maps,
+    plan_cut,
+    stored_dtype,
+    write_cut,
+)
 from kava_jax.hf.cut_record import CutRecord, read_cut_record
 from kava_jax.hf.export import export_model
 from kava_jax.hf.load import load_decoder_params, read_spec
@@ -267,6 +274,24 @@ def test_merged_copies_are_the_teacher(name, turned, teachers, tmp_path):
     after = load_file(out / "model.safetensors")
     assert after["model.layers.0.self_attn.v_proj.weight"].shape[0] == read_spec(source).head_dim
     assert np.abs(our_logits(out) - before).max() < TOL["float32"]
+
+
+@pytest.mark.parametrize("name", ["llama3", "llama_biased", "mistral", "phi4_mini"])
+def test_the_merging_maps_are_what_the_cut_does_to_keys_and_values(name, teachers, tmp_path):
+    """Weights and biases of the cut are the teacher's through the maps."""
+    source, cut = teachers(name), Cut((0, 2), 1)
+    maps = merging_maps(source, read_spec(source), of(source, cut))
+    out = write(source, tmp_path / "out", cut)
+    before, after = (flat(load_decoder_params(path, read_spec(path))) for path in (source, out))
+    for part in ("k", "v"):
+        kernel, bias = maps[part]["out"]["kernel"], maps[part]["out"]["bias"]
+        assert not bias.any()
+        assert bias.shape == kernel[:, 0].shape
+        for path in (f"blocks/attention/{part}/{leaf}" for leaf in ("kernel", "bias")):
+            if path in before:
+                theirs, ours = before[path][[0, 2]], after[path]
+                found = theirs.reshape(2, -1, kernel.shape[1]) @ kernel
+                np.testing.assert_allclose(found.reshape(ours.shape), ours, atol=TOL["float32"])
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ from kava_jax.journal.metrics_file import read_metrics
 from kava_jax.plan.chips import find_chip
 from kava_jax.plan.planning import make_plan
 from tests.tiny import CONFIG, kava, write_config, write_model, write_rows, write_workspace
+from tests.tolerances import TOL
 
 SMALL = {"layers": [0, 3], "kv_heads": 1, "intermediate_size": 16}
 DATA = CONFIG["data"] | {"eval_path": "held.jsonl"}
@@ -133,6 +134,46 @@ def test_merged_heads_are_aligned_through_a_calibrated_projector(workspace, caps
     ended = kava(capsys, "train", "tiny.yaml")
     assert ended.code == 0, ended.err
     assert kava(capsys, "eval", "run", "--data", "data.jsonl", "--rows", "8").code == 0
+
+
+MERGED = {
+    "kind": "linear",
+    "per_layer": True,
+    "init": "merged",
+    "direction": "teacher_to_student",
+    "training": "frozen",
+}
+
+
+@pytest.mark.long
+def test_merged_heads_are_compared_with_the_teacher_s_merged_alike(workspace, capsys) -> None:
+    """Both first layers read the same, so there the cut's keys and values are the target."""
+    student = {"cut": {"layers": [0], "kv_heads": 1}}
+    configured(workspace, student=student, projector=MERGED)
+    ended = kava(capsys, "train", "tiny.yaml", "optimizer.student_lr=1e-2", "train.steps=2")
+    assert ended.code == 0, ended.err
+    start, *_, end = read_metrics(workspace / "run" / "metrics.jsonl", "eval")
+    assert start["eval_cos_sim"] == pytest.approx(1, abs=TOL["float32"])
+    assert end["eval_cos_sim"] < 1 - TOL["float32"]
+    assert "It merges the teacher's KV heads as the cut" in kava(capsys, "explain", "tiny.yaml").out
+
+
+@pytest.mark.parametrize(
+    ("teacher", "said"),
+    [
+        ({"path": "big", "layer_map": "straddle"}, "teachers.0.layer_map pairs layers with others"),
+        ({"path": "teacher"}, "teachers.0 has 4 KV heads of 4, and the cut merges 2 of 4"),
+    ],
+)
+def test_heads_of_another_basis_are_not_merged(teacher, said, workspace, capsys) -> None:
+    write_model(workspace / "teacher", num_hidden_layers=4, num_key_value_heads=4)
+    configured(workspace, student={"cut": {"path": "big", "kv_heads": 1, "layers": 2}})
+    projector = ", ".join(f"{name}: {value}" for name, value in MERGED.items())
+    config = [f"projector={{{projector}}}", f"teachers=[{json.dumps({'name': 'big'} | teacher)}]"]
+    ended = kava(capsys, "train", "tiny.yaml", *config)
+    assert ended.code == 2
+    assert f"projector.init=merged: {said}" in ended.err
+    assert len(ended.err.strip().splitlines()) == 1
 
 
 @pytest.mark.long
