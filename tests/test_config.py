@@ -203,6 +203,11 @@ def test_a_recipe_sets_what_the_config_does_not_say():
     healed = parse("recipe=healed", "loss.kv_weight=auto(0.2)", "teachers.0.path=t")
     assert (healed.loss.ce_weight, healed.loss.kl_weight) == (0.0, 1.0)
     assert healed.projector.kind == "identity"
+    cut = ("recipe=healed", "student={cut: {kv_heads: 1}}", "teachers.0.path=t")
+    merged = parse(*cut).projector
+    assert (merged.kind, merged.init, merged.training) == ("linear", "merged", "frozen")
+    assert parse(*cut, "loss.match=block_outputs").projector.kind == "identity"
+    assert parse(*cut, "projector={init: xavier, training: joint}").projector.init == "xavier"
     assert healed.loss.kv_weight == AutoShare(share=0.2)
     # What is written out is read back as it was, whatever the recipe.
     for config in (both, healed):

@@ -165,16 +165,11 @@ def arm_config(name: str, seed: int, steps: int) -> Config:
     """The config of an arm."""
     arm = ARMS[name]
     teacher = WORK / "teachers" / (arm.teacher or arm.text)
-    merged = arm.cut == "1-kv-head"
-    goal = "1_kv_head" if merged else "15_layers"
+    goal = "1_kv_head" if arm.cut == "1-kv-head" else "15_layers"
     raw = read_yaml(shipped_config(f"smollm2_135m_to_{goal}.yaml"))
     overrides = [f"teachers.0.path={teacher}", CUTS[arm.cut], f"student.cut.path={teacher}"]
     overrides += [f"run.seed={seed}", f"train.steps={steps}"]
     overrides += [f"train.eval_every={max(20, steps // 10)}"]
-    if merged and "loss.kv_weight=0" in LOSSES[arm.losses]:
-        overrides += ["projector={kind: linear}"]  # only measured: nothing need be fitted
-    elif merged and "loss.match" in str(LOSSES[arm.losses]):
-        overrides += ["projector={kind: identity}"]  # outputs have equal widths
     run = re.sub(r"[^\w.]+", "-", f"{name}-{steps}-{seed}")
     changes = (*LOSSES[arm.losses], *arm.changes)
     return parse_config(raw, [*overrides, *of_text(arm.text), *of_run(run), *changes])

@@ -46,9 +46,9 @@ RECIPES: dict[str, dict[str, Any]] = {
             "center": "running",
         },
     },
-    # For a student that lost layers of its teacher and shares its basis: keys and values meet as
-    # they are, and logit KL is the language loss (docs/cutting.md). The teacher should know the
-    # text: train it on that with cross-entropy first.
+    # For a student that was cut from its teacher and shares its basis: keys and values meet as they
+    # are, and logit KL is the language loss (docs/cutting.md). The teacher should know the text:
+    # train it on that with cross-entropy first.
     "healed": {
         "projector": {"kind": "identity"},
         "loss": {
@@ -61,6 +61,15 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
 }
 
+# Of ``healed`` where the cut merges KV heads: the teacher's are merged alike.
+MERGED = {
+    "kind": "linear",
+    "per_layer": True,
+    "direction": "teacher_to_student",
+    "init": "merged",
+    "training": "frozen",
+}
+
 
 def apply_recipe(raw: Mapping[str, Any]) -> dict[str, Any]:
     """The raw config with its recipe's fields under its own; what is given by hand stays.
@@ -70,6 +79,8 @@ def apply_recipe(raw: Mapping[str, Any]) -> dict[str, Any]:
     """
     name = raw.get("recipe", "anchored")
     recipe = RECIPES.get(name, {}) if isinstance(name, str) else {}
+    if name == "healed" and _compares_merged_heads(raw):
+        recipe = recipe | {"projector": MERGED}
     merged = dict(raw)
     # One level deep: a kv loss or a weight that is given is not mixed with the recipe's own.
     for section, fields in recipe.items():
@@ -80,6 +91,18 @@ def apply_recipe(raw: Mapping[str, Any]) -> dict[str, Any]:
         else:
             merged[section] = _under(fields, {} if given is None else given)
     return merged
+
+
+def _compares_merged_heads(raw: Mapping[str, Any]) -> bool:
+    heads, match = _field(raw, "student", "cut", "kv_heads"), _field(raw, "loss", "match")
+    return heads is not None and match in (None, "cache", "attention")
+
+
+def _field(raw: Any, *names: str) -> Any:
+    """A field of nested sections, of whatever shape they are; None where there is none."""
+    for name in names:
+        raw = raw.get(name) if isinstance(raw, Mapping) else None
+    return raw
 
 
 def _under(defaults: Mapping[str, Any], given: Any) -> Any:
