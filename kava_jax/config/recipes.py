@@ -77,11 +77,7 @@ def apply_recipe(raw: Mapping[str, Any]) -> dict[str, Any]:
     An unknown recipe, and anything that is not of the expected shape, passes through unchanged: the
     config's validation says what is wrong with it.
     """
-    name = raw.get("recipe", "anchored")
-    recipe = RECIPES.get(name, {}) if isinstance(name, str) else {}
-    if name == "healed" and _compares_merged_heads(raw):
-        recipe = recipe | {"projector": MERGED}
-    merged = dict(raw)
+    recipe, merged = recipe_of(raw), dict(raw)
     # One level deep: a kv loss or a weight that is given is not mixed with the recipe's own.
     for section, fields in recipe.items():
         given = merged.get(section)
@@ -91,6 +87,14 @@ def apply_recipe(raw: Mapping[str, Any]) -> dict[str, Any]:
         else:
             merged[section] = _under(fields, {} if given is None else given)
     return merged
+
+
+def recipe_of(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """What the recipe of a raw config sets, by section; nothing where it names no recipe."""
+    name = raw.get("recipe", "anchored")
+    recipe = RECIPES.get(name, {}) if isinstance(name, str) else {}
+    merges = name == "healed" and _compares_merged_heads(raw)
+    return recipe | {"projector": MERGED} if merges else recipe
 
 
 def _compares_merged_heads(raw: Mapping[str, Any]) -> bool:

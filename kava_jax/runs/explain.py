@@ -4,7 +4,6 @@ Says what is compared with what, in which frame, what is minimised, and what lea
 which fields differ from the recipe; and what such a run is known to suffer from.
 """
 
-from functools import partial
 from typing import Any
 
 import yaml
@@ -13,7 +12,7 @@ from kava_jax.alignment.layer_map import CALIBRATED_MAPS
 from kava_jax.config.distillation import HandoffConfig
 from kava_jax.config.file import dump_config, parse_config
 from kava_jax.config.pair import TeacherConfig
-from kava_jax.config.recipes import RECIPES
+from kava_jax.config.recipes import recipe_of
 from kava_jax.config.run import Config
 from kava_jax.config.weights import AutoShare, Ramp, is_zero
 from kava_jax.errors import KavaError
@@ -51,7 +50,7 @@ CONTROLS = {
 
 # What a recipe asks of the models that it is given.
 EXPECTS = {
-    "healed": " It expects a student cut from its teacher by layers, and a teacher that knows the "
+    "healed": " It expects a student cut from its teacher, and a teacher that knows the "
     "text: train that one with cross-entropy alone first.",
 }
 
@@ -90,18 +89,17 @@ def _changes(config: Config) -> str:
     # The recipe is filled in for the same models and data, so only what it sets can differ.
     kept = {name: raw[name] for name in ("recipe", "student", "data")}
     recipe = dump_config(parse_config(kept | {"teachers": bare}))
-    set_by = partial(_set_by_recipe, config.recipe)
-    differ = config_diff(set_by(recipe), set_by(raw))
+    differ = config_diff(_set_by_recipe(recipe), _set_by_recipe(raw))
     changes = [f"{field} {change}" for field, change in differ.items()]
     if not changes:
         return "Every field that it sets is as it sets it."
     return f"Set otherwise here: {'; '.join(changes)}."
 
 
-def _set_by_recipe(recipe: str, raw: dict[str, Any]) -> dict[str, Any]:
-    """A dumped config's values of the fields that a recipe sets; a ramp is one text."""
+def _set_by_recipe(raw: dict[str, Any]) -> dict[str, Any]:
+    """A dumped config's values of the fields that its recipe sets; a ramp is one text."""
     found = {}
-    for section, fields in RECIPES[recipe].items():
+    for section, fields in recipe_of(raw).items():
         several = raw[section] if section == "teachers" else [raw[section]]
         chosen = [{name: _ramp_in_words(one[name]) for name in fields} for one in several]
         found[section] = chosen if section == "teachers" else chosen[0]

@@ -156,6 +156,8 @@ def test_merged_heads_are_compared_with_the_teacher_s_merged_alike(workspace, ca
     assert start["eval_cos_sim"] == pytest.approx(1, abs=TOL["float32"])
     assert end["eval_cos_sim"] < 1 - TOL["float32"]
     assert "It merges the teacher's KV heads as the cut" in kava(capsys, "explain", "tiny.yaml").out
+    chosen = ("explain", "tiny.yaml", "recipe=healed", "projector={kind: linear, init: xavier}")
+    assert 'projector.init "merged" -> "xavier"' in kava(capsys, *chosen).out
 
 
 @pytest.mark.parametrize(
