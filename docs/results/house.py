@@ -6,11 +6,11 @@ A line of code is one with a token that is neither a comment nor part of a docst
 config are counted by their dotted names, kinds of one section together.
 """
 
+import argparse
 import ast
 import io
 import json
 import subprocess
-import sys
 import tokenize
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,15 @@ SILENT |= {tokenize.ENCODING, tokenize.ENDMARKER}
 
 def main() -> None:
     """Count, print, and write under the name that was given."""
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("name", nargs="?", help="what to keep the count as")
+    name = parser.parse_args().name
     found: dict[str, Any] = {"commit": _git("rev-parse", "--short", "HEAD")}
     found |= {part: count(_files(part)) for part in ("kava_jax", "tests")}
     found["config_fields"] = len(config_fields())
-    if len(sys.argv) > 1:
+    if name:
         kept = json.loads(WRITTEN.read_text("utf-8")) if WRITTEN.is_file() else {}
-        kept[sys.argv[1]] = found
+        kept[name] = found
         WRITTEN.write_text(json.dumps(kept, indent=2) + "\n", "utf-8")
     print(json.dumps(found, indent=2))
 
