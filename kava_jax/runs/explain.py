@@ -263,6 +263,11 @@ def _warnings(config: Config) -> list[str]:
             "Beware: the projector is fitted to the cache of a student with random weights, which "
             "is nothing to hold on to; start from a trained student (student.path)."
         )
+    if fitted and config.student.cut is not None:
+        found.append(
+            "Beware: the projector is fitted to a student that has not healed from its cut, so "
+            "what the cut has broken is the target; set recipe=healed."
+        )
     return found
 
 

@@ -129,8 +129,10 @@ def test_a_run_that_lost_its_record_is_not_guessed_at(workspace, capsys) -> None
 @pytest.mark.long
 def test_merged_heads_are_aligned_through_a_calibrated_projector(workspace, capsys) -> None:
     fitted = {"kind": "linear", "per_layer": True, "init": "calibrated"}
+    fitted |= {"direction": "teacher_to_student"}
     student = {"cut": {"layers": 2, "kv_heads": 1}}
     configured(workspace, student=student, projector=fitted)
+    assert "what the cut has broken is the target" in kava(capsys, "explain", "tiny.yaml").out
     ended = kava(capsys, "train", "tiny.yaml")
     assert ended.code == 0, ended.err
     assert kava(capsys, "eval", "run", "--data", "data.jsonl", "--rows", "8").code == 0
