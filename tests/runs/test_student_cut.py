@@ -166,7 +166,11 @@ def test_merged_heads_are_compared_with_the_teacher_s_merged_alike(workspace, ca
     ("teacher", "said"),
     [
         ({"path": "big", "layer_map": "straddle"}, "teachers.0.layer_map pairs layers with others"),
-        ({"path": "teacher"}, "teachers.0 has 4 KV heads of 4, and the cut merges 2 of 4"),
+        pytest.param(
+            {"path": "teacher"},
+            "teachers.0 has 4 KV heads of 4, and the cut merges 2 of 4",
+            marks=pytest.mark.long,
+        ),
     ],
 )
 def test_heads_of_another_basis_are_not_merged(teacher, said, workspace, capsys) -> None:
