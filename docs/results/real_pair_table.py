@@ -68,7 +68,8 @@ def real_pair() -> list[str]:
     """Every arm next to the one without matching; contrasts over seeds; the teachers."""
     lines = records()
     teachers = [line for line in lines if "cut" not in line]
-    arms = sorted((x for x in lines if "cut" in x), key=lambda x: (x["text"], x["cut"], x["steps"]))
+    order = ("text", "cut", "steps", "arm", "seed")
+    arms = sorted((x for x in lines if "cut" in x), key=lambda x: [x[name] for name in order])
     told = head(
         "arm | >seed | >steps | >minutes | >loss on its text | >minus without matching | >KL to "
         "the teacher | >loss on the other text | >minus without matching | >KL to the teacher | "
