@@ -93,6 +93,7 @@ def test_mixtures_hold_what_their_names_say():
         assert all(eval(line.split("=")[0]) == int(line.split("=")[1]) for line in lines)
 
 
+@pytest.mark.long
 def test_dev_and_confirm_are_halves_of_test_without_a_common_calculation():
     halves = {
         name: {calculation(e.answer) for e in word_problems(name, seed=seed, rows=1500)}

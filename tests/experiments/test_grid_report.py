@@ -327,6 +327,7 @@ def test_no_screen_scrolls_sideways(browser, widest, width):
     assert browser.scroll_width(wide, width=width) > width
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("width", [390, 1200])
 def test_the_page_is_drawn_light_and_dark(browser, text, width):
     for scheme, paper in (("light", 1.0), ("dark", 0.09)):

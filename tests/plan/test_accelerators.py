@@ -63,6 +63,7 @@ def test_a_gpu_is_asked_for_the_step_and_the_largest_batches(capsys, answers) ->
     assert "8 rows, compiled for h100: 28.00 GB of a device" in ended.err
 
 
+@pytest.mark.long
 def test_a_gpu_s_plan_in_words(capsys, answers) -> None:
     ended = kava(capsys, "plan", "tiny.yaml", *MESH, "--chip", "h100")
     assert "most rows of 64 tokens: 40 (60.00 GB) in 63.71 GB, 0.75 of a device's" in ended.out

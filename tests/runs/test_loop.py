@@ -167,6 +167,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, made, step) -> N
     assert by_step[6]["lr_projector"] == pytest.approx(float(RATES["projector"](5)))
 
 
+@pytest.mark.long
 def test_what_is_measured_along_the_way_resumes_exactly(tmp_path: Path) -> None:
     """Running means and a measured share: all of them in the state and its file."""
     made = setting(center="running", kv_weight=1.0)
