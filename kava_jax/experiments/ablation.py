@@ -209,7 +209,7 @@ class Ablation:
 
 
 def _shares(workers: int) -> list[set[int]]:
-    """The cores of each of several jobs, which are its place too: all sets are empty otherwise."""
+    """A set of cores for each job, which is its place, too; empty where none are shared out."""
     can = workers > 1 and hasattr(os, "sched_getaffinity")
     cores = sorted(os.sched_getaffinity(0)) if can else []
     return [set(cores[worker::workers]) for worker in range(workers)]

@@ -32,8 +32,7 @@ class Checkpoints:
     """The ``checkpoints/`` directory of one run; a context manager that waits for writes to end."""
 
     def __init__(self, run_dir: Place, max_to_keep: int, *, read_only: bool = False):
-        """Keep the newest ``max_to_keep`` checkpoints and the one with the lowest held-out loss
-        (``CHOOSING``).
+        """Keep the newest ``max_to_keep`` checkpoints and the best by ``CHOOSING``.
 
         ``read_only`` creates and deletes nothing.
         """
