@@ -81,11 +81,21 @@ class Handler(RequestHandler):
         self.end_headers()
 
 
+class Server(server.ThreadingHTTPServer):
+    """Keeps as many connections waiting as clients open at once.
+
+    Of more than the five that http.server allows, the system drops some, and their clients wait
+    for seconds, each time twice as long.
+    """
+
+    request_queue_size = 128
+
+
 def serve(port: int, name: str = NAME, handler: type[RequestHandler] = Handler) -> None:
     """Until killed."""
     storage = Storage(use_memory_fs=True, data_dir=os.sep)
     create_bucket(name, storage)
-    server.ThreadingHTTPServer(("127.0.0.1", port), partial(handler, storage)).serve_forever()
+    Server(("127.0.0.1", port), partial(handler, storage)).serve_forever()
 
 
 if __name__ == "__main__":
