@@ -96,6 +96,10 @@ ABLATIONS = {
 }
 
 
+# Of the long pair: half the rows, so that an arm takes some two hours, and checkpoints on the way.
+LONG = ("data.batch_size=4", "train.checkpoint_every=100")
+
+
 class Arm(NamedTuple):
     """One training: a cut of a teacher, the losses, and what else differs from the config."""
 
@@ -171,7 +175,7 @@ def arm_config(name: str, seed: int, steps: int) -> Config:
     overrides += [f"run.seed={seed}", f"train.steps={steps}"]
     overrides += [f"train.eval_every={max(20, steps // 10)}"]
     run = re.sub(r"[^\w.]+", "-", f"{name}-{steps}-{seed}")
-    changes = (*LOSSES[arm.losses], *arm.changes)
+    changes = (*LOSSES[arm.losses], *arm.changes, *(LONG if arm.steps > STEPS else ()))
     return parse_config(raw, [*overrides, *of_text(arm.text), *of_run(run), *changes])
 
 
