@@ -13,17 +13,13 @@ from datetime import date
 from typing import TYPE_CHECKING, Any, Literal
 
 from kava_jax.data.example import Example, Message
-from kava_jax.errors import KavaError
+from kava_jax.errors import KavaError, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TrainOn = Literal["last", "assistant"]
 Render = Callable[..., str]
-
-# transformers gives templates a strftime_now() that reads the clock. Only a call with a literal
-# format can be replaced in the text.
-_NOW = re.compile(r"strftime_now\(\s*(?:\"([^\"]*)\"|'([^']*)')\s*\)")
 
 
 def chat_pieces(
@@ -54,14 +50,14 @@ def chat_pieces(
     render = functools.partial(_render, tokenizer, example.tools, today)
     messages = _arguments_as_wanted(messages, render)
     whole = render(messages)
-    trained = [len(messages) - 1]
-    if train_on == "assistant":
-        trained = [
-            place
-            for place, message in enumerate(messages)
-            # An opening reply answers nothing.
-            if message["role"] == "assistant" and place > 0 and message.get("weight") != 0
-        ]
+    trained = [
+        place
+        for place, message in enumerate(messages)
+        # An opening reply answers nothing.
+        if message["role"] == "assistant" and place > 0 and message.get("weight") != 0
+    ]
+    if train_on == "last":
+        trained = [len(messages) - 1]
     pieces, done = [], 0
     for place in trained:
         # A reply begins where the generation prompt ends. So training reads exactly the text that
@@ -96,15 +92,14 @@ def _render(
     messages: Sequence[Message],
     **options: Any,
 ) -> str:
-    # A tokenizer may hold a second template for tools. Any list selects it, an empty one too.
-    template = tokenizer.get_chat_template(tools=None if tools is None else [])
     try:
         return str(
             tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
                 tools=None if tools is None else [dict(tool) for tool in tools],
                 tokenize=False,
-                chat_template=_dated(template, today),
+                # In the place of transformers' own, which reads the clock.
+                strftime_now=today.strftime,
                 **options,
             )
         )
@@ -112,26 +107,8 @@ def _render(
         raise KavaError(
             f"the tokenizer's chat template refuses a conversation with roles "
             f"{', '.join(message['role'] for message in messages)} "
-            f"({' '.join(str(error).split())}); reorder or rename the roles"
+            f"({one_line(error)}); reorder or rename the roles"
         ) from error
-
-
-# Every row asks for the same template and date.
-@functools.cache
-def _dated(template: str, today: date) -> str:
-    """The template's text with the date written into it."""
-
-    def written(match: re.Match[str]) -> str:
-        # A JSON string is also a string literal of Jinja, whatever quotes the format contains.
-        return json.dumps(today.strftime(match[1] or match[2] or ""))
-
-    dated = _NOW.sub(written, template)
-    if re.search(r"strftime_now\s*\(", dated):
-        raise KavaError(
-            "the tokenizer's chat template asks for today's date in a format that it computes, so "
-            "rows would change from day to day; write the format into its strftime_now(...)"
-        )
-    return dated
 
 
 def _after_end_token(whole: str, start: int, end: str) -> int:

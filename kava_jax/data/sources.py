@@ -93,14 +93,25 @@ def _raw_rows(name: str, file: Path, split: str, subset: str | None) -> tuple[st
     """What rows are counted in, and every row with its number."""
     if is_pipe(name):
         return json_rows(name)
-    _check_exists(name, file)
-    if not file.is_file():
-        where, revision = (str(file), None) if file.is_dir() else at_revision(name)
-        table = _through_datasets(name, where, name=subset, split=split, revision=revision)
-        return "row", enumerate(table, 1)
-    if ending(file) == ".parquet":
-        return "row", enumerate(parquet_rows(name), 1)
-    return json_rows(name)
+    if file.is_file():
+        if ending(file) not in FILES:
+            raise KavaError(
+                f"data.path={name!r} has an unknown ending; write its rows as one of "
+                f"{', '.join(FILES)} (or zipped, .jsonl.gz)"
+            )
+        if ending(file) == ".parquet":
+            return "row", enumerate(parquet_rows(name), 1)
+        return json_rows(name)
+    directory = file.is_dir() and name.strip()
+    # A name like data/train.jsonl also reads as a hub id; its ending shows that a file was meant.
+    if not directory and (looks_local(name) or ending(file) in FILES):
+        raise KavaError(
+            f"data.path={name!r} does not exist; give a file ({', '.join(FILES)}), a data set "
+            f"directory, a hub id or {BUILTIN_PROBLEMS}"
+        )
+    where, revision = (str(file), None) if directory else at_revision(name)
+    table = _through_datasets(name, where, name=subset, split=split, revision=revision)
+    return "row", enumerate(table, 1)
 
 
 def fingerprint(examples: Iterable[Example]) -> str:
@@ -109,24 +120,6 @@ def fingerprint(examples: Iterable[Example]) -> str:
     for example in examples:
         digest.update(json.dumps(example, default=str).encode() + b"\n")
     return digest.hexdigest()
-
-
-def _check_exists(name: str, file: Path) -> None:
-    if file.is_dir() and name.strip():
-        return
-    if file.is_file():
-        if ending(file) not in FILES:
-            raise KavaError(
-                f"data.path={name!r} has an unknown ending; write its rows as one of "
-                f"{', '.join(FILES)} (or zipped, .jsonl.gz)"
-            )
-        return
-    # A name like data/train.jsonl also reads as a hub id; its ending shows that a file was meant.
-    if looks_local(name) or ending(file) in FILES:
-        raise KavaError(
-            f"data.path={name!r} does not exist; give a file ({', '.join(FILES)}), a data set "
-            f"directory, a hub id or {BUILTIN_PROBLEMS}"
-        )
 
 
 def _documents(name: str) -> list[Example]:
