@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from kava_jax.errors import KavaError, StoppedError, is_full_disk
+from kava_jax.errors import KavaError, StoppedError, is_full_disk, one_line
 from kava_jax.journal.digests import damage
 from kava_jax.journal.manifest import write_atomically
 from kava_jax.models.decoder import Params
@@ -141,18 +141,17 @@ class Checkpoints:
         steps = self.steps()
         if not steps:
             return None
-        problems: dict[int, str] = {}
-        intact = None
         # All are judged before one is moved: where none is intact, all must stay in their place.
-        for step in reversed(steps):
-            if not (problem := self._problem(step)):
-                intact = step
+        problems: dict[int, str] = {}
+        for intact in reversed(steps):
+            if not (problem := self._problem(intact)):
                 break
-            problems[step] = problem
-        if intact is None:
+            problems[intact] = problem
+        else:
+            found = "; ".join(f"{step}: {problem}" for step, problem in problems.items())
             raise KavaError(
-                f"{self._name()}: none of the checkpoints {', '.join(map(str, steps))} is intact"
-                f"{_because(problems)}; restore one or name another run.dir"
+                f"{self._name()}: none of the checkpoints {', '.join(map(str, steps))} is intact "
+                f"({found}); restore one or name another run.dir"
             )
         for step, problem in problems.items():
             if jax.process_index() == 0:
@@ -192,9 +191,7 @@ class Checkpoints:
     def restore_params(self, step: int, group: str, abstract: Params) -> Params:
         """The parameters of one group (``student``), whatever else there is; as ``restore``."""
         # The optimizer's moments are left on the disk, which together are larger than the student.
-        found = self._restored(
-            step, lambda place: self._items.restore_part(place, {"params": {group: abstract}})
-        )
+        found = self._restored(step, {"params": {group: abstract}}, partial=True)
         return found["params"][group]
 
     def restore(self, step: int, abstract: Any) -> TrainState:
@@ -203,11 +200,9 @@ class Checkpoints:
         Raises KavaError when it is damaged, or holds another state than that, as one by another
         version does.
         """
-        arguments = self._items.DigestedRestore(abstract)
-        return self._restored(step, lambda _: self._manager.restore(step, args=arguments))
+        return self._restored(step, abstract, partial=False)
 
-    def _restored(self, step: int, read: Callable[[Place], Any]) -> Any:
-        """What ``read`` finds in a step's directory, once that is known to be whole."""
+    def _restored(self, step: int, abstract: Any, *, partial: bool) -> Any:
         if problem := self._problem(step):
             others = ", ".join(str(other) for other in self.steps() if other != step)
             raise KavaError(
@@ -216,12 +211,13 @@ class Checkpoints:
             )
         try:
             with self._stops_told():
-                return read(self._directory / str(step) / "default")
+                place = self._directory / str(step) / "default"
+                return self._items.restored(place, abstract, partial=partial)
         except (ValueError, KeyError) as error:
-            reason = " ".join(str(error).split())[:200]
             raise KavaError(
                 f"checkpoint={step}: {self._name()} does not hold the state that this run has "
-                f"({reason}); use the version of kava_jax that wrote it (see manifest.yaml)"
+                f"({one_line(error)}); use the version of kava_jax that wrote it (see "
+                f"manifest.yaml)"
             ) from error
 
     def _problem(self, step: int) -> str:
@@ -288,11 +284,6 @@ def abstract_state(state: Any, shardings: Any) -> Any:
         state,
         shardings,
     )
-
-
-def _because(problems: Mapping[int, str]) -> str:
-    found = [f"{step}: {problem}" for step, problem in problems.items()]
-    return f" ({'; '.join(found)})" if found else ""
 
 
 def _choosing(metrics: Mapping[str, float]) -> float:

@@ -66,28 +66,26 @@ class _OwnDigests:
         """Nothing is under way that could be cancelled."""
 
 
-def restore_part(directory: Place, abstract: Any) -> Any:
-    """Of what was saved there, only what ``abstract`` has, with its dtypes and shardings."""
-    # The standard handler restores whole trees only.
+def restored(directory: Place, abstract: Any, *, partial: bool) -> Any:
+    """What was saved there, with the dtypes and shardings of ``abstract``.
+
+    With ``partial`` only what ``abstract`` has, whatever else was saved.
+    """
+    # The standard handler restores whole trees only, by the same way.
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         return reader.restore(
             str(directory),
             args=ocp.args.PyTreeRestore(
                 item=abstract,
                 restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
-                partial_restore=True,
+                partial_restore=partial,
             ),
         )
 
 
-# Orbax finds a handler by the class of its arguments, so ours needs classes of its own.
-@ocp.args.register_with_handler(DigestedHandler, for_save=True)
+# Orbax finds a handler by the class of its arguments, so ours needs a class of its own. It also
+# asks for one to restore with, which nobody uses.
+@ocp.args.register_with_handler(DigestedHandler, for_save=True, for_restore=True)
 @dataclasses.dataclass
 class DigestedSave(ocp.args.StandardSave):
     """What is saved."""
-
-
-@ocp.args.register_with_handler(DigestedHandler, for_restore=True)
-@dataclasses.dataclass
-class DigestedRestore(ocp.args.StandardRestore):
-    """What it is restored into."""
