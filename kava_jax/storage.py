@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from etils import epath
 
-from kava_jax.errors import KavaError, StoppedError, is_full_disk
+from kava_jax.errors import KavaError, StoppedError, is_full_disk, one_line
 
 Place = Path | epath.Path
 
@@ -142,7 +142,7 @@ def check_access(where: Place, field: str) -> None:
     except Exception as error:  # of Google's packages for access, network and names: no base class
         raise KavaError(
             f"{field}={where}: the bucket cannot be reached ({type(error).__name__}: "
-            f"{_one_line(error)}); mend its name or your access to it"
+            f"{one_line(error)}); mend its name or your access to it"
         ) from None
 
 
@@ -316,7 +316,7 @@ def _upload(path: Path, target: Place) -> None:
         _file_system(target).put_file(str(path), str(target))
     except Exception as error:  # of Google's packages and aiohttp: no base class
         raise StoppedError(
-            f"{target} cannot be written ({type(error).__name__}: {_one_line(error)}); what was "
+            f"{target} cannot be written ({type(error).__name__}: {one_line(error)}); what was "
             f"written before is whole: call again"
         ) from error
 
@@ -330,7 +330,3 @@ def _file_system(where: epath.Path) -> Any:
 def _reason(error: Exception) -> str:
     """Without the path, which our own lines name."""
     return getattr(error, "strerror", None) or str(error)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

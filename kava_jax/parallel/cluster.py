@@ -39,7 +39,8 @@ def find_cluster(
     Raises KavaError when the flags are not complete or do not fit together.
     """
     given = {"coordinator": coordinator, "processes": processes, "process": process}
-    if missing := [name for name, value in given.items() if value is None]:
+    if coordinator is None or processes is None or process is None:
+        missing = [name for name, value in given.items() if value is None]
         if len(missing) < len(given):
             raise KavaError(
                 f"--{' and --'.join(missing)} missing; give --coordinator, --processes and "
@@ -49,9 +50,6 @@ def find_cluster(
         # A slice of a single host has one name without a comma.
         alone = alone and "," not in environment.get(TPU_HOSTS, "")
         return None if alone and not detect else Cluster()
-    assert coordinator is not None
-    assert processes is not None
-    assert process is not None
     # The last colon, because an IPv6 address contains others.
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdigit():
