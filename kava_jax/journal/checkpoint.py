@@ -106,9 +106,8 @@ class Checkpoints:
         then neither among the newest nor the best; raises as ``save``.
         """
         self.wait()
-        scored = step in self._manager.all_steps() and self._manager.metrics(step) is not None
-        missing = from_first(step in self._manager.all_steps() and not scored, "unscored")
-        if not missing or not math.isfinite(_choosing(metrics)):
+        bare = step in self._manager.all_steps() and self._manager.metrics(step) is None
+        if not from_first(bare, "unscored") or not math.isfinite(_choosing(metrics)):
             return
         if jax.process_index() == 0:
             # Where and how Orbax writes the metrics that ``save`` is given.

@@ -31,7 +31,7 @@ from kava_jax.storage import Place
 CONFIG_NAME = "config.yaml"
 MANIFEST_NAME = "manifest.yaml"
 HEADER = "# Written by kava train. The conclusion is yours, and is kept.\n"
-# The manifest of earlier versions, and the last commit that reads their runs (docs/findings.md,
+# The manifest of version 0.1.0, and the last commit that reads its runs (docs/findings.md,
 # "Options that went").
 OLD_MANIFEST_NAME = "manifest.json"
 LAST_WITH_OLD_MANIFESTS = "855d6f7"
@@ -175,18 +175,12 @@ def read_manifest(run_dir: Place) -> dict[str, Any]:
 
 
 def _refuse_earlier_version(run_dir: Place) -> None:
-    """Raises KavaError with the version that made a run whose fields and files were others."""
-    path = run_dir / OLD_MANIFEST_NAME
-    if not path.is_file():
-        return
-    try:
-        made = json.loads(path.read_text(encoding="utf-8"))["starts"][-1]["versions"]["kava_jax"]
-    except (ValueError, LookupError, TypeError):
-        made = "of an earlier version"
-    raise KavaError(
-        f"{run_dir} is a run of kava_jax {made}, whose config and files were others; commit "
-        f"{LAST_WITH_OLD_MANIFESTS} resumes, exports, evaluates and reports it"
-    )
+    """Raises KavaError for a run of the one version with that manifest and other fields."""
+    if (run_dir / OLD_MANIFEST_NAME).is_file():
+        raise KavaError(
+            f"{run_dir} is a run of kava_jax 0.1.0, whose config and files were others; commit "
+            f"{LAST_WITH_OLD_MANIFESTS} resumes, exports, evaluates and reports it"
+        )
 
 
 def check_manifest(

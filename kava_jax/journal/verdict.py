@@ -129,10 +129,11 @@ def alarms(
     # These limits, and the one of the magnitude loss below, are the original method's.
     if not 0.1 <= mag_ratio <= 10.0:
         what = "has exploded" if mag_ratio > 10.0 else "has collapsed"
-        remedy = "lower the learning rates" + (
-            " and set beta to 0.01" if mag_loss is not None else ""
+        beta = " and set beta to 0.01" if mag_loss is not None else ""
+        found.append(
+            f"The student's magnitude {what} (ratio {mag_ratio:.3g}); stop, lower the learning "
+            f"rates{beta}."
         )
-        found.append(f"The student's magnitude {what} (ratio {mag_ratio:.3g}); stop, {remedy}.")
     elif not 0.5 <= mag_ratio <= 2.0:
         remedy = (
             "set beta to 0.01, or raise it a little (0.05 at most)"
