@@ -21,6 +21,10 @@ if TYPE_CHECKING:
 TrainOn = Literal["last", "assistant"]
 Render = Callable[..., str]
 
+# transformers gives templates a strftime_now() that reads the clock. Only a call with a literal
+# format can be replaced in the text.
+_NOW = re.compile(r"strftime_now\(\s*(?:\"([^\"]*)\"|'([^']*)')\s*\)")
+
 
 def chat_pieces(
     tokenizer: "PreTrainedTokenizerBase", example: Example, *, train_on: TrainOn, today: date
@@ -32,7 +36,7 @@ def chat_pieces(
 
     Args:
         tokenizer: has a chat template.
-        example: a conversation, or a prompt and its answer.
+        example: a conversation that ends with a reply, or a prompt and its answer.
         train_on: the last reply, or every reply of the assistant.
         today: what the template takes for the current date.
 
@@ -44,9 +48,6 @@ def chat_pieces(
         {"role": "user", "content": example.prompt},
         {"role": "assistant", "content": example.answer},
     )
-    if messages[-1]["role"] != "assistant":
-        raise KavaError("a conversation does not end with the assistant's reply; drop the rest")
-
     render = functools.partial(_render, tokenizer, example.tools, today)
     messages = _arguments_as_wanted(messages, render)
     whole = render(messages)
@@ -92,14 +93,15 @@ def _render(
     messages: Sequence[Message],
     **options: Any,
 ) -> str:
+    # A tokenizer may hold a second template for tools. Any list selects it, an empty one too.
+    template = tokenizer.get_chat_template(tools=None if tools is None else [])
     try:
         return str(
             tokenizer.apply_chat_template(
                 [dict(message) for message in messages],
                 tools=None if tools is None else [dict(tool) for tool in tools],
                 tokenize=False,
-                # In the place of transformers' own, which reads the clock.
-                strftime_now=today.strftime,
+                chat_template=_dated(template, today),
                 **options,
             )
         )
@@ -109,6 +111,24 @@ def _render(
             f"{', '.join(message['role'] for message in messages)} "
             f"({one_line(error)}); reorder or rename the roles"
         ) from error
+
+
+# Every row asks for the same template and date.
+@functools.cache
+def _dated(template: str, today: date) -> str:
+    """The template's text with the date written into it."""
+
+    def written(match: re.Match[str]) -> str:
+        # A JSON string is also a string literal of Jinja, whatever quotes the format contains.
+        return json.dumps(today.strftime(match[1] or match[2] or ""))
+
+    dated = _NOW.sub(written, template)
+    if re.search(r"strftime_now\s*\(", dated):
+        raise KavaError(
+            "the tokenizer's chat template asks for today's date in a format that it computes, so "
+            "rows would change from day to day; write the format into its strftime_now(...)"
+        )
+    return dated
 
 
 def _after_end_token(whole: str, start: int, end: str) -> int:

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from kava_jax.data.text import Encoded
 
 BUILTIN_TOKENIZER = "builtin:tokenizer"
-EOS, PAD = "<|endoftext|>", "<|pad|>"
 
 _DISAGREEMENT = "{} and the run's tokenizer disagree: {}; use models with one tokenizer"
 # Any of these files tells which id is which token.
@@ -76,14 +75,7 @@ def builtin_tokenizer() -> "PreTrainedTokenizerFast":
     """The built-in tokenizer: 512 ids, eos ``<|endoftext|>``, pad ``<|pad|>``, no BOS."""
     from transformers import PreTrainedTokenizerFast
 
-    return PreTrainedTokenizerFast(
-        tokenizer_file=str(files("kava_jax") / "assets/demo_teacher/tokenizer.json"),
-        eos_token=EOS,
-        pad_token=PAD,
-        # Cleaning up would drop spaces before punctuation, and the decoded text would differ.
-        clean_up_tokenization_spaces=False,
-        model_max_length=2048,
-    )
+    return PreTrainedTokenizerFast.from_pretrained(str(files("kava_jax") / "assets/demo_teacher"))
 
 
 def pad_id(tokenizer: "PreTrainedTokenizerBase") -> int:

@@ -8,7 +8,7 @@ teachers are not in it; their fingerprints are in the manifest.
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import jax
@@ -28,7 +28,7 @@ CHOOSING = ("eval_loss_handed", "eval_loss")
 DAMAGED_NAME = "checkpoints_damaged"
 
 
-class Checkpoints:
+class Checkpoints(AbstractContextManager["Checkpoints"]):
     """The ``checkpoints/`` directory of one run; a context manager that waits for writes to end."""
 
     def __init__(self, run_dir: Place, max_to_keep: int, *, read_only: bool = False):
@@ -67,10 +67,6 @@ class Checkpoints:
                 cleanup_tmp_directories=not read_only,
             ),
         )
-
-    def __enter__(self) -> "Checkpoints":
-        """Nothing to do; the manager is ready."""
-        return self
 
     def __exit__(self, *raised: Any) -> None:
         """Wait for the last asynchronous write."""

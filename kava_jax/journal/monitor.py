@@ -16,7 +16,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -250,12 +250,6 @@ class _Lines:
     def __init__(self, total_steps: int):
         self._total_steps = total_steps
 
-    def __enter__(self) -> "_Lines":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        sys.stderr.flush()
-
     def progress(self, step: int, fields: list[tuple[str, str]], left: str) -> None:
         width = len(str(self._total_steps))
         fields = [("step", f"{step:{width}}/{self._total_steps}"), *fields]
@@ -301,11 +295,11 @@ class _Terminal(Progress):
         self.console.print(Text(text, style=style))
 
 
-def _display(start_step: int, total_steps: int) -> _Lines | _Terminal:
+def _display(start_step: int, total_steps: int) -> AbstractContextManager[_Lines | _Terminal]:
     # A dumb terminal (an editor's shell, some CI) is no place for a display that redraws itself.
     if sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown"):
         return _Terminal(start_step, total_steps)
-    return _Lines(total_steps)
+    return nullcontext(_Lines(total_steps))
 
 
 def _finite(value: float | int | None) -> float | None:

@@ -183,7 +183,6 @@ def test_the_date_is_the_given_one_and_counts_in_the_fingerprint(qwen, monkeypat
     assert fingerprint(MARKED, days[0]) == fingerprint(MARKED, days[0])
 
 
-def test_a_date_in_a_format_that_the_template_computes_is_the_given_one_too(qwen):
-    computed = "{% set f = '%d' %}{{ strftime_now(f) }}" + MARKED
-    row = encoded(qwen, computed, talk("a", "b"), today=date(2024, 7, 6))
-    assert qwen.decode(row.ids).startswith("06<|im_start|>user")
+def test_a_date_that_cannot_be_pinned_is_refused(qwen):
+    with pytest.raises(KavaError, match=r"write the format into its strftime_now\(\.\.\.\)"):
+        encoded(qwen, "{% set f = '%d' %}{{ strftime_now(f) }}" + MARKED, talk("a", "b"))
