@@ -6,7 +6,6 @@ written, it calls ``finalize`` on the first one and then renames the directory. 
 """
 
 import dataclasses
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -54,10 +53,9 @@ class _OwnDigests:
         self._writes, self._directory = writes, directory
 
     def result(self, timeout: float | None = None) -> None:
-        """Raises TimeoutError as the writes do; they have ``timeout`` seconds together."""
-        end = None if timeout is None else time.monotonic() + timeout
+        """Raises TimeoutError as the writes do; each of them has ``timeout`` seconds."""
         for write in self._writes:
-            write.result(timeout=None if end is None else max(0.0, end - time.monotonic()))
+            write.result(timeout=timeout)
         # A path, or something that was one before it existed.
         path = getattr(self._directory, "path", self._directory)
         write_own_digests(place(str(path), "checkpoint"), jax.process_index())

@@ -8,6 +8,7 @@ and logs.
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from kava_jax.diagnostics import alignment_gap
 from kava_jax.training.comparison import PARTS
@@ -43,13 +44,13 @@ def verdict(cos: float, cos_shuffled: float | None = None) -> str:
     return "Acceptable" if cos >= ACCEPTABLE else "Poor"
 
 
-def collapse_signs(figures: Mapping[str, float | int | None]) -> list[str]:
+def collapse_signs(figures: Mapping[str, Any]) -> list[str]:
     """One sentence, with the figure and what was expected, for each sign of collapse found.
 
     What is missing, None or NaN is skipped. Only the first sign makes ``verdict`` say "collapsed".
 
     Args:
-        figures: of an evaluation, without ``eval_``:
+        figures: of an evaluation, without ``eval_``; others than these are not looked at.
             ``cos_shuffled``, ``alignment_gap``: a sign when the gap is below 0.05 or a tenth of
             ``1 - cos_shuffled``.
             ``cos_centered``: a sign below 0.1.
@@ -59,7 +60,8 @@ def collapse_signs(figures: Mapping[str, float | int | None]) -> list[str]:
             ``student_rank``, ``target_rank``: effective ranks; a sign when the student's is below a
             tenth.
     """
-    known = {name: x for name, x in figures.items() if x is not None and not math.isnan(x)}
+    numbers = {name: x for name, x in figures.items() if isinstance(x, float | int)}
+    known = {name: x for name, x in numbers.items() if not math.isnan(x)}
     found = []
     if {"alignment_gap", "cos_shuffled"} <= known.keys():
         shuffled = known["cos_shuffled"]
