@@ -263,6 +263,7 @@ class _Terminal(Progress):
     """For eyes: a bar and a table that stay in place, with everything said scrolling above."""
 
     def __init__(self, start_step: int, total_steps: int):
+        self._figures: list[Table] = []  # asked for while the bar is being made
         super().__init__(
             SpinnerColumn(),
             TextColumn("training"),
@@ -274,7 +275,6 @@ class _Terminal(Progress):
             # stdout belongs to --json: rich must not draw it into the display.
             redirect_stdout=False,
         )
-        self._figures: list[Table] = []
         self._run = self.add_task("", total=total_steps, completed=start_step, left="")
 
     def get_renderables(self) -> Iterator[RenderableType]:
