@@ -50,7 +50,7 @@ def load_tokenizer(path_or_id: str | Path) -> "PreTrainedTokenizerBase":
     known = (*_VOCABULARIES, "tokenizer_config.json")
     if local and not (name.strip() and any((path / file).is_file() for file in known)):
         raise KavaError(
-            f"tokenizer={name!r} is no directory with a tokenizer; give a local directory with "
+            f"tokenizer={name!r} does not exist or holds no tokenizer; give a local directory with "
             f"tokenizer.json, a hub id or {BUILTIN_TOKENIZER}"
         )
     from transformers import AutoTokenizer
