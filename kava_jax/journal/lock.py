@@ -59,6 +59,8 @@ def exclusive(directory: Place, field: str) -> Iterator[str | None]:
         absent = [one for one in (directory, *directory.parents) if not one.exists()]
         directory.mkdir(parents=True, exist_ok=True)
         descriptor, refused = _acquired(path, field)
+    except (FileExistsError, NotADirectoryError):
+        raise KavaError(f"{field}={directory} is a file; name a directory") from None
     except OSError as error:
         if is_full_disk(error):
             raise
