@@ -49,3 +49,8 @@ def is_full_disk(error: BaseException | None) -> bool:
         # ``raise ... from None`` only hides the context from tracebacks, so it is followed too.
         error = error.__cause__ or error.__context__
     return False
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception says, in one line that is not too long for a message."""
+    return " ".join(str(error).split())[:300]

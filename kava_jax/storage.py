@@ -12,7 +12,6 @@ renaming it.
 
 import os
 import re
-import stat
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from typing import Any, Literal
 
 from etils import epath
 
-from kava_jax.errors import KavaError, StoppedError, is_full_disk
+from kava_jax.errors import KavaError, StoppedError, is_full_disk, one_line
 
 Place = Path | epath.Path
 
@@ -88,8 +87,8 @@ def reachable(text: str, field: str) -> Path:
 
 def _local(text: str, field: str) -> Path:
     found = written_out(text)
-    if not found:
-        raise KavaError(f"{field}={text!r} is empty; give a path")
+    if not found or "\0" in found:
+        raise KavaError(f"{field}={text!r} is empty or holds a zero byte; give a path")
     if found.startswith("~"):
         raise KavaError(
             f"{field}={text}: no home directory is known for {Path(text).parts[0]}; write the "
@@ -142,7 +141,7 @@ def check_access(where: Place, field: str) -> None:
     except Exception as error:  # of Google's packages for access, network and names: no base class
         raise KavaError(
             f"{field}={where}: the bucket cannot be reached ({type(error).__name__}: "
-            f"{_one_line(error)}); mend its name or your access to it"
+            f"{one_line(error)}); mend its name or your access to it"
         ) from None
 
 
@@ -172,28 +171,17 @@ def check_target(
 def _obstacle(where: Path) -> str | None:
     """Why no files can be put into a directory, which may have to be made; in a few words."""
     whole = where.absolute()
-    for there in (whole, *whole.parents):
-        try:
-            mode = there.stat().st_mode
-            break
-        except (FileNotFoundError, NotADirectoryError):
-            if there.is_symlink():
-                return f"{there} is a link to what does not exist"
-        except UnicodeEncodeError:
-            raise  # the command says what helps where a locale has no such letters
-        except (OSError, ValueError) as error:  # ValueError: a zero byte
-            return f"{there}: {_reason(error)}"
-    else:
-        return "the working directory is gone"
-    if not stat.S_ISDIR(mode):
+    # What is below this is made later.
+    there = next(path for path in (whole, *whole.parents) if os.path.lexists(path))
+    if there.exists() and not there.is_dir():
         return f"{there} is a file"
-    longest = os.pathconf(there, "PC_NAME_MAX") - _LONGER_NAME
-    for name in whole.relative_to(there).parts:
-        if len(os.fsencode(name)) > longest:
-            return f"the name {name[:12]}... is longer than {longest} bytes"
-    if len(os.fsencode(whole)) > os.pathconf(there, "PC_PATH_MAX") - _LONGER_PATH:
-        return "the path is too long"
     try:
+        longest = os.pathconf(there, "PC_NAME_MAX") - _LONGER_NAME
+        for name in whole.relative_to(there).parts:
+            if len(os.fsencode(name)) > longest:
+                return f"the name {name[:12]}... is longer than {longest} bytes"
+        if len(os.fsencode(whole)) > os.pathconf(there, "PC_PATH_MAX") - _LONGER_PATH:
+            return "the path is too long"
         # Only making a file is a sure test: os.access may be wrong on network file systems.
         with tempfile.TemporaryFile(dir=there):
             return None
@@ -201,6 +189,8 @@ def _obstacle(where: Path) -> str | None:
         # Another path is no remedy here, and a full disk has an exit code of its own.
         if is_full_disk(error):
             raise
+        if isinstance(error, FileNotFoundError) and there.is_symlink():
+            return f"{there} is a link to what does not exist"
         return f"{there}: {_reason(error)}"
 
 
@@ -316,7 +306,7 @@ def _upload(path: Path, target: Place) -> None:
         _file_system(target).put_file(str(path), str(target))
     except Exception as error:  # of Google's packages and aiohttp: no base class
         raise StoppedError(
-            f"{target} cannot be written ({type(error).__name__}: {_one_line(error)}); what was "
+            f"{target} cannot be written ({type(error).__name__}: {one_line(error)}); what was "
             f"written before is whole: call again"
         ) from error
 
@@ -330,7 +320,3 @@ def _file_system(where: epath.Path) -> Any:
 def _reason(error: Exception) -> str:
     """Without the path, which our own lines name."""
     return getattr(error, "strerror", None) or str(error)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

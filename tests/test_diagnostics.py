@@ -311,7 +311,7 @@ def signs(figures: dict[str, np.ndarray]) -> list[str]:
     names = ("cos_shuffled", "cos_centered", "retrieval", "student_rank", "target_rank")
     means = {name: float(figures[name].mean()) for name in names}
     gap = float((figures["cos"] - figures["cos_shuffled"]).mean())
-    return collapse_signs(gap=gap, tokens=200, **means)
+    return collapse_signs(means | {"alignment_gap": gap, "sampled_tokens": 200})
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -363,7 +363,7 @@ def test_a_student_that_shrinks_to_a_line_shows_in_its_rank() -> None:
     np.testing.assert_allclose(found["student_rank"], 1.0, rtol=CLOSE)
     assert (found["target_rank"] > 20).all()
     ranks = {side: float(found[side][0]) for side in ("student_rank", "target_rank")}
-    (sign,) = collapse_signs(cos_shuffled=None, gap=None, **ranks)
+    (sign,) = collapse_signs(ranks)
     assert "effective rank" in sign
 
 

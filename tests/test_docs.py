@@ -232,13 +232,15 @@ ALARMS = [
     *alarms(mag_ratio=20.0, mag_loss=None),
     *alarms(mag_ratio=3.0, mag_loss=None),
     *collapse_signs(
-        cos_shuffled=0.9,
-        gap=0.01,
-        cos_centered=0.0,
-        retrieval=0.0,
-        tokens=100,
-        student_rank=1.0,
-        target_rank=100.0,
+        {
+            "cos_shuffled": 0.9,
+            "alignment_gap": 0.01,
+            "cos_centered": 0.0,
+            "retrieval": 0.0,
+            "sampled_tokens": 100,
+            "student_rank": 1.0,
+            "target_rank": 100.0,
+        }
     ),
 ]
 

@@ -12,9 +12,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from kava_jax.data.problems import word_problems
-from kava_jax.data.tokenizer import EOS, PAD
 
 WRITTEN = Path(__file__).resolve().parents[2] / "kava_jax/assets/demo_teacher/tokenizer.json"
+EOS, PAD = "<|endoftext|>", "<|pad|>"
 VOCABULARY = 512
 PROBLEMS = 2000
 # The problems alone run out of merges near 440 ids; common English words fill the rest.

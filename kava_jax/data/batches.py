@@ -13,6 +13,7 @@ background loading (a batch is an index and a copy).
 
 import functools
 from collections.abc import Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -49,6 +50,7 @@ def abstract_batch(rows: int, length: int) -> Batch:
     return Batch(jax.ShapeDtypeStruct((rows, length), np.int32), mask, mask, mask)  # pyright: ignore[reportArgumentType]  (shapes in place of arrays)
 
 
+@dataclass(eq=False)
 class BatchStream:
     """An endless, shuffled, resumable stream of batches over encoded rows.
 
@@ -82,46 +84,37 @@ class BatchStream:
         KavaError: no row has a target, or a size is not positive.
     """
 
-    def __init__(
-        self,
-        rows: Sequence[Encoded],
-        *,
-        batch_size: int,
-        max_length: int,
-        seed: int = 0,
-        bucketed: bool = False,
-        bucket: int = 64,
-        pad_id: int = 0,
-        sink_tokens: int = 4,
-    ):
-        for name, value in (("batch_size", batch_size), ("bucket", bucket)):
+    rows: Sequence[Encoded]
+    _: KW_ONLY
+    batch_size: int
+    max_length: int
+    seed: int = 0
+    bucketed: bool = False
+    bucket: int = 64
+    pad_id: int = 0
+    sink_tokens: int = 4
+
+    def __post_init__(self) -> None:
+        for name, value in (("batch_size", self.batch_size), ("bucket", self.bucket)):
             if value < 1:
                 raise KavaError(f"data.{name}={value} is not positive; use 1 or more")
-        self.rows = _with_targets(rows, max_length)
-        self.batch_size = batch_size
-        self.max_length = max_length
-        self.seed = seed
-        self.pad_id = pad_id
-        self.sink_tokens = sink_tokens
-        self._dropped = len(rows) - len(self.rows)
+        given, self.rows = len(self.rows), _with_targets(self.rows, self.max_length)
+        self._dropped = given - len(self.rows)
         self._lengths = np.array([len(row.ids) for row in self.rows])
-        padded_lengths = np.unique([_rounded(int(n), bucket, max_length) for n in self._lengths])
-        if bucketed:
+        padded_lengths = np.unique(
+            [_rounded(int(n), self.bucket, self.max_length) for n in self._lengths]
+        )
+        if self.bucketed:
             # Batches take rows in order of length, longest first, so the first row of each batch is
             # its longest and determines its T.
-            longest = -np.sort(-self._lengths)[::batch_size]
+            longest = -np.sort(-self._lengths)[:: self.batch_size]
             padded_lengths = best_lengths(longest, padded_lengths, MOST_LENGTHS)
         # The T that each row needs; a batch takes the largest of its rows.
         self._padded = padded_lengths[np.searchsorted(padded_lengths, self._lengths)]
-        order = self._bucketed_order if bucketed else self._shuffled_order
+        order = self._bucketed_order if self.bucketed else self._shuffled_order
         # The order is asked for once per row of a batch. Two orders are kept, because a batch may
         # reach into the next epoch.
         self._order = functools.lru_cache(maxsize=2)(order)
-
-    @property
-    def steps_per_epoch(self) -> float:
-        """Batches until every row has come once; rarely whole."""
-        return len(self.rows) / self.batch_size
 
     def lengths(self, first: int, last: int) -> tuple[int, ...]:
         """Every T that the batches from step ``first`` to before ``last`` can have, ascending."""
@@ -285,8 +278,7 @@ def best_lengths(
 def padded(batch: Batch, length: int) -> Batch:
     """The batch, padded on the right to ``length`` positions; the added ones are masked."""
     missing = ((0, 0), (0, length - batch.tokens.shape[1]))
-    arrays: tuple[Any, ...] = tuple(np.pad(array, missing) for array in batch)
-    return Batch(*arrays)
+    return jax.tree.map(lambda rows: np.pad(rows, missing), batch)
 
 
 def _with_targets(rows: Sequence[Encoded], max_length: int) -> list[Encoded]:

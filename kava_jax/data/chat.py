@@ -13,7 +13,7 @@ from datetime import date
 from typing import TYPE_CHECKING, Any, Literal
 
 from kava_jax.data.example import Example, Message
-from kava_jax.errors import KavaError
+from kava_jax.errors import KavaError, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -36,7 +36,7 @@ def chat_pieces(
 
     Args:
         tokenizer: has a chat template.
-        example: a conversation, or a prompt and its answer.
+        example: a conversation that ends with a reply, or a prompt and its answer.
         train_on: the last reply, or every reply of the assistant.
         today: what the template takes for the current date.
 
@@ -48,20 +48,17 @@ def chat_pieces(
         {"role": "user", "content": example.prompt},
         {"role": "assistant", "content": example.answer},
     )
-    if messages[-1]["role"] != "assistant":
-        raise KavaError("a conversation does not end with the assistant's reply; drop the rest")
-
     render = functools.partial(_render, tokenizer, example.tools, today)
     messages = _arguments_as_wanted(messages, render)
     whole = render(messages)
-    trained = [len(messages) - 1]
-    if train_on == "assistant":
-        trained = [
-            place
-            for place, message in enumerate(messages)
-            # An opening reply answers nothing.
-            if message["role"] == "assistant" and place > 0 and message.get("weight") != 0
-        ]
+    trained = [
+        place
+        for place, message in enumerate(messages)
+        # An opening reply answers nothing.
+        if message["role"] == "assistant" and place > 0 and message.get("weight") != 0
+    ]
+    if train_on == "last":
+        trained = [len(messages) - 1]
     pieces, done = [], 0
     for place in trained:
         # A reply begins where the generation prompt ends. So training reads exactly the text that
@@ -112,7 +109,7 @@ def _render(
         raise KavaError(
             f"the tokenizer's chat template refuses a conversation with roles "
             f"{', '.join(message['role'] for message in messages)} "
-            f"({' '.join(str(error).split())}); reorder or rename the roles"
+            f"({one_line(error)}); reorder or rename the roles"
         ) from error
 
 

@@ -8,26 +8,27 @@ bytes, whatever its name.
 import functools
 import gzip
 import io
-import itertools
 import json
 import math
 import re
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-import numpy as np
-
-from kava_jax.errors import KavaError
+from kava_jax.errors import KavaError, one_line
 from kava_jax.storage import repeated_key
 
 FILES = (".jsonl", ".ndjson", ".json", ".parquet", ".txt")
 STANDARD_INPUT = ("-", "/dev/stdin")
 
 Numbered = Iterator[tuple[int, Any]]
+
+# An array, or a line with nothing but a brace, which opens an object over several lines; with one
+# object per line it would be broken JSON.
+_DOCUMENT = re.compile(rb"\s*(\[|\{\s*\n)")
+_SPACE: Any = re.compile(r"\s*")
 
 
 class BadRowError(Exception):
@@ -56,32 +57,24 @@ def read_text(name: str) -> str:
     Raises KavaError when it cannot be read or is not UTF-8.
     """
     try:
-        with _opened(name) as stream:
-            # Without the byte order mark that some editors write first: it is no text.
-            return stream.read().decode("utf-8-sig")
+        # Without the byte order mark that some editors write first: it is no text.
+        return _content(name).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise KavaError(f"data.path={name!r} cannot be read as UTF-8 text ({error})") from error
+        raise _unreadable(name, error, " as UTF-8 text") from error
 
 
 def json_rows(name: str) -> tuple[str, Numbered]:
-    """The unit that rows are counted in, and for every row its number and its value or its fault.
+    """The unit that rows are counted in, and every row's number and value (or its line's bytes).
 
     JSON objects one a line (blank lines are skipped), one array of them, or objects that are
     written over several lines each.
     """
-    lines = _lines(name)
-    skipped = b""
-    for number, line in lines:
-        start = line.strip()
-        # A line with nothing but a brace opens an object over several lines; with one object per
-        # line it would be broken JSON.
-        if start.startswith(b"[") or start == b"{":
-            return "row", _document(skipped + line + b"".join(rest for _, rest in lines))
-        if start:
-            return "line", _each(itertools.chain([(number, line)], lines))
-        # Blank lines count, so that an error in a document names the line of the file.
-        skipped += line
-    return "line", iter(())
+    content = _content(name).removeprefix(b"\xef\xbb\xbf")
+    if _DOCUMENT.match(content):
+        return "row", enumerate(_document(content), 1)
+    # Bytes: only \n ends a line, U+2028 inside a text does not.
+    lines = enumerate(io.BytesIO(content), 1)
+    return "line", ((number, line) for number, line in lines if line.strip())
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -130,30 +123,22 @@ def parquet_rows(name: str) -> Iterator[Mapping[str, Any]]:
     """The rows of a parquet file."""
     from pyarrow import ArrowException, parquet
 
-    with _opened(name) as stream:
-        content = stream.read()
+    content = io.BytesIO(_content(name))
     try:
-        table = parquet.read_table(io.BytesIO(content))
+        table = parquet.read_table(content)
     except (OSError, ArrowException) as error:
-        reason = " ".join(str(error).split())
-        raise KavaError(
-            f"data.path={name!r} cannot be read as parquet ({reason}); fetch or write it again"
-        ) from error
-    types = {field.name: str(field.type) for field in table.schema}
-    chunks = (row for chunk in table.to_batches() for row in chunk.to_pylist())
-    yield from short_numbers(chunks, types)
+        raise _unreadable(name, error, " as parquet") from error
+    rows = (row for chunk in table.to_batches() for row in chunk.to_pylist())
+    return short_numbers(rows, table.schema)
 
 
-def short_numbers(
-    rows: Iterable[Mapping[str, Any]], types: Mapping[str, str]
-) -> Iterator[Mapping[str, Any]]:
-    """Columns of half or single precision as they were written: 0.1, not 0.10000000149011612."""
-    narrow = {"halffloat": np.float16, "float16": np.float16}
-    narrow |= {"float": np.float32, "float32": np.float32}
-    columns = {name: narrow[kind] for name, kind in types.items() if kind in narrow}
-    if not columns:
-        yield from rows
-        return
+def short_numbers(rows: Iterable[Mapping[str, Any]], schema: Any) -> Iterator[Mapping[str, Any]]:
+    """Columns of half or single precision as they were written: 0.1, not 0.10000000149011612.
+
+    ``schema`` is pyarrow's, which has a name and a type for each column.
+    """
+    narrow = [field for field in schema if str(field.type) in ("halffloat", "float")]
+    columns = {field.name: field.type.to_pandas_dtype() for field in narrow}
     for row in rows:
         short = {
             # The text of a narrow numpy float is the shortest one that reads back as the same
@@ -165,23 +150,15 @@ def short_numbers(
         yield {**row, **short}
 
 
-@contextmanager
-def _opened(name: str) -> Iterator[IO[bytes]]:
-    """The file's bytes, unzipped; raises KavaError when opening or reading it fails."""
+def _content(name: str) -> bytes:
+    """The file's bytes, unzipped; raises KavaError when it cannot be read."""
     try:
-        # A pipe cannot seek back behind the two bytes that tell whether it is zipped, so it is read
-        # whole.
-        with io.BytesIO(_piped(name)) if is_pipe(name) else Path(name).open("rb") as stream:
-            zipped = stream.read(2) == b"\x1f\x8b"
-            stream.seek(0)
-            yield gzip.GzipFile(fileobj=stream) if zipped else stream  # pyright: ignore[reportReturnType]  (reads as any file)
+        content = _piped(name) if is_pipe(name) else Path(name).read_bytes()
+        return gzip.decompress(content) if content.startswith(b"\x1f\x8b") else content
     # gzip raises all three: for a bad header or checksum, for a file that is cut off, and for
     # damaged data.
     except (OSError, EOFError, zlib.error) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise KavaError(
-            f"data.path={name!r} cannot be read ({reason}); fetch or write it again"
-        ) from error
+        raise _unreadable(name, error) from error
 
 
 @functools.cache
@@ -190,31 +167,20 @@ def _piped(name: str) -> bytes:
     return sys.stdin.buffer.read() if name in STANDARD_INPUT else Path(name).read_bytes()
 
 
-def _lines(name: str) -> Iterator[tuple[int, bytes]]:
-    # Bytes: only \n ends a line, U+2028 inside a text does not.
-    with _opened(name) as lines:
-        for number, line in enumerate(lines, 1):
-            yield number, line.removeprefix(b"\xef\xbb\xbf")
+def _unreadable(name: str, error: Exception, as_what: str = "") -> KavaError:
+    reason = getattr(error, "strerror", None) or one_line(error)
+    return KavaError(
+        f"data.path={name!r} cannot be read{as_what} ({reason}); fetch or write it again"
+    )
 
 
-def _each(lines: Numbered) -> Numbered:
-    for number, line in lines:
-        if line.strip():
-            try:
-                yield number, parsed(line)
-            except BadRowError as error:
-                yield number, error
-
-
-def _document(content: bytes) -> Numbered:
-    """The items of one array, or of values that follow one another."""
-    values: list[Any]
+def _document(content: bytes) -> list[Any]:
+    """The items of one array, or values that follow one another; or what is wrong with them."""
     try:
         values = parsed(content, _values)
     except BadRowError as error:
-        values = [error]
-    rows = values[0] if len(values) == 1 and isinstance(values[0], list) else values
-    return iter(enumerate(rows, 1))
+        return [error]
+    return values[0] if len(values) == 1 and isinstance(values[0], list) else values
 
 
 def _values(text: str) -> list[Any]:
@@ -225,6 +191,3 @@ def _values(text: str) -> list[Any]:
         values.append(value)
         place = _SPACE.match(text, place).end()
     return values
-
-
-_SPACE: Any = re.compile(r"\s*")

@@ -6,9 +6,8 @@ ones; content may be a list of text parts.
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from decimal import Decimal
-from itertools import islice
 from typing import Any
 
 from kava_jax.data.example import Example, Message
@@ -30,23 +29,16 @@ ROLES = {
 
 
 def read_rows(
-    name: str,
-    unit: str,
-    numbered: Iterable[tuple[int, Any]],
-    *,
-    prompt_field: str | None,
-    answer_field: str,
-    messages_field: str | None,
-    rows: int | None,
+    name: str, unit: str, numbered: Iterable[tuple[int, Any]], to_example: Callable[[Any], Example]
 ) -> list[Example]:
-    """The examples of the first ``rows`` rows; for the fields see ``sources.load_examples``.
+    """The examples of all rows; ``to_example`` is ``example_of`` with its fields bound.
 
     Raises KavaError that names every broken row (``unit`` is line or row), or when there is none.
     """
     examples, broken = [], []
-    for number, row in islice(numbered, rows):
+    for number, row in numbered:
         try:
-            examples.append(_example(row, prompt_field, answer_field, messages_field))
+            examples.append(to_example(row))
         except BadRowError as error:
             broken.append(f"{unit} {number}: {error}")
     if broken:
@@ -60,9 +52,15 @@ def read_rows(
     return examples
 
 
-def _example(row: Any, prompt: str | None, answer: str, messages: str | None) -> Example:
+def example_of(row: Any, *, prompt: str | None, answer: str, messages: str | None) -> Example:
+    """The example of a raw row, or of the bytes of its line.
+
+    For the fields see ``sources.load_examples``. Raises BadRowError.
+    """
     if isinstance(row, BadRowError):
         raise row
+    if isinstance(row, bytes):
+        row = parsed(row)
     if not isinstance(row, Mapping):
         raise BadRowError(f"a JSON {type(row).__name__} instead of an object with fields")
     if messages is not None:

@@ -17,12 +17,14 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from kava_jax.data.example import Example
 from kava_jax.data.files import (
     FILES,
+    Numbered,
     ending,
     is_pipe,
     json_rows,
@@ -31,8 +33,8 @@ from kava_jax.data.files import (
     short_numbers,
 )
 from kava_jax.data.problems import word_problems
-from kava_jax.data.rows import read_rows
-from kava_jax.errors import KavaError
+from kava_jax.data.rows import example_of, read_rows
+from kava_jax.errors import KavaError, one_line
 from kava_jax.storage import at_revision, looks_local, reachable, written_out
 
 BUILTIN_PROBLEMS = "builtin:word_problems"
@@ -77,27 +79,39 @@ def load_examples(
     if name.split("/")[0] == BUILTIN_PROBLEMS:
         mixture = name.partition("/")[2] or "all"
         return word_problems(split, seed, rows or _BUILTIN_ROWS.get(split, 1), mixture)
-    read = partial(
-        read_rows,
-        name,
-        prompt_field=prompt_field,
-        answer_field=answer_field,
-        messages_field=messages_field,
-        rows=rows,
-    )
     file = reachable(name, "data.path")
-    if is_pipe(name):
-        return read(*json_rows(name))
-    _check_exists(name, file)
-    if not file.is_file():
-        where, revision = (str(file), None) if file.is_dir() else at_revision(name)
-        table = _through_datasets(name, where, name=subset, split=split, revision=revision)
-        return read("row", enumerate(table, 1))
-    if ending(file) == ".txt":
+    if file.is_file() and ending(file) == ".txt":
         return _documents(name)[:rows]
-    if ending(file) == ".parquet":
-        return read("row", enumerate(parquet_rows(name), 1))
-    return read(*json_rows(name))
+    unit, numbered = _raw_rows(name, file, split, subset)
+    to_example = partial(
+        example_of, prompt=prompt_field, answer=answer_field, messages=messages_field
+    )
+    return read_rows(name, unit, islice(numbered, rows), to_example)
+
+
+def _raw_rows(name: str, file: Path, split: str, subset: str | None) -> tuple[str, Numbered]:
+    """What rows are counted in, and every row with its number."""
+    if is_pipe(name):
+        return json_rows(name)
+    if file.is_file():
+        if ending(file) not in FILES:
+            raise KavaError(
+                f"data.path={name!r} has an unknown ending; write its rows as one of "
+                f"{', '.join(FILES)} (or zipped, .jsonl.gz)"
+            )
+        if ending(file) == ".parquet":
+            return "row", enumerate(parquet_rows(name), 1)
+        return json_rows(name)
+    directory = file.is_dir() and name.strip()
+    # A name like data/train.jsonl also reads as a hub id; its ending shows that a file was meant.
+    if not directory and (looks_local(name) or ending(file) in FILES):
+        raise KavaError(
+            f"data.path={name!r} does not exist; give a file ({', '.join(FILES)}), a data set "
+            f"directory, a hub id or {BUILTIN_PROBLEMS}"
+        )
+    where, revision = (str(file), None) if directory else at_revision(name)
+    table = _through_datasets(name, where, name=subset, split=split, revision=revision)
+    return "row", enumerate(table, 1)
 
 
 def fingerprint(examples: Iterable[Example]) -> str:
@@ -106,24 +120,6 @@ def fingerprint(examples: Iterable[Example]) -> str:
     for example in examples:
         digest.update(json.dumps(example, default=str).encode() + b"\n")
     return digest.hexdigest()
-
-
-def _check_exists(name: str, file: Path) -> None:
-    if file.is_dir() and name.strip():
-        return
-    if file.is_file():
-        if ending(file) not in FILES:
-            raise KavaError(
-                f"data.path={name!r} has an unknown ending; write its rows as one of "
-                f"{', '.join(FILES)} (or zipped, .jsonl.gz)"
-            )
-        return
-    # A name like data/train.jsonl also reads as a hub id; its ending shows that a file was meant.
-    if looks_local(name) or ending(file) in FILES:
-        raise KavaError(
-            f"data.path={name!r} does not exist; give a file ({', '.join(FILES)}), a data set "
-            f"directory, a hub id or {BUILTIN_PROBLEMS}"
-        )
 
 
 def _documents(name: str) -> list[Example]:
@@ -141,10 +137,9 @@ def _through_datasets(shown: str, where: str, **options: Any) -> Iterable[Mappin
     try:
         table = datasets.load_dataset(where, **options)
     except Exception as error:  # a dozen types from datasets, pyarrow and the hub, all about input
-        reason = " ".join(str(error.__cause__ or error).split())[:300]
+        reason = one_line(error.__cause__ or error)
         raise KavaError(
             f"data.path={shown!r} cannot be loaded ({type(error).__name__}: {reason}); check the "
             "path or hub id, data.split, data.subset and your access"
         ) from error
-    types = {name: getattr(kind, "dtype", "") for name, kind in table.features.items()}
-    return short_numbers(table, types)
+    return short_numbers(table, table.data.schema)

@@ -16,6 +16,7 @@ import itertools
 import math
 import string
 from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass, field
 from datetime import date
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -58,6 +59,7 @@ class Encoded(NamedTuple):
         return bool(self.targets.any())
 
 
+@dataclass(eq=False)
 class Encoder:
     """Turns examples into ids, in one of the formats of this module.
 
@@ -68,49 +70,43 @@ class Encoder:
             the answer, as BPE does.
         max_length: longest row in ids.
         train_on: of a conversation (format ``chat``), the last reply or every one.
-        today: the date for chat templates that write one; today's when absent.
+        today: the date for chat templates that write one.
 
     Raises:
         KavaError: the format is neither of the two names nor a template, the tokenizer has no eos
             token or no chat template, or ``max_length`` is below 2.
     """
 
-    def __init__(
-        self,
-        tokenizer: "PreTrainedTokenizerBase",
-        *,
-        format: str = "qa",
-        max_length: int = 512,
-        train_on: TrainOn = "last",
-        today: date | None = None,
-    ):
-        if max_length < 2:
+    tokenizer: "PreTrainedTokenizerBase"
+    _: KW_ONLY
+    format: str = "qa"
+    max_length: int = 512
+    train_on: TrainOn = "last"
+    today: date = field(default_factory=date.today)
+
+    def __post_init__(self) -> None:
+        if self.max_length < 2:
             raise KavaError(
-                f"data.max_length={max_length} leaves nothing to predict; use 2 or more"
+                f"data.max_length={self.max_length} leaves nothing to predict; use 2 or more"
             )
-        if tokenizer.eos_token_id is None:
+        if self.tokenizer.eos_token_id is None:
             raise KavaError("the tokenizer has no eos token, so no answer could end; set eos_token")
-        if format == "chat" and not tokenizer.chat_template:
+        if self.format == "chat" and not self.tokenizer.chat_template:
             raise KavaError(
                 "data.format='chat' needs a tokenizer with a chat template and this one has none; "
                 "use data.format=qa or an instruct model's tokenizer"
             )
-        self.tokenizer = tokenizer
-        self.format = format
-        self.train_on: TrainOn = train_on
-        self.today = today or date.today()
-        self.max_length = max_length
-        self._special = frozenset(tokenizer.all_special_ids)
-        if format != "chat":
-            self._template = QA_TEMPLATE if format == "qa" else format
+        self._special = frozenset(self.tokenizer.all_special_ids)
+        if self.format != "chat":
+            self._template = QA_TEMPLATE if self.format == "qa" else self.format
             self._spaces = _spaces_before_answer(self._template)
         # Special tokens are placed by hand: what a tokenizer adds by itself differs by family.
-        added = tokenizer("")["input_ids"]
-        self._bos = [b for b in added[:1] if b == tokenizer.bos_token_id]
+        added = self.tokenizer("")["input_ids"]
+        self._bos = [b for b in added[:1] if b == self.tokenizer.bos_token_id]
 
     def encode(self, example: Example) -> Encoded:
         """One row (a document too), cut at ``max_length``; ``truncated`` then says so."""
-        return self._rows([example])[0]
+        return self._cut(self._whole([example])[0])
 
     def encode_prompt(self, example: Example) -> Int32[np.ndarray, "T"]:
         """The ids before the answer, for generation; never cut.
@@ -131,10 +127,13 @@ class Encoder:
         Rows whose prompt alone fills ``max_length`` are kept here with ``has_loss`` False; the
         batches drop and count them.
         """
-        rows = self._rows(examples, cut_documents=False)
-        return [window for row in rows for window in self._windows(row)]
+        rows = []
+        for example, row in zip(examples, self._whole(examples), strict=True):
+            rows += self._windows(row) if _is_document(example) else [self._cut(row)]
+        return rows
 
-    def _rows(self, examples: Sequence[Example], cut_documents: bool = True) -> list[Encoded]:
+    def _whole(self, examples: Sequence[Example]) -> list[Encoded]:
+        """A row of each example, of any length."""
         pieces = [self._pieces(example) for example in examples]
         # The text up to the end of every piece, of all rows at once.
         # A merge may cross the boundary of two pieces, so pieces tokenized alone give other ids
@@ -142,13 +141,11 @@ class Encoder:
         upto = [text for row in pieces for text in itertools.accumulate(row)]
         ids = iter(self._ids(upto))
         return [
-            self._row(example, row, [next(ids) for _ in row], cut_documents)
+            self._row(example, row, [next(ids) for _ in row])
             for example, row in zip(examples, pieces, strict=True)
         ]
 
-    def _row(
-        self, example: Example, pieces: list[str], upto: list[list[int]], cut_documents: bool
-    ) -> Encoded:
+    def _row(self, example: Example, pieces: list[str], upto: list[list[int]]) -> Encoded:
         """One row, given the ids of its text up to the end of every piece."""
         start = self._start(example)
         whole, ends = [], []
@@ -161,19 +158,22 @@ class Encoder:
         # A chat template may write the end token itself.
         if not (self._by_chat_template(example) and whole[-1] in self._special):
             whole = [*whole, self.tokenizer.eos_token_id]
-        document = _is_document(example)
-        ids = np.array(whole[: None if document and not cut_documents else self.max_length])
-        prompt_length = 0 if document else min(ends[0], len(ids))
         trained = None
         if len(ends) > 2:
             # Which piece an id is in; those with odd numbers are trained on.
-            piece_T = np.searchsorted(ends[:-1], np.arange(len(ids)), side="right")
+            piece_T = np.searchsorted(ends[:-1], np.arange(len(whole)), side="right")
             trained = piece_T % 2 == 1
-        return Encoded(ids.astype(np.int32), prompt_length, len(ids) < len(whole), trained)
+        prompt_length = 0 if _is_document(example) else ends[0]
+        return Encoded(np.array(whole, np.int32), prompt_length, False, trained)
+
+    def _cut(self, row: Encoded) -> Encoded:
+        if len(row.ids) <= self.max_length:
+            return row
+        trained = None if row.trained is None else row.trained[: self.max_length]
+        prompt_length = min(row.prompt_length, self.max_length)
+        return Encoded(row.ids[: self.max_length], prompt_length, True, trained)
 
     def _windows(self, row: Encoded) -> list[Encoded]:
-        if len(row.ids) <= self.max_length:
-            return [row]
         # Even windows: full ones would leave a last one of a few ids, which have little before them
         # to be predicted from.
         pieces = np.array_split(row.ids, math.ceil(len(row.ids) / self.max_length))
@@ -227,24 +227,22 @@ def _spaces_before_answer(template: str) -> int:
             f"data.format={template!r} has a stray brace ({error}); write {{{{ for a brace"
         ) from error
     names = [
-        field + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
-        for _, field, spec, conversion in parsed
-        if field is not None
+        name + (f"!{conversion}" if conversion else "") + (f":{spec}" if spec else "")
+        for _, name, spec, conversion in parsed
+        if name is not None
     ]
+    unknown = [f"{{{name}}}" for name in names if name not in (*_PROMPT_NAMES, "answer")]
+    problem = ""
     if not names:
+        problem = "is unknown"
+    elif unknown:
+        problem = f"has unknown placeholders {', '.join(unknown)}"
+    elif names.count("answer") != 1 or names[-1] != "answer" or len(names) < 2:
+        problem = "needs {prompt} (or {question}) and then one {answer}"
+    if problem:
         raise KavaError(
-            f"data.format={template!r} is unknown; use qa, chat, or a text with {{prompt}} and "
+            f"data.format={template!r} {problem}; use qa, chat, or a text with {{prompt}} and "
             "{answer}"
         )
-    unknown = [f"{{{name}}}" for name in names if name not in (*_PROMPT_NAMES, "answer")]
-    if unknown:
-        raise KavaError(
-            f"data.format={template!r} has unknown placeholders {', '.join(unknown)}; "
-            "use {prompt} (or {question}) and {answer}"
-        )
-    if names.count("answer") != 1 or names[-1] != "answer" or len(names) < 2:
-        raise KavaError(
-            f"data.format={template!r} needs {{prompt}} (or {{question}}) and then one {{answer}}"
-        )
-    between = next(literal for literal, field, _, _ in parsed if field == "answer")
+    between = next(literal for literal, name, _, _ in parsed if name == "answer")
     return len(between) - len(between.rstrip(" "))

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kava_jax.errors import KavaError
+from kava_jax.errors import KavaError, one_line
 from kava_jax.storage import at_revision, looks_local, reachable, written_out
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from kava_jax.data.text import Encoded
 
 BUILTIN_TOKENIZER = "builtin:tokenizer"
-EOS, PAD = "<|endoftext|>", "<|pad|>"
 
 _DISAGREEMENT = "{} and the run's tokenizer disagree: {}; use models with one tokenizer"
 # Any of these files tells which id is which token.
@@ -46,16 +45,23 @@ def load_tokenizer(path_or_id: str | Path) -> "PreTrainedTokenizerBase":
     name = written_out(str(path_or_id))
     if name == BUILTIN_TOKENIZER:
         return builtin_tokenizer()
-    _check_directory(name)
+    path = reachable(name, "tokenizer")
+    local = looks_local(name) or path.exists()
+    known = (*_VOCABULARIES, "tokenizer_config.json")
+    if local and not (name.strip() and any((path / file).is_file() for file in known)):
+        raise KavaError(
+            f"tokenizer={name!r} does not exist or holds no tokenizer; give a local directory with "
+            f"tokenizer.json, a hub id or {BUILTIN_TOKENIZER}"
+        )
     from transformers import AutoTokenizer
 
     try:
-        hub_id, revision = (name, None) if Path(name).is_dir() else at_revision(name)
+        hub_id, revision = (name, None) if local else at_revision(name)
         tokenizer = AutoTokenizer.from_pretrained(
             hub_id, revision=revision, trust_remote_code=False
         )
     except Exception as error:  # transformers raises a dozen types, all of them about the input
-        reason = " ".join(str(error).split()).split(". ")[0][:200]
+        reason = one_line(error).split(". ")[0]
         raise KavaError(
             f"tokenizer={name!r} cannot be loaded ({type(error).__name__}: {reason}); give a "
             f"local directory with tokenizer.json, a hub id you may read, or {BUILTIN_TOKENIZER}"
@@ -65,36 +71,11 @@ def load_tokenizer(path_or_id: str | Path) -> "PreTrainedTokenizerBase":
     return tokenizer
 
 
-def _check_directory(name: str) -> None:
-    path = reachable(name, "tokenizer")
-    if path.is_file():
-        raise KavaError(f"tokenizer={name!r} is a file; give the directory that holds it")
-    if path.is_dir() and name.strip():
-        known = (*_VOCABULARIES, "tokenizer_config.json")
-        if not any((path / file).is_file() for file in known):
-            raise KavaError(
-                f"tokenizer={name!r} holds no tokenizer; it needs tokenizer.json "
-                "(copy it from the model's repository)"
-            )
-    elif looks_local(name):
-        raise KavaError(
-            f"tokenizer={name!r} does not exist; give a local directory, a hub id or "
-            f"{BUILTIN_TOKENIZER}"
-        )
-
-
 def builtin_tokenizer() -> "PreTrainedTokenizerFast":
     """The built-in tokenizer: 512 ids, eos ``<|endoftext|>``, pad ``<|pad|>``, no BOS."""
     from transformers import PreTrainedTokenizerFast
 
-    return PreTrainedTokenizerFast(
-        tokenizer_file=str(files("kava_jax") / "assets/demo_teacher/tokenizer.json"),
-        eos_token=EOS,
-        pad_token=PAD,
-        # Cleaning up would drop spaces before punctuation, and the decoded text would differ.
-        clean_up_tokenization_spaces=False,
-        model_max_length=2048,
-    )
+    return PreTrainedTokenizerFast.from_pretrained(str(files("kava_jax") / "assets/demo_teacher"))
 
 
 def pad_id(tokenizer: "PreTrainedTokenizerBase") -> int:

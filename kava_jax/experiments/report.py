@@ -143,12 +143,9 @@ def _verdict(of: str, last: Mapping[str, Any]) -> dict[str, Any]:
     if cosine is None:
         return {"of": of, "cosine": None, "signs": []}
     gap = alignment_gap(cosine, shuffled)
-    signs = collapse_signs(
-        cos_shuffled=shuffled,
-        gap=gap,
-        tokens=figures.get("sampled_tokens"),
-        **{k: own.get(k) for k in ("cos_centered", "retrieval", "student_rank", "target_rank")},
-    )
+    # All teachers are compared on the same tokens, so their number is not each one's own.
+    tokens = figures.get("sampled_tokens")
+    signs = collapse_signs(own | {"alignment_gap": gap, "sampled_tokens": tokens})
     signs += [
         f"By themselves the {what} of mapped layers {', '.join(map(str, rows))} have collapsed."
         for what, rows in collapsed_layers(figures.get("layers", {})).items()

@@ -8,12 +8,12 @@ teachers are not in it; their fingerprints are in the manifest.
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import jax
 
-from kava_jax.errors import KavaError, StoppedError, is_full_disk
+from kava_jax.errors import KavaError, StoppedError, is_full_disk, one_line
 from kava_jax.journal.digests import damage
 from kava_jax.journal.manifest import write_atomically
 from kava_jax.models.decoder import Params
@@ -28,7 +28,7 @@ CHOOSING = ("eval_loss_handed", "eval_loss")
 DAMAGED_NAME = "checkpoints_damaged"
 
 
-class Checkpoints:
+class Checkpoints(AbstractContextManager["Checkpoints"]):
     """The ``checkpoints/`` directory of one run; a context manager that waits for writes to end."""
 
     def __init__(self, run_dir: Place, max_to_keep: int, *, read_only: bool = False):
@@ -68,10 +68,6 @@ class Checkpoints:
             ),
         )
 
-    def __enter__(self) -> "Checkpoints":
-        """Nothing to do; the manager is ready."""
-        return self
-
     def __exit__(self, *raised: Any) -> None:
         """Wait for the last asynchronous write."""
         with self._stops_told():
@@ -106,9 +102,8 @@ class Checkpoints:
         then neither among the newest nor the best; raises as ``save``.
         """
         self.wait()
-        scored = step in self._manager.all_steps() and self._manager.metrics(step) is not None
-        missing = from_first(step in self._manager.all_steps() and not scored, "unscored")
-        if not missing or not math.isfinite(_choosing(metrics)):
+        bare = step in self._manager.all_steps() and self._manager.metrics(step) is None
+        if not from_first(bare, "unscored") or not math.isfinite(_choosing(metrics)):
             return
         if jax.process_index() == 0:
             # Where and how Orbax writes the metrics that ``save`` is given.
@@ -141,18 +136,17 @@ class Checkpoints:
         steps = self.steps()
         if not steps:
             return None
-        problems: dict[int, str] = {}
-        intact = None
         # All are judged before one is moved: where none is intact, all must stay in their place.
-        for step in reversed(steps):
-            if not (problem := self._problem(step)):
-                intact = step
+        problems: dict[int, str] = {}
+        for intact in reversed(steps):
+            if not (problem := self._problem(intact)):
                 break
-            problems[step] = problem
-        if intact is None:
+            problems[intact] = problem
+        else:
+            found = "; ".join(f"{step}: {problem}" for step, problem in problems.items())
             raise KavaError(
-                f"{self._name()}: none of the checkpoints {', '.join(map(str, steps))} is intact"
-                f"{_because(problems)}; restore one or name another run.dir"
+                f"{self._name()}: none of the checkpoints {', '.join(map(str, steps))} is intact "
+                f"({found}); restore one or name another run.dir"
             )
         for step, problem in problems.items():
             if jax.process_index() == 0:
@@ -192,9 +186,7 @@ class Checkpoints:
     def restore_params(self, step: int, group: str, abstract: Params) -> Params:
         """The parameters of one group (``student``), whatever else there is; as ``restore``."""
         # The optimizer's moments are left on the disk, which together are larger than the student.
-        found = self._restored(
-            step, lambda place: self._items.restore_part(place, {"params": {group: abstract}})
-        )
+        found = self._restored(step, {"params": {group: abstract}}, partial=True)
         return found["params"][group]
 
     def restore(self, step: int, abstract: Any) -> TrainState:
@@ -203,11 +195,9 @@ class Checkpoints:
         Raises KavaError when it is damaged, or holds another state than that, as one by another
         version does.
         """
-        arguments = self._items.DigestedRestore(abstract)
-        return self._restored(step, lambda _: self._manager.restore(step, args=arguments))
+        return self._restored(step, abstract, partial=False)
 
-    def _restored(self, step: int, read: Callable[[Place], Any]) -> Any:
-        """What ``read`` finds in a step's directory, once that is known to be whole."""
+    def _restored(self, step: int, abstract: Any, *, partial: bool) -> Any:
         if problem := self._problem(step):
             others = ", ".join(str(other) for other in self.steps() if other != step)
             raise KavaError(
@@ -216,12 +206,13 @@ class Checkpoints:
             )
         try:
             with self._stops_told():
-                return read(self._directory / str(step) / "default")
+                place = self._directory / str(step) / "default"
+                return self._items.restored(place, abstract, partial=partial)
         except (ValueError, KeyError) as error:
-            reason = " ".join(str(error).split())[:200]
             raise KavaError(
                 f"checkpoint={step}: {self._name()} does not hold the state that this run has "
-                f"({reason}); use the version of kava_jax that wrote it (see manifest.yaml)"
+                f"({one_line(error)}); use the version of kava_jax that wrote it (see "
+                f"manifest.yaml)"
             ) from error
 
     def _problem(self, step: int) -> str:
@@ -288,11 +279,6 @@ def abstract_state(state: Any, shardings: Any) -> Any:
         state,
         shardings,
     )
-
-
-def _because(problems: Mapping[int, str]) -> str:
-    found = [f"{step}: {problem}" for step, problem in problems.items()]
-    return f" ({'; '.join(found)})" if found else ""
 
 
 def _choosing(metrics: Mapping[str, float]) -> float:

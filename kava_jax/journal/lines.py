@@ -2,6 +2,10 @@
 
 A line's numbers are fetched as soon as they are ready, and waited for only when the next line, an
 evaluation, a probe or a checkpoint is due. The order of what is written is that of the steps.
+
+Steps whose loss or gradient was not finite are said and written down too. The step itself leaves
+the weights alone (``step``); whether it did is known on the device, and is asked for with a line or
+before a checkpoint.
 """
 
 import statistics
@@ -15,9 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from kava_jax.data.batches import BatchStream
+from kava_jax.errors import StoppedError
+from kava_jax.geometry import Mean
 from kava_jax.journal.monitor import Monitor
-from kava_jax.journal.skips import SkipLog
 from kava_jax.training.objective import Metrics
+from kava_jax.training.step import Skips
 from kava_jax.training.summary import summarize
 
 
@@ -26,22 +33,30 @@ class Lines:
 
     Args:
         start: the step that the run starts after.
-        monitor: gets the lines.
-        skips: is told which steps are looked at, so that what was skipped is said before the line.
+        monitor: gets the lines, and a record of each skipped step.
+        stream: says which rows a step had.
         rates: learning rates, by group.
         steps: of the whole run.
+        skips: the counts that the run starts with.
+        max_consecutive_skips: this number of skipped steps in a row stops the run.
     """
 
     def __init__(
         self,
         start: int,
         monitor: Monitor,
-        skips: SkipLog,
+        stream: BatchStream,
         rates: Mapping[str, optax.Schedule],
         steps: int,
+        *,
+        skips: Skips,
+        max_consecutive_skips: int,
     ):
         self.clock = Clock(start)
-        self._monitor, self._skips = monitor, skips
+        self._monitor, self._stream, self._most_skips = monitor, stream, max_consecutive_skips
+        self._skipped, self._in_a_row = int(skips.total), int(skips.in_a_row)
+        # Steps that nobody has looked at yet, and how many were skipped up to each.
+        self._unseen: list[tuple[int, Mean]] = []
         # All at once and before the first step: a rate asked for later is computed on the device,
         # behind every step that waits there.
         numbers = jnp.arange(steps)
@@ -53,7 +68,7 @@ class Lines:
     def step(self, done: int, metrics: Metrics, tokens: int) -> None:
         """Step ``done`` was begun; ``tokens`` of its batch are real."""
         self._tokens += tokens
-        self._skips.add(done, metrics["skipped"])
+        self._unseen.append((done, metrics["skipped"]))
         # The device finishes steps in their order, so only the oldest line has to be asked for.
         if self._pending and _ready(self._pending[0][1]):
             self.settle()
@@ -64,8 +79,8 @@ class Lines:
         # The tokens are those of now: when the line is written, later steps have added theirs.
         self._pending.append((done, metrics, self._tokens))
 
-    def settle(self) -> None:
-        """Write what has been added, waiting for it.
+    def settle(self, upto: int = 0) -> None:
+        """Write what has been added, waiting for it, and what was skipped up to step ``upto``.
 
         Raises StoppedError when too many steps in a row were skipped.
         """
@@ -74,13 +89,35 @@ class Lines:
             # Reading the values waits for the step, so the lap ends when the step did.
             values = summarize(metrics)
             lap = self.clock.lap(done, tokens)
-            self._skips.settle(done)
+            # What was skipped is said before the line.
+            self._tell_skipped(done)
             # A skipped step is none to the optimizer, whose count the rates go by; this step's rate
             # is the one that it would have taken.
-            before = int(values["skipped"]) - int(self._skips.last_was_skipped)
+            before = int(values["skipped"]) - int(self._in_a_row > 0)
             taken = done - 1 - before
             rates = {f"lr_{name}": float(table[taken]) for name, table in self._rates.items()}
             self._monitor.log(done, values | rates | lap)
+        self._tell_skipped(upto)
+
+    def _tell_skipped(self, upto: int) -> None:
+        # Steps are added in their order, so those that are due are at the front.
+        due = [one for one in self._unseen if one[0] <= upto]
+        self._unseen = self._unseen[len(due) :]
+        # All counts come in one transfer, instead of one wait for each step.
+        for done, mean in jax.device_get(due):
+            total = int(mean.sum)
+            self._in_a_row = self._in_a_row + 1 if total > self._skipped else 0
+            self._skipped = total
+            if self._in_a_row:
+                rows = [int(row) for row in self._stream.row_indices(done - 1)]
+                self._monitor.skipped(done, rows)
+            if self._in_a_row >= self._most_skips:
+                raise StoppedError(
+                    f"loss or gradient was not finite for {self._most_skips} steps in a row, up to "
+                    f"step {done} (train.max_consecutive_skips), and the weights were left as they "
+                    f"were; look at the rows that metrics.jsonl names, lower the learning rates, "
+                    f"and call again to go on from the last checkpoint, if there is one"
+                )
 
     def restart_clock(self, done: int) -> None:
         """Leave out what was done since step ``done`` ended; all lines are settled."""

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from kava_jax.errors import KavaError
+from kava_jax.errors import KavaError, one_line
 from kava_jax.hf.locate import CUT_RECORD
 from kava_jax.journal.lock import LOCK_NAME
 from kava_jax.storage import Place
@@ -31,7 +31,7 @@ from kava_jax.storage import Place
 CONFIG_NAME = "config.yaml"
 MANIFEST_NAME = "manifest.yaml"
 HEADER = "# Written by kava train. The conclusion is yours, and is kept.\n"
-# The manifest of earlier versions, and the last commit that reads their runs (docs/findings.md,
+# The manifest of version 0.1.0, and the last commit that reads its runs (docs/findings.md,
 # "Options that went").
 OLD_MANIFEST_NAME = "manifest.json"
 LAST_WITH_OLD_MANIFESTS = "855d6f7"
@@ -136,7 +136,7 @@ def write_manifest(
         "conclusion": earlier.get("conclusion", ""),
         "results": None,  # those of an earlier start are no longer of this run
         **(facts or {}),
-        "fingerprints": fingerprints._asdict() | {"teachers": dict(fingerprints.teachers)},
+        "fingerprints": fingerprints._asdict(),
         "directories": list(directories),
         "config_hash": config_hash(config),
         "config": config,
@@ -166,7 +166,7 @@ def read_manifest(run_dir: Place) -> dict[str, Any]:
     # ValueError is raised for bytes that are not UTF-8.
     except (ValueError, yaml.YAMLError) as error:
         raise KavaError(
-            f"{path} is not readable YAML ({_one_line(error)}); correct it, restore it or name "
+            f"{path} is not readable YAML ({one_line(error)}); correct it, restore it or name "
             f"another run.dir"
         ) from None
     if not isinstance(manifest, dict) or not {"config", "fingerprints"} <= manifest.keys():
@@ -175,18 +175,12 @@ def read_manifest(run_dir: Place) -> dict[str, Any]:
 
 
 def _refuse_earlier_version(run_dir: Place) -> None:
-    """Raises KavaError with the version that made a run whose fields and files were others."""
-    path = run_dir / OLD_MANIFEST_NAME
-    if not path.is_file():
-        return
-    try:
-        made = json.loads(path.read_text(encoding="utf-8"))["starts"][-1]["versions"]["kava_jax"]
-    except (ValueError, LookupError, TypeError):
-        made = "of an earlier version"
-    raise KavaError(
-        f"{run_dir} is a run of kava_jax {made}, whose config and files were others; commit "
-        f"{LAST_WITH_OLD_MANIFESTS} resumes, exports, evaluates and reports it"
-    )
+    """Raises KavaError for a run of the one version with that manifest and other fields."""
+    if (run_dir / OLD_MANIFEST_NAME).is_file():
+        raise KavaError(
+            f"{run_dir} is a run of kava_jax 0.1.0, whose config and files were others; commit "
+            f"{LAST_WITH_OLD_MANIFESTS} resumes, exports, evaluates and reports it"
+        )
 
 
 def check_manifest(
@@ -315,17 +309,15 @@ def versions() -> dict[str, str]:
 
 def _git_revision() -> dict[str, str | bool] | None:
     """Revision of the current directory's repository; None without git, repository or commit."""
+    # The whole hash and no tag. Untracked files do not count: a run directory in the checkout would
+    # make every run dirty.
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        revision = _git("rev-parse", "HEAD")
-        # Untracked files do not count: a run directory in the checkout would make every run dirty.
-        return {"revision": revision, "dirty": bool(_git("status", "--porcelain", "-uno"))}
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True)
-    return done.stdout.strip()
+    revision, dirty, _ = done.stdout.strip().partition("-dirty")
+    return {"revision": revision, "dirty": bool(dirty)}
 
 
 def write_atomically(path: Place, text: str) -> None:
@@ -350,7 +342,3 @@ def write_atomically(path: Place, text: str) -> None:
 def _temporary(path: Path) -> Path:
     # In the same directory, because a rename is atomic only within one file system.
     return path.with_name(f".{path.name}.tmp")
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -15,12 +15,12 @@ import re
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console, Group
-from rich.live import Live
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn
 from rich.table import Table
 from rich.text import Text
@@ -48,6 +48,7 @@ Metrics = Mapping[str, float | int | None]
 Layers = Mapping[str, Sequence[float]]
 
 
+@dataclass(eq=False)
 class Monitor:
     """Writes and shows the metrics of one run; a context manager.
 
@@ -62,44 +63,38 @@ class Monitor:
     are also said aloud. ``OSError`` (a full disk) passes through to the caller.
     """
 
-    def __init__(
-        self,
-        run_dir: Place,
-        *,
-        total_steps: int,
-        start_step: int = 0,
-        write: bool = True,
-    ):
-        self._run_dir = run_dir
-        self._total_steps = total_steps
-        self._start_step = start_step
-        self._write = write
+    run_dir: Place
+    total_steps: int
+    start_step: int = 0
+    write: bool = True
+
+    def __post_init__(self) -> None:
         self._raised: set[str] = set()
         self._dir_losses: deque[float] = deque(maxlen=HISTORY)
         self._first_log: tuple[int, float] | None = None
         self._exit = ExitStack()
 
     def __enter__(self) -> "Monitor":
-        if not self._write:
+        if not self.write:
             return self
         from tensorboardX import SummaryWriter
 
         # Where one of these cannot be opened, those before it are closed again.
         with ExitStack() as stack:
-            self._files = stack.enter_context(growing(self._run_dir, METRICS_NAME))
+            self._files = stack.enter_context(growing(self.run_dir, METRICS_NAME))
             path = self._files.directory / METRICS_NAME
             # Cut before it is opened, or the lines of an earlier attempt would come twice.
-            cut(path, self._start_step)
+            cut(path, self.start_step)
             self._file = stack.enter_context(path.open("a", encoding="utf-8"))
             self._tensorboard = stack.enter_context(
                 # purge_step: TensorBoard itself hides what an earlier attempt wrote from there on.
                 SummaryWriter(
                     str(self._files.directory / TENSORBOARD_NAME),
-                    purge_step=self._start_step + 1 if self._start_step else 0,
+                    purge_step=self.start_step + 1 if self.start_step else 0,
                     flush_secs=10,
                 )
             )
-            self._display = stack.enter_context(_display(self._start_step, self._total_steps))
+            self._display = stack.enter_context(_display(self.start_step, self.total_steps))
             self._exit = stack.pop_all()
         return self
 
@@ -108,7 +103,7 @@ class Monitor:
 
     def log(self, step: int, metrics: Metrics) -> None:
         """Record and show one logging interval of training; alarms are said when they begin."""
-        if not self._write:
+        if not self.write:
             return
         self._record(step, "train", metrics)
         self._display.progress(step, shown(metrics), self._time_left(step))
@@ -121,7 +116,7 @@ class Monitor:
 
     def diagnostics(self, step: int, values: Metrics, layers: Layers) -> None:
         """Record what a probe found on a training batch; it is not shown."""
-        if self._write:
+        if self.write:
             self._record(step, "diagnostics", values, layers)
 
     def evaluation(self, step: int, metrics: Metrics, layers: Layers) -> None:
@@ -129,37 +124,34 @@ class Monitor:
 
         At step 0 nothing has been learnt, so nothing can have collapsed: there is no verdict yet.
         """
-        if not self._write:
+        if not self.write:
             return
         self._record(step, "eval", metrics, layers)
         names = {key.removeprefix("eval_"): value for key, value in metrics.items()}
         fields = shown(names, EVALUATED, judged=step > 0)
         self._display.say(f"evaluation at step {step}  {_join(fields)}")
-        if step > 0 and (signs := _signs(names)):
-            self._display.say(f"warning at step {step}: collapsed: {'; '.join(signs)}")
-        elif step > 0 and (collapsed := collapsed_layers(layers)):
-            parts = [f"{what} of mapped layers {_listed(rows)}" for what, rows in collapsed.items()]
-            self._display.say(f"warning at step {step}: collapsed by layer: {'; '.join(parts)}")
+        if step > 0 and (collapse := _collapse(names, layers)):
+            self._display.say(f"warning at step {step}: {collapse}")
         if bad := _not_finite(metrics):
             self._display.say(f"warning at step {step}: {', '.join(bad)}")
 
     def has_evaluation(self, step: int) -> bool:
         """Whether the evaluation at ``step`` was recorded before; only the first process knows."""
-        if not self._write:
+        if not self.write:
             return False
         recorded = read_metrics(self._files.directory / METRICS_NAME, "eval")
         return any(line["step"] == step for line in recorded)
 
     def publish(self) -> None:
         """Make what was recorded so far outlast this machine, where the run is on a bucket."""
-        if self._write:
+        if self.write:
             # The writer keeps events in memory for ``flush_secs``.
             self._tensorboard.flush()
             self._files.publish()
 
     def skipped(self, step: int, rows: Sequence[int]) -> None:
         """Record and say that a step was skipped, with the training rows of its batch."""
-        if not self._write:
+        if not self.write:
             return
         self._write_line({"step": step, "kind": "skipped", "rows": list(rows)})
         self._display.say(
@@ -169,7 +161,7 @@ class Monitor:
 
     def note(self, text: str) -> None:
         """Say one line to the person; it is not part of the metrics."""
-        if self._write:
+        if self.write:
             self._display.say(text)
 
     def _record(
@@ -214,7 +206,7 @@ class Monitor:
         first_step, first_time = self._first_log
         if step <= first_step:
             return ""
-        return _duration((self._total_steps - step) * (now - first_time) / (step - first_step))
+        return _duration((self.total_steps - step) * (now - first_time) / (step - first_step))
 
 
 def shown(
@@ -227,13 +219,9 @@ def shown(
     ``judged`` False leaves it out.
     ``more`` adds further metrics: their key, the name to show, and the number's format.
     """
-    cosine, gap, shuffled = "cos_running", "gap_running", None
-    if metrics.get(cosine) is None:
-        cosine, gap, shuffled = "cos_sim", "alignment_gap", metrics.get("cos_shuffled")
-    cos_value, gap_value = metrics.get(cosine), metrics.get(gap)
-    if cos_value is not None and gap_value is not None:
-        # ``summarize`` keeps the running gap and drops the shuffled cosine behind it.
-        shuffled = cos_value - gap_value
+    running = metrics.get("cos_running") is not None
+    cosine, gap = ("cos_running", "gap_running") if running else ("cos_sim", "alignment_gap")
+    over = metrics.get(gap)
     formats = {
         "loss": ("loss", "{:.4f}"),
         "ce": ("ce", "{:.4f}"),
@@ -250,7 +238,8 @@ def shown(
             continue
         text = form.format(value)
         if judged and key == cosine and math.isfinite(value):
-            text += f" ({verdict(value, shuffled)})"
+            # ``summarize`` keeps the running gap and drops the shuffled cosine behind it.
+            text += f" ({verdict(value, None if over is None else value - over)})"
         fields.append((name, text))
     return fields
 
@@ -261,12 +250,6 @@ class _Lines:
     def __init__(self, total_steps: int):
         self._total_steps = total_steps
 
-    def __enter__(self) -> "_Lines":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        sys.stderr.flush()
-
     def progress(self, step: int, fields: list[tuple[str, str]], left: str) -> None:
         width = len(str(self._total_steps))
         fields = [("step", f"{step:{width}}/{self._total_steps}"), *fields]
@@ -276,49 +259,47 @@ class _Lines:
         print(text, file=sys.stderr, flush=True)
 
 
-class _Terminal:
+class _Terminal(Progress):
     """For eyes: a bar and a table that stay in place, with everything said scrolling above."""
 
     def __init__(self, start_step: int, total_steps: int):
-        # Messages hold paths and lists in brackets, which rich would take for its own markup.
-        console = Console(stderr=True, force_terminal=True, highlight=False, markup=False)
-        self._bar = Progress(
+        self._figures: list[Table] = []  # asked for while the bar is being made
+        super().__init__(
             SpinnerColumn(),
             TextColumn("training"),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("{task.fields[left]}"),
-            console=console,
+            # Messages hold paths and lists in brackets, which rich would take for its own markup.
+            console=Console(stderr=True, force_terminal=True, highlight=False, markup=False),
+            # stdout belongs to --json: rich must not draw it into the display.
+            redirect_stdout=False,
         )
-        self._task = self._bar.add_task("", total=total_steps, completed=start_step, left="")
-        # stdout belongs to --json: rich must not draw it into the display.
-        self._live = Live(self._bar, console=console, redirect_stdout=False)
+        self._run = self.add_task("", total=total_steps, completed=start_step, left="")
 
-    def __enter__(self) -> "_Terminal":
-        self._live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._live.stop()
+    def get_renderables(self) -> Iterator[RenderableType]:
+        """The bar and, below it, the figures."""
+        yield from super().get_renderables()
+        yield from self._figures
 
     def progress(self, step: int, fields: list[tuple[str, str]], left: str) -> None:
-        self._bar.update(self._task, completed=step, left=f"left {left}" if left else "")
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
         for name, _ in fields:
             table.add_column(name, no_wrap=True)
         table.add_row(*(Text(value, style="bold") for _, value in fields))
-        self._live.update(Group(self._bar, table))
+        self._figures = [table]
+        self.update(self._run, completed=step, left=f"left {left}" if left else "")
 
     def say(self, text: str) -> None:
         style = "yellow" if text.startswith("warning") else ""
-        self._live.console.print(Text(text, style=style))
+        self.console.print(Text(text, style=style))
 
 
-def _display(start_step: int, total_steps: int) -> _Lines | _Terminal:
+def _display(start_step: int, total_steps: int) -> AbstractContextManager[_Lines | _Terminal]:
     # A dumb terminal (an editor's shell, some CI) is no place for a display that redraws itself.
     if sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown"):
         return _Terminal(start_step, total_steps)
-    return _Lines(total_steps)
+    return nullcontext(_Lines(total_steps))
 
 
 def _finite(value: float | int | None) -> float | None:
@@ -334,27 +315,16 @@ def _not_finite(metrics: Metrics) -> list[str]:
     ]
 
 
-def _signs(names: Metrics) -> list[str]:
-    """Why an evaluation is called collapsed, where it is."""
-    cosine, shuffled, gap = (names.get(n) for n in ("cos_sim", "cos_shuffled", "alignment_gap"))
-    if cosine is None or shuffled is None or gap is None:
-        return []
-    if verdict(cosine, shuffled) != "collapsed":
-        return []
-    tokens = names.get("sampled_tokens")
-    return collapse_signs(
-        cos_shuffled=shuffled,
-        gap=gap,
-        cos_centered=names.get("cos_centered"),
-        retrieval=names.get("retrieval"),
-        tokens=None if tokens is None else int(tokens),
-        student_rank=names.get("student_rank"),
-        target_rank=names.get("target_rank"),
-    )
-
-
-def _listed(rows: Sequence[int]) -> str:
-    return ", ".join(map(str, rows))
+def _collapse(names: Metrics, layers: Layers) -> str:
+    """Why an evaluation is called collapsed, as a whole or by layer; "" where it is not."""
+    cosine = names.get("cos_sim")
+    if cosine is not None and verdict(cosine, names.get("cos_shuffled")) == "collapsed":
+        return f"collapsed: {'; '.join(collapse_signs(names))}"
+    parts = [
+        f"{what} of mapped layers {', '.join(map(str, rows))}"
+        for what, rows in collapsed_layers(layers).items()
+    ]
+    return f"collapsed by layer: {'; '.join(parts)}" if parts else ""
 
 
 def _join(fields: list[tuple[str, str]]) -> str:

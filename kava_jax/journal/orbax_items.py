@@ -6,7 +6,6 @@ written, it calls ``finalize`` on the first one and then renames the directory. 
 """
 
 import dataclasses
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -54,10 +53,9 @@ class _OwnDigests:
         self._writes, self._directory = writes, directory
 
     def result(self, timeout: float | None = None) -> None:
-        """Raises TimeoutError as the writes do; they have ``timeout`` seconds together."""
-        end = None if timeout is None else time.monotonic() + timeout
+        """Raises TimeoutError as the writes do; each of them has ``timeout`` seconds."""
         for write in self._writes:
-            write.result(timeout=None if end is None else max(0.0, end - time.monotonic()))
+            write.result(timeout=timeout)
         # A path, or something that was one before it existed.
         path = getattr(self._directory, "path", self._directory)
         write_own_digests(place(str(path), "checkpoint"), jax.process_index())
@@ -66,28 +64,26 @@ class _OwnDigests:
         """Nothing is under way that could be cancelled."""
 
 
-def restore_part(directory: Place, abstract: Any) -> Any:
-    """Of what was saved there, only what ``abstract`` has, with its dtypes and shardings."""
-    # The standard handler restores whole trees only.
+def restored(directory: Place, abstract: Any, *, partial: bool) -> Any:
+    """What was saved there, with the dtypes and shardings of ``abstract``.
+
+    With ``partial`` only what ``abstract`` has, whatever else was saved.
+    """
+    # The standard handler restores whole trees only, by the same way.
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         return reader.restore(
             str(directory),
             args=ocp.args.PyTreeRestore(
                 item=abstract,
                 restore_args=ocp.checkpoint_utils.construct_restore_args(abstract),
-                partial_restore=True,
+                partial_restore=partial,
             ),
         )
 
 
-# Orbax finds a handler by the class of its arguments, so ours needs classes of its own.
-@ocp.args.register_with_handler(DigestedHandler, for_save=True)
+# Orbax finds a handler by the class of its arguments, so ours needs a class of its own. It also
+# asks for one to restore with, which nobody uses.
+@ocp.args.register_with_handler(DigestedHandler, for_save=True, for_restore=True)
 @dataclasses.dataclass
 class DigestedSave(ocp.args.StandardSave):
     """What is saved."""
-
-
-@ocp.args.register_with_handler(DigestedHandler, for_restore=True)
-@dataclasses.dataclass
-class DigestedRestore(ocp.args.StandardRestore):
-    """What it is restored into."""

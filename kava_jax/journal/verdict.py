@@ -8,6 +8,7 @@ and logs.
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from kava_jax.diagnostics import alignment_gap
 from kava_jax.training.comparison import PARTS
@@ -43,43 +44,42 @@ def verdict(cos: float, cos_shuffled: float | None = None) -> str:
     return "Acceptable" if cos >= ACCEPTABLE else "Poor"
 
 
-def collapse_signs(
-    *,
-    cos_shuffled: float | int | None,
-    gap: float | int | None,
-    cos_centered: float | int | None = None,
-    retrieval: float | int | None = None,
-    tokens: float | int | None = None,
-    student_rank: float | int | None = None,
-    target_rank: float | int | None = None,
-) -> list[str]:
+def collapse_signs(figures: Mapping[str, Any]) -> list[str]:
     """One sentence, with the figure and what was expected, for each sign of collapse found.
 
-    What is None or NaN is skipped. Only the first sign makes ``verdict`` say "collapsed".
+    What is missing, None or NaN is skipped. Only the first sign makes ``verdict`` say "collapsed".
 
     Args:
-        cos_shuffled, gap: a sign when the gap is below 0.05 or a tenth of ``1 - cos_shuffled``.
-        cos_centered: a sign below 0.1.
-        retrieval, tokens: the share of that many tokens found; a sign up to three times chance,
-            ``1 / tokens``. Of three tokens or fewer even finding all says nothing: skipped.
-        student_rank, target_rank: effective ranks; a sign when the student's is below a tenth.
+        figures: of an evaluation, without ``eval_``; others than these are not looked at.
+            ``cos_shuffled``, ``alignment_gap``: a sign when the gap is below 0.05 or a tenth of
+            ``1 - cos_shuffled``.
+            ``cos_centered``: a sign below 0.1.
+            ``retrieval``, ``sampled_tokens``: the share of that many tokens found; a sign up to
+            three times chance, ``1 / sampled_tokens``. Of three tokens or fewer even finding all
+            says nothing: skipped.
+            ``student_rank``, ``target_rank``: effective ranks; a sign when the student's is below a
+            tenth.
     """
+    numbers = {name: x for name, x in figures.items() if isinstance(x, float | int)}
+    known = {name: x for name, x in numbers.items() if not math.isnan(x)}
     found = []
-    if gap is not None and cos_shuffled is not None and not math.isnan(cos_shuffled):
-        what = f"The gap over a shuffled cosine of {cos_shuffled:.3g}"
-        found += _too_low(what, gap, _least_gap(cos_shuffled))
-    if cos_centered is not None:
-        found += _too_low("The centred cosine", cos_centered, LEAST_COS_CENTERED)
-    if retrieval is not None and tokens is not None and tokens > MOST_TIMES_CHANCE:
-        most = MOST_TIMES_CHANCE / tokens
-        if retrieval <= most:
+    if {"alignment_gap", "cos_shuffled"} <= known.keys():
+        shuffled = known["cos_shuffled"]
+        what = f"The gap over a shuffled cosine of {shuffled:.3g}"
+        found += _too_low(what, known["alignment_gap"], _least_gap(shuffled))
+    if "cos_centered" in known:
+        found += _too_low("The centred cosine", known["cos_centered"], LEAST_COS_CENTERED)
+    if "retrieval" in known and known.get("sampled_tokens", 0) > MOST_TIMES_CHANCE:
+        share, most = known["retrieval"], MOST_TIMES_CHANCE / known["sampled_tokens"]
+        if share <= most:
             found.append(
-                f"The share of tokens retrieved is {retrieval:.3g}; more than {most:.3g} was "
+                f"The share of tokens retrieved is {share:.3g}; more than {most:.3g} was "
                 f"expected, {MOST_TIMES_CHANCE:.3g} times chance."
             )
-    if student_rank is not None and target_rank is not None:
-        what = f"The student's effective rank next to the target's {target_rank:.3g}"
-        found += _too_low(what, student_rank, LEAST_RANK_SHARE * target_rank)
+    if {"student_rank", "target_rank"} <= known.keys():
+        target = known["target_rank"]
+        what = f"The student's effective rank next to the target's {target:.3g}"
+        found += _too_low(what, known["student_rank"], LEAST_RANK_SHARE * target)
     return found
 
 
@@ -131,10 +131,11 @@ def alarms(
     # These limits, and the one of the magnitude loss below, are the original method's.
     if not 0.1 <= mag_ratio <= 10.0:
         what = "has exploded" if mag_ratio > 10.0 else "has collapsed"
-        remedy = "lower the learning rates" + (
-            " and set beta to 0.01" if mag_loss is not None else ""
+        beta = " and set beta to 0.01" if mag_loss is not None else ""
+        found.append(
+            f"The student's magnitude {what} (ratio {mag_ratio:.3g}); stop, lower the learning "
+            f"rates{beta}."
         )
-        found.append(f"The student's magnitude {what} (ratio {mag_ratio:.3g}); stop, {remedy}.")
     elif not 0.5 <= mag_ratio <= 2.0:
         remedy = (
             "set beta to 0.01, or raise it a little (0.05 at most)"

@@ -10,9 +10,10 @@ from typing import NamedTuple
 
 from kava_jax.errors import KavaError
 
-# Variables that hold the number of processes under each launcher that JAX itself can read. SLURM's
-# is that of a step: inside an allocation but outside of srun there is one process.
-COUNTS = {"SLURM": "SLURM_STEP_NUM_TASKS", "Open MPI": "OMPI_COMM_WORLD_SIZE"}
+# Variables that hold the number of processes under the launchers that JAX itself can read, SLURM
+# and Open MPI. SLURM's is that of a step: inside an allocation but outside of srun there is one
+# process.
+COUNTS = ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE")
 # The hosts of a TPU slice under GKE, separated by commas.
 TPU_HOSTS = "TPU_WORKER_HOSTNAMES"
 
@@ -39,19 +40,17 @@ def find_cluster(
     Raises KavaError when the flags are not complete or do not fit together.
     """
     given = {"coordinator": coordinator, "processes": processes, "process": process}
-    if missing := [name for name, value in given.items() if value is None]:
+    if coordinator is None or processes is None or process is None:
+        missing = [name for name, value in given.items() if value is None]
         if len(missing) < len(given):
             raise KavaError(
                 f"--{' and --'.join(missing)} missing; give --coordinator, --processes and "
                 f"--process together, or none of them"
             )
-        alone = not any(_several(environment.get(name)) for name in COUNTS.values())
+        several = any(int(environment.get(name, 1)) > 1 for name in COUNTS)
         # A slice of a single host has one name without a comma.
-        alone = alone and "," not in environment.get(TPU_HOSTS, "")
-        return None if alone and not detect else Cluster()
-    assert coordinator is not None
-    assert processes is not None
-    assert process is not None
+        several = several or "," in environment.get(TPU_HOSTS, "")
+        return Cluster() if several or detect else None
     # The last colon, because an IPv6 address contains others.
     host, _, port = coordinator.rpartition(":")
     if not host or not port.isdigit():
@@ -65,7 +64,3 @@ def find_cluster(
             f"{processes - 1}"
         )
     return Cluster(coordinator, processes, process)
-
-
-def _several(count: str | None) -> bool:
-    return count is not None and count.isdigit() and int(count) > 1

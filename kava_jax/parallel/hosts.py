@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from kava_jax.errors import KavaError, StoppedError
+from kava_jax.errors import KavaError, StoppedError, one_line
 from kava_jax.parallel.cluster import Cluster
 
 # Large pods take long to come up, and hosts read models and data at different speeds; JAX's own
@@ -38,7 +38,7 @@ def start(cluster: Cluster) -> None:
         )
     except ValueError as error:
         raise KavaError(
-            f"the processes of this run are not known ({' '.join(str(error).split())}); give "
+            f"the processes of this run are not known ({one_line(error)}); give "
             f"--coordinator HOST:PORT --processes N --process I"
         ) from None
     if jax.default_backend() == "cpu":

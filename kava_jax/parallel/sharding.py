@@ -128,24 +128,16 @@ def matching_shardings(tree: Any, params: Any, mesh: Mesh) -> Any:
     A leaf whose path ends with a parameter's path lies where that parameter lies; all others
     (counters) are replicated. ``params`` is the tree of the parameters' shardings.
     """
-    by_path = {
-        _names(path): sharding for path, sharding in jax.tree_util.tree_flatten_with_path(params)[0]
-    }
+    flat, _ = jax.tree_util.tree_flatten_with_path(params)
+    by_path = {jax.tree_util.keystr(path): sharding for path, sharding in flat}
 
     def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
-        names = _names(path)
-        # The longest ending first: a short one could also be the path of another parameter.
-        for start in range(len(names)):
-            if names[start:] in by_path and np.ndim(leaf):
-                return by_path[names[start:]]
-        return replicated(mesh)
+        where = jax.tree_util.keystr(path)
+        own = [param for param in by_path if where.endswith(param)]
+        # The longest: a short one could also be the path of another parameter.
+        return by_path[max(own, key=len)] if own and np.ndim(leaf) else replicated(mesh)
 
     return jax.tree_util.tree_map_with_path(place, tree)
-
-
-def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
-    """A key path as plain strings, whatever kind of container each part belongs to."""
-    return tuple(str(getattr(part, "key", getattr(part, "name", part))) for part in path)
 
 
 def put_batch(batch: Any, mesh: Mesh) -> Any:

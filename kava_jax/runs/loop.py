@@ -12,7 +12,6 @@ from kava_jax.errors import PreemptedError
 from kava_jax.journal.checkpoint import Checkpoints
 from kava_jax.journal.lines import Clock, Lines
 from kava_jax.journal.monitor import Monitor
-from kava_jax.journal.skips import SkipLog
 from kava_jax.models.decoder import Params
 from kava_jax.parallel.sharding import put_batch
 from kava_jax.runs.preemption import AskedToEndError, Preemption
@@ -74,13 +73,15 @@ def run_steps(
         PreemptedError: the run was asked to end before its last step; what was done is saved.
     """
     start = int(state.step)
-    skips = SkipLog(
-        state.skips,
+    lines = Lines(
+        start,
+        monitor,
+        stream,
+        rates,
+        cadence.steps,
+        skips=state.skips,
         max_consecutive_skips=cadence.max_consecutive_skips,
-        stream=stream,
-        monitor=monitor,
     )
-    lines = Lines(start, monitor, skips, rates, cadence.steps)
     upcoming = _Upcoming(stream, mesh, cadence.steps)
     done = start
     evaluation, measured = Figures({}, {}), None
@@ -117,7 +118,7 @@ def run_steps(
                 lines.add(done, metrics)
             measured = None  # until this step's evaluation is whole
             if last:
-                _settled(lines, skips, monitor, done)
+                _settled(lines, monitor, done)
                 checkpoints.save(state, None)
                 checkpoints.wait()
             if last or _due(done, cadence.eval_every):
@@ -131,12 +132,12 @@ def run_steps(
                 checkpoints.score(done, evaluation.values)
             # A run that is asked to end saves below, where it also waits for the write.
             elif done % cadence.checkpoint_every == 0 and not asked:
-                _settled(lines, skips, monitor, done)
+                _settled(lines, monitor, done)
                 checkpoints.save(state, measured)
             if asked and not last:
                 raise AskedToEndError
     except AskedToEndError:
-        _settled(lines, skips, monitor, done)
+        _settled(lines, monitor, done)
         if done > start:
             checkpoints.save(state, measured)
             checkpoints.wait()
@@ -185,10 +186,9 @@ def _kept(start: int, done: int) -> str:
     return "asked to end before the first step, nothing to save; the same command starts over"
 
 
-def _settled(lines: Lines, skips: SkipLog, monitor: Monitor, done: int) -> None:
+def _settled(lines: Lines, monitor: Monitor, done: int) -> None:
     """Nothing up to step ``done`` is left unwritten, so that a checkpoint may follow."""
-    lines.settle()
-    skips.settle(done)
+    lines.settle(upto=done)
     # A resumed run writes only what comes after its checkpoint, so no earlier line may be missing.
     monitor.publish()
 

@@ -44,24 +44,24 @@ def test_the_word_is_withdrawn_when_the_gap_says_so() -> None:
 
 HEALTHY = {
     "cos_shuffled": 0.2,
-    "gap": 0.6,
+    "alignment_gap": 0.6,
     "cos_centered": 0.7,
     "retrieval": 0.8,
-    "tokens": 1000,
+    "sampled_tokens": 1000,
     "student_rank": 30.0,
     "target_rank": 60.0,
 }
 
 
 def test_a_healthy_alignment_shows_no_sign() -> None:
-    assert collapse_signs(**HEALTHY) == []
+    assert collapse_signs(HEALTHY) == []
 
 
 @pytest.mark.parametrize(
     ("changed", "start", "figures"),
     [
-        ({"gap": 0.04, "cos_shuffled": 0.92}, "The gap", [0.92, 0.04, 0.05]),
-        ({"gap": 0.06, "cos_shuffled": 0.3}, "The gap", [0.3, 0.06, 0.07]),
+        ({"alignment_gap": 0.04, "cos_shuffled": 0.92}, "The gap", [0.92, 0.04, 0.05]),
+        ({"alignment_gap": 0.06, "cos_shuffled": 0.3}, "The gap", [0.3, 0.06, 0.07]),
         ({"cos_centered": 0.0996}, "The centred cosine", [0.0996, 0.1]),
         ({"cos_centered": -0.3}, "The centred cosine", [-0.3, 0.1]),
         ({"retrieval": 0.003}, "The share of tokens retrieved", [0.003, 0.003, 3]),
@@ -70,7 +70,7 @@ def test_a_healthy_alignment_shows_no_sign() -> None:
     ],
 )
 def test_each_sign_says_its_figure_and_what_was_expected(changed, start, figures) -> None:
-    (sentence,) = collapse_signs(**HEALTHY | changed)
+    (sentence,) = collapse_signs(HEALTHY | changed)
     assert sentence.startswith(start)
     assert sentence.count(". ") == 0
     assert sentence.endswith(".")
@@ -80,8 +80,8 @@ def test_each_sign_says_its_figure_and_what_was_expected(changed, start, figures
 @pytest.mark.parametrize(
     "changed",
     [
-        {"gap": 0.05, "cos_shuffled": 0.9},
-        {"gap": 0.0701, "cos_shuffled": 0.3},
+        {"alignment_gap": 0.05, "cos_shuffled": 0.9},
+        {"alignment_gap": 0.0701, "cos_shuffled": 0.3},
         {"cos_centered": 0.1},
         {"retrieval": 0.0031},
         {"student_rank": 6.0},
@@ -89,24 +89,24 @@ def test_each_sign_says_its_figure_and_what_was_expected(changed, start, figures
     ],
 )
 def test_at_the_threshold_there_is_no_sign(changed) -> None:
-    assert collapse_signs(**HEALTHY | changed) == []
+    assert collapse_signs(HEALTHY | changed) == []
 
 
 @pytest.mark.parametrize("missing", [None, float("nan")])
 def test_what_is_missing_is_skipped(missing: float | None) -> None:
     worst = {"cos_centered": 0.0, "retrieval": 0.0, "student_rank": 1.0}
-    assert len(collapse_signs(**HEALTHY | worst | {"gap": 0.0})) == 4
+    assert len(collapse_signs(HEALTHY | worst | {"alignment_gap": 0.0})) == 4
     nothing = dict.fromkeys(worst, missing)
-    assert collapse_signs(**HEALTHY | nothing | {"gap": missing}) == []
-    assert collapse_signs(**HEALTHY | {"gap": 0.0, "cos_shuffled": missing}) == []
-    assert collapse_signs(**HEALTHY | {"retrieval": 0.0, "tokens": None}) == []
-    assert collapse_signs(cos_shuffled=0.2, gap=0.6) == []
+    assert collapse_signs(HEALTHY | nothing | {"alignment_gap": missing}) == []
+    assert collapse_signs(HEALTHY | {"alignment_gap": 0.0, "cos_shuffled": missing}) == []
+    assert collapse_signs(HEALTHY | {"retrieval": 0.0, "sampled_tokens": None}) == []
+    assert collapse_signs({"cos_shuffled": 0.2, "alignment_gap": 0.6}) == []
 
 
 def test_retrieval_among_three_tokens_says_nothing() -> None:
-    assert collapse_signs(**HEALTHY | {"retrieval": 1.0, "tokens": 3}) == []
-    assert collapse_signs(**HEALTHY | {"retrieval": 1.0, "tokens": 4}) == []
-    assert len(collapse_signs(**HEALTHY | {"retrieval": 0.75, "tokens": 4})) == 1
+    assert collapse_signs(HEALTHY | {"retrieval": 1.0, "sampled_tokens": 3}) == []
+    assert collapse_signs(HEALTHY | {"retrieval": 1.0, "sampled_tokens": 4}) == []
+    assert len(collapse_signs(HEALTHY | {"retrieval": 0.75, "sampled_tokens": 4})) == 1
 
 
 @pytest.mark.parametrize(

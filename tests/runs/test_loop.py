@@ -18,7 +18,6 @@ from kava_jax.journal import lines as lines_module
 from kava_jax.journal.checkpoint import Checkpoints, abstract_state
 from kava_jax.journal.lines import Lines
 from kava_jax.journal.monitor import Monitor
-from kava_jax.journal.skips import SkipLog
 from kava_jax.runs.loop import Cadence, run_steps
 from kava_jax.runs.preemption import AskedToEndError, Preemption, listening
 from kava_jax.runs.profiling import PROFILE_NAME, Profile
@@ -328,8 +327,8 @@ def test_the_host_does_not_wait_for_a_line(monkeypatch, tmp_path, ready: bool, w
     zero = jnp.zeros((), jnp.int32)
     metrics = {name: Mean(jnp.zeros(()), jnp.ones(())) for name in ("loss", "skipped")}
     with Monitor(tmp_path, total_steps=STEPS) as monitor:
-        skips = SkipLog(Skips(zero, zero), max_consecutive_skips=2, stream=stream, monitor=monitor)
-        late = Lines(0, monitor, skips, RATES, STEPS)
+        skips = {"skips": Skips(zero, zero), "max_consecutive_skips": 2}
+        late = Lines(0, monitor, stream, RATES, STEPS, **skips)
         seen = []
         for done in range(1, 6):
             late.step(done, metrics, tokens=10)
@@ -346,8 +345,8 @@ def test_a_first_step_that_is_skipped_has_the_first_rate(tmp_path):
     stream = BatchStream(rows(11), batch_size=4, max_length=12, bucket=12, sink_tokens=2)
     zero, one = jnp.zeros((), jnp.int32), jnp.ones(())
     with Monitor(tmp_path, total_steps=STEPS) as monitor:
-        skips = SkipLog(Skips(zero, zero), max_consecutive_skips=2, stream=stream, monitor=monitor)
-        late = Lines(0, monitor, skips, RATES, STEPS)
+        skips = {"skips": Skips(zero, zero), "max_consecutive_skips": 2}
+        late = Lines(0, monitor, stream, RATES, STEPS, **skips)
         metrics = {"loss": Mean(jnp.nan * one, one), "skipped": Mean(one, one)}
         late.step(1, metrics, tokens=10)
         late.add(1, metrics)

@@ -53,13 +53,8 @@ def trained(made: Setting, *, random: bool) -> dict[str, float]:
 
 
 def word_and_signs(found: dict[str, float]) -> tuple[str, list[str]]:
-    signs = collapse_signs(
-        cos_shuffled=found["eval_cos_shuffled"],
-        gap=found["eval_alignment_gap"],
-        cos_centered=found["eval_cos_centered"],
-        retrieval=found["eval_retrieval"],
-        tokens=int(found["eval_sampled_tokens"]),
-    )
+    names = ("cos_shuffled", "alignment_gap", "cos_centered", "retrieval", "sampled_tokens")
+    signs = collapse_signs({name: found[f"eval_{name}"] for name in names})
     return verdict(found["eval_cos_sim"], found["eval_cos_shuffled"]), signs
 
 
