@@ -8,6 +8,7 @@ bytes, whatever its name.
 import functools
 import gzip
 import io
+import itertools
 import json
 import math
 import re
@@ -69,12 +70,18 @@ def json_rows(name: str) -> tuple[str, Numbered]:
     JSON objects one a line (blank lines are skipped), one array of them, or objects that are
     written over several lines each.
     """
-    content = _content(name).removeprefix(b"\xef\xbb\xbf")
-    if _DOCUMENT.match(content):
-        return "row", enumerate(_document(content), 1)
-    # Bytes: only \n ends a line, U+2028 inside a text does not.
-    lines = enumerate(io.BytesIO(content), 1)
-    return "line", ((number, line) for number, line in lines if line.strip())
+    # Bytes: only \n ends a line, U+2028 inside a text does not. One by one: a few rows may be
+    # asked of a large file.
+    lines = (line.removeprefix(b"\xef\xbb\xbf") for line in _lines(name))
+    head = []
+    for line in lines:
+        head.append(line)
+        if line.strip():
+            break
+    if head and _DOCUMENT.match(head[-1]):
+        return "row", enumerate(_document(b"".join([*head, *lines])), 1)
+    numbered = enumerate(itertools.chain(head, lines), 1)
+    return "line", ((number, line) for number, line in numbered if line.strip())
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -151,10 +158,18 @@ def short_numbers(rows: Iterable[Mapping[str, Any]], schema: Any) -> Iterator[Ma
 
 
 def _content(name: str) -> bytes:
-    """The file's bytes, unzipped; raises KavaError when it cannot be read."""
+    return b"".join(_lines(name))
+
+
+def _lines(name: str) -> Iterator[bytes]:
+    """The file's lines, unzipped; raises KavaError when it cannot be read."""
     try:
-        content = _piped(name) if is_pipe(name) else Path(name).read_bytes()
-        return gzip.decompress(content) if content.startswith(b"\x1f\x8b") else content
+        # A pipe cannot seek back behind the two bytes that tell whether it is zipped, so it is read
+        # whole.
+        with io.BytesIO(_piped(name)) if is_pipe(name) else Path(name).open("rb") as stream:
+            zipped = stream.read(2) == b"\x1f\x8b"
+            stream.seek(0)
+            yield from gzip.GzipFile(fileobj=stream) if zipped else stream
     # gzip raises all three: for a bad header or checksum, for a file that is cut off, and for
     # damaged data.
     except (OSError, EOFError, zlib.error) as error:
