@@ -16,7 +16,7 @@ from kava_jax.alignment.projector import KVDimensionProjector
 from kava_jax.data.batches import Batch
 from kava_jax.diagnostics import TokenSample, diagnose
 from kava_jax.geometry import Mean
-from kava_jax.training.comparison import CacheComparison
+from kava_jax.training.comparison import LayerComparison
 from kava_jax.training.objective import TeacherLink
 from kava_jax.training.probe import TOKENS, Probed, examine, figures, make_probe
 from kava_jax.training.share import LossScale
@@ -168,7 +168,7 @@ def itself() -> Setting:
         lambda x: jnp.eye(width) if x.ndim == 2 else jnp.zeros_like(x), nnx.to_pure_dict(weights)
     )
     student = made.objective.student
-    comparison = CacheComparison("self", layer_map, remove_key_bias=True)
+    comparison = LayerComparison("self", layer_map, remove_key_bias=True)
     objective = replace(
         made.objective,
         projector=graph,
