@@ -15,8 +15,6 @@ from jaxtyping import Array, Float, Key
 
 InitMethod = Literal["xavier", "kaiming", "normal"]
 AdapterKind = Literal["elastic", "linear", "identity"]
-# Kinds whose result does not depend on the length of what comes in.
-NORM_FIRST: tuple[AdapterKind, ...] = ("elastic",)
 
 
 def initial_kernel(method: InitMethod, key: Key[Array, ""], shape: tuple[int, ...]) -> Array:

@@ -13,6 +13,8 @@ from kava_jax.alignment.grams import Grams
 from kava_jax.alignment.projector import Direction
 from kava_jax.errors import KavaError
 
+# Moments of the keys and of the values.
+GramsOfParts = tuple[Grams, Grams]
 # Of the keys ("k") and the values ("v") one affine map per mapped layer, ``y = x @ kernel + bias``,
 # as a per-layer linear projector holds them: {"out": {"kernel": [P, I, O], "bias": [P, O]}}.
 Fitted = dict[str, dict[str, dict[str, np.ndarray]]]
@@ -36,10 +38,10 @@ def linear_cka(grams: Grams, p: int, layer: int) -> float:
     return float(cross**2 / (teacher * student)) if teacher * student > 0 else 0.0
 
 
-def choose_by_cka(fit_k: Grams, fit_v: Grams, p: int, window: tuple[int, ...]) -> int:
+def choose_by_cka(fits: GramsOfParts, p: int, window: tuple[int, ...]) -> int:
     """The teacher layer of the window with the highest CKA, mean of keys' and values'."""
     # Of equals ``max`` takes the first, so ties always go to the earlier layer.
-    return max(window, key=lambda n: linear_cka(fit_k, p, n) + linear_cka(fit_v, p, n))
+    return max(window, key=lambda layer: sum(linear_cka(grams, p, layer) for grams in fits))
 
 
 def ridge(
@@ -100,21 +102,18 @@ def r_squared(
 
 
 def choose_layers(
-    fit_k: Grams,
-    fit_v: Grams,
+    fits: GramsOfParts,
+    devs: GramsOfParts,
     p: int,
     window: tuple[int, ...],
     count: int,
     strength: float | int,
     direction: Direction,
-    *,
-    dev_k: Grams,
-    dev_v: Grams,
 ) -> tuple[int, ...]:
     """The ``count`` teacher layers of the window that map best, ascending.
 
-    Maps are fitted on the ``fit`` split and scored by R^2 on the ``dev`` split, mean of keys' and
-    values'. Teacher to student: each round adds the layer that gives the highest score together
+    Maps are fitted on the moments ``fits`` and scored by R^2 on those of ``devs``, mean of keys'
+    and values'. Teacher to student: each round adds the layer that gives the highest score together
     with those already chosen. Student to teacher, where each layer is predicted by itself: the
     layers with the highest scores. Of equals the earlier.
 
@@ -130,7 +129,7 @@ def choose_layers(
         # On the split that is fitted, further inputs raise the score even where they are noise.
         return sum(
             r_squared(*_solve(fit, p, layers, direction, strength), dev, p, layers, direction)
-            for fit, dev in ((fit_k, dev_k), (fit_v, dev_v))
+            for fit, dev in zip(fits, devs, strict=True)
         )
 
     # Each teacher layer is an output of its own here, so another layer changes no score. ``sorted``
@@ -146,7 +145,7 @@ def choose_layers(
 
 
 def fit(
-    grams: tuple[Grams, Grams],
+    grams: GramsOfParts,
     rows: tuple[tuple[int, ...], ...],
     direction: Direction,
     strength: float | int,

@@ -29,19 +29,14 @@ from kava_jax.storage import Place, place
 
 # The name of the run's own held-out rows among ``eval.sets``.
 MAIN_SET = "held_out"
-# No slash, which separates a set's name from the figure in ``metrics.jsonl``.
-SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
+# No slash, which separates folders, and a set's name from the figure in ``metrics.jsonl``.
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
 
 
 class RunConfig(Section):
     """Where a run lives and what makes it repeatable."""
 
-    name: str = Field(
-        default="run",
-        min_length=1,
-        pattern=r"^[A-Za-z0-9._-]+$",
-        description="name of the run; letters, digits and . _ -",
-    )
+    name: Name = Field(default="run", description="name of the run; letters, digits and . _ -")
     dir: str | None = Field(
         default=None, description="run directory or gs://bucket/folder; runs/<name> when null"
     )
@@ -221,7 +216,7 @@ class EvalConfig(Section):
         default=256, ge=0, description="longest answer in tokens; 0: no answers, no exact match"
     )
     batch_size: Positive = Field(default=64, description="questions that are answered at once")
-    sets: dict[SetName, EvalSet] = Field(
+    sets: dict[Name, EvalSet] = Field(
         default={}, description="by name: a test split, an old task, ..., measured at the end"
     )
 

@@ -20,7 +20,7 @@ from kava_jax.alignment.attention import attention_kl
 from kava_jax.alignment.controls import Control, controlled
 from kava_jax.alignment.frame import Center, TokenMean, framed, measure
 from kava_jax.alignment.kv_losses import KVLoss
-from kava_jax.alignment.projector import Direction, KVDimensionProjector
+from kava_jax.alignment.projector import Direction, KVDimensionProjector, forgets_length
 from kava_jax.cache import HandedOver
 from kava_jax.data.batches import Batch
 from kava_jax.diagnostics import alignment
@@ -364,7 +364,7 @@ def _alignment(
     for part in compared[0]:
         s, t, own = (jax.lax.stop_gradient(side[part]) for side in compared)
         # Otherwise these are lengths that the projector made, and say nothing of the student's.
-        if not projector.forgets_length:
+        if not forgets_length(projector.kind, projector.direction):
             metrics[f"mag_loss_{part}"] = mercator(s, t, mask_BT, alpha=0.0, beta=1.0)
         for name, mean in alignment(s, t, mask_BT, own).items():
             metrics[f"{name}_{part}"] = jax.tree.map(jnp.sum, mean)
