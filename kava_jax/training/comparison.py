@@ -6,7 +6,7 @@ layers and the projector maps one side's vectors onto the other's: what comes ou
 [P, B, T, J, H] on both sides. The *space* is the side that is not projected.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -15,6 +15,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Key
 
+from kava_jax.alignment.attention import Attended
 from kava_jax.alignment.layer_map import LayerMap
 from kava_jax.alignment.projector import KVDimensionProjector
 from kava_jax.cache import HandedOver, KVCache
@@ -37,21 +38,6 @@ Vectors = dict[str, Float[Array, "_ _ _ _ _"]]
 # before any projector, in its own heads and width: their lengths are the student's, where a
 # projected vector's length also depends on the projector.
 Compared = tuple[Vectors, Vectors, Vectors]
-
-
-class Attended(NamedTuple):
-    """Two caches and the queries that read both."""
-
-    queries: Float[Array, "P B T N H"]
-    """Scaled so that scores are their products with keys, over sqrt(H)."""
-    student: KVCache
-    """Keys after RoPE and with biases, as the target's."""
-    target: KVCache
-    masks: Bool[Array, "B W T S"]
-    mask_of: tuple[int, ...]
-    """By layer, which of the masks."""
-    cap: float | None
-    """Of the scores."""
 
 
 class ForwardPass(NamedTuple):
@@ -143,12 +129,6 @@ class LayerComparison:
             whole = whole | {"k": rotate_layers(whole["k"], of_layers(run.rotations, kept))}
         return whole
 
-    def __call__(
-        self, projector: KVDimensionProjector, student: ForwardPass, teacher: ForwardPass
-    ) -> Compared:
-        """The mapped layers of both sides in one space, without dropout."""
-        return self.projected(projector, *self.sides(student, teacher))
-
     def sides(self, student: ForwardPass, teacher: ForwardPass) -> tuple[Vectors, Vectors]:
         """The mapped layers of student and teacher, each with its own heads and width."""
         # Where only a few layers were kept, they are numbered again, from 0.
@@ -185,9 +165,6 @@ class LayerComparison:
         if direction != "teacher_to_student":
             space, layers = teacher, [row[0] for row in self.layer_map.teacher_layers]
         assert space.queries is not None
-        # Queries have learnt to read keys with their model's bias, so one that was left out comes
-        # back. A bias that was not left out is in the keys already.
-        bias = space.model.key_bias() if self.remove_key_bias else None
 
         def as_attended(vectors: Vectors) -> KVCache:
             cache = KVCache(**vectors)
@@ -195,7 +172,9 @@ class LayerComparison:
             # RoPE.
             if self.key_space == "post_rope":
                 return cache
-            keys = cache.k if bias is None else _with_bias(cache.k, bias[np.array(layers)])
+            # Queries have learnt to read keys with their model's bias, so one that was left out
+            # comes back. A bias that was not left out is in the keys already.
+            keys = _with_bias(cache.k, space, layers) if self.remove_key_bias else cache.k
             return cache._replace(k=rotate_layers(keys, of_layers(space.rotations, layers)))
 
         ours, theirs, _ = compared
@@ -209,11 +188,15 @@ class LayerComparison:
 
 def full_cache(run: ForwardPass) -> KVCache:
     """Keys before RoPE, with their bias, and values, of the layers that were kept."""
-    keys, bias = run.vectors["k"], run.model.key_bias()
-    if bias is not None:
-        keys = _with_bias(keys, bias if run.layers is None else bias[np.array(run.layers)])
-    return KVCache(keys, run.vectors["v"])
+    return KVCache(_with_bias(run.vectors["k"], run, run.layers), run.vectors["v"])
 
 
-def _with_bias(keys: Float[Array, "L B T K H"], bias: Float[Array, "L K H"]) -> Array:
-    return keys.astype(jnp.float32) + bias[:, None, None].astype(jnp.float32)
+def _with_bias(
+    keys: Float[Array, "L B T K H"], run: ForwardPass, layers: Sequence[int] | None
+) -> Array:
+    """Keys of these layers with their bias, float32; as they are where the model has none."""
+    bias = run.model.key_bias()
+    if bias is None:
+        return keys
+    own = bias if layers is None else bias[np.array(layers)]
+    return keys.astype(jnp.float32) + own[:, None, None].astype(jnp.float32)

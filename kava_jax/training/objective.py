@@ -169,7 +169,8 @@ class Objective:
         student = forward(self.student, own, batch, output=self.output, queries=True)
         for name, link in self.teachers.items():
             teacher = self._read(name, teachers[name], batch, queries=True)
-            compared = link.comparison(self._projector(params), student, teacher)
+            sides = link.comparison.sides(student, teacher)
+            compared = link.comparison.projected(self._projector(params), *sides)
             result[name] = (compared, student, teacher)
         return result
 
@@ -217,8 +218,7 @@ class Objective:
             # In the student's space these queries are its own. With a gradient they could lower the
             # loss where the keys should.
             queries = jax.lax.stop_gradient(read.queries)
-            keys = (read.student.k, read.target.k)
-            attention = attention_kl(queries, *keys, read.masks, mask, read.mask_of, read.cap)
+            attention = attention_kl(read._replace(queries=queries), mask)
             kv = kv + attention
             metrics["attention_kl"] = masked_mean(attention, mask)
         # Each teacher's mean is over its own targets.
@@ -246,7 +246,6 @@ class Objective:
         if handed_B is not None:
             assert self.handoff is not None
             of_mean *= jnp.where(handed_B, self.handoff.weight(step), 1.0)[:, None]
-
         weights_BUK = of_mean[..., None] * weights_K.reshape(1, 1, -1)
         total, losses_BUK = self._predicted(student, teachers, batch, weights_BUK)
         names = ["ce", *(f"{name}/kl" for name in teachers)]

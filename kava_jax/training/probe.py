@@ -63,8 +63,7 @@ def examine(
         comparison, direction = objective.teachers[name].comparison, objective.direction
         if comparison.can_attend(direction):
             read = comparison.attended(compared, direction, student, teacher)
-            sides, rest = (read.queries, read.student, read.target), (read.mask_of, read.cap)
-            attention[name] = attention_output_cosine(*sides, read.masks, batch.kv_mask, *rest)
+            attention[name] = attention_output_cosine(read, batch.kv_mask)
     return Examination(samples, aligned, attention)
 
 

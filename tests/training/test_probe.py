@@ -26,8 +26,9 @@ from tests.training.small import STUDENT, Setting, batch, setting
 
 CLOSE = TOL["float32"]
 SIDE_BY_SIDE = LayerMap((0, 2), ((0, 1), (1, 2)))
-ZEROS = TokenSample(jnp.zeros((1, 4, 1, 2)), jnp.zeros((1, 4, 1, 2)), jnp.ones(4, bool))
-FIGURES = {*jax.eval_shape(diagnose, ZEROS), "cos_sim", "cos_shuffled"}
+ZEROS = jnp.zeros((1, 4, 1, 2))
+SAMPLE = TokenSample(ZEROS, ZEROS, jnp.ones(4, bool), ZEROS)
+FIGURES = {*jax.eval_shape(diagnose, SAMPLE), "cos_sim", "cos_shuffled"}
 # Two microbatches of 16 rows, of which 8 are looked at.
 BATCH = batch(0, 32)
 RISING, FALLING = (optax.linear_schedule(*ends, 10) for ends in ((0.0, 1.0), (1.0, 0.0)))
