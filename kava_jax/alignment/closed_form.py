@@ -6,6 +6,8 @@ of another, by the share of the variance they explain. All in float64 on the hos
 Left out on purpose: collecting the moments (``grams``), and the projector the fit is put into.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 from jaxtyping import Float
 
@@ -14,7 +16,7 @@ from kava_jax.alignment.projector import Direction
 from kava_jax.errors import KavaError
 
 # Moments of the keys and of the values.
-GramsOfParts = tuple[Grams, Grams]
+GramsOfParts = Sequence[Grams]
 # Of the keys ("k") and the values ("v") one affine map per mapped layer, ``y = x @ kernel + bias``,
 # as a per-layer linear projector holds them: {"out": {"kernel": [P, I, O], "bias": [P, O]}}.
 Fitted = dict[str, dict[str, dict[str, np.ndarray]]]
@@ -26,14 +28,8 @@ def linear_cka(grams: Grams, p: int, layer: int) -> float:
     ``|Cts|^2 / (|Ctt| |Css|)`` in Frobenius norms of the centred second moments; blind to rotation
     and scale of either side; 0 where a side is constant. Kornblith et al. 2019, section 3.
     """
-    cross, teacher, student = (
-        np.linalg.norm(block)
-        for block in (
-            grams.cross_cov(p, (layer,)),
-            grams.teacher_cov((layer,)),
-            grams.student_cov(p),
-        )
-    )
+    blocks = grams.cross_cov(p, (layer,)), grams.teacher_cov((layer,)), grams.student_cov(p)
+    cross, teacher, student = map(np.linalg.norm, blocks)
     # This form needs moments of width E alone. Gram matrices of tokens would grow with the split.
     return float(cross**2 / (teacher * student)) if teacher * student > 0 else 0.0
 
@@ -190,11 +186,8 @@ def _moments(
     grams: Grams, p: int, layers: tuple[int, ...], direction: Direction
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, float]:
     """Cxx, Cxy, mean x, mean y and the summed variance of y, of a map from x to y."""
-    cross, teacher, student = (
-        grams.cross_cov(p, layers),
-        grams.teacher_cov(layers),
-        grams.student_cov(p),
-    )
+    cross = grams.cross_cov(p, layers)
+    teacher, student = grams.teacher_cov(layers), grams.student_cov(p)
     mean_t, mean_s = grams.teacher_mean(layers), grams.student_mean(p)
     if direction == "teacher_to_student":
         return teacher, cross, mean_t, mean_s, float(np.trace(student))

@@ -8,6 +8,7 @@ dropped at export). Choosing layers is the layer map's work, not the projector's
 import json
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -111,12 +112,8 @@ class KVDimensionProjector(nnx.Module):
 
     def _adapter(self, widths: tuple[int, int], layers: int | None, rngs: nnx.Rngs) -> nnx.Module:
         """One adapter; with ``layers`` its weights get a leading layer axis."""
-        kind, init = self.kind, self.init_method
         options = {"mlp_ratio": self.mlp_ratio, "dropout": self.dropout}
-
-        def build(rngs: nnx.Rngs) -> nnx.Module:
-            return Adapter(kind, widths, init, rngs, **options)
-
+        build = partial(Adapter, self.kind, widths, self.init_method, **options)
         if layers is None:
             return build(rngs)
         # A key per layer: with one key for all, every layer would start with the same weights.

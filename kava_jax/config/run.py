@@ -7,7 +7,7 @@ Below ``runs``, functions take plain values. Model geometry is read from each mo
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from kava_jax.config.distillation import LossConfig, ProjectorConfig
@@ -33,23 +33,21 @@ MAIN_SET = "held_out"
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
 
 
+def _known_place(written: str) -> str:
+    place(written, "run.dir")
+    return written
+
+
 class RunConfig(Section):
     """Where a run lives and what makes it repeatable."""
 
     name: Name = Field(default="run", description="name of the run; letters, digits and . _ -")
-    dir: str | None = Field(
+    dir: Annotated[str, AfterValidator(_known_place)] | None = Field(
         default=None, description="run directory or gs://bucket/folder; runs/<name> when null"
     )
     seed: int = Field(
         default=0, ge=0, description="seeds fresh weights, the order of rows, and dropout"
     )
-
-    @field_validator("dir")
-    @classmethod
-    def _known_place(cls, written: str | None) -> str | None:
-        if written is not None:
-            place(written, "run.dir")
-        return written
 
     @property
     def directory(self) -> Place:
