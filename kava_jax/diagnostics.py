@@ -65,13 +65,13 @@ def alignment(
 class TokenSample(NamedTuple):
     """Keys (or values) of n tokens in float32; where ``counted`` is False there is no token.
 
-    ``own`` are the student's vectors before a projector; None where ``student`` are those.
+    ``own`` are the student's vectors before any projector.
     """
 
     student: Float[Array, "P n K H"]
     target: Float[Array, "P n K H"]
     counted: Bool[Array, "n"]
-    own: Float[Array, "P n J D"] | None = None
+    own: Float[Array, "P n J D"]
 
 
 def sample_tokens(
@@ -109,7 +109,8 @@ def sample_tokens(
         # float32 after the gather: before it, the cast would copy the whole cache.
         return jnp.where(counted[None, :, None, None], x[:, row, column].astype(jnp.float32), 0.0)
 
-    return TokenSample(taken(student), taken(target), counted, None if own is None else taken(own))
+    own = student if own is None else own
+    return TokenSample(taken(student), taken(target), counted, taken(own))
 
 
 def _spread(entry: Int[Array, "n"], total: Int[Array, ""], size: int) -> Int[Array, "n"]:
@@ -122,13 +123,9 @@ def _spread(entry: Int[Array, "n"], total: Int[Array, ""], size: int) -> Int[Arr
 
 def join(samples: Sequence[TokenSample]) -> TokenSample:
     """Samples of several batches (at least one) as one sample."""
-    own = [sample.own for sample in samples if sample.own is not None]
-    return TokenSample(
-        jnp.concatenate([sample.student for sample in samples], axis=1),
-        jnp.concatenate([sample.target for sample in samples], axis=1),
-        jnp.concatenate([sample.counted for sample in samples]),
-        jnp.concatenate(own, axis=1) if own else None,
-    )
+    student, target, counted, own = zip(*samples, strict=True)
+    student, target, own = (jnp.concatenate(side, axis=1) for side in (student, target, own))
+    return TokenSample(student, target, jnp.concatenate(counted), own)
 
 
 def diagnose(sample: TokenSample) -> dict[str, Float[Array, "P"]]:
@@ -151,12 +148,11 @@ def diagnose(sample: TokenSample) -> dict[str, Float[Array, "P"]]:
 
     One layer is taken after the other: n x n matrices exist for one only.
     """
-    own = sample.student if sample.own is None else sample.own
 
     def one(layer: tuple[Array, Array, Array]) -> dict[str, Array]:
         return _diagnose_layer(*layer, sample.counted)
 
-    return jax.lax.map(one, (sample.student, sample.target, own))
+    return jax.lax.map(one, (sample.student, sample.target, sample.own))
 
 
 def _diagnose_layer(

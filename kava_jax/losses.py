@@ -108,55 +108,6 @@ def mse_values(s: Float[Array, "*B H"], t: Float[Array, "*B H"]) -> Float[Array,
     return jnp.mean((s - t) ** 2, axis=-1)
 
 
-def smooth_l1(
-    student: Float[Array, "*B H"],
-    target: Float[Array, "*C G"],
-    mask: Shaped[Array, "..."] | None = None,
-) -> Mean:
-    """Mean over vectors of the mean over the last axis of a square that turns into a line.
-
-    ``0.5 * d^2`` where ``d = |s - t| < 1``, else ``d - 0.5``. Masks and errors as ``mercator``.
-    """
-    s, t, keep = comparable(student, target, mask)
-    return masked_mean(smooth_l1_values(s, t), keep)
-
-
-def smooth_l1_values(s: Float[Array, "*B H"], t: Float[Array, "*B H"]) -> Float[Array, "*B"]:
-    """Mean over each vector's entries of the square that turns into a line at 1."""
-    # At its default delta of 1 the Huber loss is Smooth-L1. optax squares only min(|d|, 1), so a
-    # distance of 1e30 stays finite.
-    return jnp.mean(optax.losses.huber_loss(s, t), axis=-1)
-
-
-def hybrid(
-    student: Float[Array, "*B H"],
-    target: Float[Array, "*C G"],
-    mask: Shaped[Array, "..."] | None = None,
-    *,
-    mercator_weight: Scalar = 0.8,
-    mse_weight: Scalar = 0.2,
-    alpha: Scalar = 1.0,
-    beta: Scalar = 0.01,
-) -> Mean:
-    """``mercator_weight * mercator(alpha, beta) + mse_weight * mse``; masks, errors as there."""
-    # MSE has no mask of its own, so both sides are zeroed first.
-    s, t, keep = comparable(student, target, mask)
-    return masked_mean(hybrid_values(s, t, mercator_weight, mse_weight, alpha, beta), keep)
-
-
-def hybrid_values(
-    s: Float[Array, "*B H"],
-    t: Float[Array, "*B H"],
-    mercator_weight: Scalar = 0.8,
-    mse_weight: Scalar = 0.2,
-    alpha: Scalar = 1.0,
-    beta: Scalar = 0.01,
-) -> Float[Array, "*B"]:
-    """``mercator_weight * mercator_values(alpha, beta) + mse_weight * mse_values``."""
-    direction = mercator_values(s, t, alpha, beta)
-    return mercator_weight * direction + mse_weight * mse_values(s, t)
-
-
 def cross_entropy(
     logits: Float[Array, "*B V"],
     labels: Int[Array, "*B"],

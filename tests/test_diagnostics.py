@@ -34,9 +34,9 @@ def sample_of(
 ) -> TokenSample:
     """A sample [P, n, K, H], all of it counted unless told."""
     everything = np.ones(student.shape[1], bool)
-    return TokenSample(
-        *float32(student, target), jnp.asarray(everything if counted is None else counted)
-    )
+    counted = jnp.asarray(everything if counted is None else counted)
+    s, t = float32(student, target)
+    return TokenSample(s, t, counted, s)
 
 
 def cos64(a: np.ndarray, b: np.ndarray) -> float:

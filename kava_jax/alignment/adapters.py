@@ -5,7 +5,6 @@ float32. Factors of products are in the dtype of what is passed in; sums, biases
 the result are float32: what is compared may be a small rest of a large sum.
 """
 
-from functools import partial
 from typing import Literal
 
 import jax
@@ -15,8 +14,6 @@ from jaxtyping import Array, Float, Key
 
 InitMethod = Literal["xavier", "kaiming", "normal"]
 AdapterKind = Literal["elastic", "linear", "identity"]
-# Kinds whose result does not depend on the length of what comes in.
-NORM_FIRST: tuple[AdapterKind, ...] = ("elastic",)
 
 
 def initial_kernel(method: InitMethod, key: Key[Array, ""], shape: tuple[int, ...]) -> Array:
@@ -29,29 +26,28 @@ def initial_kernel(method: InitMethod, key: Key[Array, ""], shape: tuple[int, ..
     return init(key, shape, jnp.float32)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(spec: str, x: Float[Array, "..."], kernel: Float[Array, "..."]) -> Array:
-    """``einsum`` of factors in x's dtype, summed and given in float32.
+_MATMUL = "...i,io->...o"
+
+
+@jax.custom_vjp
+def _product(x: Float[Array, "*B I"], kernel: Float[Array, "I O"]) -> Float[Array, "*B O"]:
+    """``x @ kernel`` of factors in x's dtype, summed and given in float32.
 
     Its gradient is written out because JAX would widen the factors of those two products.
     """
-    return jnp.einsum(spec, x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
+    return jnp.einsum(_MATMUL, x, kernel.astype(x.dtype), preferred_element_type=jnp.float32)
 
 
-def _product_forward(spec: str, x: Array, kernel: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _product(spec, x, kernel), (x, kernel)
-
-
-def _product_backward(spec: str, saved: tuple[Array, Array], slope: Array) -> tuple[Array, ...]:
+def _product_backward(saved: tuple[Array, Array], slope: Array) -> tuple[Array, ...]:
     x, kernel = saved
     # The cast is part of what is differentiated: the kernel's gradient gets the kernel's dtype.
-    _, pull = jax.vjp(lambda x, kernel: jnp.einsum(spec, x, kernel.astype(x.dtype)), x, kernel)
+    _, pull = jax.vjp(lambda x, kernel: jnp.einsum(_MATMUL, x, kernel.astype(x.dtype)), x, kernel)
     # Both or neither. Nothing waits for the kernel's gradient, so XLA would put it off to the end
     # of the step and keep a slope of the whole cache's size until then.
     return jax.lax.optimization_barrier(pull(slope.astype(x.dtype)))
 
 
-_product.defvjp(_product_forward, _product_backward)
+_product.defvjp(lambda x, kernel: (_product(x, kernel), (x, kernel)), _product_backward)
 
 
 class Affine(nnx.Module):
@@ -67,7 +63,7 @@ class Affine(nnx.Module):
     def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
         """Apply; float32."""
         # The bias gets its axes by hand, because the tests forbid implicit rank promotion.
-        y: Array = _product("...i,io->...o", x, self.kernel[...])
+        y: Array = _product(x, self.kernel[...])
         return y + self.bias[...].reshape((1,) * (y.ndim - 1) + (-1,))
 
 

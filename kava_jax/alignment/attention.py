@@ -8,7 +8,7 @@ The caller stops the gradient of whatever is a constant (usually the target and 
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,106 +23,86 @@ from kava_jax.models.attend import capped
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
-def attention_kl(
-    q: Float[Array, "P B T N H"],
-    student_k: Float[Array, "P B S K H"],
-    target_k: Float[Array, "P B S K H"],
-    masks_BWTS: Bool[Array, "B W T S"],
-    counted_BT: Shaped[Array, "B T"],
-    of_layers: Sequence[int] | None = None,
-    cap: float | None = None,
-) -> Float[Array, "B T"]:
+class Attended(NamedTuple):
+    """Two caches and the queries that read both.
+
+    Query head n reads KV head ``n // (N // K)``, with weights ``softmax(q . k / sqrt(H))`` over the
+    keys that the layer's mask shows the token. Keys that no counted query sees, and queries that do
+    not count, may hold NaN.
+    """
+
+    queries: Float[Array, "P B T N H"]
+    student: KVCache
+    """Keys after RoPE and with biases, as the target's."""
+    target: KVCache
+    masks: Bool[Array, "B W T S"]
+    mask_of: Sequence[int] | None = None
+    """By layer, which of the masks; None: the first."""
+    cap: float | None = None
+    """The model's cap of scores."""
+
+
+def attention_kl(read: Attended, counted_BT: Shaped[Array, "B T"]) -> Float[Array, "B T"]:
     """``KL(target's attention || student's)`` of every query token: mean over layers and heads.
 
-    Each distribution is ``softmax(q . k / sqrt(H))`` over the keys that the layer's mask shows the
-    token; ``of_layers`` says which of the masks that is (None: the first), and ``cap`` is the
-    model's cap of scores.
-    Query head n reads KV head ``n // (N // K)``. 0 where ``counted_BT`` is 0 or nothing is visible.
-    Keys that no counted query sees, and queries that do not count, may hold NaN.
+    0 where ``counted_BT`` is 0 or nothing is visible.
 
     Raises:
         KavaError: N is not a multiple of K.
     """
-    _check_heads(q, student_k)
 
     def layer(mask: Array, q: Array, student_k: Array, target_k: Array) -> Array:
-        log_s, log_t = (_log_attention(q, k, mask, cap) for k in (student_k, target_k))
+        log_s, log_t = (_log_attention(q, k, mask, read.cap) for k in (student_k, target_k))
         return jnp.sum(jnp.exp(log_t) * (log_t - log_s), axis=-1).mean(axis=(1, 2))
 
-    student_k, target_k = (_seen(x, masks_BWTS, counted_BT) for x in (student_k, target_k))
-    masks = (masks_BWTS, of_layers)
-    divergence_PBT = _by_layer(layer, *masks, _counted(q, counted_BT), student_k, target_k)
+    divergence_PBT = _by_layer(layer, read, counted_BT, (read.student.k, read.target.k))
     return jnp.where(counted_BT != 0, divergence_PBT.mean(axis=0), 0.0)
 
 
-def attention_output_cosine(
-    q: Float[Array, "P B T N H"],
-    student: KVCache,
-    target: KVCache,
-    masks_BWTS: Bool[Array, "B W T S"],
-    counted_BT: Shaped[Array, "B T"],
-    of_layers: Sequence[int] | None = None,
-    cap: float | None = None,
-) -> Mean:
+def attention_output_cosine(read: Attended, counted_BT: Shaped[Array, "B T"]) -> Mean:
     """Cosine of what attention brings from each cache: mean over heads and counted tokens, [P].
 
-    ``softmax(q . k_s / sqrt(H)) v_s`` with ``softmax(q . k_t / sqrt(H)) v_t``, one vector per query
-    head. Heads, mask, NaNs and errors as ``attention_kl``; a query that sees nothing brings zeros,
-    cosine 0.
+    What a query head brings are its weights times the values; a query that sees nothing brings
+    zeros, cosine 0. Errors as ``attention_kl``.
     """
-    _check_heads(q, student.k)
 
-    def layer(mask: Array, q: Array, student_kv: KVCache, target_kv: KVCache) -> Mean:
-        brought = (_attend(q, kv, mask, cap) for kv in (student_kv, target_kv))
-        counted = (counted_BT != 0)[:, None, None, :]
-        return masked_mean(cosine(*brought), counted)
+    def layer(mask: Array, q: Array, student: KVCache, target: KVCache) -> Mean:
+        brought = (_attend(q, kv, mask, read.cap) for kv in (student, target))
+        return masked_mean(cosine(*brought), (counted_BT != 0)[:, None, None, :])
 
-    student, target = (
-        jax.tree.map(lambda x: _seen(x, masks_BWTS, counted_BT), side) for side in (student, target)
-    )
-    return _by_layer(layer, masks_BWTS, of_layers, _counted(q, counted_BT), student, target)
+    return _by_layer(layer, read, counted_BT, (read.student, read.target))
 
 
-def _check_heads(q: Float[Array, "P B T N H"], k: Float[Array, "P B S K H"]) -> None:
-    if q.shape[-2] % k.shape[-2]:
-        raise KavaError(
-            f"{q.shape[-2]} query heads do not share {k.shape[-2]} KV heads evenly; compare the "
-            "caches in the space of the model whose queries read them"
-        )
-
-
-def _by_layer(
-    of_layer: Callable[..., Any],
-    masks_BWTS: Bool[Array, "B W T S"],
-    of_layers: Sequence[int] | None,
-    *xs: Any,
-) -> Any:
+def _by_layer(of_layer: Callable[..., Any], read: Attended, counted_BT: Array, sides: Any) -> Any:
     """``of_layer`` over the leading axis, one after the other, recomputed in the backward pass.
 
-    It is given the layer's mask [B, 1, T, S] and its part of ``xs``.
+    It is given the layer's mask [B, 1, T, S], its queries, and its part of both ``sides``.
     """
-    own = jnp.array(of_layers) if of_layers is not None and any(of_layers) else None
+    heads, kv_heads = read.queries.shape[-2], read.student.k.shape[-2]
+    if heads % kv_heads:
+        raise KavaError(
+            f"{heads} query heads do not share {kv_heads} KV heads evenly; compare the caches in "
+            "the space of the model whose queries read them"
+        )
+    counted = counted_BT != 0
+    seen_BS = jnp.any(read.masks & counted[:, None, :, None], axis=(1, 2))
+
+    def zeroed(x: Array, keep: Array) -> Array:
+        return jnp.where(keep[None, :, :, None, None], x.astype(jnp.float32), 0.0)
+
+    # Queries that do not count would bring a NaN into the keys' gradient, and keys that no counted
+    # query sees into the queries'.
+    queries = zeroed(read.queries, counted)
+    sides = jax.tree.map(lambda x: zeroed(x, seen_BS), sides)
+    own = jnp.array(read.mask_of) if read.mask_of is not None and any(read.mask_of) else None
 
     def one(layer: Any) -> Any:
-        number, parts = layer
-        return of_layer(masks_BWTS[:, 0 if number is None else number, None], *parts)
+        number, q, parts = layer
+        return of_layer(read.masks[:, 0 if number is None else number, None], q, *parts)
 
     # Inside a loop XLA cannot merge the second computation with the first one, so the barriers that
     # ``prevent_cse`` adds would only cost time.
-    return jax.lax.map(jax.checkpoint(one, prevent_cse=False), (own, xs))
-
-
-def _counted(q: Float[Array, "P B T N H"], counted_BT: Array) -> Float[Array, "P B T N H"]:
-    """Queries in float32, zero where they do not count: a NaN would reach the keys' gradient."""
-    return jnp.where((counted_BT != 0)[None, :, :, None, None], q.astype(jnp.float32), 0.0)
-
-
-def _seen(
-    x: Float[Array, "P B S K H"], masks_BWTS: Bool[Array, "B W T S"], counted_BT: Array
-) -> Float[Array, "P B S K H"]:
-    """Keys or values in float32, zero where no counted query sees them, for the same reason."""
-    seen_BS = jnp.any(masks_BWTS & (counted_BT != 0)[:, None, :, None], axis=(1, 2))
-    return jnp.where(seen_BS[None, :, :, None, None], x.astype(jnp.float32), 0.0)
+    return jax.lax.map(jax.checkpoint(one, prevent_cse=False), (own, queries, sides))
 
 
 def _log_attention(

@@ -6,6 +6,8 @@ of another, by the share of the variance they explain. All in float64 on the hos
 Left out on purpose: collecting the moments (``grams``), and the projector the fit is put into.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 from jaxtyping import Float
 
@@ -13,6 +15,8 @@ from kava_jax.alignment.grams import Grams
 from kava_jax.alignment.projector import Direction
 from kava_jax.errors import KavaError
 
+# Moments of the keys and of the values.
+GramsOfParts = Sequence[Grams]
 # Of the keys ("k") and the values ("v") one affine map per mapped layer, ``y = x @ kernel + bias``,
 # as a per-layer linear projector holds them: {"out": {"kernel": [P, I, O], "bias": [P, O]}}.
 Fitted = dict[str, dict[str, dict[str, np.ndarray]]]
@@ -24,22 +28,16 @@ def linear_cka(grams: Grams, p: int, layer: int) -> float:
     ``|Cts|^2 / (|Ctt| |Css|)`` in Frobenius norms of the centred second moments; blind to rotation
     and scale of either side; 0 where a side is constant. Kornblith et al. 2019, section 3.
     """
-    cross, teacher, student = (
-        np.linalg.norm(block)
-        for block in (
-            grams.cross_cov(p, (layer,)),
-            grams.teacher_cov((layer,)),
-            grams.student_cov(p),
-        )
-    )
+    blocks = grams.cross_cov(p, (layer,)), grams.teacher_cov((layer,)), grams.student_cov(p)
+    cross, teacher, student = map(np.linalg.norm, blocks)
     # This form needs moments of width E alone. Gram matrices of tokens would grow with the split.
     return float(cross**2 / (teacher * student)) if teacher * student > 0 else 0.0
 
 
-def choose_by_cka(fit_k: Grams, fit_v: Grams, p: int, window: tuple[int, ...]) -> int:
+def choose_by_cka(fits: GramsOfParts, p: int, window: tuple[int, ...]) -> int:
     """The teacher layer of the window with the highest CKA, mean of keys' and values'."""
     # Of equals ``max`` takes the first, so ties always go to the earlier layer.
-    return max(window, key=lambda n: linear_cka(fit_k, p, n) + linear_cka(fit_v, p, n))
+    return max(window, key=lambda layer: sum(linear_cka(grams, p, layer) for grams in fits))
 
 
 def ridge(
@@ -100,21 +98,18 @@ def r_squared(
 
 
 def choose_layers(
-    fit_k: Grams,
-    fit_v: Grams,
+    fits: GramsOfParts,
+    devs: GramsOfParts,
     p: int,
     window: tuple[int, ...],
     count: int,
     strength: float | int,
     direction: Direction,
-    *,
-    dev_k: Grams,
-    dev_v: Grams,
 ) -> tuple[int, ...]:
     """The ``count`` teacher layers of the window that map best, ascending.
 
-    Maps are fitted on the ``fit`` split and scored by R^2 on the ``dev`` split, mean of keys' and
-    values'. Teacher to student: each round adds the layer that gives the highest score together
+    Maps are fitted on the moments ``fits`` and scored by R^2 on those of ``devs``, mean of keys'
+    and values'. Teacher to student: each round adds the layer that gives the highest score together
     with those already chosen. Student to teacher, where each layer is predicted by itself: the
     layers with the highest scores. Of equals the earlier.
 
@@ -130,7 +125,7 @@ def choose_layers(
         # On the split that is fitted, further inputs raise the score even where they are noise.
         return sum(
             r_squared(*_solve(fit, p, layers, direction, strength), dev, p, layers, direction)
-            for fit, dev in ((fit_k, dev_k), (fit_v, dev_v))
+            for fit, dev in zip(fits, devs, strict=True)
         )
 
     # Each teacher layer is an output of its own here, so another layer changes no score. ``sorted``
@@ -146,7 +141,7 @@ def choose_layers(
 
 
 def fit(
-    grams: tuple[Grams, Grams],
+    grams: GramsOfParts,
     rows: tuple[tuple[int, ...], ...],
     direction: Direction,
     strength: float | int,
@@ -191,11 +186,8 @@ def _moments(
     grams: Grams, p: int, layers: tuple[int, ...], direction: Direction
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, float]:
     """Cxx, Cxy, mean x, mean y and the summed variance of y, of a map from x to y."""
-    cross, teacher, student = (
-        grams.cross_cov(p, layers),
-        grams.teacher_cov(layers),
-        grams.student_cov(p),
-    )
+    cross = grams.cross_cov(p, layers)
+    teacher, student = grams.teacher_cov(layers), grams.student_cov(p)
     mean_t, mean_s = grams.teacher_mean(layers), grams.student_mean(p)
     if direction == "teacher_to_student":
         return teacher, cross, mean_t, mean_s, float(np.trace(student))

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
+from kava_jax.geometry import masked_mean
+
 Control = Literal["none", "shuffled", "constant", "random"]
 
 
@@ -39,7 +41,5 @@ def controlled(
 def _mean(x_LBTKH: Array, mask_BT: Array) -> Array:
     """Every token's vector replaced by the mean of those that count."""
     counted = mask_BT[None, :, :, None, None]
-    # Summed in float32: a long bfloat16 sum stops growing.
-    total = jnp.where(counted, x_LBTKH.astype(jnp.float32), 0.0).sum(axis=(1, 2), keepdims=True)
-    mean = total / jnp.maximum(mask_BT.sum(), 1)
+    mean = masked_mean(x_LBTKH, counted, (1, 2)).value[:, None, None]
     return jnp.broadcast_to(mean, x_LBTKH.shape).astype(x_LBTKH.dtype)

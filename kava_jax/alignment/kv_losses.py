@@ -6,20 +6,14 @@ vectors are compared is ``frame``; whatever is a constant is stopped by the call
 """
 
 from abc import abstractmethod
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Float
 from pydantic import BaseModel, ConfigDict, Field
 
-from kava_jax.losses import (
-    comparable,
-    hybrid_values,
-    mercator_values,
-    mse_values,
-    smooth_l1_values,
-    vector_mask,
-)
+from kava_jax.losses import comparable, mercator_values, mse_values, vector_mask
 
 Beta = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
@@ -29,15 +23,17 @@ class KVLoss(BaseModel):
 
     # A misspelt field of a config must be an error, not a default that nobody asked for.
     model_config = ConfigDict(frozen=True, extra="forbid")
+    formula: ClassVar[str]
+    """In words, with a place for every field's value."""
 
     @abstractmethod
     def vectors(self, student: Array, target: Array, mask_BT: Array) -> Float[Array, "P B T K"]:
         """The loss of every pair of vectors; what the mask leaves out may be anything finite."""
 
     @property
-    @abstractmethod
     def words(self) -> str:
-        """The formula, as ``kava explain`` writes it."""
+        """The formula with its numbers, as ``kava explain`` writes it."""
+        return self.formula.format(**self.model_dump())
 
     def __call__(
         self,
@@ -48,8 +44,7 @@ class KVLoss(BaseModel):
         """The loss of every token, float32: the mean over layers P and heads K.
 
         Inputs may be of any float dtype. The result is 0, without a gradient, where the mask is 0,
-        even if NaN is found there: ``masked_mean(result, mask)`` is the loss of that name in
-        ``losses``.
+        even if NaN is found there: ``masked_mean(result, mask)`` is the mean loss of a vector.
 
         Raises:
             KavaError: the shapes differ, or the mask does not fit them.
@@ -62,6 +57,7 @@ class KVLoss(BaseModel):
 class Mercator(KVLoss):
     """``1 - cosine + beta * log(length ratio)^2``: the direction, and a little of the length."""
 
+    formula = "Mercator: 1 - cosine + {beta:g} x (difference of log lengths)^2"
     kind: Literal["mercator"] = "mercator"
     beta: Beta = Field(default=0.01, description="weight of the squared difference of log lengths")
 
@@ -70,15 +66,11 @@ class Mercator(KVLoss):
         keep = vector_mask(student, target, mask_BT)
         return mercator_values(student, target, 1.0, self.beta, keep=keep)
 
-    @property
-    def words(self) -> str:
-        """The formula with its numbers."""
-        return f"Mercator: 1 - cosine + {self.beta:g} x (difference of log lengths)^2"
-
 
 class MSE(KVLoss):
     """The mean squared difference."""
 
+    formula = "MSE: the mean squared difference"
     kind: Literal["mse"] = "mse"
 
     def vectors(self, student: Array, target: Array, mask_BT: Array) -> Float[Array, "P B T K"]:
@@ -86,43 +78,32 @@ class MSE(KVLoss):
         s, t, _ = comparable(student, target, mask_BT)
         return mse_values(s, t)
 
-    @property
-    def words(self) -> str:
-        """The formula in words."""
-        return "MSE: the mean squared difference"
-
 
 class SmoothL1(KVLoss):
     """Half the squared difference up to 1, linear beyond."""
 
+    formula = "Smooth-L1: squared up to 1, linear beyond"
     kind: Literal["smooth_l1"] = "smooth_l1"
 
     def vectors(self, student: Array, target: Array, mask_BT: Array) -> Float[Array, "P B T K"]:
         """Of vectors whose uncounted entries are zeros."""
         s, t, _ = comparable(student, target, mask_BT)
-        return smooth_l1_values(s, t)
-
-    @property
-    def words(self) -> str:
-        """The formula in words."""
-        return "Smooth-L1: squared up to 1, linear beyond"
+        # At its default delta of 1 the Huber loss is Smooth-L1. optax squares only min(|d|, 1), so
+        # a distance of 1e30 stays finite.
+        return jnp.mean(optax.losses.huber_loss(s, t), axis=-1)
 
 
 class Hybrid(KVLoss):
     """``0.8 * Mercator + 0.2 * MSE``, the original method's weights."""
 
+    formula = "Hybrid: 0.8 x Mercator (beta {beta:g}) + 0.2 x MSE"
     kind: Literal["hybrid"] = "hybrid"
     beta: Beta = Field(default=0.01, description="as Mercator's")
 
     def vectors(self, student: Array, target: Array, mask_BT: Array) -> Float[Array, "P B T K"]:
         """Of vectors whose uncounted entries are zeros."""
         s, t, _ = comparable(student, target, mask_BT)
-        return hybrid_values(s, t, beta=self.beta)
-
-    @property
-    def words(self) -> str:
-        """The formula with its numbers."""
-        return f"Hybrid: 0.8 x Mercator (beta {self.beta:g}) + 0.2 x MSE"
+        return 0.8 * mercator_values(s, t, 1.0, self.beta) + 0.2 * mse_values(s, t)
 
 
 # The table: ``loss.kv`` of a config is one of these.

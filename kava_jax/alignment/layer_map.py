@@ -5,7 +5,7 @@ Maps are made from a name or from a written list by ``make_layer_map``; the two 
 is chosen or fitted by measurement (``calibrate``), and what bridges the widths (``projector``).
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from reprlib import repr as shortened
@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
+from pydantic import ConfigDict, StrictInt, TypeAdapter, ValidationError
 
 from kava_jax.errors import KavaError
 
@@ -39,8 +40,11 @@ class LayerMap:
     Raises KavaError, naming every wrong row, for anything else: maps are read from files too.
     """
 
-    student_layers: tuple[int, ...]
-    teacher_layers: tuple[tuple[int, ...], ...]
+    # For pydantic, which reads maps from files: a misspelt key must not pass.
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    student_layers: tuple[StrictInt, ...]
+    teacher_layers: tuple[tuple[StrictInt, ...], ...]
 
     def __post_init__(self) -> None:
         """Refuse what the class does not describe."""
@@ -112,10 +116,7 @@ class LayerMap:
 
     def as_dict(self) -> dict[str, Any]:
         """The map as plain data for a JSON file; ``from_dict`` reads it back."""
-        return {
-            "student_layers": list(self.student_layers),
-            "teacher_layers": [list(row) for row in self.teacher_layers],
-        }
+        return _PLAIN.dump_python(self, mode="json")
 
     @classmethod
     def from_dict(cls, raw: Any, where: str) -> "LayerMap":
@@ -123,19 +124,20 @@ class LayerMap:
 
         Raises KavaError, naming ``where`` (a file, or a field of one), for anything else.
         """
-        keys = ("student_layers", "teacher_layers")
-        if not isinstance(raw, dict) or set(raw) != set(keys):
-            found = sorted(map(str, raw)) if isinstance(raw, dict) else raw
-            raise KavaError(
-                f"{where}: a layer map has the keys {', '.join(keys)}, found {shortened(found)}; "
-                f"make it again with `kava calibrate CONFIG`"
-            )
         try:
-            return cls(
-                *(_read(raw[key], key, levels) for key, levels in zip(keys, (1, 2), strict=True))
-            )
+            return _PLAIN.validate_python(raw)
+        except ValidationError as error:
+            first = error.errors()[0]
+            field = ".".join(map(str, ("layer map", *first["loc"])))
+            raise KavaError(
+                f"{where}: {field}={shortened(first['input'])} is not valid: {first['msg']}; make "
+                f"it again with `kava calibrate CONFIG`"
+            ) from None
         except KavaError as error:
             raise KavaError(f"{where}: {error}") from None
+
+
+_PLAIN = TypeAdapter(LayerMap)
 
 
 def make_layer_map(
@@ -162,22 +164,34 @@ def make_layer_map(
         raise KavaError(
             f"{field}={setting!r} needs a calibration; `kava calibrate CONFIG` makes it"
         )
-    if setting in ORIGIN_MAPS:
-        if origins is None:
+    layers = _by_rule(setting, teacher_layers, student_layers, origins, field)
+    return LayerMap(tuple(range(len(layers))), tuple((layer,) for layer in layers))
+
+
+def _by_rule(
+    rule: str, teacher_layers: int, student_layers: int, origins: Sequence[int] | None, field: str
+) -> Sequence[int]:
+    """The teacher layer of each student layer."""
+    if rule == "ratio":
+        return [_nearest(teacher_layers, student_layers, s) for s in range(student_layers)]
+    if rule == "last":
+        if teacher_layers < student_layers:
             raise KavaError(
-                f"{field}={setting!r}: it is not known which of the teacher's layers the student "
-                f"was cut from; use 'ratio' or a list of pairs"
+                f"{field}='last': a teacher of {teacher_layers} layers has no last "
+                f"{student_layers} for the student; use 'ratio'"
             )
-        # The output of a layer that is left should be what the missing layers after it would make.
-        straddled = (*(layer - 1 for layer in origins[1:]), teacher_layers - 1)
-        return _one_each(straddled if setting == "straddle" else origins)
-    if setting not in _MAKERS:
+        return range(teacher_layers - student_layers, teacher_layers)
+    if rule not in ORIGIN_MAPS:
         known = ", ".join(map(repr, (*NAMED_MAPS, *CALIBRATED_MAPS)))
-        raise KavaError(f"{field}={setting!r} is unknown; use {known} or a list of pairs")
-    try:
-        return _MAKERS[setting](teacher_layers, student_layers)
-    except KavaError as error:
-        raise KavaError(f"{field}={setting!r}: {error}") from None
+        raise KavaError(f"{field}={rule!r} is unknown; use {known} or a list of pairs")
+    if origins is None:
+        raise KavaError(
+            f"{field}={rule!r}: it is not known which of the teacher's layers the student was cut "
+            f"from; use 'ratio' or a list of pairs"
+        )
+    # The output of a layer that is left should be what the missing layers after it would make.
+    straddled = (*(layer - 1 for layer in origins[1:]), teacher_layers - 1)
+    return straddled if rule == "straddle" else origins
 
 
 def window(teacher_layers: int, student_layers: int, width: int = 8) -> tuple[tuple[int, ...], ...]:
@@ -196,49 +210,17 @@ def window(teacher_layers: int, student_layers: int, width: int = 8) -> tuple[tu
     return tuple(tuple(range(start, start + width)) for start in inside)
 
 
-def _depth(teacher_layers: int, student_layers: int, student: int) -> Fraction:
-    """The student layer's relative depth, in teacher layers: ``s * (Lt - 1) / (Ls - 1)``.
+def _nearest(teacher_layers: int, student_layers: int, student: int) -> int:
+    """The teacher layer at the student layer's relative depth, halves rounded up.
 
-    First meets first and last meets last; a student of one layer meets the teacher's last.
+    ``s * (Lt - 1) / (Ls - 1)``: first meets first and last meets last. A student of one layer meets
+    the teacher's last.
     """
     if student_layers == 1:
-        return Fraction(teacher_layers - 1)
+        return teacher_layers - 1
     # Fractions are exact. A float could fall on either side of one half, and the map with it.
-    return Fraction(student * (teacher_layers - 1), student_layers - 1)
-
-
-def _nearest(teacher_layers: int, student_layers: int, student: int) -> int:
-    """The teacher layer nearest to that depth, halves rounded up."""
     # Python's round() sends halves to the even neighbour.
-    return (2 * _depth(teacher_layers, student_layers, student) + 1) // 2
-
-
-def _ratio(teacher_layers: int, student_layers: int) -> LayerMap:
-    """The nearest layer at the same relative depth."""
-    return _one_each(_nearest(teacher_layers, student_layers, s) for s in range(student_layers))
-
-
-def _last(teacher_layers: int, student_layers: int) -> LayerMap:
-    """The teacher's last layers: ``Lt - Ls + s``."""
-    if teacher_layers < student_layers:
-        raise KavaError(
-            f"a teacher of {teacher_layers} layers has no last {student_layers} for the student; "
-            f"use 'ratio'"
-        )
-    return _one_each(range(teacher_layers - student_layers, teacher_layers))
-
-
-# Makers of maps between a teacher and a student of given depths, by the name they have in a config.
-_MAKERS: dict[str, Callable[[int, int], LayerMap]] = {
-    "ratio": _ratio,
-    "last": _last,
-}
-
-
-def _one_each(layers: Iterable[int]) -> LayerMap:
-    """One teacher layer for each student layer from the first."""
-    rows = tuple((layer,) for layer in layers)
-    return LayerMap(tuple(range(len(rows))), rows)
+    return (2 * Fraction(student * (teacher_layers - 1), student_layers - 1) + 1) // 2
 
 
 def _from_pairs(
@@ -295,16 +277,3 @@ def _problem_of_layers(
         return f"student_layers={list(students)} do not increase; put the rows in student order"
     negative = sorted({n for row in (students, *teachers) for n in row if n < 0})
     return f"layers {negative} are negative; count layers from 0" if negative else None
-
-
-def _read(raw: Any, name: str, levels: int) -> Any:
-    """Nested lists of whole numbers from JSON as tuples."""
-    if levels > 0 and isinstance(raw, list):
-        return tuple(_read(item, name, levels - 1) for item in raw)
-    # A JSON true is an int to Python.
-    if levels > 0 or not isinstance(raw, int) or isinstance(raw, bool) or abs(raw) > 2**31:
-        kind = "a list" if levels > 0 else "a whole number"
-        raise KavaError(
-            f"layer map: {name} holds {shortened(raw)}, which is not {kind}; correct it"
-        )
-    return raw

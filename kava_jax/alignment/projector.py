@@ -8,6 +8,7 @@ dropped at export). Choosing layers is the layer map's work, not the projector's
 import json
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,12 +16,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, Key
 
-from kava_jax.alignment.adapters import NORM_FIRST, Adapter, AdapterKind, InitMethod
+from kava_jax.alignment.adapters import Adapter, AdapterKind, InitMethod
 from kava_jax.errors import KavaError
 
 Direction = Literal["teacher_to_student", "student_to_teacher"]
+# Arguments of the constructor that are kept as they come.
+_KEPT = ("mlp_ratio", "dropout", "init_method", "trainable", "kind", "direction", "per_layer")
 
 
 def forgets_length(kind: AdapterKind, direction: Direction) -> bool:
@@ -29,7 +33,7 @@ def forgets_length(kind: AdapterKind, direction: Direction) -> bool:
     How long they come out is then the projector's doing alone, so a loss of lengths cannot teach
     the student anything.
     """
-    return kind in NORM_FIRST and direction == "student_to_teacher"
+    return kind == "elastic" and direction == "student_to_teacher"
 
 
 class KVDimensionProjector(nnx.Module):
@@ -108,21 +112,12 @@ class KVDimensionProjector(nnx.Module):
 
     def _adapter(self, widths: tuple[int, int], layers: int | None, rngs: nnx.Rngs) -> nnx.Module:
         """One adapter; with ``layers`` its weights get a leading layer axis."""
-        kind, init = self.kind, self.init_method
         options = {"mlp_ratio": self.mlp_ratio, "dropout": self.dropout}
-
-        def build(rngs: nnx.Rngs) -> nnx.Module:
-            return Adapter(kind, widths, init, rngs, **options)
-
+        build = partial(Adapter, self.kind, widths, self.init_method, **options)
         if layers is None:
             return build(rngs)
         # A key per layer: with one key for all, every layer would start with the same weights.
         return nnx.vmap(build, in_axes=0, out_axes=0)(rngs.split(layers))
-
-    @property
-    def forgets_length(self) -> bool:
-        """``forgets_length`` of this projector."""
-        return forgets_length(self.kind, self.direction)
 
     def project_teacher_kv(
         self,
@@ -199,18 +194,17 @@ class KVDimensionProjector(nnx.Module):
 
     def count_parameters(self) -> int:
         """Number of weights, all teachers together."""
-        return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(self, nnx.Param)))
+        return sum(leaf.size for leaf in self._weights().values())
 
     def save(self, path: str | Path) -> None:
         """Write weights and shape to one safetensors file."""
         from safetensors.numpy import save_file
 
-        state = nnx.to_pure_dict(nnx.state(self, nnx.Param))
         # safetensors writes memory as it lies: in another order it would be read back scrambled.
         tensors = {
             # Names are built from paths and never parsed, so a teacher's name may hold a slash.
-            "/".join(str(part.key) for part in where): np.ascontiguousarray(jax.device_get(leaf))
-            for where, leaf in jax.tree_util.tree_flatten_with_path(state)[0]
+            "/".join(path): np.ascontiguousarray(jax.device_get(leaf))
+            for path, leaf in self._weights().items()
         }
         # Metadata of safetensors can hold strings only, so the arguments go there as JSON.
         save_file(tensors, str(path), metadata={"kava_jax.projector": json.dumps(self.arguments())})
@@ -225,10 +219,10 @@ class KVDimensionProjector(nnx.Module):
                 arguments = json.loads(file.metadata()["kava_jax.projector"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no mapping)
             projector = cls(**arguments)
-            state = nnx.to_pure_dict(nnx.state(projector, nnx.Param))
-            filled = jax.tree_util.tree_map_with_path(
-                lambda where, leaf: _taken(tensors, where, leaf.shape), state
-            )
+            filled = {
+                path: _taken(tensors, "/".join(path), leaf.shape)
+                for path, leaf in projector._weights().items()
+            }
         # Metadata that is missing is None (a TypeError). Broken JSON and other shapes are
         # ValueErrors.
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
@@ -236,8 +230,12 @@ class KVDimensionProjector(nnx.Module):
                 f"projector={str(path)!r} is not a projector file ({error}); give one that "
                 f"KVDimensionProjector.save wrote"
             ) from None
-        nnx.update(projector, filled)
+        nnx.update(projector, unflatten_dict(filled))
         return projector
+
+    def _weights(self) -> Any:
+        """Every weight by its path."""
+        return flatten_dict(nnx.to_pure_dict(nnx.state(self, nnx.Param)))
 
     def arguments(self) -> dict[str, Any]:
         """The constructor's arguments, as JSON can hold them."""
@@ -249,20 +247,13 @@ class KVDimensionProjector(nnx.Module):
             },
             "student_d_model": math.prod(self.student),
             "student_heads": self.student[0],
-            "mlp_ratio": self.mlp_ratio,
-            "dropout": self.dropout,
-            "init_method": self.init_method,
-            "trainable": self.trainable,
-            "kind": self.kind,
-            "direction": self.direction,
-            "per_layer": self.per_layer,
+            **{name: getattr(self, name) for name in _KEPT},
             "parts": list(self.parts),
         }
 
 
-def _taken(tensors: Mapping[str, Any], where: tuple[Any, ...], shape: tuple[int, ...]) -> Array:
-    """The tensor of a parameter's path; ValueError when it has another shape."""
-    name = "/".join(str(part.key) for part in where)
+def _taken(tensors: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> Array:
+    """The tensor of that name; ValueError when it has another shape."""
     if tensors[name].shape != shape:
         raise ValueError(f"{name} has shape {tensors[name].shape} instead of {shape}")
     return jnp.asarray(tensors[name])

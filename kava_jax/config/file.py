@@ -56,7 +56,7 @@ WENT = {
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML with numbers like ``1e-3``, no repeated keys, and no sixties: 10:15 is text."""
+    """Safe YAML with numbers like ``1e-3`` and no repeated keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Build a dict; a key given twice is refused, and so is one that is no text."""
@@ -75,18 +75,6 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_INT = "tag:yaml.org,2002:int"
-# YAML 1.1 reads 10:15 as a number to the base of 60. Its integers are taken out and added again
-# without those, in a table of this loader's own: SafeLoader's is shared by all of its users.
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != _INT]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    _INT,
-    re.compile(r"^[-+]?(0|[1-9][0-9_]*|0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]+)$"),
-    list("-+0123456789"),
-)
 # YAML 1.1 wants a dot in a float, and a sign in its exponent.
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
@@ -183,35 +171,27 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     node: Any = raw
     *parents, last = parts = key.split(".")
     for position, part in enumerate(parents, start=1):
+        slot = _slot(node, part, override)
         # ``loss.kv: mse`` is short for a mapping, which must be there before a field of it is set.
-        short = isinstance(node, dict) and isinstance(node.get(part), str)
+        short = isinstance(node[slot], str)
         if short and (model := _model_at(parts[:position])) and _kind(model):
-            node[part] = {"kind": node[part]}
-        node = _step_into(node, part, [] if parts[position].isdigit() else {}, override)
-    _assign(node, last, value, override)
+            node[slot] = {"kind": node[slot]}
+        if node[slot] is None:
+            node[slot] = [] if parts[position].isdigit() else {}
+        node = node[slot]
+    node[_slot(node, last, override)] = value
 
 
-def _step_into(node: Any, part: str, fresh: Any, override: str) -> Any:
-    """The child ``part`` of ``node``, made when absent or null."""
+def _slot(node: Any, part: str, override: str) -> str | int:
+    """The key or the index that ``part`` stands for; null is put there where nothing is yet."""
     if isinstance(node, dict):
-        if node.get(part) is None:
-            node[part] = fresh
-        return node[part]
+        node.setdefault(part, None)
+        return part
     if isinstance(node, list) and part.isdigit() and int(part) <= len(node):
         if int(part) == len(node):
-            node.append(fresh)
-        return node[int(part)]
-    raise KavaError(f"override={override!r}: there is no field to reach at {part!r}; check the key")
-
-
-def _assign(node: Any, last: str, value: Any, override: str) -> None:
-    if isinstance(node, dict):
-        node[last] = value
-    elif isinstance(node, list) and last.isdigit() and int(last) <= len(node):
-        # A slice, because it also appends where the index is one past the end.
-        node[int(last) : int(last) + 1] = [value]
-    else:
-        raise KavaError(f"override={override!r}: there is no field {last!r} to set; check the key")
+            node.append(None)
+        return int(part)
+    raise KavaError(f"override={override!r}: there is no field {part!r} to set; check the key")
 
 
 def _problem(raw: Any, error: dict[str, Any]) -> str:
@@ -260,16 +240,14 @@ def _model_at(location: Sequence[int | str]) -> type[BaseModel] | None:
     Of a section that may be of several kinds, the one that pydantic's location goes on to name, or
     the first.
     """
-    model: type[BaseModel] | None = Config
-    kinds: list[type[BaseModel]] = []
+    sections: list[type[BaseModel]] = [Config]
     for part in map(str, location):
-        named = [kind for kind in kinds if _kind(kind) == part]
+        named = [section for section in sections if _kind(section) == part]
         if named:
-            model = named[0]
-        elif model is not None and not part.isdigit() and part in model.model_fields:
-            kinds = _sections_in(model.model_fields[part].annotation)
-            model = kinds[0] if kinds else None
-    return model
+            sections = named
+        elif sections and not part.isdigit() and part in sections[0].model_fields:
+            sections = _sections_in(sections[0].model_fields[part].annotation)
+    return sections[0] if sections else None
 
 
 def _kind(model: type[BaseModel]) -> Any:

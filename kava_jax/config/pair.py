@@ -17,7 +17,6 @@ class TeacherConfig(Section):
 
     name: str = Field(
         default="teacher",
-        min_length=1,
         pattern=r"^[A-Za-z0-9_-]+$",
         description="name in metrics and tables; letters, digits and _ -",
     )

@@ -62,13 +62,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 # Of ``healed`` where the cut merges KV heads: the teacher's are merged alike.
-MERGED = {
-    "kind": "linear",
-    "per_layer": True,
-    "direction": "teacher_to_student",
-    "init": "merged",
-    "training": "frozen",
-}
+MERGED = RECIPES["calibrated"]["projector"] | {"init": "merged"}
 
 
 def apply_recipe(raw: Mapping[str, Any]) -> dict[str, Any]:
@@ -93,13 +87,9 @@ def recipe_of(raw: Mapping[str, Any]) -> dict[str, Any]:
     """What the recipe of a raw config sets, by section; nothing where it names no recipe."""
     name = raw.get("recipe", "anchored")
     recipe = RECIPES.get(name, {}) if isinstance(name, str) else {}
-    merges = name == "healed" and _compares_merged_heads(raw)
-    return recipe | {"projector": MERGED} if merges else recipe
-
-
-def _compares_merged_heads(raw: Mapping[str, Any]) -> bool:
-    heads, match = _field(raw, "student", "cut", "kv_heads"), _field(raw, "loss", "match")
-    return heads is not None and match in (None, "cache", "attention")
+    compares_caches = _field(raw, "loss", "match") in (None, "cache", "attention")
+    merges = name == "healed" and _field(raw, "student", "cut", "kv_heads") is not None
+    return recipe | {"projector": MERGED} if merges and compares_caches else recipe
 
 
 def _field(raw: Any, *names: str) -> Any:

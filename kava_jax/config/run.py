@@ -7,7 +7,7 @@ Below ``runs``, functions take plain values. Model geometry is read from each mo
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, field_validator, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from kava_jax.config.distillation import LossConfig, ProjectorConfig
@@ -29,32 +29,25 @@ from kava_jax.storage import Place, place
 
 # The name of the run's own held-out rows among ``eval.sets``.
 MAIN_SET = "held_out"
-# No slash, which separates a set's name from the figure in ``metrics.jsonl``.
-SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
+# No slash, which separates folders, and a set's name from the figure in ``metrics.jsonl``.
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$")]
+
+
+def _known_place(written: str) -> str:
+    place(written, "run.dir")
+    return written
 
 
 class RunConfig(Section):
     """Where a run lives and what makes it repeatable."""
 
-    name: str = Field(
-        default="run",
-        min_length=1,
-        pattern=r"^[A-Za-z0-9._-]+$",
-        description="name of the run; letters, digits and . _ -",
-    )
-    dir: str | None = Field(
+    name: Name = Field(default="run", description="name of the run; letters, digits and . _ -")
+    dir: Annotated[str, AfterValidator(_known_place)] | None = Field(
         default=None, description="run directory or gs://bucket/folder; runs/<name> when null"
     )
     seed: int = Field(
         default=0, ge=0, description="seeds fresh weights, the order of rows, and dropout"
     )
-
-    @field_validator("dir")
-    @classmethod
-    def _known_place(cls, written: str | None) -> str | None:
-        if written is not None:
-            place(written, "run.dir")
-        return written
 
     @property
     def directory(self) -> Place:
@@ -221,7 +214,7 @@ class EvalConfig(Section):
         default=256, ge=0, description="longest answer in tokens; 0: no answers, no exact match"
     )
     batch_size: Positive = Field(default=64, description="questions that are answered at once")
-    sets: dict[SetName, EvalSet] = Field(
+    sets: dict[Name, EvalSet] = Field(
         default={}, description="by name: a test split, an old task, ..., measured at the end"
     )
 

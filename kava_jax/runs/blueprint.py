@@ -42,7 +42,7 @@ from kava_jax.runs.find_models import Models
 from kava_jax.runs.layer_maps import handoff_map, layer_map_of
 from kava_jax.runs.parts import Part, TeacherPart, place_slices
 from kava_jax.runs.projectors import handoff_of, projector_of
-from kava_jax.training.comparison import CacheComparison, OutputComparison
+from kava_jax.training.comparison import LayerComparison
 from kava_jax.training.objective import Objective, Statistics, TeacherLink
 from kava_jax.training.step import (
     TrainState,
@@ -280,10 +280,8 @@ def _teacher(
     if layer_map is None or teacher.layer_map not in CALIBRATED_MAPS:
         layer_map, _, map_note = layer_map_of(index, teacher, models)
     loss = config.loss
-    comparison = (
-        CacheComparison(teacher.name, layer_map, loss.key_space, loss.remove_key_bias)
-        if loss.output is None
-        else OutputComparison(teacher.name, layer_map)
+    comparison = LayerComparison(
+        teacher.name, layer_map, loss.key_space, loss.remove_key_bias, loss.output
     )
     # Logits need every layer and the head; what is read only the layers up to the last mapped.
     reads = [comparison.cut()]
@@ -291,7 +289,7 @@ def _teacher(
     if handoff is not None:
         headless = headless and handoff.reader == "teacher"
         reads.append(
-            CacheComparison(teacher.name, handoff_map(handoff, teacher.name, models)).cut()
+            LayerComparison(teacher.name, handoff_map(handoff, teacher.name, models)).cut()
         )
     blocks, tail = max(reads) if headless else (spec.num_layers, False)
     dtype = _dtype(config.train.dtype)
@@ -327,8 +325,7 @@ def _check_frame(config: Config, student: DecoderSpec, teachers: Mapping[str, Te
         return
     direction = config.projector.direction
     for name, part in teachers.items():
-        comparison = part.link.comparison
-        if isinstance(comparison, CacheComparison) and not comparison.can_attend(direction):
+        if not part.link.comparison.can_attend(direction):
             raise KavaError(
                 f"loss.match=attention: the target of teacher {name} joins or mixes several "
                 f"layers, so it has no queries of its own; give one teacher layer per student "

@@ -187,27 +187,16 @@ Splits = Mapping[str, Mapping[str, Grams]]
 def _layer_map(config: Config, index: int, candidates: Candidates, grams: Splits) -> LayerMap:
     """The map that is asked for: chosen by CKA or by fit, or as it was given."""
     setting = config.teachers[index].layer_map
-    (fit_k, fit_v), (dev_k, dev_v) = (
-        [grams[split][part] for part in PARTS] for split in ("fit", "dev")
-    )
+    fits, devs = ((grams[split]["k"], grams[split]["v"]) for split in ("fit", "dev"))
 
     def choose(p: int, row: tuple[int, ...]) -> tuple[int, ...]:
         if setting == "cka":
-            return (choose_by_cka(fit_k, fit_v, p, row),)
+            return (choose_by_cka(fits, p, row),)
         if setting != "calibrated":
             return row
-        return choose_layers(
-            fit_k,
-            fit_v,
-            p,
-            row,
-            # A shallow teacher has fewer layers than that to choose from.
-            min(LAYERS, len(row)),
-            RIDGE,
-            config.projector.direction,
-            dev_k=dev_k,
-            dev_v=dev_v,
-        )
+        # A shallow teacher has fewer layers than that to choose from.
+        count, direction = min(LAYERS, len(row)), config.projector.direction
+        return choose_layers(fits, devs, p, row, count, RIDGE, direction)
 
     rows = tuple(choose(p, row) for p, row in enumerate(candidates.windows))
     return LayerMap(candidates.student_layers, rows)

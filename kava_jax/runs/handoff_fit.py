@@ -19,7 +19,7 @@ from kava_jax.models.decoder import Params
 from kava_jax.runs.calibrate import RIDGE, batches_of, measured_rows
 from kava_jax.runs.moments import Candidates, Moments
 from kava_jax.runs.prepare import Run
-from kava_jax.training.comparison import CacheComparison
+from kava_jax.training.comparison import LayerComparison
 from kava_jax.training.handoff_term import HandoffTerm, handed_tokens
 
 
@@ -55,6 +55,6 @@ def _fitted(
             tuple(layer for (layer,) in layer_map.teacher_layers),
             tuple((layer,) for layer in layer_map.student_layers),
         )
-    moments = Moments(run, CacheComparison(name, layer_map), student, candidates)
+    moments = Moments(run, LayerComparison(name, layer_map), student, candidates)
     grams = moments.of(batches)
     return fit((grams["k"], grams["v"]), candidates.windows, direction, RIDGE)

@@ -1,14 +1,12 @@
 """What is compared: one teacher's vectors and the student's, brought into one space.
 
-``loss.match`` decides which vectors those are. ``CacheComparison`` compares keys and values (parts
-``k`` and ``v``), ``OutputComparison`` one output of every layer (part ``o``); all that differs
-between them is here. The layer map picks layers and the projector maps one side's vectors onto the
-other's: what comes out has one shape, [P, B, T, J, H] on both sides. The *space* is the side that
-is not projected.
+``loss.match`` decides which vectors those are: keys and values (parts ``k`` and ``v``), or one
+output of every layer (part ``o``); all that differs between them is here. The layer map picks
+layers and the projector maps one side's vectors onto the other's: what comes out has one shape,
+[P, B, T, J, H] on both sides. The *space* is the side that is not projected.
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -17,6 +15,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Key
 
+from kava_jax.alignment.attention import Attended
 from kava_jax.alignment.layer_map import LayerMap
 from kava_jax.alignment.projector import KVDimensionProjector
 from kava_jax.cache import HandedOver, KVCache
@@ -39,21 +38,6 @@ Vectors = dict[str, Float[Array, "_ _ _ _ _"]]
 # before any projector, in its own heads and width: their lengths are the student's, where a
 # projected vector's length also depends on the projector.
 Compared = tuple[Vectors, Vectors, Vectors]
-
-
-class Attended(NamedTuple):
-    """Two caches and the queries that read both."""
-
-    queries: Float[Array, "P B T N H"]
-    """Scaled so that scores are their products with keys, over sqrt(H)."""
-    student: KVCache
-    """Keys after RoPE and with biases, as the target's."""
-    target: KVCache
-    masks: Bool[Array, "B W T S"]
-    mask_of: tuple[int, ...]
-    """By layer, which of the masks."""
-    cap: float | None
-    """Of the scores."""
 
 
 class ForwardPass(NamedTuple):
@@ -109,29 +93,41 @@ def forward(
 
 
 @dataclass(frozen=True)
-class LayerComparison(ABC):
-    """How one teacher's vectors and the student's become comparable; base of both kinds."""
+class LayerComparison:
+    """How one teacher's vectors and the student's become comparable.
+
+    Models give their keys before the bias. What is still missing from the keys to compare (bias,
+    RoPE) is added here in float32: in bfloat16 a large bias leaves little of a key.
+    """
 
     name: str
     layer_map: LayerMap
+    key_space: ComparedKeys = "pre_rope"
+    remove_key_bias: bool = False
+    output: Output | None = None
+    """Which output of layers is compared, as wide as the model; None: keys and values."""
 
-    @abstractmethod
     def heads(self, spec: DecoderSpec) -> tuple[int, int]:
         """Number and width of the vectors that a model has of one token in one layer."""
+        return (1, spec.hidden_size) if self.output else (spec.num_kv_heads, spec.head_dim)
 
-    @abstractmethod
     def cut(self) -> tuple[int, bool]:
         """How many whole blocks a teacher needs, and whether a KV-only tail after them."""
+        last = self.layer_map.last_teacher_layer
+        return (last + 1, False) if self.output else (last, True)
 
     def vectors(self, run: ForwardPass) -> Vectors:
-        """What is compared of a forward pass, of all layers that it kept."""
-        return run.vectors
+        """What is compared of a forward pass, of all layers that it kept.
 
-    def __call__(
-        self, projector: KVDimensionProjector, student: ForwardPass, teacher: ForwardPass
-    ) -> Compared:
-        """The mapped layers of both sides in one space, without dropout."""
-        return self.projected(projector, *self.sides(student, teacher))
+        Keys are float32 where a bias is added or RoPE turns them, all else in the model's dtype.
+        """
+        if self.output:
+            return run.vectors
+        whole = run.vectors if self.remove_key_bias else full_cache(run)._asdict()
+        if self.key_space == "post_rope":
+            kept = range(len(whole["k"])) if run.layers is None else run.layers
+            whole = whole | {"k": rotate_layers(whole["k"], of_layers(run.rotations, kept))}
+        return whole
 
     def sides(self, student: ForwardPass, teacher: ForwardPass) -> tuple[Vectors, Vectors]:
         """The mapped layers of student and teacher, each with its own heads and width."""
@@ -155,53 +151,10 @@ class LayerComparison(ABC):
         mapped = projector.project(self.name, source, dropout_key=dropout_key)
         return (ours, mapped, ours) if onto_student else (mapped, theirs, ours)
 
-
-@dataclass(frozen=True)
-class OutputComparison(LayerComparison):
-    """Outputs of layers (``forward`` with ``output``), each vector as wide as the model."""
-
-    def heads(self, spec: DecoderSpec) -> tuple[int, int]:
-        """One, as wide as the model."""
-        return 1, spec.hidden_size
-
-    def cut(self) -> tuple[int, bool]:
-        """An output needs the whole of its layer."""
-        return self.layer_map.last_teacher_layer + 1, False
-
-
-@dataclass(frozen=True)
-class CacheComparison(LayerComparison):
-    """Keys and values.
-
-    Models give their keys before the bias. What is still missing from the keys to compare (bias,
-    RoPE) is added here in float32: in bfloat16 a large bias leaves little of a key.
-    """
-
-    key_space: ComparedKeys = "pre_rope"
-    remove_key_bias: bool = False
-
-    def heads(self, spec: DecoderSpec) -> tuple[int, int]:
-        """KV heads, and the width of each."""
-        return spec.num_kv_heads, spec.head_dim
-
-    def cut(self) -> tuple[int, bool]:
-        """Of the last mapped layer only keys and values are computed."""
-        return self.layer_map.last_teacher_layer, True
-
-    def vectors(self, run: ForwardPass) -> Vectors:
-        """The values of a forward pass, and its keys as they are compared.
-
-        They are float32 where a bias is added or RoPE turns them, else in the model's dtype.
-        """
-        whole = run.vectors if self.remove_key_bias else full_cache(run)._asdict()
-        if self.key_space == "post_rope":
-            kept = range(len(whole["k"])) if run.layers is None else run.layers
-            whole = whole | {"k": rotate_layers(whole["k"], of_layers(run.rotations, kept))}
-        return whole
-
     def can_attend(self, direction: str) -> bool:
-        """Whether the space has queries of its own: not where it joins teacher layers."""
-        return direction == "teacher_to_student" or self.layer_map.sources == 1
+        """Whether the space has queries of its own: not for outputs, nor where it joins layers."""
+        alone = direction == "teacher_to_student" or self.layer_map.sources == 1
+        return alone and not self.output
 
     def attended(
         self, compared: Compared, direction: str, student: ForwardPass, teacher: ForwardPass
@@ -212,9 +165,6 @@ class CacheComparison(LayerComparison):
         if direction != "teacher_to_student":
             space, layers = teacher, [row[0] for row in self.layer_map.teacher_layers]
         assert space.queries is not None
-        # Queries have learnt to read keys with their model's bias, so one that was left out comes
-        # back. A bias that was not left out is in the keys already.
-        bias = space.model.key_bias() if self.remove_key_bias else None
 
         def as_attended(vectors: Vectors) -> KVCache:
             cache = KVCache(**vectors)
@@ -222,7 +172,9 @@ class CacheComparison(LayerComparison):
             # RoPE.
             if self.key_space == "post_rope":
                 return cache
-            keys = cache.k if bias is None else _with_bias(cache.k, bias[np.array(layers)])
+            # Queries have learnt to read keys with their model's bias, so one that was left out
+            # comes back. A bias that was not left out is in the keys already.
+            keys = _with_bias(cache.k, space, layers) if self.remove_key_bias else cache.k
             return cache._replace(k=rotate_layers(keys, of_layers(space.rotations, layers)))
 
         ours, theirs, _ = compared
@@ -236,11 +188,15 @@ class CacheComparison(LayerComparison):
 
 def full_cache(run: ForwardPass) -> KVCache:
     """Keys before RoPE, with their bias, and values, of the layers that were kept."""
-    keys, bias = run.vectors["k"], run.model.key_bias()
-    if bias is not None:
-        keys = _with_bias(keys, bias if run.layers is None else bias[np.array(run.layers)])
-    return KVCache(keys, run.vectors["v"])
+    return KVCache(_with_bias(run.vectors["k"], run, run.layers), run.vectors["v"])
 
 
-def _with_bias(keys: Float[Array, "L B T K H"], bias: Float[Array, "L K H"]) -> Array:
-    return keys.astype(jnp.float32) + bias[:, None, None].astype(jnp.float32)
+def _with_bias(
+    keys: Float[Array, "L B T K H"], run: ForwardPass, layers: Sequence[int] | None
+) -> Array:
+    """Keys of these layers with their bias, float32; as they are where the model has none."""
+    bias = run.model.key_bias()
+    if bias is None:
+        return keys
+    own = bias if layers is None else bias[np.array(layers)]
+    return keys.astype(jnp.float32) + own[:, None, None].astype(jnp.float32)

@@ -20,7 +20,7 @@ from kava_jax.alignment.attention import attention_kl
 from kava_jax.alignment.controls import Control, controlled
 from kava_jax.alignment.frame import Center, TokenMean, framed, measure
 from kava_jax.alignment.kv_losses import KVLoss
-from kava_jax.alignment.projector import Direction, KVDimensionProjector
+from kava_jax.alignment.projector import Direction, KVDimensionProjector, forgets_length
 from kava_jax.cache import HandedOver
 from kava_jax.data.batches import Batch
 from kava_jax.diagnostics import alignment
@@ -31,13 +31,7 @@ from kava_jax.models.decoder import Decoder, Params
 from kava_jax.models.layers import Output
 from kava_jax.models.rope import Rotations
 from kava_jax.models.spec import DecoderSpec
-from kava_jax.training.comparison import (
-    CacheComparison,
-    Compared,
-    ForwardPass,
-    LayerComparison,
-    forward,
-)
+from kava_jax.training.comparison import Compared, ForwardPass, LayerComparison, forward
 from kava_jax.training.handoff_term import HandoffTerm
 from kava_jax.training.lm_head import Head, weighted_losses
 
@@ -117,7 +111,8 @@ class Objective:
         the whole batch. Metrics are (sum, count), the statistics its own. Dropout is on only when
         a key is given. Without ``handed_B`` every model reads its rows alone.
         """
-        passes = {name: self._read(name, teachers[name], batch) for name in self.teachers}
+        queries = self.match_attention
+        passes = {name: self._read(name, teachers[name], batch, queries) for name in self.teachers}
         from_teachers = from_student = None
         if self.handoff is not None and handed_B is not None:
             past = partial(self.handoff.past, params["handoff"], batch, handed_B)
@@ -130,7 +125,7 @@ class Objective:
             params["student"],
             batch,
             output=self.output,
-            queries=self.match_attention,
+            queries=queries,
             handed=from_teachers,
         )
         kv, metrics, means = jnp.zeros(()), {}, {}
@@ -170,12 +165,12 @@ class Objective:
 
         Caches come with queries.
         """
-        read = partial(forward, batch=batch, output=self.output, queries=True)
-        student, result = read(self.student, params["student"]), {}
+        own, result = params["student"], {}
+        student = forward(self.student, own, batch, output=self.output, queries=True)
         for name, link in self.teachers.items():
-            layers = link.comparison.layer_map.read_layers
-            teacher = read(link.graph, teachers[name], layers=layers)
-            compared = link.comparison(self._projector(params), student, teacher)
+            teacher = self._read(name, teachers[name], batch, queries=True)
+            sides = link.comparison.sides(student, teacher)
+            compared = link.comparison.projected(self._projector(params), *sides)
             result[name] = (compared, student, teacher)
         return result
 
@@ -183,20 +178,15 @@ class Objective:
         assert self.projector is not None
         return nnx.merge(self.projector, params["projector"])
 
-    def _read(self, name: str, params: Params, batch: Batch) -> ForwardPass:
+    def _read(self, name: str, params: Params, batch: Batch, queries: bool) -> ForwardPass:
         """One teacher's forward pass, which keeps the layers that are read of it."""
         link = self.teachers[name]
         maps = [link.comparison.layer_map]
         if self.handoff is not None and self.handoff.reader == "teacher":
             maps.append(self.handoff.maps[name])
-        layers = sorted({layer for layer_map in maps for layer in layer_map.read_layers})
+        layers = tuple(sorted({layer for one in maps for layer in one.read_layers}))
         return forward(
-            link.graph,
-            params,
-            batch,
-            output=self.output,
-            queries=self.match_attention,
-            layers=tuple(layers),
+            link.graph, params, batch, output=self.output, queries=queries, layers=layers
         )
 
     def _of_teacher(
@@ -224,13 +214,11 @@ class Objective:
         kv, of_kv, means = self._kv(aimed, mask, running)
         metrics |= of_kv
         if self.match_attention:
-            assert isinstance(comparison, CacheComparison)
             read = comparison.attended(aimed, self.direction, student, teacher)
             # In the student's space these queries are its own. With a gradient they could lower the
             # loss where the keys should.
             queries = jax.lax.stop_gradient(read.queries)
-            keys = (read.student.k, read.target.k)
-            attention = attention_kl(queries, *keys, read.masks, mask, read.mask_of, read.cap)
+            attention = attention_kl(read._replace(queries=queries), mask)
             kv = kv + attention
             metrics["attention_kl"] = masked_mean(attention, mask)
         # Each teacher's mean is over its own targets.
@@ -258,26 +246,8 @@ class Objective:
         if handed_B is not None:
             assert self.handoff is not None
             of_mean *= jnp.where(handed_B, self.handoff.weight(step), 1.0)[:, None]
-
-        def losses(logits: dict[str, Array], labels: Array) -> Array:
-            caps = {name: run.model.spec.logit_cap for name, run in teachers.items()}
-            own = capped(logits["student"], student.model.spec.logit_cap)
-            divergences = [
-                _divergence(own, capped(logits[name], cap), self.kl_temperature)
-                for name, cap in caps.items()
-            ]
-            return jnp.stack([_cross_entropy(own, labels), *divergences], axis=-1)
-
-        total, losses_BUK = weighted_losses(
-            _head(student),
-            {name: _head(teacher) for name, teacher in teachers.items()},
-            batch.tokens[:, 1:],
-            mask_BU,
-            of_mean[..., None] * weights_K.reshape(1, 1, -1),
-            losses,
-            shards=self.batch_shards,
-            layouts=student.model.layouts,
-        )
+        weights_BUK = of_mean[..., None] * weights_K.reshape(1, 1, -1)
+        total, losses_BUK = self._predicted(student, teachers, batch, weights_BUK)
         names = ["ce", *(f"{name}/kl" for name in teachers)]
         metrics = {
             name: masked_mean(losses_BUK[..., index], mask_BU) for index, name in enumerate(names)
@@ -301,20 +271,40 @@ class Objective:
         link, mask_BU = self.teachers[name], batch.loss_mask[:, 1:]
         run = forward(link.graph, params, batch, handed=handed)
         weights_BU = _of_mean(mask_BU, share) * self.handoff.weight(step) * link.weight
-        total, losses_BU1 = weighted_losses(
+        weights_BU1 = weights_BU[..., None]
+        total, losses_BU1 = self._predicted(run, {}, batch, weights_BU1, table_learns=False)
+        return total, masked_mean(losses_BU1[..., 0], mask_BU)
+
+    def _predicted(
+        self,
+        run: ForwardPass,
+        teachers: Mapping[str, ForwardPass],
+        batch: Batch,
+        weights_BUK: Float[Array, "B U K"],
+        table_learns: bool = True,
+    ) -> tuple[Float[Array, ""], Float[Array, "B U K"]]:
+        """``weighted_losses``: cross-entropy of one model, and its KL to every teacher given."""
+
+        def losses(logits: dict[str, Array], labels: Array) -> Array:
+            caps = {name: one.model.spec.logit_cap for name, one in teachers.items()}
+            own = capped(logits["student"], run.model.spec.logit_cap)
+            divergences = [
+                _divergence(own, capped(logits[name], cap), self.kl_temperature)
+                for name, cap in caps.items()
+            ]
+            return jnp.stack([_cross_entropy(own, labels), *divergences], axis=-1)
+
+        return weighted_losses(
             _head(run),
-            {},
+            {name: _head(teacher) for name, teacher in teachers.items()},
             batch.tokens[:, 1:],
-            mask_BU,
-            weights_BU[..., None],
-            lambda logits, labels: _cross_entropy(
-                capped(logits["student"], run.model.spec.logit_cap), labels
-            )[..., None],
+            batch.loss_mask[:, 1:],
+            weights_BUK,
+            losses,
             shards=self.batch_shards,
             layouts=run.model.layouts,
-            table_learns=False,
+            table_learns=table_learns,
         )
-        return total, masked_mean(losses_BU1[..., 0], mask_BU)
 
     def _kv(
         self,
@@ -361,10 +351,8 @@ def _cross_entropy(logits: Array, labels: Array) -> Array:
 
 
 def _divergence(student: Array, teacher: Array, temperature: float) -> Array:
-    def of_token(student: Array, teacher: Array) -> Array:
-        return logit_kl(student, teacher, temperature=temperature).value
-
-    return jax.vmap(jax.vmap(of_token))(student, teacher)
+    of_token = partial(logit_kl, temperature=temperature)
+    return jax.vmap(jax.vmap(lambda s, t: of_token(s, t).value))(student, teacher)
 
 
 def _alignment(
@@ -375,7 +363,7 @@ def _alignment(
     for part in compared[0]:
         s, t, own = (jax.lax.stop_gradient(side[part]) for side in compared)
         # Otherwise these are lengths that the projector made, and say nothing of the student's.
-        if not projector.forgets_length:
+        if not forgets_length(projector.kind, projector.direction):
             metrics[f"mag_loss_{part}"] = mercator(s, t, mask_BT, alpha=0.0, beta=1.0)
         for name, mean in alignment(s, t, mask_BT, own).items():
             metrics[f"{name}_{part}"] = jax.tree.map(jnp.sum, mean)

@@ -23,7 +23,6 @@ from kava_jax.diagnostics import (
 )
 from kava_jax.geometry import Mean
 from kava_jax.models.decoder import Params
-from kava_jax.training.comparison import CacheComparison
 from kava_jax.training.objective import Objective
 from kava_jax.training.share import split_gradients
 from kava_jax.training.step import TrainState, split_rows
@@ -62,10 +61,9 @@ def examine(
             samples[f"{name}/{part}"] = sample_tokens(ours, theirs, batch.kv_mask, tokens, own)
             aligned[f"{name}/{part}"] = alignment(ours, theirs, batch.kv_mask, own)
         comparison, direction = objective.teachers[name].comparison, objective.direction
-        if isinstance(comparison, CacheComparison) and comparison.can_attend(direction):
+        if comparison.can_attend(direction):
             read = comparison.attended(compared, direction, student, teacher)
-            sides, rest = (read.queries, read.student, read.target), (read.mask_of, read.cap)
-            attention[name] = attention_output_cosine(*sides, read.masks, batch.kv_mask, *rest)
+            attention[name] = attention_output_cosine(read, batch.kv_mask)
     return Examination(samples, aligned, attention)
 
 

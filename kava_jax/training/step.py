@@ -112,7 +112,8 @@ def make_train_step(
 
         def losses(params: Any, rows: Batch, handed_B: Array | None, index: Array) -> Any:
             # The two terms come bare, so that a share can be measured before KV gets its weight.
-            shares = jax.tree.map(_part, loss_tokens(rows), totals)
+            # A batch may have no token with a loss; a share of it is then 0 and not NaN.
+            shares = jax.tree.map(lambda n, of: n / jnp.maximum(of, 1), loss_tokens(rows), totals)
             dropout_key = jax.random.fold_in(key, index)
             known = (state.step, shares, state.statistics, dropout_key, handed_B)
             return objective(params, teachers, rows, *known)
@@ -150,7 +151,8 @@ def make_train_step(
         finite = jnp.isfinite(jnp.stack([metrics["loss"].sum, *norms])).all()
         # Decided on the device, because asking the host would make it wait for every step.
         new = jax.tree.map(partial(jnp.where, finite), new, state)
-        skips = _counted(state.skips, finite)
+        old = state.skips
+        skips = Skips(old.total + ~finite, jnp.where(finite, 0, old.in_a_row + 1))
         metrics |= {"skipped": _scalar(skips.total)}
         # The step number moves on even so: batches are addressed by it, and the same one would only
         # fail again.
@@ -200,11 +202,8 @@ def remembered(old: Statistics, seen: Statistics) -> Statistics:
     def mean(before: TokenMean, parts: TokenMean) -> TokenMean:
         return merge(decay(before, MEMORY), merge_stacked(parts))
 
-    def is_mean(x: Any) -> bool:
-        return isinstance(x, TokenMean)
-
     # ``TokenMean`` is a tree itself, and counts and means cannot be merged one without the other.
-    return jax.tree.map(mean, old, seen, is_leaf=is_mean)
+    return jax.tree.map(mean, old, seen, is_leaf=lambda x: isinstance(x, TokenMean))
 
 
 def compiler_options(platform: str) -> dict[str, str]:
@@ -225,16 +224,6 @@ def split_rows(batch: Rows, parts: int) -> Rows:
 def loss_tokens(batch: Batch) -> tuple[Int[Array, ""], Int[Array, ""]]:
     """Tokens that carry cross-entropy (the first of a row is never predicted) and KV loss."""
     return batch.loss_mask[:, 1:].sum(), batch.kv_mask.sum()
-
-
-def _counted(skips: Skips, finite: Array) -> Skips:
-    in_a_row = jnp.where(finite, 0, skips.in_a_row + 1)
-    return Skips(skips.total + jnp.where(finite, 0, 1), in_a_row)
-
-
-def _part(part: Array, total: Array) -> Array:
-    # A batch may have no token with a loss; its share is then 0 and not NaN.
-    return part / jnp.maximum(total, 1)
 
 
 def _decayed_sum(old: Mean, new: Sequence[Mean]) -> Mean:

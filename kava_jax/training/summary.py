@@ -7,7 +7,6 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float
 
-from kava_jax.diagnostics import alignment_gap
 from kava_jax.geometry import Mean
 from kava_jax.training.comparison import PARTS
 
@@ -32,8 +31,7 @@ def summarize(metrics: Mapping[str, Mean]) -> dict[str, float]:
     result = {name: value for name, value in values.items() if "/" not in name}
     result |= _over_teachers({name: _of_teacher(own) for name, own in _by_teacher(values).items()})
     if "cos_running" in result:
-        gap = alignment_gap(result["cos_running"], result.pop("cos_shuffled_running"))
-        result["gap_running"] = np.nan if gap is None else gap
+        result["gap_running"] = result["cos_running"] - result.pop("cos_shuffled_running")
     return result
 
 
@@ -86,8 +84,7 @@ def _of_teacher(own: Mapping[str, float]) -> dict[str, float]:
     }
     result["cos_sim"] = result.pop("cos")
     result |= {f"cos_{part}": own[f"cos_{part}"] for part in parts}
-    gap = alignment_gap(result["cos_sim"], result["cos_shuffled"])
-    result["alignment_gap"] = np.nan if gap is None else gap
+    result["alignment_gap"] = result["cos_sim"] - result["cos_shuffled"]
     result["dir_loss"] = 1.0 - result["cos_sim"]
     # 1e-30 only keeps a target of length 0 from dividing by zero.
     ratios = [own[f"s_magnitude_{p}"] / max(own[f"t_magnitude_{p}"], 1e-30) for p in parts]

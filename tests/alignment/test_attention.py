@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kava_jax.alignment.attention import attention_kl, attention_output_cosine
+from kava_jax.alignment.attention import Attended, attention_kl, attention_output_cosine
 from kava_jax.cache import KVCache
 from kava_jax.errors import KavaError
 from kava_jax.models.masks import attention_mask, token_positions
@@ -36,9 +36,18 @@ Q = 2 * normal(0, P, B, T, N, H)
 STUDENT, TARGET = (KVCache(*(normal(seed + i, P, B, T, K, H) for i in (0, 1))) for seed in (1, 3))
 
 
+def kl_of(q, student_k, target_k, mask, counted, mask_of=None, cap=None):
+    sides = (KVCache(k, k) for k in (student_k, target_k))
+    return attention_kl(Attended(q, *sides, mask, mask_of, cap), counted)
+
+
+def cosine_of(q, student, target, mask, counted, mask_of=None, cap=None):
+    return attention_output_cosine(Attended(q, student, target, mask, mask_of, cap), counted)
+
+
 def kl_and_gradients(q, student_k, target_k, mask, counted, weights):
     def weighted(*sides):
-        values = attention_kl(*sides, mask, counted)
+        values = kl_of(*sides, mask, counted)
         return (values * weights).sum(), values
 
     gradients, values = jax.grad(weighted, (0, 1, 2), has_aux=True)(q, student_k, target_k)
@@ -47,16 +56,14 @@ def kl_and_gradients(q, student_k, target_k, mask, counted, weights):
 
 def cosine_and_gradients(q, student, target, mask, counted):
     def total(*sides):
-        mean = attention_output_cosine(*sides, mask, counted)
+        mean = cosine_of(*sides, mask, counted)
         return mean.value.sum(), mean
 
     gradients, mean = jax.grad(total, (0, 1, 2), has_aux=True)(q, student, target)
     return mean, *gradients
 
 
-by_kl, by_cosine = (
-    jax.jit(of, static_argnums=(5, 6)) for of in (attention_kl, attention_output_cosine)
-)
+by_kl, by_cosine = (jax.jit(of, static_argnums=(5, 6)) for of in (kl_of, cosine_of))
 jitted_kl, jitted_cosine = jax.jit(kl_and_gradients), jax.jit(cosine_and_gradients)
 
 
@@ -260,6 +267,6 @@ def test_heads_that_do_not_divide_are_named() -> None:
     q, mask, counted = jnp.asarray(Q[:, :, :, :5]), jnp.asarray(VISIBLE), jnp.asarray(COUNTED)
     student, target = (jax.tree.map(jnp.asarray, side) for side in (STUDENT, TARGET))
     with pytest.raises(KavaError, match="5 query heads do not share 2 KV heads"):
-        attention_kl(q, student.k, target.k, mask, counted)
+        kl_of(q, student.k, target.k, mask, counted)
     with pytest.raises(KavaError, match="5 query heads do not share 2 KV heads"):
-        attention_output_cosine(q, student, target, mask, counted)
+        cosine_of(q, student, target, mask, counted)

@@ -84,8 +84,7 @@ def test_a_planted_map_from_two_teacher_layers_is_found() -> None:
         [moments(*planted_forward(seed + i, kernels[i])) for i in (0, 1)] for seed in (10, 20)
     )
     rows = tuple(
-        choose_layers(*fits, p, window, 2, WEAK, FORWARD, dev_k=devs[0], dev_v=devs[1])
-        for p, window in enumerate(WINDOWS)
+        choose_layers(fits, devs, p, window, 2, WEAK, FORWARD) for p, window in enumerate(WINDOWS)
     )
     assert rows == PLANTED
     fitted = fit(tuple(fits), rows, FORWARD, WEAK)
@@ -116,8 +115,7 @@ def test_a_planted_map_from_the_student_is_found() -> None:
         [moments(*planted_backward(seed + i, kernels[i])) for i in (0, 1)] for seed in (30, 40)
     )
     rows = tuple(
-        choose_layers(*fits, p, window, 2, WEAK, BACKWARD, dev_k=devs[0], dev_v=devs[1])
-        for p, window in enumerate(WINDOWS)
+        choose_layers(fits, devs, p, window, 2, WEAK, BACKWARD) for p, window in enumerate(WINDOWS)
     )
     assert rows == ((0, 3), (1, 4))
     fitted = fit(tuple(fits), rows, BACKWARD, WEAK)
@@ -144,7 +142,7 @@ def test_a_layer_that_adds_nothing_is_passed_over() -> None:
         r_squared(*fit_one(grams, 0, (n,), FORWARD), dev, 0, (n,), FORWARD) for n in WINDOWS[0]
     ]
     assert np.argsort(single)[-2:].tolist() == [2, 1]
-    chosen = choose_layers(grams, grams, 0, WINDOWS[0], 2, WEAK, FORWARD, dev_k=dev, dev_v=dev)
+    chosen = choose_layers((grams,) * 2, (dev,) * 2, 0, WINDOWS[0], 2, WEAK, FORWARD)
     assert chosen == (1, 3)
 
 
@@ -169,9 +167,9 @@ def test_keys_and_values_both_have_a_say(direction) -> None:
 
     def choose(k, v) -> tuple[int, ...]:
         fits, devs = ([leaning(70 + i, k), leaning(80 + i, v)] for i in (0, 4))
-        window, options = WINDOWS[1], {"dev_k": devs[0], "dev_v": devs[1]}
-        assert choose_by_cka(*fits, 1, window) == (1 if k == v else 2)
-        return choose_layers(*fits, 1, window, 1, 1e-4, direction, **options)
+        window = WINDOWS[1]
+        assert choose_by_cka(fits, 1, window) == (1 if k == v else 2)
+        return choose_layers(fits, devs, 1, window, 1, 1e-4, direction)
 
     assert choose(nearly_even, nearly_even) == (1,)
     assert choose(nearly_even, decided) == choose(decided, nearly_even) == (2,)
@@ -181,8 +179,7 @@ def test_the_map_is_fitted_on_one_split_and_scored_on_the_other() -> None:
     """Either split alone speaks for layer 2, but its map does not carry over."""
     early, late = leaning(90, {1: 1.0, 2: 3.0}), leaning(94, {1: 1.0, 2: -3.0})
     for grams, dev, wanted in ((early, late, 1), (early, early, 2), (late, late, 2)):
-        options = {"dev_k": dev, "dev_v": dev}
-        chosen = choose_layers(grams, grams, 0, WINDOWS[0], 1, WEAK, FORWARD, **options)
+        chosen = choose_layers((grams,) * 2, (dev,) * 2, 0, WINDOWS[0], 1, WEAK, FORWARD)
         assert chosen == (wanted,)
 
 
@@ -320,7 +317,7 @@ def test_cka_is_that_of_the_raw_vectors_and_finds_the_planted_layer() -> None:
             norms = np.linalg.norm(x.T @ x) * np.linalg.norm(y.T @ y)
             wanted = np.linalg.norm(y.T @ x) ** 2 / norms
             assert linear_cka(grams, p, layer) == pytest.approx(wanted, abs=TOL["float32"])
-    assert [choose_by_cka(grams, grams, p, window) for p, window in enumerate(WINDOWS)] == [2, 4]
+    assert [choose_by_cka((grams, grams), p, window) for p, window in enumerate(WINDOWS)] == [2, 4]
 
 
 @pytest.mark.parametrize("direction", [FORWARD, BACKWARD])
@@ -360,9 +357,7 @@ def test_wrong_counts_and_rows_are_refused() -> None:
     grams = moments(normal(12, 2, N, ES), teacher_of(170))
     for count in (0, 5):
         with pytest.raises(KavaError, match=f"count={count} layers out of a window of 4"):
-            choose_layers(
-                grams, grams, 0, WINDOWS[0], count, WEAK, FORWARD, dev_k=grams, dev_v=grams
-            )
+            choose_layers((grams,) * 2, (grams,) * 2, 0, WINDOWS[0], count, WEAK, FORWARD)
     for rows in (((0,),), ((0,), (1, 2)), ((), ())):
         with pytest.raises(KavaError, match="layer_map: "):
             fit((grams, grams), rows, FORWARD, WEAK)

@@ -11,7 +11,7 @@ import pytest
 from pydantic import ValidationError
 
 from kava_jax import losses
-from kava_jax.alignment.kv_losses import MSE, AnyKVLoss
+from kava_jax.alignment.kv_losses import MSE, AnyKVLoss, SmoothL1
 from kava_jax.errors import KavaError
 from kava_jax.geometry import masked_mean
 from kava_jax.parallel.mesh import make_mesh
@@ -24,10 +24,8 @@ P, B, T, K, H = 2, 3, 5, 2, 4
 MASK = np.array([[1, 1, 1, 1, 1], [0, 1, 1, 0, 1], [0, 0, 1, 0, 0]])
 KV_LOSSES = {loss.model_fields["kind"].default: loss for loss in get_args(AnyKVLoss)}
 SHARED = {
-    "mercator": lambda s, t, m: losses.mercator(s, t, m, beta=0.01),
-    "mse": losses.mse,
-    "smooth_l1": losses.smooth_l1,
-    "hybrid": losses.hybrid,
+    "mercator": losses.MercatorKVLoss(beta=0.01),
+    "hybrid": losses.HybridKVLoss(),
 }
 
 
@@ -103,21 +101,43 @@ def test_values_and_slopes_equal_numpy(kind: str) -> None:
         np.testing.assert_allclose((gradient * step[side]).sum(), slope, rtol=CLOSE, atol=CLOSE)
 
 
+@pytest.mark.parametrize("kind", KV_LOSSES)
+def test_bfloat16_is_widened_before_anything_is_computed(kind: str) -> None:
+    s, t = (jnp.asarray(x, jnp.bfloat16) for x in sides())
+    values = jax.jit(KV_LOSSES[kind]())(s, t, jnp.asarray(MASK))
+    want = reference(kind, *(np.asarray(x, np.float64) for x in (s, t)))
+    np.testing.assert_allclose(values, want, rtol=CLOSE, atol=CLOSE)
+
+
 @pytest.mark.parametrize("kind", SHARED)
 def test_the_mean_over_counted_tokens_is_the_loss_of_that_name(kind: str) -> None:
     s, t = (jnp.asarray(x, jnp.bfloat16) for x in sides())
     mask = jnp.asarray(MASK)
     values = jax.jit(KV_LOSSES[kind]())(s, t, mask)
-    want = SHARED[kind](s, t, mask).value
+    want, _ = SHARED[kind](s, t, mask)
     np.testing.assert_allclose(masked_mean(values, mask).value, want, rtol=TOL["rearranged"])
 
 
+def test_smooth_l1_equals_torch_and_survives_huge_distances() -> None:
+    torch = pytest.importorskip("torch", reason="torch, the oracle, is not installed")
+    s, t = normal(0, 1, 1, 6, 1, 9) * 3, normal(1, 1, 1, 6, 1, 9)
+    want = torch.nn.functional.smooth_l1_loss(torch.tensor(s), torch.tensor(t), beta=1.0)
+
+    def mean(s):
+        return SmoothL1()(s, jnp.asarray(t, jnp.float32), jnp.ones((1, 6))).mean()
+
+    np.testing.assert_allclose(mean(jnp.asarray(s, jnp.float32)), want.numpy(), rtol=CLOSE)
+    huge = jax.grad(mean)(jnp.full(s.shape, 1e30))
+    np.testing.assert_allclose(huge, 1 / 54, rtol=CLOSE)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("kind", KV_LOSSES)
-def test_tokens_that_do_not_count_change_nothing(kind: str) -> None:
+def test_tokens_that_do_not_count_change_nothing(kind: str, bad: float) -> None:
     s, t = sides()
     values, gradients = run(kind, s, t)
     hole = (MASK == 0)[None, :, :, None, None]
-    spoilt = run(kind, *(np.where(hole, np.nan, x) for x in (s, t)))
+    spoilt = run(kind, *(np.where(hole, bad, x) for x in (s, t)))
     np.testing.assert_array_equal(spoilt[0], values)
     assert (np.asarray(values)[MASK == 0] == 0).all()
     for got, want in zip(spoilt[1], gradients, strict=True):

@@ -273,13 +273,13 @@ def test_the_file_is_plain() -> None:
         ({"student_layers": [1, 1], "teacher_layers": [[1], [2]]}, ["[1, 1] do not increase"]),
         ({"student_layers": [-1]}, ["layers [-1] are negative", "from 0"]),
         ({"teacher_layers": [[3, -2]]}, ["layers [-2] are negative"]),
-        ({"student_layers": 0}, ["student_layers holds 0", "not a list"]),
-        ({"student_layers": [True]}, ["student_layers holds True", "not a whole number"]),
-        ({"teacher_layers": [[1, 2.0]]}, ["teacher_layers holds 2.0", "not a whole number"]),
-        ({"teacher_layers": [[1, None]]}, ["teacher_layers holds None"]),
-        ({"teacher_layers": [[[1], 2]]}, ["teacher_layers holds [1]", "not a whole number"]),
-        ({"teacher_layers": None}, ["teacher_layers holds None", "not a list"]),
-        ({"weights": [[0.5, 0.5]]}, ["'weights'", "student_layers, teacher_layers"]),
+        ({"student_layers": 0}, ["student_layers=0 is not valid", "a valid tuple", "make"]),
+        ({"student_layers": [True]}, ["student_layers.0=True", "a valid integer"]),
+        ({"teacher_layers": [[1, 2.0]]}, ["teacher_layers.0.1=2.0", "a valid integer"]),
+        ({"teacher_layers": [[1, None]]}, ["teacher_layers.0.1=None"]),
+        ({"teacher_layers": [[[1], 2]]}, ["teacher_layers.0.0=[1]", "a valid integer"]),
+        ({"teacher_layers": None}, ["teacher_layers=None", "a valid tuple"]),
+        ({"weights": [[0.5, 0.5]]}, ["layer map.weights=[[0.5, 0.5]]", "Unexpected"]),
     ],
 )
 def test_a_malformed_file_is_named(change: dict, words: list[str]) -> None:
@@ -295,7 +295,7 @@ def test_a_malformed_file_is_named(change: dict, words: list[str]) -> None:
 
 @pytest.mark.parametrize("raw", [None, 3, [[0, 0]], "ratio", {}, {"student_layers": [0]}])
 def test_something_else_than_a_map_is_named(raw) -> None:
-    with pytest.raises(KavaError, match=r"^map\.json: a layer map has the keys .*make it again"):
+    with pytest.raises(KavaError, match=r"^map\.json: layer map.* is not valid: .*; make it again"):
         LayerMap.from_dict(raw, "map.json")
 
 

@@ -22,7 +22,7 @@ from kava_jax.parallel.mesh import AXES, batch_shards
 from kava_jax.parallel.sharding import replicated
 from kava_jax.runs.assembly import empty_statistics
 from kava_jax.runs.parts import Part
-from kava_jax.training.comparison import CacheComparison, OutputComparison
+from kava_jax.training.comparison import LayerComparison
 from kava_jax.training.objective import PART_WEIGHTS, Objective, Statistics, TeacherLink
 from kava_jax.training.step import TrainState, initial_state
 
@@ -108,10 +108,8 @@ def setting(
     output = None if match in ("cache", "attention") else match
     weights = weights or tuple(1.0 + i for i in range(len(names)))
 
-    def comparison(name: str) -> CacheComparison | OutputComparison:
-        if output is not None:
-            return OutputComparison(name, layer_map)
-        return CacheComparison(name, layer_map, key_space, remove_key_bias)
+    def comparison(name: str) -> LayerComparison:
+        return LayerComparison(name, layer_map, key_space, remove_key_bias, output)
 
     def heads(spec: DecoderSpec) -> tuple[int, int]:
         return (1, spec.hidden_size) if output else (spec.num_kv_heads, spec.head_dim)

@@ -17,7 +17,7 @@ from kava_jax.alignment.layer_map import CALIBRATED_MAPS, NAMED_MAPS
 from kava_jax.config.recipes import RECIPES
 from kava_jax.geometry import masked_mean
 from kava_jax.models.layers import Dtypes, Projection, RMSNorm
-from kava_jax.training.comparison import CacheComparison, Vectors, forward
+from kava_jax.training.comparison import LayerComparison, Vectors, forward
 from kava_jax.training.objective import Match
 from kava_jax.training.step import initial_state, make_train_step
 from tests.tolerances import TOL
@@ -178,7 +178,7 @@ def with_large_bias(direction: str, dtype: str) -> OneLayer:
             for i, kind in enumerate(KV_LOSSES)
         }
         spaces = {
-            space: CacheComparison("big", link.comparison.layer_map, space).vectors(student)["k"]
+            space: LayerComparison("big", link.comparison.layer_map, space).vectors(student)["k"]
             for space in ("pre_rope", "post_rope")
         }
         both = compared(ours["k"], params["projector"])

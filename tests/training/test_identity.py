@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from kava_jax.alignment.projector import KVDimensionProjector
-from kava_jax.training.comparison import CacheComparison
+from kava_jax.training.comparison import LayerComparison
 from kava_jax.training.objective import TeacherLink
 from kava_jax.training.optimizer import make_optimizer
 from kava_jax.training.step import make_train_step
@@ -31,7 +31,7 @@ def of_kind(kind: str, direction: str = "student_to_teacher") -> Setting:
     eye = jax.tree.map(
         lambda x: jnp.eye(width) if x.ndim == 2 else jnp.zeros_like(x), nnx.to_pure_dict(weights)
     )
-    link = TeacherLink(made.objective.student, CacheComparison("big", MAP), STUDENT)
+    link = TeacherLink(made.objective.student, LayerComparison("big", MAP), STUDENT)
     objective = replace(
         made.objective, projector=graph, teachers={"big": link}, direction=direction
     )

@@ -16,7 +16,7 @@ from kava_jax.alignment.projector import KVDimensionProjector
 from kava_jax.data.batches import Batch
 from kava_jax.diagnostics import TokenSample, diagnose
 from kava_jax.geometry import Mean
-from kava_jax.training.comparison import CacheComparison
+from kava_jax.training.comparison import LayerComparison
 from kava_jax.training.objective import TeacherLink
 from kava_jax.training.probe import TOKENS, Probed, examine, figures, make_probe
 from kava_jax.training.share import LossScale
@@ -26,8 +26,9 @@ from tests.training.small import STUDENT, Setting, batch, setting
 
 CLOSE = TOL["float32"]
 SIDE_BY_SIDE = LayerMap((0, 2), ((0, 1), (1, 2)))
-ZEROS = TokenSample(jnp.zeros((1, 4, 1, 2)), jnp.zeros((1, 4, 1, 2)), jnp.ones(4, bool))
-FIGURES = {*jax.eval_shape(diagnose, ZEROS), "cos_sim", "cos_shuffled"}
+ZEROS = jnp.zeros((1, 4, 1, 2))
+SAMPLE = TokenSample(ZEROS, ZEROS, jnp.ones(4, bool), ZEROS)
+FIGURES = {*jax.eval_shape(diagnose, SAMPLE), "cos_sim", "cos_shuffled"}
 # Two microbatches of 16 rows, of which 8 are looked at.
 BATCH = batch(0, 32)
 RISING, FALLING = (optax.linear_schedule(*ends, 10) for ends in ((0.0, 1.0), (1.0, 0.0)))
@@ -168,7 +169,7 @@ def itself() -> Setting:
         lambda x: jnp.eye(width) if x.ndim == 2 else jnp.zeros_like(x), nnx.to_pure_dict(weights)
     )
     student = made.objective.student
-    comparison = CacheComparison("self", layer_map, remove_key_bias=True)
+    comparison = LayerComparison("self", layer_map, remove_key_bias=True)
     objective = replace(
         made.objective,
         projector=graph,
