@@ -17,14 +17,13 @@ from kava_jax.errors import KavaError
 from kava_jax.hf.config_keys import REQUIRED_SIZES, SIZES, refused
 from kava_jax.hf.families import FAMILIES, TEXT_PARTS, Family
 from kava_jax.hf.rope_keys import read_ropes, rope_config
-from kava_jax.hf.values import positive_float, positive_int, true_or_false
+from kava_jax.hf.values import of_each_layer, positive_float, positive_int, true_or_false
 from kava_jax.models.spec import DecoderSpec, LayerType
 
 FloatName = Literal["float32", "bfloat16", "float16"]
 
 # Hugging Face's names of an activation; the first one is written.
 _ACTIVATIONS = {"silu": ("silu", "swish"), "gelu_tanh": ("gelu_pytorch_tanh", "gelu_new")}
-# Which key switches which biases on in families that leave it to the config.
 # Why the caches of some models cannot be compared, whoever reads them.
 _NO_CACHE = {
     "its attention is latent: it keeps one vector for all heads in place of keys and values": (
@@ -37,6 +36,7 @@ _NO_CACHE = {
         )
     ),
 }
+# Which key switches which biases on, in families that leave it to the config.
 _SWITCHES = {"qkv_bias": "attention_bias", "output_bias": "attention_bias", "mlp_bias": "mlp_bias"}
 
 
@@ -84,8 +84,7 @@ def spec_from_config(config: Mapping[str, Any], *, where: str) -> DecoderSpec:
     fields["norm_eps"] = positive_float(config, "rms_norm_eps", where, default=family.norm_eps)
     fields["initializer_range"] = positive_float(config, "initializer_range", where, default=0.02)
     for field, key in _SWITCHES.items():
-        fixed, asked = getattr(family, field), true_or_false(config, key, where)
-        fields[field] = asked if fixed is None else fixed
+        fields[field] = true_or_false(config, key, where) and key in family.bias_keys
     fields |= _scales(config, family, where)
     fields |= _experts(config, family, where)
     fields |= _sliding(config, family, fields["num_layers"], where)
@@ -102,9 +101,7 @@ def spec_from_config(config: Mapping[str, Any], *, where: str) -> DecoderSpec:
             for layer in range(fields["num_layers"])
             if skips is not None and skips(config, layer, where)
         ),
-        **family.layers,
-        **ropes,
-        **fields,
+        **(fields | ropes | family.layers),
     )
 
 
@@ -148,7 +145,7 @@ def config_from_spec(spec: DecoderSpec, *, dtype: FloatName) -> dict[str, Any]:
         "dtype": dtype,
     }
     for field, key in _SWITCHES.items():
-        if getattr(family, field) is None:
+        if key in family.bias_keys:
             config[key] = getattr(spec, field)
     for key, (field, default, power) in family.scales.items():
         value = getattr(spec, field)
@@ -311,24 +308,18 @@ def _sliding(
     config: Mapping[str, Any], family: Family, depth: int, where: str
 ) -> dict[str, int | tuple[LayerType, ...] | None]:
     """The window, and which layers have it."""
-    none: dict[str, Any] = {"sliding_window": None, "layer_types": None}
-    kinds = _layer_types(config, depth, where)
-    if family.never_slides:
-        if kinds and set(kinds) != {"full_attention"}:
-            raise KavaError(
-                f"{where}: config.json: layer_types has sliding_attention, which "
-                f"{family.architecture} does not have; correct it"
-            )
-        return none
-    window = config.get("sliding_window", family.sliding_window)
+    kinds = _layer_types(config, where)
     on = family.switch is None or true_or_false(config, family.switch, where)
-    if window is None or not on:
-        if family.slides is not None and kinds and set(kinds) != {"full_attention"}:
+    on = on and not family.never_slides
+    window = config.get("sliding_window", family.sliding_window) if on else None
+    by_layer = family.slides is not None or family.never_slides
+    if window is None:
+        if by_layer and kinds and "sliding_attention" in kinds:
             raise KavaError(
                 f"{where}: config.json: layer_types has sliding_attention, and there is no "
-                f"sliding_window; give one"
+                f"sliding_window in this {family.architecture}; correct one of them"
             )
-        return none
+        return {"sliding_window": None, "layer_types": None}
     window = positive_int({"sliding_window": window}, "sliding_window", where)
     if family.slides is None:
         if kinds and len(set(kinds)) > 1:
@@ -342,25 +333,18 @@ def _sliding(
         for layer in range(depth)
     )
     if "sliding_attention" not in kinds:
-        return none
+        return {"sliding_window": None, "layer_types": None}
     return {"sliding_window": window, "layer_types": kinds}
 
 
-def _layer_types(config: Mapping[str, Any], depth: int, where: str) -> tuple[LayerType, ...] | None:
+def _layer_types(config: Mapping[str, Any], where: str) -> tuple[LayerType, ...] | None:
     """The given types, one for each layer, of the two that are known."""
-    given = config.get("layer_types")
+    given = of_each_layer(config, "layer_types", where)
     if given is None:
         return None
-    if not isinstance(given, list):
-        raise KavaError(f"{where}: config.json: layer_types={given!r} is no list; correct it")
     if unknown := sorted({str(kind) for kind in given} - {*get_args(LayerType)}):
         raise KavaError(
             f"{where}: config.json: layer_types has {', '.join(unknown)}; only models whose layers "
             f"are {' or '.join(get_args(LayerType))} are supported"
-        )
-    if len(given) != depth:
-        raise KavaError(
-            f"{where}: config.json: layer_types has {len(given)} entries for "
-            f"num_hidden_layers={depth}; make them agree"
         )
     return tuple(given)
