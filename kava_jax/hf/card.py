@@ -142,13 +142,12 @@ def without_machine_path(text: str) -> str:
 
 def without_machine_paths(command: str) -> str:
     """A command line with every path argument (``x`` or ``key=x``) cut to its last component."""
-    words = []
-    for word in shlex.split(command):
-        key, equals, value = word.partition("=")
-        words.append(
-            f"{key}={without_machine_path(value)}" if equals else without_machine_path(key)
-        )
-    return shlex.join(words)
+
+    def shortened(word: str) -> str:
+        value = word.find("=") + 1  # the whole word where there is no key
+        return word[:value] + without_machine_path(word[value:])
+
+    return shlex.join(map(shortened, shlex.split(command)))
 
 
 def _handoff(reader: str | None) -> str:

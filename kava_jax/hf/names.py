@@ -189,6 +189,13 @@ _PROJECTIONS = {
 }
 
 
+def _bias(kernel: Row) -> Row:
+    """The row of a projection's bias: its axes are those that the projection makes."""
+    made = _groups(kernel.their_axes)[0]
+    ours, theirs = kernel.ours.replace("kernel", "bias"), kernel.theirs.replace("weight", "bias")
+    return Row(ours, theirs, " ".join(made), f"({' '.join(made)})")
+
+
 def _norm(ours: str, theirs: str) -> Row:
     return Row(f"blocks/{ours}/scale", f"model.layers.{{i}}.{theirs}.weight", "D", "D")
 
@@ -206,17 +213,6 @@ _NORMS = {
         (_norm("mlp_norm", "pre_feedforward_layernorm"), _MLP_OUT),
     ),
 }
-_QKV_BIAS = (
-    Row("blocks/attention/q/bias", _ATTENTION + "q_proj.bias", "N H", "(N H)"),
-    Row("blocks/attention/k/bias", _ATTENTION + "k_proj.bias", "K H", "(K H)"),
-    Row("blocks/attention/v/bias", _ATTENTION + "v_proj.bias", "K H", "(K H)"),
-)
-_OUTPUT_BIAS = (Row("blocks/attention/o/bias", _ATTENTION + "o_proj.bias", "D", "D"),)
-_MLP_BIAS = (
-    Row("blocks/mlp/gate/bias", _MLP + "gate_proj.bias", "F", "F"),
-    Row("blocks/mlp/up/bias", _MLP + "up_proj.bias", "F", "F"),
-    Row("blocks/mlp/down/bias", _MLP + "down_proj.bias", "D", "D"),
-)
 _QK_NORM = (
     Row("blocks/attention/q_norm/scale", _ATTENTION + "q_norm.weight", "H", "H"),
     Row("blocks/attention/k_norm/scale", _ATTENTION + "k_norm.weight", "H", "H"),
@@ -244,9 +240,9 @@ def rows_of(spec: DecoderSpec) -> tuple[Row, ...]:
     attention, mlp = zip(_NORMS[spec.norm_places], _PROJECTIONS[spec.projections], strict=True)
     parts = (
         (True, (_EMBEDDING, *chain(*attention), _OUTPUT, *chain(*mlp), _FINAL_NORM)),
-        (spec.qkv_bias, _QKV_BIAS),
-        (spec.output_bias, _OUTPUT_BIAS),
-        (spec.mlp_bias, _MLP_BIAS),
+        (spec.qkv_bias, map(_bias, _SEPARATE)),
+        (spec.output_bias, [_bias(_OUTPUT)]),
+        (spec.mlp_bias, map(_bias, _MLP_SEPARATE)),
         (spec.qk_norm, _QK_NORM_OVER_HEADS if spec.qk_norm_over_heads else _QK_NORM),
         (not spec.tie_embeddings, _UNTIED),
     )
