@@ -156,17 +156,18 @@ _MLP_SEPARATE = (
     Row("blocks/mlp/up/kernel", _MLP + "up_proj.weight", "D F", "F D"),
     Row("blocks/mlp/down/kernel", _MLP + "down_proj.weight", "F D", "D F"),
 )
-_QKV, _GATE_UP = ("(N H)", "(K H)", "(K H)"), ("F", "F")
-_FUSED = (
-    Row("blocks/attention/q/kernel", _ATTENTION + "qkv_proj.weight", "D N H", "(N H) D", _QKV, 0),
-    Row("blocks/attention/k/kernel", _ATTENTION + "qkv_proj.weight", "D K H", "(K H) D", _QKV, 1),
-    Row("blocks/attention/v/kernel", _ATTENTION + "qkv_proj.weight", "D K H", "(K H) D", _QKV, 2),
-)
-_MLP_FUSED = (
-    Row("blocks/mlp/gate/kernel", _MLP + "gate_up_proj.weight", "D F", "F D", _GATE_UP, 0),
-    Row("blocks/mlp/up/kernel", _MLP + "gate_up_proj.weight", "D F", "F D", _GATE_UP, 1),
-    Row("blocks/mlp/down/kernel", _MLP + "down_proj.weight", "F D", "D F"),
-)
+
+
+def _fused(rows: tuple[Row, ...], theirs: str) -> tuple[Row, ...]:
+    """The same rows where Hugging Face stores their tensors as one, in this order."""
+    parts = tuple(row.their_axes.removesuffix(" D") for row in rows)
+    return tuple(
+        replace(row, theirs=theirs, parts=parts, place=place) for place, row in enumerate(rows)
+    )
+
+
+_FUSED = _fused(_SEPARATE, _ATTENTION + "qkv_proj.weight")
+_MLP_FUSED = (*_fused(_MLP_SEPARATE[:2], _MLP + "gate_up_proj.weight"), _MLP_SEPARATE[2])
 
 
 def _experts(module: str, gate: str, up: str, down: str) -> tuple[Row, ...]:
