@@ -117,7 +117,6 @@ def _rope(
             f"{where}: partial_rotary_factor={partial} rotates {dim} of head_dim={head_dim} "
             "numbers; it must be an even number of them"
         )
-    original = config.get(_ORIGINAL)
     if kind in (None, "default"):
         if seen:
             raise KavaError(
@@ -135,8 +134,8 @@ def _rope(
     scaling = ROPE_TYPES[kind]
     # transformers does not read the original length for these two: linear needs no length, and
     # dynamic counts from max_position_embeddings.
-    if original is not None and scaling not in (LinearRopeScaling, DynamicRopeScaling):
-        _add(seen, _ORIGINAL, original, where)
+    if scaling not in (LinearRopeScaling, DynamicRopeScaling):
+        _add(seen, _ORIGINAL, config.get(_ORIGINAL), where)
     if scaling is DynamicRopeScaling and seen.pop(_ORIGINAL, positions) != positions:
         raise KavaError(
             f"{where}: config.json: rope_type='dynamic' counts from "
