@@ -94,6 +94,7 @@ def cosine(a: Float[Array, "*B H"], b: Float[Array, "*B H"]) -> Float[Array, "*B
     return compare(a, b)[0]
 
 
+@jax.custom_vjp
 def compare(
     a: Float[Array, "*B H"], b: Float[Array, "*B H"], keep: Bool[Array, "*B"] | None = None
 ) -> tuple[Float[Array, "*B"], Float[Array, "*B"], Float[Array, "*B"]]:
@@ -102,11 +103,6 @@ def compare(
     Vectors that ``keep`` leaves out may hold NaN: they give 0, 1 and 1, and get no gradient. So
     they need not be zeroed first, which would copy both sides.
     """
-    return _compare(a, b, keep)
-
-
-@jax.custom_vjp
-def _compare(a: Array, b: Array, keep: Array | None) -> tuple[Array, Array, Array]:
     return _compare_forward(a, b, keep)[0]
 
 
@@ -146,7 +142,7 @@ def _times(x: Array, scale: Array) -> Array:
     return x.astype(jnp.float32) * jax.lax.optimization_barrier(scale)
 
 
-_compare.defvjp(_compare_forward, _compare_backward)
+compare.defvjp(_compare_forward, _compare_backward)
 
 
 def angular_distance(a: Float[Array, "*B H"], b: Float[Array, "*B H"]) -> Float[Array, "*B"]:

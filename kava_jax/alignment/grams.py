@@ -180,16 +180,12 @@ class Grams:
                 f"calibration: teacher layers {outside} are outside the window "
                 f"{list(self.windows[p])} of student layer {p}; choose layers of the window"
             )
-        return np.concatenate(
-            [
-                self._centred(
-                    self._cross[p, self.windows[p].index(layer)],
-                    self._teacher_sum[layer],
-                    self._student_sum[p],
-                )
-                for layer in layers
-            ]
-        )
+        first, ours = self.windows[p][0], self._student_sum[p]
+        blocks = [
+            self._centred(self._cross[p, layer - first], self._teacher_sum[layer], ours)
+            for layer in layers
+        ]
+        return np.concatenate(blocks)
 
     def _teacher_block(self, i: int, j: int) -> np.ndarray:
         # Half of the band is enough, because block (j, i) is block (i, j) transposed.

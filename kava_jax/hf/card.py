@@ -51,35 +51,21 @@ def model_card(
         followed: what of the teachers the student was trained to follow.
         reader: who reads the prompt where a cache handoff was trained.
     """
-    return f"""{_front(base_model, dataset, ["distillation", "kv-cache"])}
-
-# {name}
-
-`{without_machine_path(base_model)}`, trained with kava-jax on `{without_machine_path(dataset)}`
+    base, data = without_machine_path(base_model), without_machine_path(dataset)
+    told = f"""`{base}`, trained with kava-jax on `{data}`
 {_goal(teachers, followed)}.
 This is an ordinary Hugging Face directory, and no special code is needed to load it. The projector
-through which the two models were compared during training is not part of it.{_handoff(reader)}
-
-## How it was made
-
-```
-{without_machine_paths(command)}
-```
-
-{_table("setting", recipe)}
-
-## Measured on held-out data
-
-{_table("metric", metrics)}
-
-## Made with
-
-{_table("package", versions)}
-
-## Licence
-
-Not stated here: it follows from the licences of the base model, the teachers and the data.
-"""
+through which the two models were compared during training is not part of it.{_handoff(reader)}"""
+    tables = (
+        _table("setting", recipe),
+        "## Measured on held-out data",
+        _table("metric", metrics),
+        "## Made with",
+        _table("package", versions),
+    )
+    front = _front(base_model, dataset, ["distillation", "kv-cache"])
+    follows = "it follows from the licences of the base model, the teachers and the data"
+    return _page(front, name, told, command, tables, follows)
 
 
 def cut_card(*, name: str, teacher: str, left: Mapping[str, object], command: str) -> str:
@@ -91,25 +77,21 @@ def cut_card(*, name: str, teacher: str, left: Mapping[str, object], command: st
         left: what is left of it and what was measured, name to value.
         command: the command line that made it.
     """
-    return f"""{_front(teacher, None, ["pruning"])}
+    source = without_machine_path(teacher)
+    told = f"""Cut from `{source}` with kava-jax, and not trained since: it is where a
+training starts. `{CUT_RECORD}` says which layer, head and unit came from where."""
+    follows = "it follows from the licence of the model it was cut from"
+    front = _front(teacher, None, ["pruning"])
+    return _page(front, name, told, command, [_table("what", left)], follows)
 
-# {name}
 
-Cut from `{without_machine_path(teacher)}` with kava-jax, and not trained since: it is where a
-training starts. `{CUT_RECORD}` says which layer, head and unit came from where.
-
-## How it was made
-
-```
-{without_machine_paths(command)}
-```
-
-{_table("what", left)}
-
-## Licence
-
-Not stated here: it follows from the licence of the model it was cut from.
-"""
+def _page(
+    front: str, name: str, told: str, command: str, tables: Sequence[str], licence: str
+) -> str:
+    """A card: what is told of a model, how it was made, and what follows."""
+    made = f"## How it was made\n\n```\n{without_machine_paths(command)}\n```"
+    parts = (front, f"# {name}", told, made, *tables, f"## Licence\n\nNot stated here: {licence}.")
+    return "\n\n".join(parts) + "\n"
 
 
 def _front(base_model: str, dataset: str | None, tags: Sequence[str]) -> str:
@@ -142,13 +124,12 @@ def without_machine_path(text: str) -> str:
 
 def without_machine_paths(command: str) -> str:
     """A command line with every path argument (``x`` or ``key=x``) cut to its last component."""
-    words = []
-    for word in shlex.split(command):
-        key, equals, value = word.partition("=")
-        words.append(
-            f"{key}={without_machine_path(value)}" if equals else without_machine_path(key)
-        )
-    return shlex.join(words)
+
+    def shortened(word: str) -> str:
+        value = word.find("=") + 1  # the whole word where there is no key
+        return word[:value] + without_machine_path(word[value:])
+
+    return shlex.join(map(shortened, shlex.split(command)))
 
 
 def _handoff(reader: str | None) -> str:

@@ -14,29 +14,17 @@ from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 from kava_jax.errors import KavaError
-from kava_jax.hf.config_keys import REQUIRED_SIZES, SIZES, refused
+from kava_jax.hf.config_keys import OPTIONAL_SIZES, SIZES, refused
 from kava_jax.hf.families import FAMILIES, TEXT_PARTS, Family
 from kava_jax.hf.rope_keys import read_ropes, rope_config
-from kava_jax.hf.values import positive_float, positive_int, true_or_false
+from kava_jax.hf.values import of_each_layer, positive_float, positive_int, true_or_false
 from kava_jax.models.spec import DecoderSpec, LayerType
 
 FloatName = Literal["float32", "bfloat16", "float16"]
 
 # Hugging Face's names of an activation; the first one is written.
 _ACTIVATIONS = {"silu": ("silu", "swish"), "gelu_tanh": ("gelu_pytorch_tanh", "gelu_new")}
-# Which key switches which biases on in families that leave it to the config.
-# Why the caches of some models cannot be compared, whoever reads them.
-_NO_CACHE = {
-    "its attention is latent: it keeps one vector for all heads in place of keys and values": (
-        lambda config: config.get("kv_lora_rank") is not None
-    ),
-    "some of its layers are linear or convolutions and have no keys and values": (
-        lambda config: (
-            {"linear_attention", "mamba", "conv", "recurrent"}
-            & {*(config.get("layer_types") or ()), *(config.get("block_types") or ())}
-        )
-    ),
-}
+# Which key switches which biases on, in families that leave it to the config.
 _SWITCHES = {"qkv_bias": "attention_bias", "output_bias": "attention_bias", "mlp_bias": "mlp_bias"}
 
 
@@ -55,9 +43,8 @@ def spec_from_config(config: Mapping[str, Any], *, where: str) -> DecoderSpec:
     name, family = _family(config, where)
     _refuse_unsupported(config, family, where)
     sizes = _sizes(family)
-    required = [key for key, field in sizes.items() if field in REQUIRED_SIZES.values()]
-    absent = [key for key in required if config.get(key) is None]
-    if missing := [key for key in absent if key not in family.sizes]:
+    needed = sizes.keys() - family.sizes.keys() - OPTIONAL_SIZES
+    if missing := [key for key in sizes if key in needed and config.get(key) is None]:
         raise KavaError(f"{where}: config.json lacks {', '.join(missing)}; add what the model has")
     default = family.sizes.get("num_attention_heads")
     heads = positive_int(config, "num_attention_heads", where, default=default)
@@ -84,8 +71,7 @@ def spec_from_config(config: Mapping[str, Any], *, where: str) -> DecoderSpec:
     fields["norm_eps"] = positive_float(config, "rms_norm_eps", where, default=family.norm_eps)
     fields["initializer_range"] = positive_float(config, "initializer_range", where, default=0.02)
     for field, key in _SWITCHES.items():
-        fixed, asked = getattr(family, field), true_or_false(config, key, where)
-        fields[field] = asked if fixed is None else fixed
+        fields[field] = true_or_false(config, key, where) and key in family.bias_keys
     fields |= _scales(config, family, where)
     fields |= _experts(config, family, where)
     fields |= _sliding(config, family, fields["num_layers"], where)
@@ -102,9 +88,7 @@ def spec_from_config(config: Mapping[str, Any], *, where: str) -> DecoderSpec:
             for layer in range(fields["num_layers"])
             if skips is not None and skips(config, layer, where)
         ),
-        **family.layers,
-        **ropes,
-        **fields,
+        **{**fields, **ropes, **family.layers},
     )
 
 
@@ -148,7 +132,7 @@ def config_from_spec(spec: DecoderSpec, *, dtype: FloatName) -> dict[str, Any]:
         "dtype": dtype,
     }
     for field, key in _SWITCHES.items():
-        if getattr(family, field) is None:
+        if key in family.bias_keys:
             config[key] = getattr(spec, field)
     for key, (field, default, power) in family.scales.items():
         value = getattr(spec, field)
@@ -161,7 +145,8 @@ def config_from_spec(spec: DecoderSpec, *, dtype: FloatName) -> dict[str, Any]:
         needed = family.slides is not None and family.switch is None
         config["sliding_window"] = spec.sliding_window or (needed and family.sliding_window) or None
     if family.slides is not None and (spec.layer_types or family.switch is None):
-        config["layer_types"] = [_type(window) for window in spec.layer_windows]
+        kinds = {True: "full_attention", False: "sliding_attention"}
+        config["layer_types"] = [kinds[window is None] for window in spec.layer_windows]
     if family.switch is not None:
         config[family.switch] = spec.sliding_window is not None
     if family.skips_rotation is not None:
@@ -169,10 +154,6 @@ def config_from_spec(spec: DecoderSpec, *, dtype: FloatName) -> dict[str, Any]:
         config["no_rope_layers"] = [int(i not in free) for i in range(spec.num_layers)]
     _check_written(spec, config)
     return config
-
-
-def _type(window: int | None) -> LayerType:
-    return "full_attention" if window is None else "sliding_attention"
 
 
 def _check_written(spec: DecoderSpec, config: Mapping[str, Any]) -> None:
@@ -197,13 +178,21 @@ def _family(config: Mapping[str, Any], where: str) -> tuple[str, Family]:
     known = by_architecture | bases
     names = {known.get(a) for a in architectures} | ({model_type} - {None})
     if len(names) != 1 or (name := names.pop()) not in FAMILIES:
-        lacks = [reason for reason, has in _NO_CACHE.items() if has(config)]
         raise KavaError(
             f"{where}: architectures={architectures} with model_type={model_type!r} is not "
-            f"supported; use one of {', '.join(sorted(by_architecture))}"
-            + "".join(f" ({reason})" for reason in lacks)
+            f"supported; use one of {', '.join(sorted(by_architecture))}{_no_cache(config)}"
         )
     return name, FAMILIES[name]
+
+
+def _no_cache(config: Mapping[str, Any]) -> str:
+    """Why the caches of some models cannot be compared, whoever reads them."""
+    kinds = {*(config.get("layer_types") or ()), *(config.get("block_types") or ())}
+    if config.get("kv_lora_rank") is not None:
+        return " (its attention is latent: one vector for all heads in place of keys and values)"
+    if kinds & {"linear_attention", "mamba", "conv", "recurrent"}:
+        return " (some of its layers are linear or convolutions and have no keys and values)"
+    return ""
 
 
 def _refuse_unsupported(config: Mapping[str, Any], family: Family, where: str) -> None:
@@ -311,24 +300,18 @@ def _sliding(
     config: Mapping[str, Any], family: Family, depth: int, where: str
 ) -> dict[str, int | tuple[LayerType, ...] | None]:
     """The window, and which layers have it."""
-    none: dict[str, Any] = {"sliding_window": None, "layer_types": None}
-    kinds = _layer_types(config, depth, where)
-    if family.never_slides:
-        if kinds and set(kinds) != {"full_attention"}:
-            raise KavaError(
-                f"{where}: config.json: layer_types has sliding_attention, which "
-                f"{family.architecture} does not have; correct it"
-            )
-        return none
-    window = config.get("sliding_window", family.sliding_window)
+    kinds = _layer_types(config, where)
     on = family.switch is None or true_or_false(config, family.switch, where)
-    if window is None or not on:
-        if family.slides is not None and kinds and set(kinds) != {"full_attention"}:
+    on = on and not family.never_slides
+    window = config.get("sliding_window", family.sliding_window) if on else None
+    by_layer = family.slides is not None or family.never_slides
+    if window is None:
+        if by_layer and kinds and "sliding_attention" in kinds:
             raise KavaError(
                 f"{where}: config.json: layer_types has sliding_attention, and there is no "
-                f"sliding_window; give one"
+                f"sliding_window in this {family.architecture}; correct one of them"
             )
-        return none
+        return {"sliding_window": None, "layer_types": None}
     window = positive_int({"sliding_window": window}, "sliding_window", where)
     if family.slides is None:
         if kinds and len(set(kinds)) > 1:
@@ -342,25 +325,18 @@ def _sliding(
         for layer in range(depth)
     )
     if "sliding_attention" not in kinds:
-        return none
+        return {"sliding_window": None, "layer_types": None}
     return {"sliding_window": window, "layer_types": kinds}
 
 
-def _layer_types(config: Mapping[str, Any], depth: int, where: str) -> tuple[LayerType, ...] | None:
+def _layer_types(config: Mapping[str, Any], where: str) -> tuple[LayerType, ...] | None:
     """The given types, one for each layer, of the two that are known."""
-    given = config.get("layer_types")
+    given = of_each_layer(config, "layer_types", where)
     if given is None:
         return None
-    if not isinstance(given, list):
-        raise KavaError(f"{where}: config.json: layer_types={given!r} is no list; correct it")
     if unknown := sorted({str(kind) for kind in given} - {*get_args(LayerType)}):
         raise KavaError(
             f"{where}: config.json: layer_types has {', '.join(unknown)}; only models whose layers "
             f"are {' or '.join(get_args(LayerType))} are supported"
-        )
-    if len(given) != depth:
-        raise KavaError(
-            f"{where}: config.json: layer_types has {len(given)} entries for "
-            f"num_hidden_layers={depth}; make them agree"
         )
     return tuple(given)

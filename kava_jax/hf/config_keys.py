@@ -12,18 +12,17 @@ from kava_jax.errors import KavaError
 from kava_jax.hf.families import Family
 
 # Keys of config.json that ``spec`` reads and writes, with the field of DecoderSpec for each.
-REQUIRED_SIZES = {
+SIZES = {
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
     "intermediate_size": "intermediate_size",
     "num_hidden_layers": "num_layers",
     "num_attention_heads": "num_heads",
-}
-SIZES = REQUIRED_SIZES | {
     "num_key_value_heads": "num_kv_heads",
     "head_dim": "head_dim",
     "max_position_embeddings": "max_position_embeddings",
 }
+OPTIONAL_SIZES = {"num_key_value_heads", "head_dim", "max_position_embeddings"}
 READ = {*SIZES} | {
     "architectures",
     "attention_bias",
@@ -53,65 +52,64 @@ READ = {*SIZES} | {
     "use_sliding_window",
 }
 
-_IGNORED_FOR = {
-    "says who wrote the file, with what": (
-        "is_llama_config",
-        "model_name",
-        "transformers.js_config",
-        "unsloth_fixed",
-        "unsloth_version",
-    ),
-    "names code, which is never run": ("auto_map", "custom_pipelines"),
-    "is chosen by the run: dtype, attention kernel, cache, recomputation, parallel products": (
-        "_attn_implementation",
-        "_attn_implementation_autoset",
-        "attn_implementation",
-        "gradient_checkpointing",
-        "pretraining_tp",
-        "torch_dtype",
-        "torchscript",
-        "use_flash_attention",
-        "_flash_attn_2_enabled",
-    ),
-    "is a loss or noise of training the router": (
-        "output_router_logits",
-        "router_aux_loss_coef",
-        "router_jitter_noise",
-    ),
-    "belongs to the tokenizer": ("tokenizer_class", "unk_token_id"),
-    "is dropout or noise in training, which this trainer does not use": (
-        "attention_dropout",
-        "classifier_dropout",
-        "embd_pdrop",
-        "hidden_dropout",
-        "neftune_noise_alpha",
-        "resid_pdrop",
-    ),
-    "is read by no class of transformers": (
-        "_sliding_window_pattern",
-        "full_attn_mod",
-        "interpolate_factor",
-    ),
-    "is a length that transformers ignores, too": ("max_sequence_length", "model_max_length"),
-    "was a default of every model in transformers 4.x, without effect in these families": (
-        "add_cross_attention",
-        "cross_attention_hidden_size",
-        "finetuning_task",
-        "is_decoder",
-        "num_labels",
-        "prefix",
-        "pruned_heads",
-        "sep_token_id",
-        "task_specific_params",
-        "tf_legacy_loss",
-        "tie_encoder_decoder",
-        "use_bfloat16",
-        "use_return_dict",
-    ),
+# Keys without a say. So are those that transformers gives to every model or to generation
+# (``unknown_keys``).
+IGNORED = {
+    # who wrote the file, with what
+    "is_llama_config",
+    "model_name",
+    "transformers.js_config",
+    "unsloth_fixed",
+    "unsloth_version",
+    # code, which is never run
+    "auto_map",
+    "custom_pipelines",
+    # chosen by the run: dtype, attention kernel, cache, recomputation, parallel products
+    "_attn_implementation",
+    "_attn_implementation_autoset",
+    "attn_implementation",
+    "gradient_checkpointing",
+    "pretraining_tp",
+    "torch_dtype",
+    "torchscript",
+    "use_flash_attention",
+    "_flash_attn_2_enabled",
+    # a loss or noise of training the router
+    "output_router_logits",
+    "router_aux_loss_coef",
+    "router_jitter_noise",
+    # the tokenizer's
+    "tokenizer_class",
+    "unk_token_id",
+    # dropout or noise in training, which this trainer does not use
+    "attention_dropout",
+    "classifier_dropout",
+    "embd_pdrop",
+    "hidden_dropout",
+    "neftune_noise_alpha",
+    "resid_pdrop",
+    # read by no class of transformers
+    "_sliding_window_pattern",
+    "full_attn_mod",
+    "interpolate_factor",
+    # lengths that transformers ignores, too
+    "max_sequence_length",
+    "model_max_length",
+    # a default of every model in transformers 4.x, without effect in these families
+    "add_cross_attention",
+    "cross_attention_hidden_size",
+    "finetuning_task",
+    "is_decoder",
+    "num_labels",
+    "prefix",
+    "pruned_heads",
+    "sep_token_id",
+    "task_specific_params",
+    "tf_legacy_loss",
+    "tie_encoder_decoder",
+    "use_bfloat16",
+    "use_return_dict",
 }
-IGNORED = {key: reason for reason, keys in _IGNORED_FOR.items() for key in keys}
-"""Keys without a say, each with its reason. So are those that transformers gives to every model or
-to generation (:func:`unknown_keys`)."""
 
 REFUSED: dict[str, tuple[Any, ...]] = {
     # multipliers of Granite, MiniCPM, Cohere
@@ -150,15 +148,10 @@ REFUSED: dict[str, tuple[Any, ...]] = {
 
 def refused(config: Mapping[str, Any], family: Family) -> list[str]:
     """What to say of keys that ask for layers which the family does not have."""
-    given = {
-        key: config[key]
-        for key in REFUSED
-        if config.get(key) not in (None, False) and not family.reads(key)
-    }
     return [
-        f"{key}={value!r} is not supported; use a model without it"
-        for key, value in given.items()
-        if value not in REFUSED[key]
+        f"{key}={config[key]!r} is not supported; use a model without it"
+        for key, neutral in REFUSED.items()
+        if config.get(key) not in (None, False, *neutral) and not family.reads(key)
     ]
 
 
@@ -167,7 +160,7 @@ def unknown_keys(config: Mapping[str, Any]) -> list[str]:
 
     Keys that transformers has for every model, or for generation, say nothing of these layers.
     """
-    unknown = [key for key in config if key not in READ | IGNORED.keys() | REFUSED.keys()]
+    unknown = [key for key in config if key not in READ | IGNORED | REFUSED.keys()]
     if not unknown:
         return []
     # transformers is slow to import, and most configs have no key that needs it.

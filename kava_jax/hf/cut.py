@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from types import EllipsisType
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -21,8 +22,7 @@ from flax.traverse_util import unflatten_dict
 from kava_jax.alignment.layer_map import make_layer_map
 from kava_jax.errors import KavaError
 from kava_jax.hf.config_json import FloatName
-from kava_jax.hf.cut_record import CutRecord, read_cut_record
-from kava_jax.hf.export import export_model
+from kava_jax.hf.cut_record import CutRecord
 from kava_jax.hf.load import (
     Put,
     Read,
@@ -34,12 +34,10 @@ from kava_jax.hf.load import (
     put_whole,
     stacked,
 )
-from kava_jax.hf.locate import CUT_RECORD
 from kava_jax.hf.merge import Turns, find_turns, turned
 from kava_jax.hf.names import Index, Row, Shape, expected_tensors, parameter_shapes, rows_of
 from kava_jax.hf.tensor_files import TensorFiles
 from kava_jax.models.spec import DecoderSpec
-from kava_jax.storage import Place
 
 # Which layers are kept of a number of them; the last two are measured.
 Rule = Literal["middle", "evenly", "best_layers", "best_block"]
@@ -121,18 +119,6 @@ def cut_spec(spec: DecoderSpec, cut: CutRecord) -> DecoderSpec:
     )
 
 
-def check_uncut(directory: Path, name: str) -> None:
-    """Refuse a teacher that was cut itself: the record of a cut of it would name its own layers.
-
-    Raises KavaError.
-    """
-    if (record := read_cut_record(directory)) is not None:
-        raise KavaError(
-            f"teacher={name!r} was cut from {record.teacher!r} already ({CUT_RECORD}); cut that "
-            f"one, or remove {CUT_RECORD} to take this one for a model of its own"
-        )
-
-
 def stored_dtype(directory: Path, spec: DecoderSpec) -> FloatName:
     """The narrowest dtype that holds all of a directory's weights (of float64, float32)."""
     files, names = open_checked(directory, spec), {"F16": "float16", "BF16": "bfloat16"}
@@ -146,17 +132,29 @@ def load_cut_params(
     spec: DecoderSpec,
     cut: CutRecord,
     *,
-    param_dtype: Any = jnp.float32,
-    put: Put | None = None,
+    put: Put = put_whole,
 ) -> dict[str, Any]:
-    """The parameters of the cut model, read from its teacher's files.
+    """The parameters of the cut model in float32, read from its teacher's files.
 
     ``spec`` is the teacher's. Arguments, result and errors are as of ``load.load_decoder_params``.
     """
-    files, put, dtype = open_checked(directory, spec), put or put_whole, jnp.dtype(param_dtype)
+    files, dtype = open_checked(directory, spec), np.dtype(np.float32)
     read = _parameters(files, spec, cut, dtype)
     flat = {path: put(path, shape, dtype, part) for path, shape, part in read}
     check_finite(files)
+    return unflatten_dict(flat, sep="/")
+
+
+def cut_on_disk(
+    directory: Path, spec: DecoderSpec, cut: CutRecord, dtype: FloatName
+) -> dict[str, Any]:
+    """The same for ``export.export_model``: an ``OnDisk`` in the place of each parameter.
+
+    ``dtype`` is that of what is read.
+    """
+    files = open_checked(directory, spec)
+    read = _parameters(files, spec, cut, jnp.dtype(dtype))
+    flat = {path: OnDisk(shape, part, files) for path, shape, part in read}
     return unflatten_dict(flat, sep="/")
 
 
@@ -184,48 +182,9 @@ def merging_maps(directory: Path, spec: DecoderSpec, cut: CutRecord) -> dict[str
     return maps
 
 
-def write_cut(
-    out: Place,
-    directory: Path,
-    spec: DecoderSpec,
-    cut: CutRecord,
-    *,
-    dtype: FloatName,
-    card: str,
-    max_shard_bytes: int = 5 * 10**9,
-) -> None:
-    """Write the cut model as a Hugging Face directory, with the record of the cut.
-
-    Args:
-        out: destination, as of ``export.export_model``.
-        directory: the teacher's, whose tokenizer and further settings are copied.
-        spec: the teacher's geometry.
-        cut: what is left; the record is written, too.
-        dtype: of the weights on disk.
-        card: text of README.md.
-        max_shard_bytes: size above which weights are split.
-
-    Raises KavaError as ``export.export_model`` and ``load.load_decoder_params`` do.
-    """
-    files = open_checked(directory, spec)
-    read = _parameters(files, spec, cut, jnp.dtype(dtype))
-    flat = {path: OnDisk(shape, part, files) for path, shape, part in read}
-    export_model(
-        out,
-        unflatten_dict(flat, sep="/"),
-        cut_spec(spec, cut),
-        dtype=dtype,
-        tokenizer=None,
-        source_dir=directory,
-        card=card,
-        cut=cut,
-        max_shard_bytes=max_shard_bytes,
-    )
-
-
 @dataclass(frozen=True)
 class OnDisk:
-    """A parameter that is read when it is asked for: whole as an array, or one layer of it.
+    """A parameter that is read when it is indexed.
 
     Raises KavaError then, for NaN and infinity.
     """
@@ -234,19 +193,12 @@ class OnDisk:
     read: Read
     files: TensorFiles
 
-    def __getitem__(self, layer: int) -> np.ndarray:
-        """One layer of a stacked parameter."""
-        return self._checked(slice(layer, layer + 1))[0]
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        """Numpy's protocol; there is nothing that could be shared instead of copied."""
-        whole = self._checked(slice(0, self.shape[0]))
-        return whole if dtype is None else whole.astype(dtype)
-
-    def _checked(self, first: slice) -> np.ndarray:
+    def __getitem__(self, layer: int | EllipsisType) -> np.ndarray:
+        """One layer of a stacked parameter, or with ``...`` the whole."""
+        first = slice(layer, layer + 1) if isinstance(layer, int) else slice(0, self.shape[0])
         part = self.read((first, *(slice(0, size) for size in self.shape[1:])))
         check_finite(self.files)
-        return part
+        return part[0] if isinstance(layer, int) else part
 
 
 def _parameters(

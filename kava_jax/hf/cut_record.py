@@ -5,6 +5,7 @@ layers stay known.
 """
 
 import json
+from itertools import pairwise
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -37,8 +38,7 @@ class CutRecord(BaseModel):
 
     @model_validator(mode="after")
     def _in_order(self) -> "CutRecord":
-        rises = all(a < b for a, b in zip(self.layers, self.layers[1:], strict=False))
-        if not (self.layers and rises and self.layers[-1] < self.teacher_layers):
+        if not self.layers or any(a >= b for a, b in pairwise((*self.layers, self.teacher_layers))):
             raise ValueError(
                 f"layers={list(self.layers)} do not rise within {self.teacher_layers} layers"
             )

@@ -43,8 +43,8 @@ _MARKER, _PARTIAL = "kava_export.json", ".kava-partial-"
 # Keys of a source config that name its machine, point to code that is not copied, or follow from
 # the geometry.
 _NOT_KEPT = ("_name_or_path", "auto_map", "layer_types")
-# Of a model that reads images, whose text part is written alone.
-_OF_IMAGES = ("text_config", "vision_config", "mm_tokens_per_image", "processor_class")
+# And of a model that reads images, whose text part is written alone.
+_NOT_KEPT += ("text_config", "vision_config", "mm_tokens_per_image", "processor_class")
 _TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 # Words, case, digits, punctuation, several spaces and newlines: what pre-tokenizers differ on.
 _PROBE = "Question: Tom's 12,345 apples cost $6.70 each.\n\nAnswer:  he pays (a lot)\n#### 42"
@@ -103,7 +103,7 @@ def export_model(
         """One tensor in Hugging Face's layout, on the host."""
         parts = []
         for row, layer in tensors[name]:
-            ours = on_host(flat[row.ours][layer] if row.stacked else flat[row.ours], "export")
+            ours = on_host(flat[row.ours][layer if row.stacked else ...], "export")
             ours = ours if row.expert is None else ours[row.expert]
             parts.append(cast(row.to_theirs(ours, spec), jnp.dtype(dtype), name))
         # safetensors writes an array's memory as it lies. Of a transposed view it would write the
@@ -237,8 +237,7 @@ def _write_configs(
         if config.get("text_config") is not None:
             left = {key: x for key, x in config.items() if not key.endswith("_token_index")}
             config = left | config["text_config"]
-        dropped = (*_NOT_KEPT, *_OF_IMAGES)
-        kept = {key: value for key, value in config.items() if key not in dropped}
+        kept = {key: value for key, value in config.items() if key not in _NOT_KEPT}
         if (source / GENERATION).is_file():
             generation = passed_on(read_json(source / GENERATION))
     # Null says that there is no such token. Where the key is absent, Llama's and Mistral's classes

@@ -11,8 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from kava_jax.errors import KavaError
-from kava_jax.hf.values import positive_int
+from kava_jax.hf.values import of_each_layer, positive_int
 
 Config = Mapping[str, Any]
 # Of a config and the number of a layer; the last is what messages call the model.
@@ -36,12 +35,11 @@ class Family:
     models: str
     """Which models are of it."""
     architecture: str
-    num_kv_heads: int | None  # None: as many as query heads
-    head_dim: int | None  # None: hidden_size / num_attention_heads
     max_position_embeddings: int
-    qkv_bias: bool | None = False  # None: follows the config's attention_bias
-    output_bias: bool | None = False
-    mlp_bias: bool | None = False  # None: follows mlp_bias
+    num_kv_heads: int | None = None  # None: as many as query heads
+    head_dim: int | None = None  # None: hidden_size / num_attention_heads
+    bias_keys: tuple[str, ...] = ()
+    """The keys that switch biases on. Without them there are none but those of ``layers``."""
     rope_theta: float = 10_000.0
     norm_eps: float = 1e-6
     tied: bool = False
@@ -92,15 +90,9 @@ def _full_layers(config: Config, where: str) -> int:
 
 def _unrotated(config: Config, layer: int, where: str) -> bool:
     """SmolLM3: a 0 in the list, or else the last of every few layers."""
-    listed, depth = config.get("no_rope_layers"), config.get("num_hidden_layers")
-    if listed is None:
+    if (listed := of_each_layer(config, "no_rope_layers", where)) is None:
         every = positive_int(config, "no_rope_layer_interval", where, default=4)
         return (layer + 1) % every == 0
-    if not isinstance(listed, list) or len(listed) != depth:
-        raise KavaError(
-            f"{where}: config.json: no_rope_layers={listed!r} is no list of "
-            f"num_hidden_layers={depth} entries; correct it"
-        )
     return not listed[layer]
 
 
@@ -110,8 +102,7 @@ _QWEN: dict[str, Any] = {
     "slides": lambda config, layer, where: layer >= _full_layers(config, where),
 }
 _GEMMA: dict[str, Any] = {
-    "qkv_bias": None,
-    "output_bias": None,
+    "bias_keys": ("attention_bias",),
     "tied": True,
     "activation_key": "hidden_activation",
     "sliding_window": 4096,
@@ -136,52 +127,47 @@ def _gemma_scales(attention_cap: float | None, logit_cap: float | None) -> dict[
 TEXT_PARTS = {"Gemma3ForConditionalGeneration": "Gemma3ForCausalLM"}
 
 FAMILIES = {
-    "qwen2": Family("Qwen2, Qwen2.5", "Qwen2ForCausalLM", 32, None, 32768, qkv_bias=True, **_QWEN),
+    "qwen2": Family(
+        "Qwen2, Qwen2.5", "Qwen2ForCausalLM", 32768, 32, layers={"qkv_bias": True}, **_QWEN
+    ),
     "qwen3": Family(
         "Qwen3",
         "Qwen3ForCausalLM",
+        32768,
         32,
         128,
-        32768,
-        qkv_bias=None,
-        output_bias=None,
+        bias_keys=("attention_bias",),
         layers={"qk_norm": True},
         **_QWEN,
     ),
     "llama": Family(
         "Llama 2, 3, 3.1, 3.2, SmolLM, SmolLM2, TinyLlama, Yi",
         "LlamaForCausalLM",
-        None,
-        None,
         2048,
-        qkv_bias=None,
-        output_bias=None,
-        mlp_bias=None,
+        bias_keys=("attention_bias", "mlp_bias"),
         never_slides=True,
     ),
     "mistral": Family(
         "Mistral 7B, Mistral Nemo, Ministral 8B",
         "MistralForCausalLM",
-        8,
-        None,
         131072,
+        8,
         sliding_window=4096,
     ),
     "ministral": Family(
         "Ministral of transformers 5",
         "MinistralForCausalLM",
-        8,
-        None,
         131072,
+        8,
         sliding_window=4096,
         slides=lambda _config, _layer, _where: True,
     ),
     "gemma2": Family(
         "Gemma 2",
         "Gemma2ForCausalLM",
+        8192,
         4,
         256,
-        8192,
         layers=_GEMMA_LAYERS,
         scales=_gemma_scales(50.0, 30.0),
         slides=lambda _config, layer, _where: layer % 2 == 0,
@@ -190,9 +176,9 @@ FAMILIES = {
     "gemma3_text": Family(
         "Gemma 3",
         "Gemma3ForCausalLM",
+        131072,
         4,
         256,
-        131072,
         rope_theta=1e6,
         sliding_rope_theta=1e4,
         sizes={"vocab_size": 262208, "num_attention_heads": 8},
@@ -204,8 +190,6 @@ FAMILIES = {
     "phi3": Family(
         "Phi-3, Phi-3.5, Phi-4-mini",
         "Phi3ForCausalLM",
-        None,
-        None,
         4096,
         norm_eps=1e-5,
         layers={"projections": "fused"},
@@ -214,11 +198,8 @@ FAMILIES = {
     "olmo2": Family(
         "OLMo 2",
         "Olmo2ForCausalLM",
-        None,
-        None,
         2048,
-        qkv_bias=None,
-        output_bias=None,
+        bias_keys=("attention_bias",),
         norm_eps=1e-5,
         layers={
             "norm_places": "after",
@@ -231,12 +212,9 @@ FAMILIES = {
     "smollm3": Family(
         "SmolLM3",
         "SmolLM3ForCausalLM",
-        4,
-        None,
         32768,
-        qkv_bias=None,
-        output_bias=None,
-        mlp_bias=None,
+        4,
+        bias_keys=("attention_bias", "mlp_bias"),
         rope_theta=2e6,
         tied=True,
         switch="use_sliding_window",
@@ -246,9 +224,8 @@ FAMILIES = {
     "mixtral": Family(
         "Mixtral",
         "MixtralForCausalLM",
-        8,
-        None,
         131072,
+        8,
         rope_theta=1e6,
         norm_eps=1e-5,
         layers={"projections": "block_sparse_moe", "experts_normalised": True},
@@ -260,11 +237,9 @@ FAMILIES = {
     "qwen3_moe": Family(
         "Qwen3 30B-A3B, 235B-A22B",
         "Qwen3MoeForCausalLM",
-        4,
-        None,
         32768,
-        qkv_bias=None,
-        output_bias=None,
+        4,
+        bias_keys=("attention_bias",),
         layers={"projections": "experts", "qk_norm": True},
         inner_key="moe_intermediate_size",
         experts={
@@ -278,12 +253,8 @@ FAMILIES = {
     "granite": Family(
         "Granite 3",
         "GraniteForCausalLM",
-        None,
-        None,
         2048,
-        qkv_bias=None,
-        output_bias=None,
-        mlp_bias=None,
+        bias_keys=("attention_bias", "mlp_bias"),
         scales={
             "embedding_multiplier": Scale("embedding_scale", 1.0),
             "residual_multiplier": Scale("residual_scale", 1.0),

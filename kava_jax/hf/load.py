@@ -66,6 +66,12 @@ def load_model(directory: Path) -> tuple[nnx.GraphDef[Decoder], Params]:
     return graph, load_decoder_params(directory, spec)
 
 
+def put_whole(path: str, shape: Shape, dtype: np.dtype, read: Read) -> jax.Array:
+    """The whole parameter on the default device."""
+    del path, dtype
+    return jnp.asarray(read(tuple(slice(0, size) for size in shape)))
+
+
 def load_decoder_params(
     directory: Path,
     spec: DecoderSpec,
@@ -74,7 +80,7 @@ def load_decoder_params(
     tail: bool = False,
     head: bool = True,
     param_dtype: Any = jnp.float32,
-    put: Put | None = None,
+    put: Put = put_whole,
 ) -> dict[str, Any]:
     """Read a decoder's parameters as a nested dict of arrays, blocks stacked over layers.
 
@@ -98,19 +104,14 @@ def load_decoder_params(
     depth = spec.num_layers if layers is None else layers
     if not 0 <= depth + tail <= spec.num_layers:
         raise KavaError(f"layers={depth} with tail={tail} exceeds num_layers={spec.num_layers}")
-    dtype, put = jnp.dtype(param_dtype), put or put_whole
-    files = open_checked(directory, spec, head=head)
+    dtype, files = jnp.dtype(param_dtype), open_checked(directory, spec, head=head)
     flat: dict[str, jax.Array] = {}
     shapes = parameter_shapes(spec, layers=layers, tail=tail, head=head)
     for row in rows_of(spec):
-        of_row: dict[str | None, range | int] = {row.ours: range(depth) if row.stacked else 0}
-        of_row |= {tail_path(row): depth}
-        for path, held in of_row.items():
+        read, shape = layer_reader(row, files, spec, dtype), row.our_shape(spec)
+        for path, held in ((row.ours, range(depth) if row.stacked else 0), (tail_path(row), depth)):
             if path in shapes:
-                read = stacked(
-                    layer_reader(row, files, spec, dtype), held, row.our_shape(spec), dtype
-                )
-                flat[path] = put(path, shapes[path], dtype, read)
+                flat[path] = put(path, shapes[path], dtype, stacked(read, held, shape, dtype))
     check_finite(files)
     return unflatten_dict(flat, sep="/")
 
@@ -118,21 +119,13 @@ def load_decoder_params(
 def open_checked(directory: Path, spec: DecoderSpec, *, head: bool = True) -> TensorFiles:
     """The directory's files, with a tied head settled and every tensor checked.
 
-    Raises KavaError as :func:`check_tensors` does.
+    Without ``head`` a base model will do, which has none. Raises one ``KavaError`` that lists every
+    missing, unexpected or unfit tensor.
     """
     files = TensorFiles(directory)
     if spec.tie_embeddings:
         # Before the check: a head that is stored alone would count as a missing embedding.
         files.settle_tied_head()
-    check_tensors(files, spec, head=head)
-    return files
-
-
-def check_tensors(files: TensorFiles, spec: DecoderSpec, *, head: bool = True) -> None:
-    """Raise one ``KavaError`` that lists every missing, unexpected or unfit tensor.
-
-    Without ``head`` a base model will do, which has none.
-    """
     expected = expected_tensors(spec)
     present = {name for name in files.tensors if not _IGNORED.search(name)}
     if not head and HEAD not in present:
@@ -150,6 +143,7 @@ def check_tensors(files: TensorFiles, spec: DecoderSpec, *, head: bool = True) -
             f"{'; '.join(told)}; use matching weights and config.json"
             + (_HEADLESS if HEAD in expected and HEAD not in present else "")
         )
+    return files
 
 
 def check_finite(files: TensorFiles) -> None:
@@ -191,10 +185,8 @@ def layer_reader(row: Row, files: TensorFiles, spec: DecoderSpec, dtype: np.dtyp
     """
 
     if row.by_expert:
-        readers = [
-            layer_reader(row.of_expert(expert), files, spec, dtype)
-            for expert in range(spec.num_experts)
-        ]
+        experts = map(row.of_expert, range(spec.num_experts))
+        readers = [layer_reader(expert, files, spec, dtype) for expert in experts]
         return lambda index, layer: np.stack([one(index[1:], layer) for one in readers[index[0]]])
 
     def read(index: Index, layer: int) -> np.ndarray:
@@ -220,9 +212,3 @@ def stacked(read: ReadLayer, layers: Sequence[int] | int, shape: Shape, dtype: n
         return whole
 
     return of_layers
-
-
-def put_whole(path: str, shape: Shape, dtype: np.dtype, read: Read) -> jax.Array:
-    """The whole parameter on the default device."""
-    del path, dtype
-    return jnp.asarray(read(tuple(slice(0, size) for size in shape)))

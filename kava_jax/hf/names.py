@@ -156,17 +156,18 @@ _MLP_SEPARATE = (
     Row("blocks/mlp/up/kernel", _MLP + "up_proj.weight", "D F", "F D"),
     Row("blocks/mlp/down/kernel", _MLP + "down_proj.weight", "F D", "D F"),
 )
-_QKV, _GATE_UP = ("(N H)", "(K H)", "(K H)"), ("F", "F")
-_FUSED = (
-    Row("blocks/attention/q/kernel", _ATTENTION + "qkv_proj.weight", "D N H", "(N H) D", _QKV, 0),
-    Row("blocks/attention/k/kernel", _ATTENTION + "qkv_proj.weight", "D K H", "(K H) D", _QKV, 1),
-    Row("blocks/attention/v/kernel", _ATTENTION + "qkv_proj.weight", "D K H", "(K H) D", _QKV, 2),
-)
-_MLP_FUSED = (
-    Row("blocks/mlp/gate/kernel", _MLP + "gate_up_proj.weight", "D F", "F D", _GATE_UP, 0),
-    Row("blocks/mlp/up/kernel", _MLP + "gate_up_proj.weight", "D F", "F D", _GATE_UP, 1),
-    Row("blocks/mlp/down/kernel", _MLP + "down_proj.weight", "F D", "D F"),
-)
+
+
+def _fused(rows: tuple[Row, ...], theirs: str) -> tuple[Row, ...]:
+    """The same rows where Hugging Face stores their tensors as one, in this order."""
+    parts = tuple(row.their_axes.removesuffix(" D") for row in rows)
+    return tuple(
+        replace(row, theirs=theirs, parts=parts, place=place) for place, row in enumerate(rows)
+    )
+
+
+_FUSED = _fused(_SEPARATE, _ATTENTION + "qkv_proj.weight")
+_MLP_FUSED = (*_fused(_MLP_SEPARATE[:2], _MLP + "gate_up_proj.weight"), _MLP_SEPARATE[2])
 
 
 def _experts(module: str, gate: str, up: str, down: str) -> tuple[Row, ...]:
@@ -189,6 +190,13 @@ _PROJECTIONS = {
 }
 
 
+def _bias(kernel: Row) -> Row:
+    """The row of a projection's bias: its axes are those that the projection makes."""
+    made = _groups(kernel.their_axes)[0]
+    ours, theirs = kernel.ours.replace("kernel", "bias"), kernel.theirs.replace("weight", "bias")
+    return Row(ours, theirs, " ".join(made), f"({' '.join(made)})")
+
+
 def _norm(ours: str, theirs: str) -> Row:
     return Row(f"blocks/{ours}/scale", f"model.layers.{{i}}.{theirs}.weight", "D", "D")
 
@@ -206,17 +214,6 @@ _NORMS = {
         (_norm("mlp_norm", "pre_feedforward_layernorm"), _MLP_OUT),
     ),
 }
-_QKV_BIAS = (
-    Row("blocks/attention/q/bias", _ATTENTION + "q_proj.bias", "N H", "(N H)"),
-    Row("blocks/attention/k/bias", _ATTENTION + "k_proj.bias", "K H", "(K H)"),
-    Row("blocks/attention/v/bias", _ATTENTION + "v_proj.bias", "K H", "(K H)"),
-)
-_OUTPUT_BIAS = (Row("blocks/attention/o/bias", _ATTENTION + "o_proj.bias", "D", "D"),)
-_MLP_BIAS = (
-    Row("blocks/mlp/gate/bias", _MLP + "gate_proj.bias", "F", "F"),
-    Row("blocks/mlp/up/bias", _MLP + "up_proj.bias", "F", "F"),
-    Row("blocks/mlp/down/bias", _MLP + "down_proj.bias", "D", "D"),
-)
 _QK_NORM = (
     Row("blocks/attention/q_norm/scale", _ATTENTION + "q_norm.weight", "H", "H"),
     Row("blocks/attention/k_norm/scale", _ATTENTION + "k_norm.weight", "H", "H"),
@@ -244,9 +241,9 @@ def rows_of(spec: DecoderSpec) -> tuple[Row, ...]:
     attention, mlp = zip(_NORMS[spec.norm_places], _PROJECTIONS[spec.projections], strict=True)
     parts = (
         (True, (_EMBEDDING, *chain(*attention), _OUTPUT, *chain(*mlp), _FINAL_NORM)),
-        (spec.qkv_bias, _QKV_BIAS),
-        (spec.output_bias, _OUTPUT_BIAS),
-        (spec.mlp_bias, _MLP_BIAS),
+        (spec.qkv_bias, map(_bias, _SEPARATE)),
+        (spec.output_bias, [_bias(_OUTPUT)]),
+        (spec.mlp_bias, map(_bias, _MLP_SEPARATE)),
         (spec.qk_norm, _QK_NORM_OVER_HEADS if spec.qk_norm_over_heads else _QK_NORM),
         (not spec.tie_embeddings, _UNTIED),
     )

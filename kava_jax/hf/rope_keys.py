@@ -14,8 +14,8 @@ out on purpose: scaled rotations of sliding layers.
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, get_args
 
 from kava_jax.errors import KavaError
 from kava_jax.hf.families import Family
@@ -23,6 +23,7 @@ from kava_jax.hf.values import positive_float, positive_int, true_or_false
 from kava_jax.models.spec import (
     DecoderSpec,
     DynamicRopeScaling,
+    LayerType,
     LinearRopeScaling,
     Llama3RopeScaling,
     LongRopeScaling,
@@ -37,9 +38,6 @@ ROPE_TYPES: dict[str, type[RopeScaling]] = {
     "longrope": LongRopeScaling,
     "llama3": Llama3RopeScaling,
 }
-_LAYER_TYPES = ("full_attention", "sliding_attention")
-# A note in the files of YaRN's authors (arXiv 2309.00071), of which the frequencies know nothing.
-_NOTES = ("finetuned",)
 _ORIGINAL = "original_max_position_embeddings"
 
 
@@ -82,10 +80,10 @@ def _by_type(config: Mapping[str, Any], where: str) -> tuple[dict[str, Any], dic
     # Up to 4.x the sliding layers' base has a key of its own, and a scaling is that of the others.
     rest = {key: value for key, value in config.items() if key != "rope_parameters"}
     given = config.get("rope_parameters") or {}
-    if not isinstance(given, Mapping) or {*given} - {*_LAYER_TYPES}:
+    if not isinstance(given, Mapping) or {*given} - {*get_args(LayerType)}:
         raise KavaError(
             f"{where}: rope_parameters={given!r} needs an object for each of "
-            f"{', '.join(_LAYER_TYPES)}; correct it"
+            f"{', '.join(get_args(LayerType))}; correct it"
         )
     full = rest | {"rope_parameters": given.get("full_attention")}
     local = {"rope_theta": config.get("rope_local_base_freq")}
@@ -119,7 +117,6 @@ def _rope(
             f"{where}: partial_rotary_factor={partial} rotates {dim} of head_dim={head_dim} "
             "numbers; it must be an even number of them"
         )
-    original = config.get(_ORIGINAL)
     if kind in (None, "default"):
         if seen:
             raise KavaError(
@@ -137,8 +134,8 @@ def _rope(
     scaling = ROPE_TYPES[kind]
     # transformers does not read the original length for these two: linear needs no length, and
     # dynamic counts from max_position_embeddings.
-    if original is not None and scaling not in (LinearRopeScaling, DynamicRopeScaling):
-        _add(seen, _ORIGINAL, original, where)
+    if scaling not in (LinearRopeScaling, DynamicRopeScaling):
+        _add(seen, _ORIGINAL, config.get(_ORIGINAL), where)
     if scaling is DynamicRopeScaling and seen.pop(_ORIGINAL, positions) != positions:
         raise KavaError(
             f"{where}: config.json: rope_type='dynamic' counts from "
@@ -186,27 +183,27 @@ def _merged(config: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Every key that any spelling gives, once."""
     seen: dict[str, Any] = {}
     for name in ("rope_scaling", "rope_parameters"):
-        if not isinstance(spelling := config.get(name) or {}, Mapping):
-            raise KavaError(f"{where}: {name}={spelling!r} is not an object; correct it")
-        for key, value in _entries(spelling, name, where):
-            _add(seen, "rope_type" if key == "type" else key, value, where)
+        _add_all(seen, config.get(name) or {}, name, where)
     for key in ("rope_theta", "partial_rotary_factor"):
         _add(seen, key, config.get(key), where)
-    return {key: value for key, value in seen.items() if key not in _NOTES}
+    # A note in the files of YaRN's authors (arXiv 2309.00071), of which the frequencies know
+    # nothing.
+    seen.pop("finetuned", None)
+    return seen
 
 
-def _entries(spelling: Mapping[str, Any], name: str, where: str) -> Iterator[tuple[str, Any]]:
-    """Keys and values, including those inside the object of a type of layer."""
+def _add_all(seen: dict[str, Any], spelling: Any, name: str, where: str) -> None:
+    """What one spelling gives, including the objects of the types of layer in it."""
+    if not isinstance(spelling, Mapping):
+        raise KavaError(
+            f"{where}: {name}={spelling!r} is not an object that says how keys are rotated; "
+            "correct it, or use a model that rotates the keys of every layer"
+        )
     for key, value in spelling.items():
-        if key not in _LAYER_TYPES:
-            yield key, value
-        elif isinstance(value, Mapping):
-            yield from value.items()
+        if key in get_args(LayerType):
+            _add_all(seen, value, f"{name}.{key}", where)
         else:
-            raise KavaError(
-                f"{where}: {name}.{key}={value!r} is no RoPE; only models that rotate the keys of "
-                "every layer are supported"
-            )
+            _add(seen, "rope_type" if key == "type" else key, value, where)
 
 
 def _add(seen: dict[str, Any], key: str, value: Any, where: str) -> None:

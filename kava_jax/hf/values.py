@@ -30,6 +30,17 @@ def positive_float(
     return float(value)
 
 
+def of_each_layer(config: Mapping[str, Any], key: str, where: str) -> list[Any] | None:
+    """``config[key]``, a list with an entry for each layer; None where it is absent or null."""
+    value, depth = config.get(key), config.get("num_hidden_layers")
+    if value is not None and (not isinstance(value, list) or len(value) != depth):
+        raise KavaError(
+            f"{where}: config.json: {key}={value!r} is no list of num_hidden_layers={depth} "
+            "entries; correct it"
+        )
+    return value
+
+
 def true_or_false(config: Mapping[str, Any], key: str, where: str) -> bool:
     """``config[key]``, false where it is absent or null. The text "false" is neither."""
     value = config.get(key)

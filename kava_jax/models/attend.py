@@ -276,11 +276,9 @@ def _splash_kernel(
 
     block = next(size for size in SPLASH_BLOCKS if length % size == 0)
     square = (length, length)
-    mask = (
-        splash.CausalMask(square)
-        if window is None
-        else splash.LocalMask(square, (window - 1, 0), offset=0)
-    )
+    mask = splash.CausalMask(square)
+    if window is not None:
+        mask = splash.LocalMask(square, (window - 1, 0), offset=0)
     return splash.make_splash_mha(
         splash.MultiHeadMask([mask] * heads),
         # Without block sizes for dkv and dq the kernel has no backward pass.

@@ -11,7 +11,7 @@ Left out on purpose: sampling and beam search.
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,6 @@ from kava_jax.models.layers import (
     Block,
     Dtypes,
     KeySpace,
-    Output,
     Projection,
     RMSNorm,
 )
@@ -40,11 +39,8 @@ Remat = Literal["none", "dots", "full"]
 Params = dict[str, Any]
 
 
-class _Own(NamedTuple):
-    """By layer, the number of its mask and of its rotation; None where all take the first."""
-
-    window: Int[Array, "L"] | None
-    rope: Int[Array, "L"] | None
+# By layer, the number of its mask and of its rotation; None where all take the first.
+_Own = tuple[Array | None, Array | None]
 
 
 class Decoder(nnx.Module):
@@ -84,23 +80,19 @@ class Decoder(nnx.Module):
             embedding_metadata={"axes": ("vocab", "embed")},
             rngs=rngs,
         )
-        self.blocks = _stacked_blocks(spec, count, dtypes, rngs, layouts) if count else None
+        mlp = partial(Experts, layouts=layouts) if spec.num_experts else MLP
+        # One module of as many layers, whose parameters have a leading layer axis.
+        stack = nnx.vmap(lambda rngs: Block(spec, mlp, dtypes=dtypes, rngs=rngs))
+        self.blocks = stack(rngs.split(count)) if count else None
         self.tail = Block(spec, None, dtypes=dtypes, rngs=rngs) if tail else None
-        self.final_norm = (
-            RMSNorm({"embed": spec.hidden_size}, spec=spec, dtypes=dtypes) if head else None
-        )
-        self.head = (
-            Projection(
-                {"embed": spec.hidden_size},
-                {"vocab": spec.vocab_size},
-                bias=False,
-                std=spec.initializer_range,
-                dtypes=dtypes,
-                rngs=rngs,
-            )
-            if head and not spec.tie_embeddings
-            else None
-        )
+        final_norm = projection = None
+        if head:
+            final_norm = RMSNorm({"embed": spec.hidden_size}, spec=spec, dtypes=dtypes)
+        if head and not spec.tie_embeddings:
+            axes = ({"embed": spec.hidden_size}, {"vocab": spec.vocab_size})
+            project = partial(Projection, std=spec.initializer_range, dtypes=dtypes, rngs=rngs)
+            projection = project(*axes, bias=False)
+        self.final_norm, self.head = final_norm, projection
 
     def __call__(
         self,
@@ -122,57 +114,72 @@ class Decoder(nnx.Module):
         each row (``rope.rope_rotations``); pass it with a past.
         Positions and masks, one for each of ``spec.windows``, come from ``models.masks``.
         """
+        inputs = (tokens_BT, positions_BT, mask_BWTS)
+        keep = partial(Activations.cache, key_space=key_space)
+        return self.keeping(*inputs, keep, past=past, layers=layers, lengths_B=lengths_B)
 
-        def cache(new: Activations) -> KVCache:
-            return new.cache(key_space)
-
-        hows = [self._by_xla()] if isinstance(past, KVCache) else self._by_kernel(positions_BT)
-        rotations = rope_rotations(self.spec, positions_BT, lengths_B)
-        return self._run(tokens_BT, rotations, mask_BWTS, past, cache, hows, layers)
-
-    def with_queries(
+    def keeping(
         self,
         tokens_BT: Int[Array, "B T"],
         positions_BT: Int[Array, "B T"],
         mask_BWTS: Bool[Array, "B W T S"],
+        keep: Callable[[Activations], Any],
         *,
-        key_space: KeySpace = "pre_rope",
-    ) -> tuple[Float[Array, "B T D"], KVCache, Float[Array, "L B T N H"]]:
-        """A call without a past, with XLA attention; also returns all layers' post-RoPE queries."""
-
-        def both(new: Activations) -> tuple[KVCache, Array | None]:
-            return new.cache(key_space), new.q
-
-        inputs = (tokens_BT, rope_rotations(self.spec, positions_BT), mask_BWTS)
-        hidden, (cache, queries) = self._run(*inputs, None, both, [self._by_xla()], None)
-        return hidden, cache, queries
-
-    def with_outputs(
-        self,
-        tokens_BT: Int[Array, "B T"],
-        positions_BT: Int[Array, "B T"],
-        mask_BWTS: Bool[Array, "B W T S"],
-        output: Output | Callable[[Activations], Array],
-        *,
+        past: KVCache | HandedOver | None = None,
         layers: tuple[int, ...] | None = None,
-    ) -> tuple[Float[Array, "B T D"], Float[Array, "L *_"]]:
-        """A call without a past that keeps one ``output`` of the layers, and no cache.
+        lengths_B: Int[Array, "B"] | None = None,
+        by_mask: bool = False,
+    ) -> tuple[Float[Array, "B T D"], Any]:
+        """A call that keeps what ``keep`` makes of each layer, stacked over layers, and no cache.
 
-        A function makes it of what a layer computes. If ``layers`` (ascending) is given, only those
-        layers' outputs are kept. A KV-only tail has none.
+        A KV-only tail has keys, values and queries alone. With ``by_mask`` the attention is XLA's,
+        which reads the mask, also where the decoder has another one.
         """
+        cached = isinstance(past, KVCache)
+        hows = [self._by_xla()] if cached or by_mask else self._by_kernel(positions_BT)
+        rotations = rope_rotations(self.spec, positions_BT, lengths_B)
+        x_BTD = self._by_rows(self._embedded(tokens_BT))
+        kept, depth = [], 0
+        if self.blocks is not None:
+            graph, params = nnx.split(self.blocks)
 
-        def keep(new: Activations) -> Array:
-            return getattr(new, output) if isinstance(output, str) else output(new)
+            def layer(
+                x_BTD: Array, xs: tuple[Any, KVCache | HandedOver | None, _Own]
+            ) -> tuple[Array, Any]:
+                own_params, layer_past, own = xs
+                block = nnx.merge(graph, own_params)
+                window, rope = (0 if number is None else number for number in own)
+                rotation = jax.tree.map(lambda part: part[rope], rotations)
+                mask_B1TS = mask_BWTS[:, window, None]
+                # Kernels know their window when they are compiled.
+                how = hows[0] if len(hows) == 1 else partial(jax.lax.switch, window, hows)
+                x_BTD, new = block(x_BTD, rotation, mask_B1TS, layer_past, how)
+                # ``keep`` runs inside the scan, so what it drops is never stacked over layers.
+                return self._by_rows(x_BTD), keep(new)
 
-        inputs = (tokens_BT, rope_rotations(self.spec, positions_BT), mask_BWTS)
-        return self._run(*inputs, None, keep, self._by_kernel(positions_BT), layers)
+            run = _remat(layer, self.remat)
+            depth = jax.tree.leaves(params)[0].shape[0]
+            own = self._of_each(depth)
+            of_blocks = layers and tuple(number for number in layers if number < depth)
+            if of_blocks is None or len(of_blocks) == depth:
+                x_BTD, found = jax.lax.scan(run, x_BTD, (params, past, own))
+            else:
+                x_BTD, found = _scan_keeping(run, x_BTD, (params, past, own), depth, of_blocks)
+            kept.append(found)
+        if self.tail is not None and (layers is None or depth in layers):
+            own = self.spec.ropes.index(self.spec.layer_ropes[depth])
+            rotation = jax.tree.map(lambda part: part[own], rotations)
+            of_tail = keep(self.tail.without_attending(x_BTD, rotation))
+            kept.append(jax.tree.map(lambda array: array[None], of_tail))
+        stacked = jax.tree.map(lambda *parts: jnp.concatenate(parts), *kept)
+        if self.final_norm is not None:
+            # Products of these with the head are logits, whatever scales those have.
+            x_BTD = self.final_norm(x_BTD) * self.spec.logit_scale
+        return x_BTD, stacked
 
-    def rotation(
-        self, positions_BT: Int[Array, "B T"], lengths_B: Int[Array, "B"] | None = None
-    ) -> Rotations:
+    def rotation(self, positions_BT: Int[Array, "B T"]) -> Rotations:
         """What turns pre-RoPE keys of all layers into post-RoPE ones (``rope.rotate_layers``)."""
-        return layer_rotations(self.spec, positions_BT, lengths_B)
+        return layer_rotations(self.spec, positions_BT)
 
     def key_bias(self) -> Float[Array, "L K H"] | None:
         """The bias that ``pre_bias`` keys lack, for all layers that write keys.
@@ -186,62 +193,13 @@ class Decoder(nnx.Module):
         shape = (-1, self.spec.num_kv_heads, self.spec.head_dim)
         return jnp.concatenate([bias.reshape(shape) for bias in biases]) if biases else None
 
-    def _run(
-        self,
-        tokens_BT: Int[Array, "B T"],
-        rotations: Rotations,
-        mask_BWTS: Bool[Array, "B W T S"],
-        past: KVCache | HandedOver | None,
-        keep: Callable[[Activations], Any],
-        hows: list[Attend],
-        wanted: tuple[int, ...] | None,
-    ) -> tuple[Float[Array, "B T D"], Any]:
-        """Hidden states, and the results of ``keep`` for the wanted layers, stacked over layers."""
-        x_BTD = self._by_rows(self._embedded(tokens_BT))
-        kept, depth = [], 0
-        if self.blocks is not None:
-            graph, layers = nnx.split(self.blocks)
-
-            def layer(
-                x_BTD: Array, xs: tuple[Any, KVCache | HandedOver | None, _Own]
-            ) -> tuple[Array, Any]:
-                params, layer_past, own = xs
-                window, rope = (0 if number is None else number for number in own)
-                rotation = jax.tree.map(lambda part: part[rope], rotations)
-                mask_B1TS = mask_BWTS[:, window, None]
-                # Kernels know their window when they are compiled.
-                how = hows[0] if len(hows) == 1 else partial(jax.lax.switch, window, hows)
-                x_BTD, new = nnx.merge(graph, params)(x_BTD, rotation, mask_B1TS, layer_past, how)
-                # ``keep`` runs inside the scan, so what it drops is never stacked over layers.
-                return self._by_rows(x_BTD), keep(new)
-
-            run = _remat(layer, self.remat)
-            depth = jax.tree.leaves(layers)[0].shape[0]
-            own = self._of_each(depth)
-            of_blocks = wanted and tuple(number for number in wanted if number < depth)
-            if of_blocks is None or len(of_blocks) == depth:
-                x_BTD, found = jax.lax.scan(run, x_BTD, (layers, past, own))
-            else:
-                x_BTD, found = _scan_keeping(run, x_BTD, (layers, past, own), depth, of_blocks)
-            kept.append(found)
-        if self.tail is not None and (wanted is None or depth in wanted):
-            own = self.spec.ropes.index(self.spec.layer_ropes[depth])
-            rotation = jax.tree.map(lambda part: part[own], rotations)
-            of_tail = keep(self.tail.without_attending(x_BTD, rotation))
-            kept.append(jax.tree.map(lambda array: array[None], of_tail))
-        stacked = jax.tree.map(lambda *parts: jnp.concatenate(parts), *kept)
-        return (x_BTD if self.final_norm is None else self._last(self.final_norm(x_BTD))), stacked
-
-    def _last(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """Hidden states whose products with the head are logits, whatever scales these have."""
-        return x_BTD if self.spec.logit_scale == 1 else x_BTD * self.spec.logit_scale
-
     def _of_each(self, depth: int) -> _Own:
         """Which of the masks and rotations each layer takes; numbers where all take the first."""
         spec = self.spec
         windows = [spec.windows.index(window) for window in spec.layer_windows[:depth]]
         ropes = [spec.ropes.index(rope) for rope in spec.layer_ropes[:depth]]
-        return _Own(*(jnp.array(own) if any(own) else None for own in (windows, ropes)))
+        window, rope = (jnp.array(own) if any(own) else None for own in (windows, ropes))
+        return window, rope
 
     def _by_kernel(self, positions_BT: Int[Array, "B T"]) -> list[Attend]:
         """This decoder's attention for calls without a past: one for each window, or for all."""
@@ -269,8 +227,7 @@ class Decoder(nnx.Module):
         # After the lookup, so that only the rows of the batch are cast and not the whole table.
         x_BTD = x_BTD.astype(self.dtype)
         width = self.spec.hidden_size if self.spec.embedding_by_width else 1
-        scale = self.spec.embedding_scale * width**0.5
-        return x_BTD if scale == 1 else x_BTD * scale
+        return x_BTD * (self.spec.embedding_scale * width**0.5)
 
     def _by_rows(self, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         if self.layouts is None:
@@ -319,18 +276,6 @@ def _scan_keeping(
 
     (x, kept), _ = jax.lax.scan(step, (x, empty), (xs, jnp.asarray(places, jnp.int32)))
     return x, jax.tree.map(lambda all_: all_[: len(wanted)], kept)
-
-
-def _stacked_blocks(
-    spec: DecoderSpec, count: int, dtypes: Dtypes, rngs: nnx.Rngs, layouts: Layouts | None
-) -> Block:
-    """``count`` blocks as one module whose parameters have a leading layer axis."""
-
-    def block(rngs: nnx.Rngs) -> Block:
-        mlp = partial(Experts, layouts=layouts) if spec.num_experts else MLP
-        return Block(spec, mlp, dtypes=dtypes, rngs=rngs)
-
-    return nnx.vmap(block, in_axes=0, out_axes=0)(rngs.split(count))
 
 
 def _remat(layer: Any, policy: Remat) -> Any:

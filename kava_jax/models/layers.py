@@ -48,11 +48,8 @@ class Projection(nnx.Module):
         shape = (*inputs.values(), *outputs.values())
         kernel = std * jax.random.normal(rngs.params(), shape, dtypes.param)
         self.kernel = nnx.Param(kernel, axes=(*inputs, *outputs))
-        self.bias = (
-            nnx.Param(jnp.zeros(tuple(outputs.values()), dtypes.param), axes=tuple(outputs))
-            if bias
-            else None
-        )
+        zeros = jnp.zeros(tuple(outputs.values()), dtypes.param)
+        self.bias = nnx.Param(zeros, axes=tuple(outputs)) if bias else None
         self.contracted = len(inputs)
         self.dtype = dtypes.compute
 
@@ -282,10 +279,11 @@ class Block(nnx.Module):
         """Residual attention, then residual MLP; also returns what may be kept of them."""
         normed = _normed(self.attention_norm, x_BTD)
         y_BTD, new = self.attention(normed, rotation, mask_BTS, past, how)
-        y_BTD = self._added(self.attention_out_norm, y_BTD)
+        # Scaled before they are added to the residual stream.
+        y_BTD = _normed(self.attention_out_norm, y_BTD) * self.residual_scale
         x_BTD = x_BTD + y_BTD
         z_BTD, units = self.mlp(_normed(self.mlp_norm, x_BTD))
-        x_BTD = x_BTD + self._added(self.mlp_out_norm, z_BTD)
+        x_BTD = x_BTD + _normed(self.mlp_out_norm, z_BTD) * self.residual_scale
         return x_BTD, new._replace(attention_outputs=y_BTD, block_outputs=x_BTD, units=units)
 
     def without_attending(self, x_BTD: Float[Array, "B T D"], rotation: Rotation) -> Activations:
@@ -293,11 +291,6 @@ class Block(nnx.Module):
         normed = _normed(self.attention_norm, x_BTD)
         new = self.attention.keys_values(normed, rotation)
         return new._replace(q=self.attention.queries(normed, rotation))
-
-    def _added(self, norm: RMSNorm | None, y_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """What is added to the residual stream of what attention or MLP give."""
-        scale = self.residual_scale
-        return _normed(norm, y_BTD) * scale if scale != 1 else _normed(norm, y_BTD)
 
 
 def _normed(norm: RMSNorm | None, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:

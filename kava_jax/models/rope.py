@@ -56,7 +56,12 @@ def rope_frequencies(rope: Rope, lengths_B: Int[Array, "B"]) -> Float[Array, "#B
         case YarnRopeScaling() as scaling:
             scaled = _yarn(plain, scaling, rope)
         case DynamicRopeScaling(factor):
-            return _dynamic(plain, exponent, factor, rope, lengths_B)
+            # The base grows by ``stretch ** (dim / (dim - 2))``. A frequency is base ** -exponent,
+            # so it changes by this power of the stretch.
+            power = jnp.asarray(-exponent * rope.dim / (rope.dim - 2), jnp.float32)
+            times_B = jnp.maximum(lengths_B, rope.longest).astype(jnp.float32) / rope.longest
+            stretch_B = factor * times_B - (factor - 1)
+            return jnp.asarray(plain, jnp.float32)[None] * stretch_B[:, None] ** power[None]
         case LongRopeScaling() as scaling:
             short, long = (
                 jnp.asarray(plain / np.array(divisors), jnp.float32)
@@ -96,24 +101,6 @@ def _yarn(frequencies: np.ndarray, scaling: YarnRopeScaling, rope: Rope) -> np.n
         high += 0.001
     divided = np.clip((np.arange(dim // 2) - low) / (high - low), 0.0, 1.0)
     return frequencies * (1.0 - divided + divided / scaling.factor)
-
-
-def _dynamic(
-    frequencies: np.ndarray,
-    exponent: np.ndarray,
-    factor: float,
-    rope: Rope,
-    lengths_B: Int[Array, "B"],
-) -> Float[Array, "B h"]:
-    """Base beyond max: ``theta * (factor * length / max - (factor - 1)) ** (dim / (dim - 2))``."""
-    longest = rope.longest
-    times_B = jnp.maximum(lengths_B, longest).astype(jnp.float32) / longest
-    stretch_B = factor * times_B - (factor - 1)
-    # The base grows by stretch ** (dim / (dim - 2)). A frequency is base ** -exponent, so it
-    # changes by this power of the stretch.
-    power = -exponent * rope.dim / (rope.dim - 2)
-    plain, power = jnp.asarray(frequencies, jnp.float32), jnp.asarray(power, jnp.float32)
-    return plain[None] * stretch_B[:, None] ** power[None]
 
 
 def attention_factor(scaling: RopeScaling | None) -> float:

@@ -6,7 +6,6 @@ them. A skipped layer is one whose output projections are zero, so one compiled 
 
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from math import prod
 from typing import Any, Literal
 
@@ -29,19 +28,13 @@ from kava_jax.evaluation.heldout import make_measure
 from kava_jax.geometry import Mean
 from kava_jax.hf.card import cut_card
 from kava_jax.hf.config_json import FloatName
-from kava_jax.hf.cut import (
-    MEASURED,
-    Rule,
-    cut_spec,
-    stored_dtype,
-    write_cut,
-)
+from kava_jax.hf.cut import MEASURED, Rule, cut_on_disk, cut_spec, stored_dtype
 from kava_jax.hf.cut_record import CutRecord
-from kava_jax.hf.export import check_destination
+from kava_jax.hf.export import check_destination, export_model
 from kava_jax.hf.load import read_spec
 from kava_jax.hf.locate import model_fingerprint
 from kava_jax.hf.names import parameter_shapes
-from kava_jax.models.decoder import Decoder, Params
+from kava_jax.models.decoder import Params
 from kava_jax.models.layers import Activations
 from kava_jax.models.masks import attention_mask, token_positions
 from kava_jax.models.spec import DecoderSpec
@@ -112,7 +105,16 @@ def cut(
     name = stored_dtype(directory, spec) if dtype == "auto" else dtype
     found = _left(spec, record) | {"dtype": name} | figures
     card = cut_card(name=out.name, teacher=teacher, left=found, command=shlex.join(command))
-    write_cut(out, directory, spec, record, dtype=name, card=card)
+    export_model(
+        out,
+        cut_on_disk(directory, spec, record, name),
+        cut_spec(spec, record),
+        dtype=name,
+        tokenizer=None,
+        source_dir=directory,
+        card=card,
+        cut=record,
+    )
     return found
 
 
@@ -165,23 +167,17 @@ def settled(
     chosen = planned(cut, source, spec, fingerprint)
     figures: dict[str, Any] = {}
     if measures := _measures(cut, spec):
-        run = prepare(_of_source(config, source))
-        rows = _read(run) if rows is None else rows[:TRAINING_ROWS]
+        # The uncut model alone, as a student without teachers.
+        tokenizer = find_tokenizer(config)[1]
+        whole = without_teachers(config, path=source, cut=None, tokenizer=tokenizer)
+        run, data = prepare(parse_config(whole)), config.data
+        if rows is None:
+            examples = data_loader(run)(data.path, split=data.split, rows=data.rows)
+            rows = HeldOut.of(examples, run.encoder).measured
+        else:
+            rows = rows[:TRAINING_ROWS]
         chosen, figures = _measured(run, measures.get("rule"), chosen, rows)
     return chosen, figures
-
-
-def _of_source(config: Config, source: str) -> Config:
-    """The run of the uncut model alone, as a student without teachers."""
-    tokenizer = find_tokenizer(config)[1]
-    return parse_config(without_teachers(config, path=source, cut=None, tokenizer=tokenizer))
-
-
-def _read(run: Run) -> list[Encoded]:
-    """The rows of a run's data that have something to predict."""
-    data = run.config.data
-    examples = data_loader(run)(data.path, split=data.split, rows=data.rows)
-    return HeldOut.of(examples, run.encoder).measured
 
 
 def _measured(
@@ -248,27 +244,26 @@ def losses(
 
 def unit_means(blueprint: Blueprint, params: Params, batches: Batches) -> Float[np.ndarray, "L F"]:
     """Mean ``|silu(gate) * up|`` of every feed-forward unit of a run's student, over all tokens."""
-    graph = blueprint.student.graph
-    sums = jax.jit(partial(_unit_sums, graph), out_shardings=replicated(blueprint.mesh))
+
+    def sums(params: Params, batch: Batch) -> Float[Array, "L F"]:
+        model = nnx.merge(blueprint.student.graph, params)
+        positions_BT = token_positions(batch.valid)
+        mask = attention_mask(positions_BT, positions_BT, batch.valid, model.spec.windows)
+
+        def summed(new: Activations) -> Array:
+            assert new.units is not None
+            units_BTF = jnp.abs(new.units.astype(jnp.float32))
+            return jnp.where(batch.valid[..., None], units_BTF, 0).sum(axis=(0, 1))
+
+        return model.keeping(batch.tokens, positions_BT, mask, summed)[1]
+
+    jitted = jax.jit(sums, out_shardings=replicated(blueprint.mesh))
     total, tokens = 0.0, 0
     for make in batches:
         batch = make()
-        total = total + np.asarray(jax.device_get(sums(params, batch)), np.float64)
+        total = total + np.asarray(jax.device_get(jitted(params, batch)), np.float64)
         tokens += int(batch.valid.sum())
     return np.asarray(total / tokens)
-
-
-def _unit_sums(graph: nnx.GraphDef[Decoder], params: Params, batch: Batch) -> Float[Array, "L F"]:
-    model = nnx.merge(graph, params)
-    positions_BT = token_positions(batch.valid)
-    mask = attention_mask(positions_BT, positions_BT, batch.valid, model.spec.windows)
-
-    def summed(new: Activations) -> Array:
-        assert new.units is not None
-        units_BTF = jnp.abs(new.units.astype(jnp.float32))
-        return jnp.where(batch.valid[..., None], units_BTF, 0).sum(axis=(0, 1))
-
-    return model.with_outputs(batch.tokens, positions_BT, mask, summed)[1]
 
 
 def _skipping(params: Params, kept_L: Float[Array, "L"]) -> Params:

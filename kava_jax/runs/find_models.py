@@ -9,7 +9,7 @@ from kava_jax.config.run import Config
 from kava_jax.errors import KavaError
 from kava_jax.hf.config_json import spec_from_config
 from kava_jax.hf.config_keys import refuse_unknown
-from kava_jax.hf.cut import check_uncut, cut_spec, plan_cut
+from kava_jax.hf.cut import cut_spec, plan_cut
 from kava_jax.hf.cut_record import CutRecord, read_cut_record
 from kava_jax.hf.known import KNOWN_CONFIGS
 from kava_jax.hf.load import read_spec
@@ -126,9 +126,13 @@ def _cut_student(
 ) -> Found:
     """The student that ``student.cut`` describes."""
     source = cut_source(config)
-    directory, spec, _ = find(source)
+    directory, spec, earlier = find(source)
     assert directory is not None
-    check_uncut(directory, source)
+    if earlier is not None:  # the record of a cut of it would name its own layers
+        raise KavaError(
+            f"teacher={source!r} was cut from {earlier.teacher!r} already ({CUT_RECORD}); cut that "
+            f"one, or remove {CUT_RECORD} to take this one for a model of its own"
+        )
     # A record without a manifest is that of a start that came to nothing, maybe of another config.
     if record is None and (config.run.directory / MANIFEST_NAME).is_file():
         record = read_cut_record(config.run.directory)

@@ -8,6 +8,7 @@ layers and the projector maps one side's vectors onto the other's: what comes ou
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
@@ -78,13 +79,15 @@ def forward(
     inputs, asked = (batch.tokens, positions_BT, mask), None
     rotations = model.rotation(positions_BT)
     if output is not None:
-        hidden, outputs = model.with_outputs(*inputs, output, layers=layers)
+        hidden, outputs = model.keeping(*inputs, attrgetter(output), layers=layers)
         vectors = {"o": outputs[..., None, :]}
     else:
         # Queries are kept of all layers, so the cache is, too, and both are numbered alike.
         if queries:
             layers = None
-            hidden, cache, asked = model.with_queries(*inputs, key_space=key_space)
+            hidden, (cache, asked) = model.keeping(
+                *inputs, lambda new: (new.cache(key_space), new.q), by_mask=True
+            )
         else:
             past = None if handed is None else handed(rotations)
             hidden, cache = model(*inputs, past=past, key_space=key_space, layers=layers)

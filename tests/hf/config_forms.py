@@ -600,7 +600,7 @@ NOT_SUPPORTED: dict[str, tuple[Form, str]] = {
     ),
     "fewer types than layers": (
         FORMS["SmolLM3-3B"] | {"layer_types": ["full_attention"]},
-        "layer_types has 1 entries for num_hidden_layers=36",
+        "layer_types=['full_attention'] is no list of num_hidden_layers=36 entries",
     ),
     "sliding layers without a window": (
         FORMS["SmolLM3-3B"] | {"layer_types": 36 * ["sliding_attention"]},

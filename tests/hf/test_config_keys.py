@@ -33,8 +33,7 @@ class Watched(dict):
 def test_the_forms_are_many_and_the_lists_are_apart():
     assert len(FORMS) >= 25
     assert {form["model_type"] for form in FORMS.values()} == set(FAMILIES)
-    assert len(READ | IGNORED.keys() | REFUSED.keys()) == sum(map(len, (READ, IGNORED, REFUSED)))
-    assert all(reason.strip() for reason in IGNORED.values())
+    assert len(READ | IGNORED | REFUSED.keys()) == sum(map(len, (READ, IGNORED, REFUSED)))
 
 
 @pytest.mark.parametrize("name", FORMS)

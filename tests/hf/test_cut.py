@@ -15,12 +15,12 @@ from scipy.stats import ortho_group
 
 from kava_jax.errors import KavaError
 from kava_jax.hf.cut import (
+    cut_on_disk,
     cut_spec,
     load_cut_params,
     merging_maps,
     plan_cut,
     stored_dtype,
-    write_cut,
 )
 from kava_jax.hf.cut_record import CutRecord, read_cut_record
 from kava_jax.hf.export import export_model
@@ -87,7 +87,16 @@ def of(source: Path, cut: Cut) -> CutRecord:
 
 def write(source: Path, out: Path, cut: Cut, **changes) -> Path:
     arguments = {"dtype": "float32", "card": "# card\n"} | changes
-    write_cut(out, source, read_spec(source), of(source, cut), **arguments)
+    spec, record = read_spec(source), of(source, cut)
+    export_model(
+        out,
+        cut_on_disk(source, spec, record, arguments["dtype"]),
+        cut_spec(spec, record),
+        tokenizer=None,
+        source_dir=source,
+        cut=record,
+        **arguments,
+    )
     return out
 
 

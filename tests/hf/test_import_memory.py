@@ -42,7 +42,8 @@ from pathlib import Path
 import jax
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
-from kava_jax.hf.cut import cut_spec, load_cut_params, plan_cut, write_cut
+from kava_jax.hf.cut import cut_on_disk, cut_spec, load_cut_params, plan_cut
+from kava_jax.hf.export import export_model
 from kava_jax.hf.load import load_decoder_params, read_spec
 from kava_jax.models.decoder import Decoder
 from kava_jax.parallel.mesh import make_mesh
@@ -81,7 +82,10 @@ cut = cut.model_copy(update={"units": units})
 part = Part.of(lambda rngs: Decoder(cut_spec(spec, cut), rngs=rngs), make_mesh(1, 8, 1))
 put = partial(place_slices, part.shardings)
 options = {"dtype": "float32", "card": "", "max_shard_bytes": int(sys.argv[3])}
-written, _ = peak(lambda: write_cut(Path(sys.argv[2]), directory, spec, cut, **options))
+options |= {"tokenizer": None, "source_dir": directory, "cut": cut}
+on_disk = cut_on_disk(directory, spec, cut, "float32")
+ours = cut_spec(spec, cut)
+written, _ = peak(lambda: export_model(Path(sys.argv[2]), on_disk, ours, **options))
 loaded, params = peak(lambda: load_cut_params(directory, spec, cut, put=put))
 print(json.dumps({"written": written, "loaded": loaded, "result": size(params)}))
 """

@@ -12,6 +12,7 @@ import sys
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
+from operator import attrgetter
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -216,11 +217,13 @@ def test_queries_and_a_past_are_read_without_the_kernel(monkeypatch) -> None:
     monkeypatch.setattr(attend_module, "_splash", kernel_is_used)
     with pytest.raises(AssertionError, match="the kernel is used"):
         kernel(tokens, positions, mask)
-    _, cache, _ = plain.with_queries(tokens, positions, mask, key_space="post_rope")
+    _, cache = plain(tokens, positions, mask, key_space="post_rope")
     jax.tree.map(
         np.testing.assert_array_equal,
-        kernel.with_queries(tokens, positions, mask),
-        plain.with_queries(tokens, positions, mask),
+        *(
+            model.keeping(tokens, positions, mask, attrgetter("pre_rope", "v", "q"), by_mask=True)
+            for model in (kernel, plain)
+        ),
     )
     last = (tokens[:, 9:], positions[:, 9:], mask[:, :, 9:])
     past = KVCache(*(x[:, :, :9] for x in cache))

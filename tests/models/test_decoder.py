@@ -1,6 +1,7 @@
 """The decoder against itself run another way: loops, cuts, padding, a past, recomputation."""
 
 from functools import partial
+from operator import attrgetter
 
 import jax
 import jax.numpy as jnp
@@ -70,7 +71,10 @@ def run(model: Decoder, tokens=TOKENS, valid=ALL, key_space="pre_rope"):
 
 @partial(jax.jit, static_argnames="graph")
 def forward_with_queries(graph, params):
-    return nnx.merge(graph, params).with_queries(TOKENS, *inputs(ALL))
+    model = nnx.merge(graph, params)
+    keep = attrgetter("pre_rope", "v", "q")
+    hidden, (k, v, queries) = model.keeping(TOKENS, *inputs(ALL), keep, by_mask=True)
+    return hidden, KVCache(k, v), queries
 
 
 def run_with_queries(model: Decoder):

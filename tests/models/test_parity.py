@@ -1,5 +1,7 @@
 """Logits, keys, values and greedy tokens against transformers in float32, on tiny random models."""
 
+from operator import attrgetter
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -175,7 +177,7 @@ def test_outputs_of_layers_match_transformers(name, directory, padding):
         mask = attention_mask(positions, positions, valid_BT, model.spec.windows)
         for kind, theirs in wanted.items():
             inputs = (jnp.asarray(tokens), positions, mask)
-            _, ours = model.with_outputs(*inputs, kind, layers=layers)
+            _, ours = model.keeping(*inputs, attrgetter(kind), layers=layers)
             assert ours.shape == theirs[kept].shape
             assert np.abs(np.asarray(ours) - theirs[kept])[:, valid].max() < TOL["parity"]
 
