@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
 from kava_jax.alignment.layer_map import CALIBRATED_MAPS, LayerMap
@@ -44,6 +44,7 @@ from kava_jax.runs.parts import Part, TeacherPart, place_slices
 from kava_jax.runs.projectors import handoff_of, projector_of
 from kava_jax.training.comparison import CacheComparison, OutputComparison
 from kava_jax.training.objective import Objective, Statistics, TeacherLink
+from kava_jax.training.probe import make_probe
 from kava_jax.training.step import (
     TrainState,
     compiler_options,
@@ -147,11 +148,11 @@ class Blueprint:
     def abstract_state(self) -> TrainState:
         """Shapes and dtypes of the state."""
 
-        def build() -> TrainState:
-            params = {name: _initial(part) for name, part in self.parts.items()}
-            return self._state_of(params, jnp.uint32(0))
-
-        return jax.eval_shape(build)
+        params = {
+            name: nnx.to_pure_dict(part.abstract) if part else {}
+            for name, part in self.parts.items()
+        }
+        return jax.eval_shape(self._state_of, params, jax.ShapeDtypeStruct((), jnp.uint32))
 
     def abstract_teachers(self) -> dict[str, Params]:
         """Shapes and dtypes of the teachers' weights."""
@@ -176,14 +177,29 @@ class Blueprint:
             microbatches=self.config.train.grad_accumulation,
             share=share,
         )
-        state = self.state_shardings()
+        places = self._step_shardings()
         return jax.jit(
             step,
-            in_shardings=(state, self.teacher_shardings(), batch_sharding(self.mesh)),
-            out_shardings=(state, replicated(self.mesh)),
+            in_shardings=places,
+            out_shardings=(places[0], replicated(self.mesh)),
             donate_argnums=0,
             compiler_options=compiler_options(self.mesh.devices.flat[0].platform),
         )
+
+    def jitted_probe(self) -> Any:
+        """The probe with its shardings; it reads the state and leaves it alone."""
+        probe = make_probe(
+            self.objective,
+            kv_weight=self.kv_weight,
+            microbatches=self.config.train.grad_accumulation,
+        )
+        return jax.jit(
+            probe, in_shardings=self._step_shardings(), out_shardings=replicated(self.mesh)
+        )
+
+    def _step_shardings(self) -> tuple[Any, dict[str, Params], NamedSharding]:
+        """Where the state, the teachers and the batch of a step lie."""
+        return self.state_shardings(), self.teacher_shardings(), batch_sharding(self.mesh)
 
     def teacher_shardings(self) -> dict[str, Params]:
         """Where every parameter of every teacher lies."""
@@ -370,8 +386,3 @@ def _dtype(name: str) -> Any:
 
 def _build_decoder(spec: DecoderSpec, rngs: nnx.Rngs, **options: Any) -> Decoder:
     return Decoder(spec, rngs=rngs, **options)
-
-
-def _initial(part: Part | None) -> Params:
-    # Only shapes are asked for, so any seed will do.
-    return {} if part is None else nnx.to_pure_dict(nnx.split(part.build(nnx.Rngs(0)))[1])
