@@ -33,15 +33,16 @@ from kava_jax.parallel.mesh import batch_shards
 from kava_jax.parallel.sharding import batch_sharding, layouts, matching_shardings, replicated
 from kava_jax.runs.assembly import (
     empty_statistics,
+    handoff_of,
     kv_weight,
     learning_rates,
     make_objective,
     optimizer_of,
+    projector_of,
 )
 from kava_jax.runs.find_models import Models
 from kava_jax.runs.layer_maps import handoff_map, layer_map_of
 from kava_jax.runs.parts import Part, TeacherPart, place_slices
-from kava_jax.runs.projectors import handoff_of, projector_of
 from kava_jax.training.comparison import CacheComparison, OutputComparison
 from kava_jax.training.objective import Objective, Statistics, TeacherLink
 from kava_jax.training.probe import make_probe
@@ -243,20 +244,22 @@ def make_blueprint(
         )
     dtype = _dtype(config.train.dtype)
     remat, layout = config.student.remat, layouts(mesh)
-    build = partial(_build_decoder, student_spec, dtype=dtype, remat=remat, layouts=layout)
+    build = partial(Decoder, student_spec, dtype=dtype, remat=remat, layouts=layout)
     student = Part.of(build, mesh, config.mesh.indivisible)
     # Kernels want padding on the right, as batches have it; prompts to be continued, which
     # ``student`` reads, have it on the left.
     attention = _attention(config, mesh, "student", student_spec, dtype).implementation
     of_batches = Part.of(partial(build, attention=attention), mesh, config.mesh.indivisible)
+    asked = config.loss.handoff
+    handed = {name: handoff_map(asked, name, models) for name in models.teachers} if asked else {}
     teachers = {
-        teacher.name: _teacher(index, teacher, models, config, mesh, measured_maps)
+        teacher.name: _teacher(index, teacher, models, config, mesh, measured_maps, handed)
         for index, teacher in enumerate(config.teachers)
     }
     _check_frame(config, student_spec, teachers)
     _check_merged(config, models, teachers)
     projector = projector_of(config, student_spec, teachers, mesh) if teachers else None
-    handoff, term = handoff_of(config, models, mesh) if config.loss.handoff else (None, None)
+    handoff, term = handoff_of(config, models, handed, mesh) if asked else (None, None)
     rates = learning_rates(config)
     return Blueprint(
         config=config,
@@ -289,7 +292,9 @@ def _teacher(
     config: Config,
     mesh: Mesh,
     measured_maps: Mapping[str, LayerMap],
+    handed: Mapping[str, LayerMap],
 ) -> TeacherPart:
+    """``handed`` are the layer maps of the run's handoff, by teacher."""
     directory, spec, _ = models.teachers[teacher.name]
     assert directory is not None  # a teacher is never fresh
     layer_map, map_note = measured_maps.get(teacher.name), None
@@ -306,13 +311,11 @@ def _teacher(
     headless, handoff = is_zero(loss.kl_weight), loss.handoff
     if handoff is not None:
         headless = headless and handoff.reader == "teacher"
-        reads.append(
-            CacheComparison(teacher.name, handoff_map(handoff, teacher.name, models)).cut()
-        )
+        reads.append(CacheComparison(teacher.name, handed[teacher.name]).cut())
     blocks, tail = max(reads) if headless else (spec.num_layers, False)
     dtype = _dtype(config.train.dtype)
     build = partial(
-        _build_decoder,
+        Decoder,
         spec,
         blocks=blocks,
         tail=tail,
@@ -382,7 +385,3 @@ def _dtype(name: str) -> Any:
     if name == "auto":
         name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     return jnp.dtype(name)
-
-
-def _build_decoder(spec: DecoderSpec, rngs: nnx.Rngs, **options: Any) -> Decoder:
-    return Decoder(spec, rngs=rngs, **options)
