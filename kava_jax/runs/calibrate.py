@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from kava_jax.alignment.closed_form import (
@@ -58,10 +57,10 @@ FRAME_FIELDS = ("key_space", "remove_key_bias", "sink_tokens")
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was found: a layer map per teacher, the projector's weights, and the scores."""
+    """What was found: a layer map per teacher, the projector, and the scores."""
 
     maps: dict[str, LayerMap]
-    projector: Params | None
+    projector: KVDimensionProjector | None
     report: dict[str, Any]
 
 
@@ -140,11 +139,12 @@ def _measure(config: Config, run: Run, dataset: Dataset, identity: str) -> Calib
         maps[teacher.name] = _layer_map(config, index, candidates, grams)
         found = _fit(config, maps[teacher.name], grams)
         weights[teacher.name], report[teacher.name] = found
-    projector = {"pairs": weights} if config.projector.init == "calibrated" else None
-    scored = {}
-    if projector:
+    projector, scored = None, {}
+    if config.projector.init == "calibrated":
         # Built again: the maps, by which teachers are cut, are known only now.
         measured = prepare(config, maps, run.blueprint.student_cut)
+        assert measured.blueprint.projector is not None
+        projector = nnx.merge(measured.blueprint.projector.graph, {"pairs": weights})
         scored = _score(measured, projector, student, dealt["score"])
     teachers = {name: report[name] | scored.get(name, {}) for name in report}
     return Calibration(
@@ -218,13 +218,13 @@ def _fit(config: Config, layer_map: LayerMap, grams: Splits) -> tuple[Any, dict[
 
 
 def _score(
-    run: Run, projector: Params, student: Params, rows: list[Encoded]
+    run: Run, projector: KVDimensionProjector, student: Params, rows: list[Encoded]
 ) -> dict[str, dict[str, Any]]:
     """Cosine, centred cosine and gap of the fitted projector on the scoring split.
 
     Without a baseline (batches of one row) there is no gap: it is left out, JSON has no NaN.
     """
-    params = {"student": student, "projector": place(run, projector)}
+    params = {"student": student, "projector": placed(run, projector)}
     found = evaluate(run, HeldOut(rows, ()), params, run.blueprint.load_teachers())
     names = ("cos_sim", "cos_shuffled", "alignment_gap", "cos_centered", "retrieval")
     scored = {}
@@ -235,20 +235,11 @@ def _score(
     return scored
 
 
-def place(run: Run, projector: Params) -> Params:
-    """A calibrated projector's weights where the run keeps them.
-
-    Raises KavaError when they do not have the shapes of the run's projector.
-    """
-    part = run.blueprint.projector
-    assert part is not None
-    expected = jax.tree.map(lambda x: x.shape, nnx.to_pure_dict(part.abstract))
-    if jax.tree.map(jnp.shape, projector) != expected:
-        raise KavaError(
-            f"calibration of run.dir={run.directory} has other shapes than its models; remove its "
-            f"{calibration_path(run.directory).parent.name} directory to measure again"
-        )
-    return jax.device_put(projector, part.shardings)
+def placed(run: Run, projector: KVDimensionProjector) -> Params:
+    """A calibrated projector's weights where the run keeps them."""
+    assert run.blueprint.projector is not None
+    params = nnx.to_pure_dict(nnx.state(projector, nnx.Param))
+    return jax.device_put(params, run.blueprint.projector.shardings)
 
 
 def measured_rows(config: Config, dataset: Dataset, purpose: str) -> Sequence[Encoded]:
@@ -280,11 +271,8 @@ def _write(config: Config, found: Calibration) -> None:
     path = calibration_path(config.run.directory)
     path.parent.mkdir(parents=True, exist_ok=True)
     if found.projector is not None:
-        part = prepare(config, found.maps).blueprint.projector
-        assert part is not None
-        module: KVDimensionProjector = nnx.merge(part.graph, found.projector)
         with local_file(_projector_file(config)) as file:
-            module.save(file)
+            found.projector.save(file)
     # Last, so that a file that names maps is never next to another one's projector.
     path.write_text(json.dumps(found.report, indent=2) + "\n", encoding="utf-8")
 
@@ -302,8 +290,7 @@ def _read(config: Config) -> Calibration:
     projector = None
     if config.projector.init == "calibrated":
         with local_file(_projector_file(config)) as file:
-            module = KVDimensionProjector.load(file)
-        projector = nnx.to_pure_dict(nnx.state(module, nnx.Param))
+            projector = KVDimensionProjector.load(file)
     report = json.loads(path.read_text(encoding="utf-8"))
     return Calibration(read_measured_maps(config), projector, report)
 

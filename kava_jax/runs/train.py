@@ -27,7 +27,7 @@ from kava_jax.journal.monitor import Monitor
 from kava_jax.parallel.hosts import from_first, on_host
 from kava_jax.runs.ahead import compiled_ahead
 from kava_jax.runs.assembly import magnitude_note
-from kava_jax.runs.calibrate import calibrated, place, unmeasured
+from kava_jax.runs.calibrate import calibrated, placed, unmeasured
 from kava_jax.runs.cutting import settled
 from kava_jax.runs.evaluate import evaluation_notes, evaluator
 from kava_jax.runs.handed import record_of
@@ -210,9 +210,10 @@ def begun(
             write_cut_record(config.run.directory, cut)
         run = prepare(unmeasured(config), cut=cut)
     measured = calibrated(config, run, dataset, fingerprints)
-    run = prepare(config, measured.maps, run.blueprint.student_cut) if measured else run
-    fitted = measured.projector if measured else None
-    projector = None if fitted is None else place(run, fitted)
+    projector = None
+    if measured is not None:
+        run = prepare(config, measured.maps, run.blueprint.student_cut)
+        projector = placed(run, measured.projector) if measured.projector else None
     return run, run.blueprint.fresh_state(projector, fitted_handoff(run, dataset))
 
 
