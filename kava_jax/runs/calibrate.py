@@ -1,8 +1,9 @@
-"""``kava calibrate``: layer maps and projectors fitted in closed form, before any training.
+"""Layer maps and projectors fitted in closed form, before any training: ``kava calibrate``.
 
 Training rows are streamed once through student and teacher. Six of eight rows are fitted on, one
 chooses layers, one scores. Memory does not depend on the number of rows (``alignment.grams``).
 What is found lies in ``<run.dir>/calibration``; a run of the same models and data uses it again.
+The projector of a handoff is fitted likewise, and is not written.
 """
 
 import json
@@ -12,9 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import numpy as np
 from flax import nnx
 
 from kava_jax.alignment.closed_form import (
+    Fitted,
     choose_by_cka,
     choose_layers,
     fit,
@@ -23,9 +26,10 @@ from kava_jax.alignment.closed_form import (
 )
 from kava_jax.alignment.grams import Grams
 from kava_jax.alignment.layer_map import CALIBRATED_MAPS, LayerMap, window
-from kava_jax.alignment.projector import KVDimensionProjector
+from kava_jax.alignment.projector import Direction, KVDimensionProjector
 from kava_jax.config.file import dump_config, parse_config
 from kava_jax.config.run import Config
+from kava_jax.data.batches import Batch
 from kava_jax.data.dataset import Dataset, HeldOut
 from kava_jax.data.text import Encoded
 from kava_jax.errors import KavaError
@@ -37,9 +41,10 @@ from kava_jax.runs.cutting import settled
 from kava_jax.runs.evaluate import batches_of, evaluate
 from kava_jax.runs.moments import Candidates, moments
 from kava_jax.runs.prepare import Run, fingerprints_of, load_dataset, prepare
-from kava_jax.runs.reopen import calibration_path, read_measured_maps
-from kava_jax.runs.resume import FREE_FIELDS, PATH_FIELDS
+from kava_jax.runs.reopen import FREE_FIELDS, PATH_FIELDS, calibration_path, read_measured_maps
 from kava_jax.storage import Place, check_target, local_file
+from kava_jax.training.comparison import CacheComparison
+from kava_jax.training.handoff_term import HandoffTerm, handed_tokens
 
 # Of every eight rows: six to fit on, one to choose layers by, one to score.
 SPLITS = {"fit": (0, 1, 2, 3, 4, 5), "dev": (6,), "score": (7,)}
@@ -251,6 +256,48 @@ def measured_rows(config: Config, dataset: Dataset, purpose: str) -> Sequence[En
             f"with; give at least {LEAST_ROWS}"
         )
     return rows
+
+
+def fitted_handoff(run: Run, dataset: Dataset) -> Params | None:
+    """The weights of the handoff's projector, where the run keeps them; None where there are none.
+
+    For each layer of the answerer, ridge regression of its own keys (before RoPE, with their bias)
+    and values on those of the layer that the reader hands over to it. Both models read the same
+    training rows, and the tokens that are handed over count. Every teacher is fitted by itself.
+    Nothing is written: a run that goes on has the projector in its checkpoint.
+
+    Raises KavaError for too few training rows.
+    """
+    part, term = run.blueprint.handoff, run.blueprint.objective.handoff
+    # Between equal heads the projector is the identity, which has no weights.
+    if part is None or term is None or not jax.tree.leaves(part.abstract):
+        return None
+    rows = measured_rows(run.config, dataset, "fit loss.handoff's projector")
+    batches = [
+        batch._replace(kv_mask=np.asarray(handed_tokens(batch))) for batch in batches_of(run, rows)
+    ]
+    student = run.blueprint.student_start()
+    pairs = {name: _fitted_pair(run, term, name, student, batches) for name in term.maps}
+    return jax.device_put({"pairs": pairs}, part.shardings)
+
+
+def _fitted_pair(
+    run: Run, term: HandoffTerm, name: str, student: Params, batches: Sequence[Batch]
+) -> Fitted:
+    """The maps between the student and one teacher, which is loaded for as long."""
+    layer_map = term.maps[name]
+    direction: Direction = "teacher_to_student"
+    candidates = Candidates(layer_map.student_layers, layer_map.teacher_layers)
+    # In this map the answerer has the student's place, whoever it is.
+    if term.reader == "student":
+        direction = "student_to_teacher"
+        candidates = Candidates(
+            tuple(layer for (layer,) in layer_map.teacher_layers),
+            tuple((layer,) for layer in layer_map.student_layers),
+        )
+    comparison = CacheComparison(name, layer_map)
+    grams = moments(run, comparison, student, candidates, {"fit": batches})["fit"]
+    return fit((grams["k"], grams["v"]), candidates.windows, direction, RIDGE)
 
 
 def _identity(config: Config, fingerprints: Fingerprints) -> str:

@@ -165,23 +165,17 @@ def settled(
     chosen = planned(cut, source, spec, fingerprint)
     figures: dict[str, Any] = {}
     if measures := _measures(cut, spec):
-        run = prepare(_of_source(config, source))
-        rows = _read(run) if rows is None else rows[:TRAINING_ROWS]
+        # The uncut model alone, as a student without teachers.
+        uncut = {"path": source, "cut": None, "tokenizer": find_tokenizer(config)[1]}
+        run = prepare(parse_config(without_teachers(config, **uncut)))
+        if rows is None:
+            data = run.config.data
+            examples = data_loader(run)(data.path, split=data.split, rows=data.rows)
+            rows = HeldOut.of(examples, run.encoder).measured
+        else:
+            rows = rows[:TRAINING_ROWS]
         chosen, figures = _measured(run, measures.get("rule"), chosen, rows)
     return chosen, figures
-
-
-def _of_source(config: Config, source: str) -> Config:
-    """The run of the uncut model alone, as a student without teachers."""
-    tokenizer = find_tokenizer(config)[1]
-    return parse_config(without_teachers(config, path=source, cut=None, tokenizer=tokenizer))
-
-
-def _read(run: Run) -> list[Encoded]:
-    """The rows of a run's data that have something to predict."""
-    data = run.config.data
-    examples = data_loader(run)(data.path, split=data.split, rows=data.rows)
-    return HeldOut.of(examples, run.encoder).measured
 
 
 def _measured(
@@ -248,8 +242,9 @@ def losses(
 
 def unit_means(blueprint: Blueprint, params: Params, batches: Batches) -> Float[np.ndarray, "L F"]:
     """Mean ``|silu(gate) * up|`` of every feed-forward unit of a run's student, over all tokens."""
-    graph = blueprint.student.graph
-    sums = jax.jit(partial(_unit_sums, graph), out_shardings=replicated(blueprint.mesh))
+    sums = jax.jit(
+        partial(_unit_sums, blueprint.student.graph), out_shardings=replicated(blueprint.mesh)
+    )
     total, tokens = 0.0, 0
     for make in batches:
         batch = make()

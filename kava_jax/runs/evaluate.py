@@ -125,24 +125,16 @@ def evaluation_notes(run: Run, dataset: Dataset) -> list[str]:
     notes = [note for name, held in sets.items() for note in answer_notes(run.config, name, held)]
     if run.config.eval.exact_match_every and not dataset.held_out.answered:
         notes.append("eval.exact_match_every does nothing: no held-out row can be scored")
-    notes += _beyond_positions(run, sets)
-    chosen = choice_note(run.config)
-    return [*notes, chosen] if chosen and run.config.train.eval_every else notes
-
-
-def _beyond_positions(run: Run, sets: Mapping[str, HeldOut]) -> list[str]:
-    """What to say when answers may become longer than the student was made for."""
-    if not run.config.eval.max_new_tokens:
-        return []
     prompts = [row.prompt_length for held in sets.values() if held.answered for row in held.rows]
     longest = max(prompts, default=0) + run.config.eval.max_new_tokens
     positions = run.blueprint.student_spec.max_position_embeddings
-    if not prompts or longest <= positions:
-        return []
-    return [
-        f"warning: answers may reach {longest} tokens with their prompts, but the student was made "
-        f"for max_position_embeddings={positions}; lower eval.max_new_tokens"
-    ]
+    if prompts and run.config.eval.max_new_tokens and longest > positions:
+        notes.append(
+            f"warning: answers may reach {longest} tokens with their prompts, but the student was "
+            f"made for max_position_embeddings={positions}; lower eval.max_new_tokens"
+        )
+    chosen = choice_note(run.config)
+    return [*notes, chosen] if chosen and run.config.train.eval_every else notes
 
 
 def choice_note(config: Config) -> str | None:

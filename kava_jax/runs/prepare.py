@@ -247,14 +247,12 @@ def models_without_weights(config: Config) -> Models:
 def find_tokenizer(config: Config) -> tuple["PreTrainedTokenizerBase", str]:
     """The run's tokenizer and where it came from: named, the student's, or the first teacher's."""
     student = config.student
+    teacher = config.teachers[0].path if config.teachers else None
+    model = student.path or (cut_source(config) if student.cut else teacher)
     if student.tokenizer is not None:
         source = student.tokenizer
-    elif student.path is not None:
-        source = str(resolve_model(student.path))
-    elif student.cut is not None:
-        source = str(resolve_model(cut_source(config)))
-    elif config.teachers:
-        source = str(resolve_model(config.teachers[0].path))
+    elif model is not None:
+        source = str(resolve_model(model))
     else:
         raise KavaError(
             f"student.tokenizer=null for a fresh student without teachers; name a tokenizer, for "

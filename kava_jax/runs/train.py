@@ -1,8 +1,9 @@
 """Run, or continue, a training."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 from flax import nnx
@@ -10,6 +11,7 @@ from flax import nnx
 from kava_jax.alignment.projector import KVDimensionProjector
 from kava_jax.config.file import dump_config
 from kava_jax.config.run import Config
+from kava_jax.data.batches import abstract_batch
 from kava_jax.data.dataset import Dataset
 from kava_jax.errors import PreemptedError
 from kava_jax.hf.cut_record import write_cut_record
@@ -24,28 +26,30 @@ from kava_jax.journal.manifest import (
     write_results,
 )
 from kava_jax.journal.monitor import Monitor
+from kava_jax.models.decoder import Params
 from kava_jax.parallel.hosts import from_first, on_host
-from kava_jax.runs.ahead import compiled_ahead
 from kava_jax.runs.assembly import magnitude_note
-from kava_jax.runs.calibrate import calibrated, placed, unmeasured
+from kava_jax.runs.calibrate import calibrated, fitted_handoff, placed, unmeasured
 from kava_jax.runs.cutting import settled
 from kava_jax.runs.evaluate import evaluation_notes, evaluator
 from kava_jax.runs.handed import record_of
-from kava_jax.runs.handoff_fit import fitted_handoff
 from kava_jax.runs.idle import idle_settings
-from kava_jax.runs.loop import due, run_steps
+from kava_jax.runs.loop import Step, due, run_steps
 from kava_jax.runs.preemption import Preemption, listening
 from kava_jax.runs.prepare import Run, fingerprints_of, load_dataset, prepare
 from kava_jax.runs.profiling import Profile
 from kava_jax.runs.record import facts, results
 from kava_jax.runs.reopen import (
+    FREE_FIELDS,
+    PATH_FIELDS,
+    changes_in_words,
     check_directories,
     check_finite,
+    check_steps,
     directories_of,
     read_measured_maps,
     restore_target,
 )
-from kava_jax.runs.resume import FREE_FIELDS, PATH_FIELDS, changes_in_words, check_steps
 from kava_jax.runs.student_export import check_exportable
 from kava_jax.storage import check_target, local_file
 from kava_jax.training.step import TrainState
@@ -215,6 +219,40 @@ def begun(
         run = prepare(config, measured.maps, run.blueprint.student_cut)
         projector = placed(run, measured.projector) if measured.projector else None
     return run, run.blueprint.fresh_state(projector, fitted_handoff(run, dataset))
+
+
+def compiled_ahead(
+    step: Any,
+    state: TrainState,
+    teachers: Mapping[str, Params],
+    rows: int,
+    lengths: Sequence[int],
+    tell: Callable[[str], None] | None = None,
+) -> Step:
+    """``step`` for batches [rows, T] with T among ``lengths``, and no others.
+
+    So no step waits for a compiler in the middle of a run. The longest comes first: what needs the
+    most memory fails at once.
+
+    Args:
+        step: the jitted train step.
+        state: that of the run, or its shapes.
+        teachers: as the step takes them, or their shapes.
+        rows: of the global batch.
+        lengths: every T that a batch can have.
+        tell: hears once what is being done, in a sentence; None where that is said already.
+    """
+    longest_first = sorted(lengths, reverse=True)
+    if tell and lengths:  # none are left when a run that has ended is called again
+        count = f"{len(lengths)} padded length{'s' if len(lengths) > 1 else ''}"
+        tell(f"compiling the step for {count}: {', '.join(map(str, longest_first))}")
+    # Kept here, because ``jit`` does not find what was compiled ahead and would compile it again.
+    programs = {
+        length: step.lower(state, teachers, abstract_batch(rows, length)).compile()
+        for length in longest_first
+    }
+
+    return lambda state, teachers, batch: programs[batch.tokens.shape[1]](state, teachers, batch)
 
 
 def _save_projector(run: Run, state: TrainState) -> None:
