@@ -97,9 +97,10 @@ class Blueprint:
     @property
     def attending(self) -> str:
         """What the models attend with, and why, in one line."""
-        student = ("student", self.student_spec, _dtype(self.config.train.dtype))
-        models = [student, *((name, t.spec, t.dtype) for name, t in self.teachers.items())]
-        return in_words([(m[0], _attention(self.config, self.mesh, *m)) for m in models])
+        specs = {"student": self.student_spec}
+        specs |= {name: teacher.spec for name, teacher in self.teachers.items()}
+        known = self.config, self.mesh
+        return in_words([(name, _attention(*known, name, spec)) for name, spec in specs.items()])
 
     def load_teachers(self) -> dict[str, Params]:
         """All teachers' weights."""
@@ -248,7 +249,7 @@ def make_blueprint(
     student = Part.of(build, mesh, config.mesh.indivisible)
     # Kernels want padding on the right, as batches have it; prompts to be continued, which
     # ``student`` reads, have it on the left.
-    attention = _attention(config, mesh, "student", student_spec, dtype).implementation
+    attention = _attention(config, mesh, "student", student_spec).implementation
     of_batches = Part.of(partial(build, attention=attention), mesh, config.mesh.indivisible)
     asked = config.loss.handoff
     handed = {name: handoff_map(asked, name, models) for name in models.teachers} if asked else {}
@@ -324,12 +325,23 @@ def _teacher(
         param_dtype=dtype,
         dtype=dtype,
         layouts=layouts(mesh),
-        attention=_attention(config, mesh, f"teachers.{index}", spec, dtype).implementation,
+        attention=_attention(config, mesh, f"teachers.{index}", spec).implementation,
     )
     part = Part.of(build, mesh, config.mesh.indivisible)
     link = TeacherLink(part.graph, comparison, spec, teacher.weight, teacher.control)
-    seed = config.run.seed + RANDOM_TEACHER + index
-    return TeacherPart(part, spec, directory, link, blocks, tail, headless, dtype, seed, map_note)
+    load = partial(
+        load_decoder_params,
+        directory,
+        spec,
+        layers=blocks,
+        tail=tail,
+        head=not headless,
+        param_dtype=dtype,
+        put=partial(place_slices, part.shardings),
+    )
+    if teacher.control == "random":
+        load = partial(part.fresh, config.run.seed + RANDOM_TEACHER + index)
+    return TeacherPart(part, spec, directory, link, load, blocks, tail, headless, map_note)
 
 
 def _check_frame(config: Config, student: DecoderSpec, teachers: Mapping[str, TeacherPart]) -> None:
@@ -375,8 +387,9 @@ def _check_merged(config: Config, models: Models, teachers: Mapping[str, Teacher
             )
 
 
-def _attention(config: Config, mesh: Mesh, who: str, spec: DecoderSpec, dtype: Any) -> Choice:
+def _attention(config: Config, mesh: Mesh, who: str, spec: DecoderSpec) -> Choice:
     """What one model attends with when it reads a batch."""
+    dtype = _dtype(config.train.dtype)
     return choose(config.train.attention, mesh.devices.flat[0], who, dtype, spec)
 
 

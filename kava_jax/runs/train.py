@@ -165,9 +165,8 @@ def _train(
             if not evaluated:
                 # Only the first process has the lines. All know whether one is due, so all ask.
                 evaluated = bool(from_first(monitor.has_evaluation(begins), "last evaluation"))
-            step, measuring_step = run.blueprint.jitted_step(), None
-            if share:
-                measuring_step = run.blueprint.jitted_step(share.share)
+            step = run.blueprint.jitted_step()
+            measuring_step = run.blueprint.jitted_step(share.share) if share else None
             if config.data.batching == "bucketed":
                 lengths = dataset.stream.lengths(begins, config.train.steps)
                 shapes = (start, teachers, config.data.batch_size)
