@@ -140,19 +140,15 @@ def evaluation_notes(run: Run, dataset: Dataset) -> list[str]:
 def choice_note(config: Config) -> str | None:
     """What to say when checkpoints are compared on rows that are called a test set."""
     data = config.data
-    if data.eval_path is not None:
-        place, name = f"data.eval_path={data.eval_path}", data.eval_path.rpartition("/")[2]
-    elif data.eval_split is not None:
-        place, name = f"data.eval_split={data.eval_split}", data.eval_split
-    else:
-        return None
+    field = "eval_split" if data.eval_path is None else "eval_path"
+    name = getattr(data, field) or ""
     # As a word of its own: ``latest`` and ``contest`` name no test set.
-    if "test" not in re.split(r"[^a-z]+", name.lower()):
+    if "test" not in re.split(r"[^a-z]+", name.rpartition("/")[2].lower()):
         return None
     return (
-        f"warning: `best` is the checkpoint with the lowest loss on {place}; figures of it on test "
-        f"are no longer those of unseen rows. Hold out rows of the training data, and read the "
-        f"test set once, at the end, under eval.sets"
+        f"warning: `best` is the checkpoint with the lowest loss on data.{field}={name}; figures "
+        f"of it on test are no longer those of unseen rows. Hold out rows of the training data, "
+        f"and read the test set once, at the end, under eval.sets"
     )
 
 

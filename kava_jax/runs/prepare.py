@@ -95,20 +95,10 @@ def prepare(
         today=today_of(config.run.directory),
     )
     # Chat models may end a turn with another token than the tokenizer's eos.
-    ends = {int(tokenizer.eos_token_id)}  # pyright: ignore[reportArgumentType]  (Encoder demands an eos)
-    if blueprint.student_dir is not None:
-        ends |= end_ids(blueprint.student_dir)
-    return Run(
-        config,
-        mesh,
-        tokenizer,
-        source,
-        encoder,
-        blueprint,
-        tuple(sorted(ends)),
-        renamed,
-        notes,
-    )
+    own = end_ids(blueprint.student_dir) if blueprint.student_dir else set()
+    eos = int(tokenizer.eos_token_id)  # pyright: ignore[reportArgumentType]  (Encoder demands an eos)
+    ends = tuple(sorted({eos, *own}))
+    return Run(config, mesh, tokenizer, source, encoder, blueprint, ends, renamed, notes)
 
 
 def prepare_alone(config: Config, path: str | Path) -> Run:

@@ -191,8 +191,7 @@ def restore(run: Run, checkpoint: str = "last") -> TrainState:
 
     Raises KavaError when its weights are not finite.
     """
-    keep = run.config.train.max_to_keep
-    with Checkpoints(run.directory, keep, read_only=True) as checkpoints:
+    with Checkpoints(run.directory, run.config.train.max_to_keep, read_only=True) as checkpoints:
         state = checkpoints.restore(checkpoints.choose(checkpoint), restore_target(run))
     check_finite(run, state.params, int(state.step))
     return state
@@ -219,10 +218,9 @@ def restore_student(run: Run, checkpoint: str = "last") -> tuple[int, Params]:
 
     Raises KavaError when its weights are not finite.
     """
-    keep = run.config.train.max_to_keep
     student = run.blueprint.student
     abstract = abstract_state(nnx.to_pure_dict(student.abstract), student.shardings)
-    with Checkpoints(run.directory, keep, read_only=True) as checkpoints:
+    with Checkpoints(run.directory, run.config.train.max_to_keep, read_only=True) as checkpoints:
         step = checkpoints.choose(checkpoint)
         params = checkpoints.restore_params(step, "student", abstract)
     check_finite(run, {"student": params}, step)
