@@ -15,7 +15,7 @@ from kava_jax.config.file import WENT, dump_config, load_config, parse_config, s
 from kava_jax.config.run import Config
 from kava_jax.config.weights import AutoShare, Ramp
 from kava_jax.errors import KavaError
-from kava_jax.runs.resume import FREE_FIELDS, PATH_FIELDS
+from kava_jax.runs.reopen import FREE_FIELDS, PATH_FIELDS
 from tests.tiny import write_config
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -75,6 +75,16 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def _number(loader: _Loader, node: yaml.ScalarNode) -> int | float | str:
+    """A number; 10:15 is text, which YAML 1.1 takes for one to the base of 60."""
+    if ":" in node.value:
+        return node.value
+    whole = node.tag.endswith(":int")
+    return loader.construct_yaml_int(node) if whole else loader.construct_yaml_float(node)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _number)
+_Loader.add_constructor("tag:yaml.org,2002:float", _number)
 # YAML 1.1 wants a dot in a float, and a sign in its exponent.
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",

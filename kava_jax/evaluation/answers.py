@@ -30,7 +30,9 @@ def flexible_answer(text: str) -> str:
 
 def gold_answer(answer: str) -> str:
     """A data set's answer (worked lines, then ``#### 14``) as it is compared."""
-    return _compared(answer)
+    for pattern in _IGNORED:
+        answer = pattern.sub("", answer)
+    return answer.lower()
 
 
 def can_be_met(answer: str) -> bool:
@@ -43,10 +45,4 @@ def can_be_met(answer: str) -> bool:
 
 def same(prediction: str, gold: str) -> bool:
     """Equal as text, ignoring ``,`` and ``$``, all up to ``#### ``, a final ``.``, and case."""
-    return _compared(prediction) == _compared(gold)
-
-
-def _compared(text: str) -> str:
-    for pattern in _IGNORED:
-        text = pattern.sub("", text)
-    return text.lower()
+    return gold_answer(prediction) == gold_answer(gold)

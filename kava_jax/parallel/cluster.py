@@ -47,7 +47,8 @@ def find_cluster(
                 f"--{' and --'.join(missing)} missing; give --coordinator, --processes and "
                 f"--process together, or none of them"
             )
-        several = any(int(environment.get(name, 1)) > 1 for name in COUNTS)
+        counts = (environment.get(name, "") for name in COUNTS)
+        several = any(count.isdigit() and int(count) > 1 for count in counts)
         # A slice of a single host has one name without a comma.
         several = several or "," in environment.get(TPU_HOSTS, "")
         return Cluster() if several or detect else None

@@ -1,22 +1,23 @@
-"""``kava calibrate``: layer maps and projectors fitted in closed form, before any training.
+"""Layer maps and projectors fitted in closed form, before any training: ``kava calibrate``.
 
 Training rows are streamed once through student and teacher. Six of eight rows are fitted on, one
 chooses layers, one scores. Memory does not depend on the number of rows (``alignment.grams``).
 What is found lies in ``<run.dir>/calibration``; a run of the same models and data uses it again.
+The projector of a handoff is fitted likewise, and is not written.
 """
 
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from kava_jax.alignment.closed_form import (
+    Fitted,
     choose_by_cka,
     choose_layers,
     fit,
@@ -25,26 +26,25 @@ from kava_jax.alignment.closed_form import (
 )
 from kava_jax.alignment.grams import Grams
 from kava_jax.alignment.layer_map import CALIBRATED_MAPS, LayerMap, window
-from kava_jax.alignment.projector import KVDimensionProjector
+from kava_jax.alignment.projector import Direction, KVDimensionProjector
 from kava_jax.config.file import dump_config, parse_config
 from kava_jax.config.run import Config
-from kava_jax.data.batches import Batch, eval_batches
-from kava_jax.data.dataset import Dataset
+from kava_jax.data.batches import Batch
+from kava_jax.data.dataset import Dataset, HeldOut
 from kava_jax.data.text import Encoded
-from kava_jax.data.tokenizer import pad_id
 from kava_jax.errors import KavaError
-from kava_jax.evaluation.heldout import held_out, make_examine, make_measure
 from kava_jax.journal.lock import alone
 from kava_jax.journal.manifest import Fingerprints, check_manifest, config_hash, fields_of
 from kava_jax.models.decoder import Params
 from kava_jax.parallel.hosts import from_first
-from kava_jax.parallel.sharding import put_batch
 from kava_jax.runs.cutting import settled
-from kava_jax.runs.moments import Candidates, Moments
+from kava_jax.runs.evaluate import batches_of, evaluate
+from kava_jax.runs.moments import Candidates, moments
 from kava_jax.runs.prepare import Run, fingerprints_of, load_dataset, prepare
-from kava_jax.runs.reopen import calibration_path, read_measured_maps
-from kava_jax.runs.resume import FREE_FIELDS, PATH_FIELDS
+from kava_jax.runs.reopen import FREE_FIELDS, PATH_FIELDS, calibration_path, read_measured_maps
 from kava_jax.storage import Place, check_target, local_file
+from kava_jax.training.comparison import LayerComparison
+from kava_jax.training.handoff_term import HandoffTerm, handed_tokens
 
 # Of every eight rows: six to fit on, one to choose layers by, one to score.
 SPLITS = {"fit": (0, 1, 2, 3, 4, 5), "dev": (6,), "score": (7,)}
@@ -62,10 +62,10 @@ FRAME_FIELDS = ("key_space", "remove_key_bias", "sink_tokens")
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was found: a layer map per teacher, the projector's weights, and the scores."""
+    """What was found: a layer map per teacher, the projector, and the scores."""
 
     maps: dict[str, LayerMap]
-    projector: Params | None
+    projector: KVDimensionProjector | None
     report: dict[str, Any]
 
 
@@ -125,17 +125,17 @@ def _measure(config: Config, run: Run, dataset: Dataset, identity: str) -> Calib
     """Stream the rows through student and every teacher, one after the other; fit; score."""
     rows = measured_rows(config, dataset, "calibrate")
     student = run.blueprint.student_start()
-    batches = {
-        # Dealt out in turn, because the rows of a file may be sorted.
-        name: batches_of(run, [row for i, row in enumerate(rows) if i % LEAST_ROWS in places])
+    dealt = {
+        # In turn, because the rows of a file may be sorted.
+        name: [row for i, row in enumerate(rows) if i % LEAST_ROWS in places]
         for name, places in SPLITS.items()
     }
+    batches = {name: batches_of(run, own) for name, own in dealt.items()}
     maps, weights, report = {}, {}, {}
     for index, teacher in enumerate(config.teachers):
         candidates = _candidates(config, run, index)
         comparison = run.blueprint.teachers[teacher.name].link.comparison
-        moments = Moments(run, comparison, student, candidates)
-        grams = {split: moments.of(batches[split]) for split in SPLITS}
+        grams = moments(run, comparison, student, candidates, batches)
         if empty := [split for split in SPLITS if not grams[split]["k"].count]:
             raise KavaError(
                 f"loss.sink_tokens={config.loss.sink_tokens}: of {len(rows)} rows none to "
@@ -144,13 +144,13 @@ def _measure(config: Config, run: Run, dataset: Dataset, identity: str) -> Calib
         maps[teacher.name] = _layer_map(config, index, candidates, grams)
         found = _fit(config, maps[teacher.name], grams)
         weights[teacher.name], report[teacher.name] = found
-        del moments  # it holds the teacher, and the next one needs the room
-    projector = {"pairs": weights} if config.projector.init == "calibrated" else None
-    scored = {}
-    if projector:
+    projector, scored = None, {}
+    if config.projector.init == "calibrated":
         # Built again: the maps, by which teachers are cut, are known only now.
         measured = prepare(config, maps, run.blueprint.student_cut)
-        scored = _score(measured, projector, student, batches["score"])
+        assert measured.blueprint.projector is not None
+        projector = nnx.merge(measured.blueprint.projector.graph, {"pairs": weights})
+        scored = _score(measured, projector, student, dealt["score"])
     teachers = {name: report[name] | scored.get(name, {}) for name in report}
     return Calibration(
         maps, projector, {"identity": identity, "rows": len(rows), "teachers": teachers}
@@ -221,50 +221,28 @@ def _fit(config: Config, layer_map: LayerMap, grams: Splits) -> tuple[Any, dict[
 
 
 def _score(
-    run: Run, projector: Params, student: Params, batches: Sequence[Batch]
+    run: Run, projector: KVDimensionProjector, student: Params, rows: list[Encoded]
 ) -> dict[str, dict[str, Any]]:
     """Cosine, centred cosine and gap of the fitted projector on the scoring split.
 
     Without a baseline (batches of one row) there is no gap: it is left out, JSON has no NaN.
     """
-    objective = run.blueprint.objective
-    params = {"student": student, "projector": place(run, projector)}
-    found = held_out(
-        make_measure(objective, run.mesh),
-        make_examine(objective, run.mesh),
-        params,
-        run.blueprint.load_teachers(),
-        run.blueprint.empty_statistics(),
-        [partial(put_batch, batch, run.mesh) for batch in batches],
-    )
-    teachers = [teacher.name for teacher in run.config.teachers]
+    params = {"student": student, "projector": placed(run, projector)}
+    found = evaluate(run, HeldOut(rows, ()), params, run.blueprint.load_teachers())
     names = ("cos_sim", "cos_shuffled", "alignment_gap", "cos_centered", "retrieval")
-    own = {
-        one: {
-            n: found.values[f"eval_{one}/{n}" if len(teachers) > 1 else f"eval_{n}"] for n in names
-        }
-        for one in teachers
-    }
-    return {
-        teacher: {name: value for name, value in figures.items() if math.isfinite(value)}
-        for teacher, figures in own.items()
-    }
+    scored = {}
+    for teacher in run.config.teachers:
+        prefix = f"eval_{teacher.name}/" if len(run.config.teachers) > 1 else "eval_"
+        own = {name: found[prefix + name] for name in names}
+        scored[teacher.name] = {n: value for n, value in own.items() if math.isfinite(value)}
+    return scored
 
 
-def place(run: Run, projector: Params) -> Params:
-    """A calibrated projector's weights where the run keeps them.
-
-    Raises KavaError when they do not have the shapes of the run's projector.
-    """
-    part = run.blueprint.projector
-    assert part is not None
-    expected = jax.tree.map(lambda x: x.shape, nnx.to_pure_dict(part.abstract))
-    if jax.tree.map(jnp.shape, projector) != expected:
-        raise KavaError(
-            f"calibration of run.dir={run.directory} has other shapes than its models; remove its "
-            f"{calibration_path(run.directory).parent.name} directory to measure again"
-        )
-    return jax.device_put(projector, part.shardings)
+def placed(run: Run, projector: KVDimensionProjector) -> Params:
+    """A calibrated projector's weights where the run keeps them."""
+    assert run.blueprint.projector is not None
+    params = nnx.to_pure_dict(nnx.state(projector, nnx.Param))
+    return jax.device_put(params, run.blueprint.projector.shardings)
 
 
 def measured_rows(config: Config, dataset: Dataset, purpose: str) -> Sequence[Encoded]:
@@ -278,18 +256,46 @@ def measured_rows(config: Config, dataset: Dataset, purpose: str) -> Sequence[En
     return rows
 
 
-def batches_of(run: Run, rows: Sequence[Encoded]) -> list[Batch]:
-    """Rows to measure, every batch of as many."""
-    data = run.config.data
-    batches = eval_batches(
-        rows,
-        data.batch_size,
-        max_length=data.max_length,
-        bucket=data.length_bucket,
-        pad_id=pad_id(run.tokenizer),
-        sink_tokens=run.config.loss.sink_tokens,
-    )
-    return list(batches)
+def fitted_handoff(run: Run, dataset: Dataset) -> Params | None:
+    """The weights of the handoff's projector, where the run keeps them; None where there are none.
+
+    For each layer of the answerer, ridge regression of its own keys (before RoPE, with their bias)
+    and values on those of the layer that the reader hands over to it. Both models read the same
+    training rows, and the tokens that are handed over count. Every teacher is fitted by itself.
+    Nothing is written: a run that goes on has the projector in its checkpoint.
+
+    Raises KavaError for too few training rows.
+    """
+    part, term = run.blueprint.handoff, run.blueprint.objective.handoff
+    # Between equal heads the projector is the identity, which has no weights.
+    if part is None or term is None or not jax.tree.leaves(part.abstract):
+        return None
+    rows = measured_rows(run.config, dataset, "fit loss.handoff's projector")
+    batches = [
+        batch._replace(kv_mask=np.asarray(handed_tokens(batch))) for batch in batches_of(run, rows)
+    ]
+    student = run.blueprint.student_start()
+    pairs = {name: _fitted_pair(run, term, name, student, batches) for name in term.maps}
+    return jax.device_put({"pairs": pairs}, part.shardings)
+
+
+def _fitted_pair(
+    run: Run, term: HandoffTerm, name: str, student: Params, batches: Sequence[Batch]
+) -> Fitted:
+    """The maps between the student and one teacher, which is loaded for as long."""
+    layer_map = term.maps[name]
+    direction: Direction = "teacher_to_student"
+    candidates = Candidates(layer_map.student_layers, layer_map.teacher_layers)
+    # In this map the answerer has the student's place, whoever it is.
+    if term.reader == "student":
+        direction = "student_to_teacher"
+        candidates = Candidates(
+            tuple(layer for (layer,) in layer_map.teacher_layers),
+            tuple((layer,) for layer in layer_map.student_layers),
+        )
+    comparison = LayerComparison(name, layer_map)
+    grams = moments(run, comparison, student, candidates, {"fit": batches})["fit"]
+    return fit((grams["k"], grams["v"]), candidates.windows, direction, RIDGE)
 
 
 def _identity(config: Config, fingerprints: Fingerprints) -> str:
@@ -310,11 +316,8 @@ def _write(config: Config, found: Calibration) -> None:
     path = calibration_path(config.run.directory)
     path.parent.mkdir(parents=True, exist_ok=True)
     if found.projector is not None:
-        part = prepare(config, found.maps).blueprint.projector
-        assert part is not None
-        module: KVDimensionProjector = nnx.merge(part.graph, found.projector)
         with local_file(_projector_file(config)) as file:
-            module.save(file)
+            found.projector.save(file)
     # Last, so that a file that names maps is never next to another one's projector.
     path.write_text(json.dumps(found.report, indent=2) + "\n", encoding="utf-8")
 
@@ -332,8 +335,7 @@ def _read(config: Config) -> Calibration:
     projector = None
     if config.projector.init == "calibrated":
         with local_file(_projector_file(config)) as file:
-            module = KVDimensionProjector.load(file)
-        projector = nnx.to_pure_dict(nnx.state(module, nnx.Param))
+            projector = KVDimensionProjector.load(file)
     report = json.loads(path.read_text(encoding="utf-8"))
     return Calibration(read_measured_maps(config), projector, report)
 
@@ -342,18 +344,11 @@ def describe(found: Calibration) -> str:
     """Layer maps and scores as tables for a terminal."""
     parts = []
     for name, report in found.report["teachers"].items():
-        table = found.maps[name].table(name)
-        scores = [f"R2 k {k:6.3f}  v {v:6.3f}" for k, v in _pairs(report)]
-        rows = [*table[: len(table) - len(scores)]]
-        rows += [
-            f"{row}  {score}" for row, score in zip(table[-len(scores) :], scores, strict=True)
-        ]
+        field, headings, *layers = found.maps[name].table(name)
+        scores = zip(layers, report["r2_k"], report["r2_v"], strict=True)
+        rows = [f"{row}  R2 k {k:6.3f}  v {v:6.3f}" for row, k, v in scores]
         named = ("cos_sim", "alignment_gap", "cos_centered", "retrieval")
         scored = [f"{name} {report[name]:.3f}" for name in named if name in report]
         rows += [f"held out: {', '.join(scored)}"] if scored else []
-        parts.append("\n".join(rows))
+        parts.append("\n".join([field, headings, *rows]))
     return "\n\n".join(parts)
-
-
-def _pairs(report: Mapping[str, Any]) -> list[tuple[float, float]]:
-    return list(zip(report["r2_k"], report["r2_v"], strict=True))

@@ -168,10 +168,10 @@ def settled(
     figures: dict[str, Any] = {}
     if measures := _measures(cut, spec):
         # The uncut model alone, as a student without teachers.
-        tokenizer = find_tokenizer(config)[1]
-        whole = without_teachers(config, path=source, cut=None, tokenizer=tokenizer)
-        run, data = prepare(parse_config(whole)), config.data
+        uncut = {"path": source, "cut": None, "tokenizer": find_tokenizer(config)[1]}
+        run = prepare(parse_config(without_teachers(config, **uncut)))
         if rows is None:
+            data = run.config.data
             examples = data_loader(run)(data.path, split=data.split, rows=data.rows)
             rows = HeldOut.of(examples, run.encoder).measured
         else:
@@ -193,7 +193,7 @@ def _measured(
             f"data={run.config.data.path}: {len(rows)} rows have {tokens} tokens to predict, too "
             f"few to measure by; give at least {LEAST_TOKENS}"
         )
-    batches = held_out_batches(run, HeldOut(list(rows), ()), lambda: None)
+    batches = held_out_batches(run, rows)
     params, depth = run.blueprint.load_student(), run.blueprint.student_spec.num_layers
     keep, layers, units = len(chosen.layers), chosen.layers, chosen.units
     whole = losses(run.blueprint, params, batches, np.ones((1, depth)))

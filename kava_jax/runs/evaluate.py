@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import jax
@@ -12,11 +12,12 @@ from kava_jax.cache import KVCache
 from kava_jax.config.run import MAIN_SET, Config
 from kava_jax.data.batches import Batch, eval_batches
 from kava_jax.data.dataset import Dataset, HeldOut
+from kava_jax.data.text import Encoded
 from kava_jax.data.tokenizer import pad_id
 from kava_jax.errors import KavaError
 from kava_jax.evaluation.answers import can_be_met, gold_answer
 from kava_jax.evaluation.exact_match import ExactMatch, Generate, Sample, exact_match
-from kava_jax.evaluation.heldout import held_out, make_examine, make_measure
+from kava_jax.evaluation.heldout import make_held_out
 from kava_jax.journal.manifest import write_atomically
 from kava_jax.models.decoder import Params
 from kava_jax.models.generate import generate
@@ -42,9 +43,14 @@ def answer(
 
     ``check`` is called before every batch and may raise.
     """
+    return scored(run, held, continuation(run, student, check))
+
+
+def scored(run: Run, held: HeldOut, generate: Generate) -> ExactMatch:
+    """The answers to held-out questions that ``generate`` gives, scored."""
     settings = run.config.eval
     return exact_match(
-        continuation(run, student, check),
+        generate,
         run.encoder,
         held.answered,
         batch_size=settings.batch_size,
@@ -65,19 +71,12 @@ def evaluate(
 
     ``statistics`` are a train state's; those of no step yet when absent.
     """
-    objective = run.blueprint.objective
-    batches = held_out_batches(run, held, _go_on)
-    found = held_out(
-        make_measure(objective, run.mesh),
-        make_examine(objective, run.mesh),
-        params,
-        teachers,
-        run.blueprint.empty_statistics() if statistics is None else statistics,
-        batches,
-    )
+    held_out = make_held_out(run.blueprint.objective, run.mesh)
+    known = run.blueprint.empty_statistics() if statistics is None else statistics
+    found = held_out(params, teachers, known, held_out_batches(run, held.rows)).values
     if not (answers and run.config.eval.max_new_tokens and held.answered):
-        return found.values
-    return found.values | scores(answer(run, held, params["student"]))
+        return found
+    return found | scores(answer(run, held, params["student"]))
 
 
 def evaluator(
@@ -91,21 +90,20 @@ def evaluator(
     Answers are slow to generate: at the end, and where ``eval.exact_match_every`` asks for them. At
     the end the further sets are measured as well, and all answers written to ``answers.jsonl``.
     """
-    objective, settings = run.blueprint.objective, run.config.eval
-    measure, examine = make_measure(objective, run.mesh), make_examine(objective, run.mesh)
-    main = held_out_batches(run, dataset.held_out, check)
-    more = {name: held_out_batches(run, held, check) for name, held in dataset.more.items()}
+    settings, held_out = run.config.eval, make_held_out(run.blueprint.objective, run.mesh)
+    main = held_out_batches(run, dataset.held_out.rows, check)
+    more = {name: held_out_batches(run, held.rows, check) for name, held in dataset.more.items()}
     sets = {MAIN_SET: dataset.held_out, **dataset.more}
     answered = [name for name, held in sets.items() if settings.max_new_tokens and held.answered]
 
     def evaluate_at(state: TrainState, step: int) -> Figures:
         last = step == run.config.train.steps
         known = (state.params, teachers, state.statistics)
-        found = held_out(measure, examine, *known, main)
+        found = held_out(*known, main)
         values = dict(found.values)
         for name, batches in more.items() if last else ():
-            loss = held_out(measure, None, *known, batches).values["eval_loss"]
-            values[f"{name}/eval_loss"] = loss
+            figures = held_out(*known, batches, whole=False)
+            values[f"{name}/eval_loss"] = figures.values["eval_loss"]
         every = settings.exact_match_every
         due = last or (every is not None and step > 0 and step % every == 0)
         answers = {}
@@ -127,42 +125,30 @@ def evaluation_notes(run: Run, dataset: Dataset) -> list[str]:
     notes = [note for name, held in sets.items() for note in answer_notes(run.config, name, held)]
     if run.config.eval.exact_match_every and not dataset.held_out.answered:
         notes.append("eval.exact_match_every does nothing: no held-out row can be scored")
-    notes += _beyond_positions(run, sets)
-    chosen = choice_note(run.config)
-    return [*notes, chosen] if chosen and run.config.train.eval_every else notes
-
-
-def _beyond_positions(run: Run, sets: Mapping[str, HeldOut]) -> list[str]:
-    """What to say when answers may become longer than the student was made for."""
-    if not run.config.eval.max_new_tokens:
-        return []
     prompts = [row.prompt_length for held in sets.values() if held.answered for row in held.rows]
     longest = max(prompts, default=0) + run.config.eval.max_new_tokens
     positions = run.blueprint.student_spec.max_position_embeddings
-    if not prompts or longest <= positions:
-        return []
-    return [
-        f"warning: answers may reach {longest} tokens with their prompts, but the student was made "
-        f"for max_position_embeddings={positions}; lower eval.max_new_tokens"
-    ]
+    if prompts and run.config.eval.max_new_tokens and longest > positions:
+        notes.append(
+            f"warning: answers may reach {longest} tokens with their prompts, but the student was "
+            f"made for max_position_embeddings={positions}; lower eval.max_new_tokens"
+        )
+    chosen = choice_note(run.config)
+    return [*notes, chosen] if chosen and run.config.train.eval_every else notes
 
 
 def choice_note(config: Config) -> str | None:
     """What to say when checkpoints are compared on rows that are called a test set."""
     data = config.data
-    if data.eval_path is not None:
-        place, name = f"data.eval_path={data.eval_path}", data.eval_path.rpartition("/")[2]
-    elif data.eval_split is not None:
-        place, name = f"data.eval_split={data.eval_split}", data.eval_split
-    else:
-        return None
+    field = "eval_split" if data.eval_path is None else "eval_path"
+    name = getattr(data, field) or ""
     # As a word of its own: ``latest`` and ``contest`` name no test set.
-    if "test" not in re.split(r"[^a-z]+", name.lower()):
+    if "test" not in re.split(r"[^a-z]+", name.rpartition("/")[2].lower()):
         return None
     return (
-        f"warning: `best` is the checkpoint with the lowest loss on {place}; figures of it on test "
-        f"are no longer those of unseen rows. Hold out rows of the training data, and read the "
-        f"test set once, at the end, under eval.sets"
+        f"warning: `best` is the checkpoint with the lowest loss on data.{field}={name}; figures "
+        f"of it on test are no longer those of unseen rows. Hold out rows of the training data, "
+        f"and read the test set once, at the end, under eval.sets"
     )
 
 
@@ -261,22 +247,27 @@ def continuation(
     return continued
 
 
-def held_out_batches(
-    run: Run, held: HeldOut, check: Callable[[], None]
-) -> list[Callable[[], Batch]]:
-    """What puts each batch on the devices, when it is its turn."""
+def batches_of(run: Run, rows: Sequence[Encoded]) -> list[Batch]:
+    """Rows to measure, every batch of as many."""
     batches = eval_batches(
-        held.rows,
+        rows,
         run.config.data.batch_size,
         max_length=run.config.data.max_length,
         bucket=run.config.data.length_bucket,
         pad_id=pad_id(run.tokenizer),
         sink_tokens=run.config.loss.sink_tokens,
     )
+    return list(batches)
+
+
+def held_out_batches(
+    run: Run, rows: Sequence[Encoded], check: Callable[[], None] = _go_on
+) -> list[Callable[[], Batch]]:
+    """What puts each batch on the devices, when it is its turn; ``check`` is called before."""
 
     def placed(batch: Batch) -> Batch:
         check()
         return put_batch(batch, run.mesh)
 
     # Each goes to the devices when it is called for: a whole set may not fit next to the state.
-    return [partial(placed, batch) for batch in batches]
+    return [partial(placed, batch) for batch in batches_of(run, rows)]

@@ -64,14 +64,16 @@ def explain(config: Config) -> str:
     ]
     models = _models(config)
     parts += [_cut(config, models)] if config.student.cut else []
-    if not config.teachers:
-        parts.append("No teacher: the student learns by cross-entropy alone.")
-        return "\n\n".join([*parts, _learning(config), *_idle(config)])
-    parts += [f"Recipe {config.recipe}. {_changes(config)}{EXPECTS.get(config.recipe, '')}"]
-    parts += [_teacher(config, *one, models) for one in enumerate(config.teachers)]
-    parts += [_compared(config), _projected(config), _minimised(config)]
-    parts += [_handed(config.loss.handoff)] if config.loss.handoff else []
-    parts += [_learning(config), *_warnings(config), *_idle(config)]
+    if config.teachers:
+        parts += [f"Recipe {config.recipe}. {_changes(config)}{EXPECTS.get(config.recipe, '')}"]
+        parts += [_teacher(config, *one, models) for one in enumerate(config.teachers)]
+        parts += [_compared(config), _projected(config), _minimised(config)]
+        parts += [_handed(config.loss.handoff)] if config.loss.handoff else []
+        parts += [_learning(config), *_warnings(config)]
+    else:
+        parts += ["No teacher: the student learns by cross-entropy alone.", _learning(config)]
+    idle = idle_settings(config)
+    parts += [f"Beware: {'; '.join(idle)}."] if idle else []
     return "\n\n".join(parts)
 
 
@@ -269,12 +271,6 @@ def _warnings(config: Config) -> list[str]:
             "what the cut has broken is the target; set recipe=healed."
         )
     return found
-
-
-def _idle(config: Config) -> list[str]:
-    """What is set and does nothing."""
-    idle = idle_settings(config)
-    return [f"Beware: {'; '.join(idle)}."] if idle else []
 
 
 def _number(weight: Any) -> str:

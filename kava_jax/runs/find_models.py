@@ -109,9 +109,14 @@ def find_models(
         refuse_unknown(geometry, "student.geometry")
         found = Found(None, spec_from_config(geometry, where="student.geometry"))
     models = Models(found, {one.name: find(one.path) for one in config.teachers})
-    _check_vocabulary("student", found.spec, vocabulary)
-    for index, teacher in enumerate(models.teachers.values()):
-        _check_vocabulary(f"teachers.{index}", teacher.spec, vocabulary)
+    named = {f"teachers.{index}": one for index, one in enumerate(models.teachers.values())}
+    for who, model in {"student": found, **named}.items():
+        # More rows than ids are usual, since tables are padded: 152064 rows for 151665 ids.
+        if vocabulary > model.spec.vocab_size:
+            raise KavaError(
+                f"{who} has vocab_size={model.spec.vocab_size} rows and the tokenizer {vocabulary} "
+                f"ids; use the tokenizer that belongs to the model (student.tokenizer=...)"
+            )
     return models
 
 
@@ -155,12 +160,3 @@ def planned(cut: CutConfig, source: str, spec: DecoderSpec, fingerprint: str = "
         return plan_cut(spec, cut.layers, cut.rule, cut.kv_heads, cut.intermediate_size, **named)
     except KavaError as error:  # its first word is a field of the cut
         raise KavaError(f"student.cut.{error}") from None
-
-
-def _check_vocabulary(who: str, spec: DecoderSpec, vocabulary: int) -> None:
-    # More rows than ids are usual, since tables are padded: 152064 rows for 151665 ids.
-    if vocabulary > spec.vocab_size:
-        raise KavaError(
-            f"{who} has vocab_size={spec.vocab_size} rows and the tokenizer {vocabulary} ids; use "
-            f"the tokenizer that belongs to the model (student.tokenizer=...)"
-        )

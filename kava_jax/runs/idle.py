@@ -21,15 +21,15 @@ INTERVALS = ("log_every", "eval_every", "checkpoint_every")
 
 def idle_settings(config: Config) -> list[str]:
     """Every field that is not at its default and does nothing given the others, and why."""
-    notes = [
-        f"{field}={_value(config, field)} does nothing: {why}"
-        for field, why in _unread(config).items()
-        if _value(config, field) != _default(config, field)
-    ]
+    notes = []
+    for field, why in _unread(config).items():
+        value, default = _value_and_default(config, field)
+        if value != default:
+            notes.append(f"{field}={value} does nothing: {why}")
     steps = config.train.steps
     for name in INTERVALS:
-        every = getattr(config.train, name)
-        if every is not None and every > steps and every != _default(config, f"train.{name}"):
+        every, default = _value_and_default(config, f"train.{name}")
+        if every is not None and every > steps and every != default:
             notes.append(f"train.{name}={every} is more than train.steps={steps}: only at the end")
     often, every = config.train.eval_every, config.eval.exact_match_every
     # At the last step there are answers in any case, so a multiple there is none in between.
@@ -78,14 +78,10 @@ def _unread(config: Config) -> dict[str, str]:
     return found
 
 
-def _value(config: Config, field: str) -> Any:
+def _value_and_default(config: Config, field: str) -> tuple[Any, Any]:
     *sections, name = field.split(".")
-    return getattr(reduce(getattr, sections, config), name)
-
-
-def _default(config: Config, field: str) -> Any:
-    *sections, name = field.split(".")
-    return type(reduce(getattr, sections, config)).model_fields[name].default
+    section = reduce(getattr, sections, config)
+    return getattr(section, name), type(section).model_fields[name].default
 
 
 def compared_notes(sets: Mapping[str, Sequence[Encoded]], sink_tokens: int) -> list[str]:

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from functools import cache, partial
 from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jax.sharding import Mesh
 
 from kava_jax.alignment.layer_map import LayerMap
+from kava_jax.config.file import parse_config, without_teachers
 from kava_jax.config.run import Config
 from kava_jax.data.batches import BatchStream
 from kava_jax.data.dataset import Dataset, Load, make_dataset, split_examples
@@ -93,20 +95,17 @@ def prepare(
         today=today_of(config.run.directory),
     )
     # Chat models may end a turn with another token than the tokenizer's eos.
-    ends = {int(tokenizer.eos_token_id)}  # pyright: ignore[reportArgumentType]  (Encoder demands an eos)
-    if blueprint.student_dir is not None:
-        ends |= end_ids(blueprint.student_dir)
-    return Run(
-        config,
-        mesh,
-        tokenizer,
-        source,
-        encoder,
-        blueprint,
-        tuple(sorted(ends)),
-        renamed,
-        notes,
-    )
+    own = end_ids(blueprint.student_dir) if blueprint.student_dir else set()
+    eos = int(tokenizer.eos_token_id)  # pyright: ignore[reportArgumentType]  (Encoder demands an eos)
+    ends = tuple(sorted({eos, *own}))
+    return Run(config, mesh, tokenizer, source, encoder, blueprint, ends, renamed, notes)
+
+
+def prepare_alone(config: Config, path: str | Path) -> Run:
+    """A finished model as the student of a run without teachers, on the same data."""
+    # Another recipe may say where its student comes from, beside the path that is given here.
+    alone = {"student": {"path": str(path)}, "recipe": "anchored"}
+    return prepare(parse_config(without_teachers(config) | alone))
 
 
 def _compare_models(
@@ -238,14 +237,12 @@ def models_without_weights(config: Config) -> Models:
 def find_tokenizer(config: Config) -> tuple["PreTrainedTokenizerBase", str]:
     """The run's tokenizer and where it came from: named, the student's, or the first teacher's."""
     student = config.student
+    teacher = config.teachers[0].path if config.teachers else None
+    model = student.path or (cut_source(config) if student.cut else teacher)
     if student.tokenizer is not None:
         source = student.tokenizer
-    elif student.path is not None:
-        source = str(resolve_model(student.path))
-    elif student.cut is not None:
-        source = str(resolve_model(cut_source(config)))
-    elif config.teachers:
-        source = str(resolve_model(config.teachers[0].path))
+    elif model is not None:
+        source = str(resolve_model(model))
     else:
         raise KavaError(
             f"student.tokenizer=null for a fresh student without teachers; name a tokenizer, for "

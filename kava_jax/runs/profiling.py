@@ -46,17 +46,15 @@ class Profile:
             jax.block_until_ready(state)
             files = self._exit.enter_context(growing(self._run_dir))
             jax.profiler.start_trace(files.directory / PROFILE_NAME)
+            self._exit.callback(jax.profiler.stop_trace)
             self._on = True
 
     def after(self, number: int, state: Any) -> None:
         """After it."""
-        if self._on and self._steps and number >= self._steps[1]:
+        if self._on and self._steps and number == self._steps[1]:
             jax.block_until_ready(state)
             self.stop()
 
     def stop(self) -> None:
         """Write what there is, if a trace is on."""
-        if self._on:
-            jax.profiler.stop_trace()
-            self._exit.close()
-            self._on = False
+        self._exit.close()

@@ -1,29 +1,66 @@
-"""A run directory opened again: its config as it was recorded, its calibration, its checkpoints."""
+"""A run directory opened again, with its calibration and checkpoints, or gone on with.
+
+What changes when a run goes on under another config is refused, or said in words.
+"""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from kava_jax.alignment.layer_map import LayerMap
-from kava_jax.config.file import parse_config, without_teachers
+from kava_jax.config.file import dump_config, parse_config, without_teachers
 from kava_jax.config.run import Config
 from kava_jax.errors import KavaError
 from kava_jax.journal.checkpoint import Checkpoints, abstract_state
 from kava_jax.journal.manifest import (
     CALIBRATION_NAME,
     MANIFEST_NAME,
+    config_diff,
+    fields_of,
     read_manifest,
 )
 from kava_jax.models.decoder import Params
 from kava_jax.parallel.sharding import replicated
+from kava_jax.runs.assembly import schedules
 from kava_jax.runs.prepare import Run, find_tokenizer, prepare
 from kava_jax.storage import Place, check_access, reachable
 from kava_jax.training.step import TrainState
+
+# Fields that may change between a run and its continuation without changing what was learnt.
+# More steps are new ones; rates and weights that follow the length of a run are computed again.
+FREE_FIELDS = (
+    "run.dir",
+    "train.steps",
+    "train.attention",
+    "train.log_every",
+    "train.eval_every",
+    "train.diagnose_every",
+    "train.checkpoint_every",
+    "train.max_to_keep",
+    "train.max_consecutive_skips",
+    "eval",
+    "mesh",
+)
+
+# Where a run's models, tokenizer and rows lie. They may move, since the manifest's fingerprints
+# tell whether they are the same.
+PATH_FIELDS = (
+    "teachers.*.path",
+    "student.path",
+    "student.cut.path",
+    "student.tokenizer",
+    "data.path",
+    "data.subset",
+    "data.split",
+    "data.eval_path",
+    "data.eval_split",
+)
 
 
 def reopen(run_dir: Place, overrides: Sequence[str] = ()) -> Run:
@@ -154,8 +191,7 @@ def restore(run: Run, checkpoint: str = "last") -> TrainState:
 
     Raises KavaError when its weights are not finite.
     """
-    keep = run.config.train.max_to_keep
-    with Checkpoints(run.directory, keep, read_only=True) as checkpoints:
+    with Checkpoints(run.directory, run.config.train.max_to_keep, read_only=True) as checkpoints:
         state = checkpoints.restore(checkpoints.choose(checkpoint), restore_target(run))
     check_finite(run, state.params, int(state.step))
     return state
@@ -182,10 +218,9 @@ def restore_student(run: Run, checkpoint: str = "last") -> tuple[int, Params]:
 
     Raises KavaError when its weights are not finite.
     """
-    keep = run.config.train.max_to_keep
     student = run.blueprint.student
     abstract = abstract_state(nnx.to_pure_dict(student.abstract), student.shardings)
-    with Checkpoints(run.directory, keep, read_only=True) as checkpoints:
+    with Checkpoints(run.directory, run.config.train.max_to_keep, read_only=True) as checkpoints:
         step = checkpoints.choose(checkpoint)
         params = checkpoints.restore_params(step, "student", abstract)
     check_finite(run, {"student": params}, step)
@@ -195,3 +230,57 @@ def restore_student(run: Run, checkpoint: str = "last") -> tuple[int, Params]:
 def restore_target(run: Run) -> Any:
     """Shapes, dtypes and places of the run's state, for reading a checkpoint into."""
     return abstract_state(run.blueprint.abstract_state(), run.blueprint.state_shardings())
+
+
+def check_steps(config: Config, done: int) -> None:
+    """Raises KavaError when ``train.steps`` is less than the run has already done."""
+    steps = config.train.steps
+    if steps < done:
+        raise KavaError(
+            f"train.steps={steps} is less than the {done} steps that run.dir="
+            f"{config.run.directory} has done; give {done} or more, or name another run.dir"
+        )
+
+
+def changes_in_words(
+    earlier: Mapping[str, Any] | None, config: Config, state: TrainState
+) -> list[str]:
+    """One line for each path that moved, and one for a changed ``train.steps``.
+
+    Args:
+        earlier: the config that the run directory was last started with; None says nothing.
+        config: the config of this start.
+        state: what it goes on from.
+    """
+    if earlier is None:
+        return []
+    now = dump_config(config)
+    paths = fields_of(now).keys() - fields_of(now, PATH_FIELDS).keys()
+    moved = [
+        f"{field} {change}: another place, the same content"
+        for field, change in config_diff(earlier, now).items()
+        if field in paths
+    ]
+    if earlier["train"]["steps"] == config.train.steps:
+        return moved
+    return [*moved, _rescheduled(parse_config(dict(earlier)), config, state)]
+
+
+def _rescheduled(before: Config, now: Config, state: TrainState) -> str:
+    """What ``train.steps`` does to the rates and weights of the next step."""
+    step = int(state.step)
+    # The optimizer counts the steps that it took; the weights go by all of them.
+    taken = step - int(state.skips.total)
+    old, new = schedules(before), schedules(now)
+    changed = []
+    for name, schedule in new.items():
+        at = taken if name.startswith("lr_") else step
+        # Compared as they are printed: a line of two equal numbers would say nothing.
+        left, right = (f"{float(np.asarray(one(at))):.4g}" for one in (old[name], schedule))
+        if left != right:
+            changed.append(f"{name} {left} -> {right}")
+    found = ", ".join(changed) or "all are as before"
+    return (
+        f"train.steps {before.train.steps} -> {now.train.steps}: rates and weights follow the "
+        f"schedule of a run of {now.train.steps} steps from here; after step {step}: {found}"
+    )

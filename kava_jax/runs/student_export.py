@@ -67,9 +67,10 @@ def _card(run: Run, step: int) -> str:
         """A directory stays one in the card when it is gone, whatever hub id it looks like."""
         return str(Path(path).absolute()) if path in local else path
 
-    loss = config.loss
-    compared = loss.output.replace("_", " ") if loss.output else f"{loss.key_space} keys"
-    followed = loss.output.replace("_", " ") if loss.output else "attention keys and values"
+    loss, compared = config.loss, f"{config.loss.key_space} keys"
+    followed = "attention keys and values"
+    if loss.output:
+        compared = followed = loss.output.replace("_", " ")
     weights = {followed: loss.kv_weight, "logits": loss.kl_weight}
     recipe = {
         "language loss": f"{loss.ce_weight} x cross-entropy, {loss.kl_weight} x logit KL",
@@ -85,7 +86,7 @@ def _card(run: Run, step: int) -> str:
             config.student.path or (cut.teacher if cut else "a student trained from random weights")
         ),
         teachers=[named(teacher.path) for teacher in config.teachers],
-        recipe=recipe if config.teachers else {name: recipe[name] for name in ("steps",)},
+        recipe=recipe if config.teachers else {"steps": recipe["steps"]},
         metrics=_last_evaluation(run.directory, step),
         followed=[what for what, weight in weights.items() if not is_zero(weight)],
         reader=loss.handoff.reader if loss.handoff else None,

@@ -1,6 +1,6 @@
 """Run, or continue, a training."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,6 +11,7 @@ from flax import nnx
 from kava_jax.alignment.projector import KVDimensionProjector
 from kava_jax.config.file import dump_config
 from kava_jax.config.run import Config
+from kava_jax.data.batches import abstract_batch
 from kava_jax.data.dataset import Dataset
 from kava_jax.errors import PreemptedError
 from kava_jax.hf.cut_record import write_cut_record
@@ -25,32 +26,32 @@ from kava_jax.journal.manifest import (
     write_results,
 )
 from kava_jax.journal.monitor import Monitor
+from kava_jax.models.decoder import Params
 from kava_jax.parallel.hosts import from_first, on_host
-from kava_jax.parallel.sharding import batch_sharding, replicated
-from kava_jax.runs.ahead import compiled_ahead
 from kava_jax.runs.assembly import magnitude_note
-from kava_jax.runs.calibrate import calibrated, place, unmeasured
+from kava_jax.runs.calibrate import calibrated, fitted_handoff, placed, unmeasured
 from kava_jax.runs.cutting import settled
 from kava_jax.runs.evaluate import evaluation_notes, evaluator
 from kava_jax.runs.handed import record_of
-from kava_jax.runs.handoff_fit import fitted_handoff
 from kava_jax.runs.idle import idle_settings
-from kava_jax.runs.loop import Cadence, projector_path, run_steps
+from kava_jax.runs.loop import Step, due, run_steps
 from kava_jax.runs.preemption import Preemption, listening
 from kava_jax.runs.prepare import Run, fingerprints_of, load_dataset, prepare
 from kava_jax.runs.profiling import Profile
 from kava_jax.runs.record import facts, results
 from kava_jax.runs.reopen import (
+    FREE_FIELDS,
+    PATH_FIELDS,
+    changes_in_words,
     check_directories,
     check_finite,
+    check_steps,
     directories_of,
     read_measured_maps,
     restore_target,
 )
-from kava_jax.runs.resume import FREE_FIELDS, PATH_FIELDS, changes_in_words, check_steps
 from kava_jax.runs.student_export import check_exportable
 from kava_jax.storage import check_target, local_file
-from kava_jax.training.probe import make_probe
 from kava_jax.training.step import TrainState
 
 
@@ -151,19 +152,23 @@ def _train(
             check_finite(run, start.params, int(start.step))
             notes += changes_in_words(earlier, config, start)
         assert start is not None  # what was there a moment ago is intact, or has been refused
+        begins = int(start.step)
         with Monitor(
             run.directory,
             total_steps=config.train.steps,
-            start_step=int(start.step),
+            start_step=begins,
             write=write,
         ) as monitor:
             for note in notes:
                 monitor.note(note)
-            step, measuring_step = run.blueprint.jitted_step(), None
-            if share:
-                measuring_step = run.blueprint.jitted_step(share.share)
+            evaluated = begins < config.train.steps and not due(begins, config.train.eval_every)
+            if not evaluated:
+                # Only the first process has the lines. All know whether one is due, so all ask.
+                evaluated = bool(from_first(monitor.has_evaluation(begins), "last evaluation"))
+            step = run.blueprint.jitted_step()
+            measuring_step = run.blueprint.jitted_step(share.share) if share else None
             if config.data.batching == "bucketed":
-                lengths = dataset.stream.lengths(int(start.step), config.train.steps)
+                lengths = dataset.stream.lengths(begins, config.train.steps)
                 shapes = (start, teachers, config.data.batch_size)
                 step = compiled_ahead(step, *shapes, lengths, monitor.note)
                 if measuring_step and lengths:
@@ -173,7 +178,7 @@ def _train(
                 start,
                 step=step,
                 measuring_step=measuring_step,
-                probe=jitted_probe(run) if config.teachers else None,
+                probe=run.blueprint.jitted_probe() if config.teachers else None,
                 teachers=teachers,
                 stream=dataset.stream,
                 evaluate=evaluator(run, dataset, teachers, preemption.check),
@@ -181,21 +186,11 @@ def _train(
                 monitor=monitor,
                 mesh=run.mesh,
                 rates=run.blueprint.rates,
-                cadence=Cadence(
-                    config.train.steps,
-                    config.train.log_every,
-                    config.train.eval_every,
-                    config.train.checkpoint_every,
-                    config.train.diagnose_every,
-                    share.every if share else None,
-                    config.train.max_consecutive_skips,
-                ),
+                settings=config.train,
+                share_every=share.every if share else None,
                 preemption=preemption,
                 profile=Profile(run.directory, profiled),
-                # Only the first process has the lines. All know whether one is due, so all ask
-                # or none does.
-                evaluated=not _evaluation_is_due(config, int(start.step))
-                or bool(from_first(monitor.has_evaluation(int(start.step)), "last evaluation")),
+                evaluated=evaluated,
             )
     if run.blueprint.projector:
         _save_projector(run, state)
@@ -203,11 +198,6 @@ def _train(
         # Last of all: a manifest with results is one of a run that has ended.
         write_results(run.directory, results(evaluation))
     return Trained(run, dataset, state, evaluation)
-
-
-def _evaluation_is_due(config: Config, step: int) -> bool:
-    every = config.train.eval_every
-    return step == config.train.steps or (every is not None and step % every == 0)
 
 
 def begun(
@@ -223,26 +213,45 @@ def begun(
             write_cut_record(config.run.directory, cut)
         run = prepare(unmeasured(config), cut=cut)
     measured = calibrated(config, run, dataset, fingerprints)
-    run = prepare(config, measured.maps, run.blueprint.student_cut) if measured else run
-    fitted = measured.projector if measured else None
-    projector = None if fitted is None else place(run, fitted)
+    projector = None
+    if measured is not None:
+        run = prepare(config, measured.maps, run.blueprint.student_cut)
+        projector = placed(run, measured.projector) if measured.projector else None
     return run, run.blueprint.fresh_state(projector, fitted_handoff(run, dataset))
 
 
-def jitted_probe(run: Run) -> Any:
-    """The probe with its shardings; it reads the state and leaves it alone."""
-    blueprint = run.blueprint
-    probe = make_probe(
-        blueprint.objective,
-        kv_weight=blueprint.kv_weight,
-        microbatches=run.config.train.grad_accumulation,
-    )
-    teachers, batch = blueprint.teacher_shardings(), batch_sharding(run.mesh)
-    return jax.jit(
-        probe,
-        in_shardings=(blueprint.state_shardings(), teachers, batch),
-        out_shardings=replicated(run.mesh),
-    )
+def compiled_ahead(
+    step: Any,
+    state: TrainState,
+    teachers: Mapping[str, Params],
+    rows: int,
+    lengths: Sequence[int],
+    tell: Callable[[str], None] | None = None,
+) -> Step:
+    """``step`` for batches [rows, T] with T among ``lengths``, and no others.
+
+    So no step waits for a compiler in the middle of a run. The longest comes first: what needs the
+    most memory fails at once.
+
+    Args:
+        step: the jitted train step.
+        state: that of the run, or its shapes.
+        teachers: as the step takes them, or their shapes.
+        rows: of the global batch.
+        lengths: every T that a batch can have.
+        tell: hears once what is being done, in a sentence; None where that is said already.
+    """
+    longest_first = sorted(lengths, reverse=True)
+    if tell and lengths:  # none are left when a run that has ended is called again
+        count = f"{len(lengths)} padded length{'s' if len(lengths) > 1 else ''}"
+        tell(f"compiling the step for {count}: {', '.join(map(str, longest_first))}")
+    # Kept here, because ``jit`` does not find what was compiled ahead and would compile it again.
+    programs = {
+        length: step.lower(state, teachers, abstract_batch(rows, length)).compile()
+        for length in longest_first
+    }
+
+    return lambda state, teachers, batch: programs[batch.tokens.shape[1]](state, teachers, batch)
 
 
 def _save_projector(run: Run, state: TrainState) -> None:
@@ -252,5 +261,5 @@ def _save_projector(run: Run, state: TrainState) -> None:
     params = jax.tree.map(partial(on_host, place="projector"), state.params["projector"])
     if jax.process_index() == 0:
         module: KVDimensionProjector = nnx.merge(projector.graph, params)
-        with local_file(projector_path(run.directory)) as path:
+        with local_file(run.directory / "projector.safetensors") as path:
             module.save(path)

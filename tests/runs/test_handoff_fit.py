@@ -11,8 +11,8 @@ from kava_jax.hf.export import export_model
 from kava_jax.hf.load import load_decoder_params, read_spec
 from kava_jax.parallel.mesh import make_mesh
 from kava_jax.runs import prepare as preparation
+from kava_jax.runs.calibrate import fitted_handoff
 from kava_jax.runs.evaluate import evaluator
-from kava_jax.runs.handoff_fit import fitted_handoff
 from kava_jax.runs.prepare import fingerprints_of, load_dataset, prepare
 from kava_jax.runs.train import begun
 from tests.runs.test_handoff import configured, rotated

@@ -15,8 +15,7 @@ from kava_jax.config.file import dump_config, load_config
 from kava_jax.journal.checkpoint import Checkpoints
 from kava_jax.journal.manifest import check_manifest
 from kava_jax.runs.prepare import fingerprints_of, load_dataset, prepare
-from kava_jax.runs.reopen import reopen, restore
-from kava_jax.runs.resume import FREE_FIELDS, PATH_FIELDS
+from kava_jax.runs.reopen import FREE_FIELDS, PATH_FIELDS, reopen, restore
 from kava_jax.runs.train import train
 from tests.tiny import (
     CONFIG,
