@@ -28,6 +28,7 @@ from kava_jax.models.masks import attention_mask, token_positions
 from kava_jax.models.rope import layer_rotations
 from kava_jax.models.spec import DecoderSpec
 from kava_jax.parallel.sharding import replicated
+from kava_jax.runs.blueprint import Blueprint
 from kava_jax.runs.evaluate import continuation, evaluate, scores
 from kava_jax.runs.prepare import Run, prepare
 
@@ -149,7 +150,7 @@ def _handed_to_student(
 ) -> Generate:
     """The student's answers from the cache of its teachers."""
     graphs = {name: link.graph for name, link in run.blueprint.objective.teachers.items()}
-    read = _reading(run, graphs, run.blueprint.student_spec)
+    read = reading(run.blueprint, graphs, run.blueprint.student_spec)
     past = partial(read, params["handoff"], dict(teachers))
     return continuation(run, params["student"], past=past)
 
@@ -158,16 +159,17 @@ def _handed_to_teacher(
     run: Run, name: str, params: Mapping[str, Params], alone: Run, weights: Params
 ) -> Generate:
     """A teacher's answers from the student's cache; ``alone`` is the run of that teacher."""
-    read = _reading(run, {name: run.blueprint.student.graph}, alone.blueprint.student_spec)
+    readers = {name: run.blueprint.student.graph}
+    read = reading(run.blueprint, readers, alone.blueprint.student_spec)
     past = partial(read, params["handoff"], {name: params["student"]})
     return continuation(alone, weights, past=past)
 
 
-def _reading(
-    run: Run, readers: Mapping[str, nnx.GraphDef[Decoder]], answerer: DecoderSpec
+def reading(
+    blueprint: Blueprint, readers: Mapping[str, nnx.GraphDef[Decoder]], answerer: DecoderSpec
 ) -> Callable[..., KVCache]:
     """``(handoff, readers' parameters, prompt, valid, lengths) -> past`` of left-padded prompts."""
-    term = run.blueprint.objective.handoff
+    term = blueprint.objective.handoff
     assert term is not None
 
     @jax.jit
