@@ -59,7 +59,7 @@ def write_report(
     """Write the report of a run and return its path, by default ``report.html`` in the run.
 
     ``answered`` are the same questions answered by several models (``runs.samples``). Raises
-    KavaError: ``run_dir`` is no run, one of its files is broken, or ``out`` cannot be written.
+    KavaError: ``run_dir`` is no run, or one of its files is broken.
     """
     if not run_dir.is_dir():
         raise KavaError(f"run={str(run_dir)!r} is no directory; name one made by `kava train`")
@@ -91,14 +91,13 @@ def write_report(
             for teacher in config.teachers
         ],
     )
-    return _write(page, run_dir / REPORT_NAME if out is None else out)
+    return _write(page, out or run_dir / REPORT_NAME)
 
 
 def write_grid_report(directory: Path, out: Place | None = None) -> Place:
     """Write the report of a grid and return its path, by default ``report.html`` in it.
 
-    Raises KavaError: ``directory`` holds no grid, its results are broken or cannot be compared, or
-    ``out`` cannot be written.
+    Raises KavaError: ``directory`` holds no grid, or its results are broken or cannot be compared.
     """
     results = read_results(directory)
     comparison, grid, arms = compare(results), results.grid, results.arms
@@ -130,7 +129,7 @@ def write_grid_report(directory: Path, out: Place | None = None) -> Place:
         layers_of_shown=_mean_layers(results, shown) if shown else [],
         asked=_same_questions(results, [grid.baseline, shown]),
     )
-    return _write(page, directory / REPORT_NAME if out is None else out)
+    return _write(page, out or directory / REPORT_NAME)
 
 
 def _verdict(of: str, last: Mapping[str, Any]) -> dict[str, Any]:
@@ -281,11 +280,6 @@ def _image(figure: "Figure") -> dict[str, Any]:
 
 
 def _write(page: str, target: Place) -> Place:
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise KavaError(
-            f"out={str(target)!r} cannot be written ({error.strerror}); name another file"
-        ) from None
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(page, encoding="utf-8")
     return target
