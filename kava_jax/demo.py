@@ -31,7 +31,7 @@ from kava_jax.journal.metrics_file import METRICS_NAME
 from kava_jax.models.decoder import Params
 from kava_jax.runs.evaluate import answer, evaluate
 from kava_jax.runs.handed import assess_handed, timed_answers
-from kava_jax.runs.prepare import prepare
+from kava_jax.runs.prepare import prepare_alone
 from kava_jax.runs.student_export import export
 from kava_jax.runs.train import train
 from kava_jax.storage import check_target
@@ -62,9 +62,9 @@ def run_demo(out: Path, command: Sequence[str]) -> dict[str, Any]:
     run, held = distilled.run, distilled.dataset.held_out
     learnt, alone = (trained.state.params["student"] for trained in (distilled, ce_only))
     export(run, learnt, int(distilled.state.step), exported)
-    again = prepare(_of_directory(config, exported))
+    again = prepare_alone(config, exported)
     answered = [answer(run, held, learnt), answer(again, held, again.blueprint.load_student())]
-    of_teacher = prepare(_of_directory(config, config.teachers[0].path))
+    of_teacher = prepare_alone(config, config.teachers[0].path)
     teacher = of_teacher.blueprint.load_student()
     untrained = run.blueprint.fresh_state().params["student"]
     # Both students begin alike, so the run without teachers measures their start.
@@ -177,11 +177,6 @@ def _placed(config: Config, directory: Path, *, alone: bool = False) -> Config:
     raw = without_teachers(config, tokenizer=tokenizer) if alone else dump_config(config)
     raw["run"]["dir"] = str(directory)
     return parse_config(raw)
-
-
-def _of_directory(config: Config, path: str | Path) -> Config:
-    """A config whose student is a finished model and which has no teachers."""
-    return parse_config(without_teachers(config) | {"student": {"path": str(path)}})
 
 
 def _row(name: str, student: Params, values: Mapping[str, float]) -> dict[str, Any]:

@@ -76,15 +76,10 @@ def _carrying(run: Blueprint) -> Callable[[], KVCache]:
     """What reads all tokens of the prompt but the last, and hands the cache over."""
     assert run.handoff is not None
     readers = {name: teacher.link.graph for name, teacher in run.teachers.items()}
+    given = (run.handoff.fresh(0), run.load_teachers())
     prompt_BT, valid_BT = _prompt(run)
-    return partial(
-        reading(run, readers, run.student_spec),
-        run.handoff.fresh(0),
-        run.load_teachers(),
-        prompt_BT,
-        valid_BT,
-        valid_BT.sum(axis=1),
-    )
+    read = reading(run, readers, *given, answerer=run)
+    return partial(read, prompt_BT, valid_BT, valid_BT.sum(axis=1))
 
 
 def _answering(run: Blueprint, new: int) -> Callable[..., Any]:

@@ -62,7 +62,7 @@ def report(
     """
     from kava_jax.experiments.report import REPORT_NAME, write_grid_report, write_report
     from kava_jax.experiments.results import GRID_NAME
-    from kava_jax.runs.samples import answer_all
+    from kava_jax.runs.assess import answer_all
     from kava_jax.storage import check_access, check_target, place
 
     run = place(directory, "run")
@@ -78,7 +78,7 @@ def report(
             )
         written = write_grid_report(run, target)
     else:
-        answered = [] if samples is None else answer_all(run, samples)
+        answered = {} if samples is None else answer_all(run, samples)
         written = write_report(run, target, answered)
     say(f"report: {written}")
 

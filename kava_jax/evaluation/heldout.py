@@ -5,7 +5,7 @@ centred cosine) is taken on one sample of tokens, drawn evenly from up to ``EXAM
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,6 @@ from kava_jax.training.probe import Examination, examine, figures
 from kava_jax.training.summary import Figures, summarize, summarize_layers
 
 Measure = Callable[[Mapping[str, Params], Mapping[str, Params], Statistics, Batch], Metrics]
-Examine = Callable[[Mapping[str, Params], Mapping[str, Params], Batch, int], Examination]
 
 # Some figures compare all pairs of tokens, so their cost grows with the square of TOKENS.
 EXAMINED, TOKENS = 8, 1024
@@ -49,44 +48,48 @@ def make_measure(objective: Objective, mesh: Mesh) -> Measure:
     return jax.jit(measure, out_shardings=replicated(mesh))
 
 
-def make_examine(objective: Objective, mesh: Mesh) -> Examine:
-    """A jitted ``(params, teachers, batch, tokens) -> Examination`` (``training.probe``)."""
+def make_held_out(objective: Objective, mesh: Mesh) -> Callable[..., Figures]:
+    """``(params, teachers, statistics, batches, *, whole=True) -> Figures``, compiled once.
 
-    def run(params: Any, teachers: Any, batch: Batch, tokens: int) -> Examination:
-        return examine(objective, params, teachers, batch, tokens=tokens)
-
-    return jax.jit(run, static_argnums=3, out_shardings=replicated(mesh))
-
-
-def held_out(
-    measure: Measure,
-    examine: Examine | None,
-    params: Mapping[str, Params],
-    teachers: Mapping[str, Params],
-    statistics: Statistics,
-    batches: Sequence[Callable[[], Batch]],
-) -> Figures:
-    """Token-weighted means over all batches: ``eval_loss`` (cross-entropy) and the alignment.
-
+    Token-weighted means over all batches: ``eval_loss`` (cross-entropy) and the alignment.
     Alignment figures, when there is a teacher, are named as in training with ``eval_`` before.
     ``statistics`` are the train state's, for the running frame. ``batches`` are called for one
-    after the other, so that one is on the devices at a time. Without ``examine`` nothing is figured
+    after the other, so that one is on the devices at a time. Without ``whole`` nothing is figured
     on a whole sample.
     """
-    total: Metrics | None = None
-    # Spread over the whole set, because neighbouring rows may be alike.
-    chosen = range(0, len(batches), -(-len(batches) // EXAMINED))
-    examined = []
-    for number, make in enumerate(batches):
-        batch = make()
-        metrics = measure(params, teachers, statistics, batch)
-        # Sums and counts are added: the mean of batches' means is not the mean over tokens.
-        total = metrics if total is None else jax.tree.map(jnp.add, total, metrics)
-        if examine and teachers and number in chosen:
-            examined.append(examine(params, teachers, batch, TOKENS // len(chosen)))
-    values = summarize(total or {})
+    measure = make_measure(objective, mesh)
+    look = jax.jit(
+        partial(examine, objective), static_argnames="tokens", out_shardings=replicated(mesh)
+    )
+
+    def held_out(
+        params: Mapping[str, Params],
+        teachers: Mapping[str, Params],
+        statistics: Statistics,
+        batches: Sequence[Callable[[], Batch]],
+        *,
+        whole: bool = True,
+    ) -> Figures:
+        total: Metrics | None = None
+        # Spread over the whole set, because neighbouring rows may be alike.
+        chosen = range(0, len(batches), -(-len(batches) // EXAMINED))
+        examined = []
+        for number, make in enumerate(batches):
+            batch = make()
+            metrics = measure(params, teachers, statistics, batch)
+            # Sums and counts are added: the mean of batches' means is not the mean over tokens.
+            total = metrics if total is None else jax.tree.map(jnp.add, total, metrics)
+            if whole and teachers and number in chosen:
+                examined.append(look(params, teachers, batch, tokens=TOKENS // len(chosen)))
+        return _figures(total or {}, examined)
+
+    return held_out
+
+
+def _figures(total: Metrics, examined: Sequence[Examination]) -> Figures:
+    """What is logged of the sums over all batches and of the samples of some."""
     names = {"ce": "loss", "ce_handed": "loss_handed"}
-    values = {names.get(name, name): value for name, value in values.items()}
+    values = {names.get(name, name): value for name, value in summarize(total).items()}
     layers: dict[str, list[float]] = {}
     if examined:
         found = summarize_layers(jax.jit(figures)(examined))

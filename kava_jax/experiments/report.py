@@ -11,6 +11,7 @@ import io
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from kava_jax.config.pair import TeacherConfig
 from kava_jax.config.run import Config
 from kava_jax.diagnostics import alignment_gap
 from kava_jax.errors import KavaError
+from kava_jax.evaluation.exact_match import ExactMatch
 from kava_jax.experiments import pictures, tables
 from kava_jax.experiments.contrasts import COSINE, EXACT_MATCH, GAP, LOSS, compare
 from kava_jax.experiments.grid import run_config
@@ -33,7 +35,6 @@ from kava_jax.journal.verdict import collapse_signs, collapsed_layers, verdict
 from kava_jax.runs.evaluate import read_answers
 from kava_jax.runs.explain import explain
 from kava_jax.runs.reopen import calibration_path, read_calibration, recorded_config
-from kava_jax.runs.samples import Answered
 from kava_jax.storage import Place
 
 if TYPE_CHECKING:
@@ -54,11 +55,13 @@ SCALE = {EXACT_MATCH: 100}
 
 
 def write_report(
-    run_dir: Place, out: Place | None = None, answered: Sequence[Answered] = ()
+    run_dir: Place,
+    out: Place | None = None,
+    answered: Mapping[str, ExactMatch] = MappingProxyType({}),
 ) -> Place:
     """Write the report of a run and return its path, by default ``report.html`` in the run.
 
-    ``answered`` are the same questions answered by several models (``runs.samples``). Raises
+    ``answered`` are the same questions answered by several models, by their names. Raises
     KavaError: ``run_dir`` is no run, or one of its files is broken.
     """
     if not run_dir.is_dir():

@@ -6,10 +6,9 @@ So no step waits for a compiler in the middle of a run, and a run that is resume
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from kava_jax.data.batches import Batch, abstract_batch
+from kava_jax.data.batches import abstract_batch
 from kava_jax.models.decoder import Params
 from kava_jax.runs.loop import Step
-from kava_jax.training.objective import Metrics
 from kava_jax.training.step import TrainState
 
 
@@ -43,9 +42,4 @@ def compiled_ahead(
         for length in longest_first
     }
 
-    def compiled(
-        state: TrainState, teachers: Mapping[str, Params], batch: Batch
-    ) -> tuple[TrainState, Metrics]:
-        return programs[batch.tokens.shape[1]](state, teachers, batch)
-
-    return compiled
+    return lambda state, teachers, batch: programs[batch.tokens.shape[1]](state, teachers, batch)

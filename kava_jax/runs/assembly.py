@@ -1,18 +1,23 @@
-"""From a config's numbers and names to the functions that train: objective, weights, optimizer."""
+"""From a config's numbers and names to what trains: objective, projectors, weights, optimizer."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 
 from kava_jax.alignment.frame import empty
 from kava_jax.alignment.kv_losses import Hybrid, Mercator
 from kava_jax.alignment.layer_map import LayerMap
-from kava_jax.alignment.projector import forgets_length
+from kava_jax.alignment.projector import KVDimensionProjector, forgets_length
 from kava_jax.config.run import Config
 from kava_jax.config.weights import AutoShare, Ramp, is_zero
+from kava_jax.errors import KavaError
 from kava_jax.models.spec import DecoderSpec
+from kava_jax.runs.find_models import Models
+from kava_jax.runs.parts import Part, TeacherPart
 from kava_jax.training.handoff_term import HandoffTerm
 from kava_jax.training.objective import PART_WEIGHTS, Objective, Statistics, TeacherLink
 from kava_jax.training.optimizer import learning_rate, make_optimizer
@@ -46,21 +51,77 @@ def make_objective(
     )
 
 
-def handoff_term(
-    config: Config, projector: nnx.GraphDef[Any], maps: Mapping[str, LayerMap]
-) -> HandoffTerm:
-    """The handoff that the config describes; ``maps`` are by teacher."""
-    settings = config.loss.handoff
+def projector_of(
+    config: Config, student: DecoderSpec, teachers: Mapping[str, TeacherPart], mesh: Mesh
+) -> Part:
+    """The projector of the comparison, which knows every teacher's heads."""
+    settings, shapes = config.projector, {}
+    # One match compares all teachers, so each of them knows the student's heads.
+    own, width = next(iter(teachers.values())).link.comparison.heads(student)
+    for name, teacher in teachers.items():
+        comparison, sources = teacher.link.comparison, teacher.layer_map.sources
+        heads, head_dim = comparison.heads(teacher.spec)
+        # Teacher layers that are mixed for one student layer lie side by side in the width.
+        shapes[name] = _shape(heads * sources, head_dim, teacher.layer_map)
+    build = partial(
+        KVDimensionProjector,
+        shapes,
+        own * width,
+        settings.mlp_ratio,
+        settings.dropout,
+        # Of weights that are fitted, or follow from the cut, this only has the shape.
+        "xavier" if settings.init in ("calibrated", "merged") else settings.init,
+        settings.training != "frozen",
+        kind=settings.kind,
+        direction=settings.direction,
+        student_heads=own,
+        per_layer=settings.per_layer,
+        parts=("k", "v") if config.loss.output is None else ("o",),
+    )
+    return Part.of(build, mesh, config.mesh.indivisible)
+
+
+def handoff_of(
+    config: Config, models: Models, maps: Mapping[str, LayerMap], mesh: Mesh
+) -> tuple[Part, HandoffTerm]:
+    """The handoff with its projector: identity between equal heads, else linear by layer.
+
+    ``maps`` are by teacher.
+    """
+    settings, student = config.loss.handoff, models.student.spec
     assert settings is not None
+    own, width = student.num_kv_heads, student.head_dim
+    specs = {name: found.spec for name, found in models.teachers.items()}
+    equal = all((spec.num_kv_heads, spec.head_dim) == (own, width) for spec in specs.values())
+    if equal and settings.train == "projector":
+        raise KavaError(
+            "loss.handoff.train=projector: the heads of all models are equal, so caches are handed "
+            "over as they are and nothing would learn; set train=both"
+        )
+    build = partial(
+        KVDimensionProjector,
+        {name: _shape(s.num_kv_heads, s.head_dim, maps[name]) for name, s in specs.items()},
+        own * width,
+        kind="identity" if equal else "linear",
+        direction="teacher_to_student" if settings.reader == "teacher" else "student_to_teacher",
+        student_heads=own,
+        per_layer=True,
+    )
+    part = Part.of(build, mesh, config.mesh.indivisible)
     total = sum(teacher.weight for teacher in config.teachers)
-    return HandoffTerm(
-        projector=projector,
+    return part, HandoffTerm(
+        projector=part.graph,
         maps=maps,
         shares={teacher.name: teacher.weight / total for teacher in config.teachers},
         reader=settings.reader,
         weight=_weight(settings.weight, config.train.steps),
         alone_share=settings.read_alone,
     )
+
+
+def _shape(heads: int, head_dim: int, layer_map: LayerMap) -> dict[str, int]:
+    """A teacher's side of a projector."""
+    return {"d_model": heads * head_dim, "num_heads": heads, "num_layers": len(layer_map)}
 
 
 def magnitude_note(config: Config) -> str | None:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from jaxtyping import Array
 
 from kava_jax.alignment.layer_map import CALIBRATED_MAPS, LayerMap
@@ -33,17 +33,19 @@ from kava_jax.parallel.mesh import batch_shards
 from kava_jax.parallel.sharding import batch_sharding, layouts, matching_shardings, replicated
 from kava_jax.runs.assembly import (
     empty_statistics,
+    handoff_of,
     kv_weight,
     learning_rates,
     make_objective,
     optimizer_of,
+    projector_of,
 )
 from kava_jax.runs.find_models import Models
 from kava_jax.runs.layer_maps import handoff_map, layer_map_of
 from kava_jax.runs.parts import Part, TeacherPart, place_slices
-from kava_jax.runs.projectors import handoff_of, projector_of
 from kava_jax.training.comparison import CacheComparison, OutputComparison
 from kava_jax.training.objective import Objective, Statistics, TeacherLink
+from kava_jax.training.probe import make_probe
 from kava_jax.training.step import (
     TrainState,
     compiler_options,
@@ -147,11 +149,11 @@ class Blueprint:
     def abstract_state(self) -> TrainState:
         """Shapes and dtypes of the state."""
 
-        def build() -> TrainState:
-            params = {name: _initial(part) for name, part in self.parts.items()}
-            return self._state_of(params, jnp.uint32(0))
-
-        return jax.eval_shape(build)
+        params = {
+            name: nnx.to_pure_dict(part.abstract) if part else {}
+            for name, part in self.parts.items()
+        }
+        return jax.eval_shape(self._state_of, params, jax.ShapeDtypeStruct((), jnp.uint32))
 
     def abstract_teachers(self) -> dict[str, Params]:
         """Shapes and dtypes of the teachers' weights."""
@@ -176,14 +178,29 @@ class Blueprint:
             microbatches=self.config.train.grad_accumulation,
             share=share,
         )
-        state = self.state_shardings()
+        places = self._step_shardings()
         return jax.jit(
             step,
-            in_shardings=(state, self.teacher_shardings(), batch_sharding(self.mesh)),
-            out_shardings=(state, replicated(self.mesh)),
+            in_shardings=places,
+            out_shardings=(places[0], replicated(self.mesh)),
             donate_argnums=0,
             compiler_options=compiler_options(self.mesh.devices.flat[0].platform),
         )
+
+    def jitted_probe(self) -> Any:
+        """The probe with its shardings; it reads the state and leaves it alone."""
+        probe = make_probe(
+            self.objective,
+            kv_weight=self.kv_weight,
+            microbatches=self.config.train.grad_accumulation,
+        )
+        return jax.jit(
+            probe, in_shardings=self._step_shardings(), out_shardings=replicated(self.mesh)
+        )
+
+    def _step_shardings(self) -> tuple[Any, dict[str, Params], NamedSharding]:
+        """Where the state, the teachers and the batch of a step lie."""
+        return self.state_shardings(), self.teacher_shardings(), batch_sharding(self.mesh)
 
     def teacher_shardings(self) -> dict[str, Params]:
         """Where every parameter of every teacher lies."""
@@ -227,20 +244,22 @@ def make_blueprint(
         )
     dtype = _dtype(config.train.dtype)
     remat, layout = config.student.remat, layouts(mesh)
-    build = partial(_build_decoder, student_spec, dtype=dtype, remat=remat, layouts=layout)
+    build = partial(Decoder, student_spec, dtype=dtype, remat=remat, layouts=layout)
     student = Part.of(build, mesh, config.mesh.indivisible)
     # Kernels want padding on the right, as batches have it; prompts to be continued, which
     # ``student`` reads, have it on the left.
     attention = _attention(config, mesh, "student", student_spec, dtype).implementation
     of_batches = Part.of(partial(build, attention=attention), mesh, config.mesh.indivisible)
+    asked = config.loss.handoff
+    handed = {name: handoff_map(asked, name, models) for name in models.teachers} if asked else {}
     teachers = {
-        teacher.name: _teacher(index, teacher, models, config, mesh, measured_maps)
+        teacher.name: _teacher(index, teacher, models, config, mesh, measured_maps, handed)
         for index, teacher in enumerate(config.teachers)
     }
     _check_frame(config, student_spec, teachers)
     _check_merged(config, models, teachers)
     projector = projector_of(config, student_spec, teachers, mesh) if teachers else None
-    handoff, term = handoff_of(config, models, mesh) if config.loss.handoff else (None, None)
+    handoff, term = handoff_of(config, models, handed, mesh) if asked else (None, None)
     rates = learning_rates(config)
     return Blueprint(
         config=config,
@@ -273,7 +292,9 @@ def _teacher(
     config: Config,
     mesh: Mesh,
     measured_maps: Mapping[str, LayerMap],
+    handed: Mapping[str, LayerMap],
 ) -> TeacherPart:
+    """``handed`` are the layer maps of the run's handoff, by teacher."""
     directory, spec, _ = models.teachers[teacher.name]
     assert directory is not None  # a teacher is never fresh
     layer_map, map_note = measured_maps.get(teacher.name), None
@@ -290,13 +311,11 @@ def _teacher(
     headless, handoff = is_zero(loss.kl_weight), loss.handoff
     if handoff is not None:
         headless = headless and handoff.reader == "teacher"
-        reads.append(
-            CacheComparison(teacher.name, handoff_map(handoff, teacher.name, models)).cut()
-        )
+        reads.append(CacheComparison(teacher.name, handed[teacher.name]).cut())
     blocks, tail = max(reads) if headless else (spec.num_layers, False)
     dtype = _dtype(config.train.dtype)
     build = partial(
-        _build_decoder,
+        Decoder,
         spec,
         blocks=blocks,
         tail=tail,
@@ -366,12 +385,3 @@ def _dtype(name: str) -> Any:
     if name == "auto":
         name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     return jnp.dtype(name)
-
-
-def _build_decoder(spec: DecoderSpec, rngs: nnx.Rngs, **options: Any) -> Decoder:
-    return Decoder(spec, rngs=rngs, **options)
-
-
-def _initial(part: Part | None) -> Params:
-    # Only shapes are asked for, so any seed will do.
-    return {} if part is None else nnx.to_pure_dict(nnx.split(part.build(nnx.Rngs(0)))[1])

@@ -9,7 +9,6 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -28,19 +27,16 @@ from kava_jax.alignment.layer_map import CALIBRATED_MAPS, LayerMap, window
 from kava_jax.alignment.projector import KVDimensionProjector
 from kava_jax.config.file import dump_config, parse_config
 from kava_jax.config.run import Config
-from kava_jax.data.batches import Batch, eval_batches
-from kava_jax.data.dataset import Dataset
+from kava_jax.data.dataset import Dataset, HeldOut
 from kava_jax.data.text import Encoded
-from kava_jax.data.tokenizer import pad_id
 from kava_jax.errors import KavaError
-from kava_jax.evaluation.heldout import held_out, make_examine, make_measure
 from kava_jax.journal.lock import alone
 from kava_jax.journal.manifest import Fingerprints, check_manifest, config_hash, fields_of
 from kava_jax.models.decoder import Params
 from kava_jax.parallel.hosts import from_first
-from kava_jax.parallel.sharding import put_batch
 from kava_jax.runs.cutting import settled
-from kava_jax.runs.moments import Candidates, Moments
+from kava_jax.runs.evaluate import batches_of, evaluate
+from kava_jax.runs.moments import Candidates, moments
 from kava_jax.runs.prepare import Run, fingerprints_of, load_dataset, prepare
 from kava_jax.runs.reopen import calibration_path, read_measured_maps
 from kava_jax.runs.resume import FREE_FIELDS, PATH_FIELDS
@@ -125,17 +121,17 @@ def _measure(config: Config, run: Run, dataset: Dataset, identity: str) -> Calib
     """Stream the rows through student and every teacher, one after the other; fit; score."""
     rows = measured_rows(config, dataset, "calibrate")
     student = run.blueprint.student_start()
-    batches = {
-        # Dealt out in turn, because the rows of a file may be sorted.
-        name: batches_of(run, [row for i, row in enumerate(rows) if i % LEAST_ROWS in places])
+    dealt = {
+        # In turn, because the rows of a file may be sorted.
+        name: [row for i, row in enumerate(rows) if i % LEAST_ROWS in places]
         for name, places in SPLITS.items()
     }
+    batches = {name: batches_of(run, own) for name, own in dealt.items()}
     maps, weights, report = {}, {}, {}
     for index, teacher in enumerate(config.teachers):
         candidates = _candidates(config, run, index)
         comparison = run.blueprint.teachers[teacher.name].link.comparison
-        moments = Moments(run, comparison, student, candidates)
-        grams = {split: moments.of(batches[split]) for split in SPLITS}
+        grams = moments(run, comparison, student, candidates, batches)
         if empty := [split for split in SPLITS if not grams[split]["k"].count]:
             raise KavaError(
                 f"loss.sink_tokens={config.loss.sink_tokens}: of {len(rows)} rows none to "
@@ -144,13 +140,12 @@ def _measure(config: Config, run: Run, dataset: Dataset, identity: str) -> Calib
         maps[teacher.name] = _layer_map(config, index, candidates, grams)
         found = _fit(config, maps[teacher.name], grams)
         weights[teacher.name], report[teacher.name] = found
-        del moments  # it holds the teacher, and the next one needs the room
     projector = {"pairs": weights} if config.projector.init == "calibrated" else None
     scored = {}
     if projector:
         # Built again: the maps, by which teachers are cut, are known only now.
         measured = prepare(config, maps, run.blueprint.student_cut)
-        scored = _score(measured, projector, student, batches["score"])
+        scored = _score(measured, projector, student, dealt["score"])
     teachers = {name: report[name] | scored.get(name, {}) for name in report}
     return Calibration(
         maps, projector, {"identity": identity, "rows": len(rows), "teachers": teachers}
@@ -196,18 +191,9 @@ def _layer_map(config: Config, index: int, candidates: Candidates, grams: Splits
             return (choose_by_cka(fit_k, fit_v, p, row),)
         if setting != "calibrated":
             return row
-        return choose_layers(
-            fit_k,
-            fit_v,
-            p,
-            row,
-            # A shallow teacher has fewer layers than that to choose from.
-            min(LAYERS, len(row)),
-            RIDGE,
-            config.projector.direction,
-            dev_k=dev_k,
-            dev_v=dev_v,
-        )
+        # A shallow teacher has fewer layers than that to choose from.
+        known = (fit_k, fit_v, p, row, min(LAYERS, len(row)), RIDGE, config.projector.direction)
+        return choose_layers(*known, dev_k=dev_k, dev_v=dev_v)
 
     rows = tuple(choose(p, row) for p, row in enumerate(candidates.windows))
     return LayerMap(candidates.student_layers, rows)
@@ -232,34 +218,21 @@ def _fit(config: Config, layer_map: LayerMap, grams: Splits) -> tuple[Any, dict[
 
 
 def _score(
-    run: Run, projector: Params, student: Params, batches: Sequence[Batch]
+    run: Run, projector: Params, student: Params, rows: list[Encoded]
 ) -> dict[str, dict[str, Any]]:
     """Cosine, centred cosine and gap of the fitted projector on the scoring split.
 
     Without a baseline (batches of one row) there is no gap: it is left out, JSON has no NaN.
     """
-    objective = run.blueprint.objective
     params = {"student": student, "projector": place(run, projector)}
-    found = held_out(
-        make_measure(objective, run.mesh),
-        make_examine(objective, run.mesh),
-        params,
-        run.blueprint.load_teachers(),
-        run.blueprint.empty_statistics(),
-        [partial(put_batch, batch, run.mesh) for batch in batches],
-    )
-    teachers = [teacher.name for teacher in run.config.teachers]
+    found = evaluate(run, HeldOut(rows, ()), params, run.blueprint.load_teachers())
     names = ("cos_sim", "cos_shuffled", "alignment_gap", "cos_centered", "retrieval")
-    own = {
-        one: {
-            n: found.values[f"eval_{one}/{n}" if len(teachers) > 1 else f"eval_{n}"] for n in names
-        }
-        for one in teachers
-    }
-    return {
-        teacher: {name: value for name, value in figures.items() if math.isfinite(value)}
-        for teacher, figures in own.items()
-    }
+    scored = {}
+    for teacher in run.config.teachers:
+        prefix = f"eval_{teacher.name}/" if len(run.config.teachers) > 1 else "eval_"
+        own = {name: found[prefix + name] for name in names}
+        scored[teacher.name] = {n: value for n, value in own.items() if math.isfinite(value)}
+    return scored
 
 
 def place(run: Run, projector: Params) -> Params:
@@ -287,20 +260,6 @@ def measured_rows(config: Config, dataset: Dataset, purpose: str) -> Sequence[En
             f"with; give at least {LEAST_ROWS}"
         )
     return rows
-
-
-def batches_of(run: Run, rows: Sequence[Encoded]) -> list[Batch]:
-    """Rows to measure, every batch of as many."""
-    data = run.config.data
-    batches = eval_batches(
-        rows,
-        data.batch_size,
-        max_length=data.max_length,
-        bucket=data.length_bucket,
-        pad_id=pad_id(run.tokenizer),
-        sink_tokens=run.config.loss.sink_tokens,
-    )
-    return list(batches)
 
 
 def _identity(config: Config, fingerprints: Fingerprints) -> str:
@@ -353,18 +312,11 @@ def describe(found: Calibration) -> str:
     """Layer maps and scores as tables for a terminal."""
     parts = []
     for name, report in found.report["teachers"].items():
-        table = found.maps[name].table(name)
-        scores = [f"R2 k {k:6.3f}  v {v:6.3f}" for k, v in _pairs(report)]
-        rows = [*table[: len(table) - len(scores)]]
-        rows += [
-            f"{row}  {score}" for row, score in zip(table[-len(scores) :], scores, strict=True)
-        ]
+        field, headings, *layers = found.maps[name].table(name)
+        scores = zip(layers, report["r2_k"], report["r2_v"], strict=True)
+        rows = [f"{row}  R2 k {k:6.3f}  v {v:6.3f}" for row, k, v in scores]
         named = ("cos_sim", "alignment_gap", "cos_centered", "retrieval")
         scored = [f"{name} {report[name]:.3f}" for name in named if name in report]
         rows += [f"held out: {', '.join(scored)}"] if scored else []
-        parts.append("\n".join(rows))
+        parts.append("\n".join([field, headings, *rows]))
     return "\n\n".join(parts)
-
-
-def _pairs(report: Mapping[str, Any]) -> list[tuple[float, float]]:
-    return list(zip(report["r2_k"], report["r2_v"], strict=True))

@@ -197,7 +197,7 @@ def _measured(
             f"data={run.config.data.path}: {len(rows)} rows have {tokens} tokens to predict, too "
             f"few to measure by; give at least {LEAST_TOKENS}"
         )
-    batches = held_out_batches(run, HeldOut(list(rows), ()), lambda: None)
+    batches = held_out_batches(run, rows)
     params, depth = run.blueprint.load_student(), run.blueprint.student_spec.num_layers
     keep, layers, units = len(chosen.layers), chosen.layers, chosen.units
     whole = losses(run.blueprint, params, batches, np.ones((1, depth)))

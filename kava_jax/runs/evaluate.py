@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import jax
@@ -12,11 +12,12 @@ from kava_jax.cache import KVCache
 from kava_jax.config.run import MAIN_SET, Config
 from kava_jax.data.batches import Batch, eval_batches
 from kava_jax.data.dataset import Dataset, HeldOut
+from kava_jax.data.text import Encoded
 from kava_jax.data.tokenizer import pad_id
 from kava_jax.errors import KavaError
 from kava_jax.evaluation.answers import can_be_met, gold_answer
 from kava_jax.evaluation.exact_match import ExactMatch, Generate, Sample, exact_match
-from kava_jax.evaluation.heldout import held_out, make_examine, make_measure
+from kava_jax.evaluation.heldout import make_held_out
 from kava_jax.journal.manifest import write_atomically
 from kava_jax.models.decoder import Params
 from kava_jax.models.generate import generate
@@ -42,9 +43,14 @@ def answer(
 
     ``check`` is called before every batch and may raise.
     """
+    return scored(run, held, continuation(run, student, check))
+
+
+def scored(run: Run, held: HeldOut, generate: Generate) -> ExactMatch:
+    """The answers to held-out questions that ``generate`` gives, scored."""
     settings = run.config.eval
     return exact_match(
-        continuation(run, student, check),
+        generate,
         run.encoder,
         held.answered,
         batch_size=settings.batch_size,
@@ -65,19 +71,12 @@ def evaluate(
 
     ``statistics`` are a train state's; those of no step yet when absent.
     """
-    objective = run.blueprint.objective
-    batches = held_out_batches(run, held, _go_on)
-    found = held_out(
-        make_measure(objective, run.mesh),
-        make_examine(objective, run.mesh),
-        params,
-        teachers,
-        run.blueprint.empty_statistics() if statistics is None else statistics,
-        batches,
-    )
+    held_out = make_held_out(run.blueprint.objective, run.mesh)
+    known = run.blueprint.empty_statistics() if statistics is None else statistics
+    found = held_out(params, teachers, known, held_out_batches(run, held.rows)).values
     if not (answers and run.config.eval.max_new_tokens and held.answered):
-        return found.values
-    return found.values | scores(answer(run, held, params["student"]))
+        return found
+    return found | scores(answer(run, held, params["student"]))
 
 
 def evaluator(
@@ -91,21 +90,20 @@ def evaluator(
     Answers are slow to generate: at the end, and where ``eval.exact_match_every`` asks for them. At
     the end the further sets are measured as well, and all answers written to ``answers.jsonl``.
     """
-    objective, settings = run.blueprint.objective, run.config.eval
-    measure, examine = make_measure(objective, run.mesh), make_examine(objective, run.mesh)
-    main = held_out_batches(run, dataset.held_out, check)
-    more = {name: held_out_batches(run, held, check) for name, held in dataset.more.items()}
+    settings, held_out = run.config.eval, make_held_out(run.blueprint.objective, run.mesh)
+    main = held_out_batches(run, dataset.held_out.rows, check)
+    more = {name: held_out_batches(run, held.rows, check) for name, held in dataset.more.items()}
     sets = {MAIN_SET: dataset.held_out, **dataset.more}
     answered = [name for name, held in sets.items() if settings.max_new_tokens and held.answered]
 
     def evaluate_at(state: TrainState, step: int) -> Figures:
         last = step == run.config.train.steps
         known = (state.params, teachers, state.statistics)
-        found = held_out(measure, examine, *known, main)
+        found = held_out(*known, main)
         values = dict(found.values)
         for name, batches in more.items() if last else ():
-            loss = held_out(measure, None, *known, batches).values["eval_loss"]
-            values[f"{name}/eval_loss"] = loss
+            figures = held_out(*known, batches, whole=False)
+            values[f"{name}/eval_loss"] = figures.values["eval_loss"]
         every = settings.exact_match_every
         due = last or (every is not None and step > 0 and step % every == 0)
         answers = {}
@@ -261,22 +259,27 @@ def continuation(
     return continued
 
 
-def held_out_batches(
-    run: Run, held: HeldOut, check: Callable[[], None]
-) -> list[Callable[[], Batch]]:
-    """What puts each batch on the devices, when it is its turn."""
+def batches_of(run: Run, rows: Sequence[Encoded]) -> list[Batch]:
+    """Rows to measure, every batch of as many."""
     batches = eval_batches(
-        held.rows,
+        rows,
         run.config.data.batch_size,
         max_length=run.config.data.max_length,
         bucket=run.config.data.length_bucket,
         pad_id=pad_id(run.tokenizer),
         sink_tokens=run.config.loss.sink_tokens,
     )
+    return list(batches)
+
+
+def held_out_batches(
+    run: Run, rows: Sequence[Encoded], check: Callable[[], None] = _go_on
+) -> list[Callable[[], Batch]]:
+    """What puts each batch on the devices, when it is its turn; ``check`` is called before."""
 
     def placed(batch: Batch) -> Batch:
         check()
         return put_batch(batch, run.mesh)
 
     # Each goes to the devices when it is called for: a whole set may not fit next to the state.
-    return [partial(placed, batch) for batch in batches]
+    return [partial(placed, batch) for batch in batches_of(run, rows)]

@@ -11,10 +11,8 @@ from flax import nnx
 
 from kava_jax.alignment.projector import KVDimensionProjector
 from kava_jax.cache import KVCache
-from kava_jax.config.file import parse_config, without_teachers
 from kava_jax.data.dataset import HeldOut
 from kava_jax.errors import KavaError
-from kava_jax.evaluation.exact_match import Generate, exact_match
 from kava_jax.hf.handoff_files import (
     CarriedFrom,
     HandoffRecord,
@@ -26,11 +24,10 @@ from kava_jax.journal.manifest import Fingerprints
 from kava_jax.models.decoder import Decoder, Params
 from kava_jax.models.masks import attention_mask, token_positions
 from kava_jax.models.rope import layer_rotations
-from kava_jax.models.spec import DecoderSpec
 from kava_jax.parallel.sharding import replicated
 from kava_jax.runs.blueprint import Blueprint
-from kava_jax.runs.evaluate import continuation, evaluate, scores
-from kava_jax.runs.prepare import Run, prepare
+from kava_jax.runs.evaluate import continuation, evaluate, scored, scores
+from kava_jax.runs.prepare import Run, prepare_alone
 
 
 def record_of(run: Run, fingerprints: Fingerprints) -> HandoffRecord:
@@ -93,32 +90,39 @@ def assess_handed(
     answering = bool(run.config.eval.max_new_tokens and held.answered)
     if answering:
         found |= timed_answers(run, held, params["student"])
-        if settings.reader == "teacher":
-            found |= _answered(run, held, _handed_to_student(run, params, teachers), "handed/")
+    if answering and settings.reader == "teacher":
+        graphs = {name: link.graph for name, link in run.blueprint.objective.teachers.items()}
+        past = reading(run.blueprint, graphs, params["handoff"], teachers, answerer=run.blueprint)
+        found |= _named("handed/", timed_answers(run, held, params["student"], past))
     for teacher in run.config.teachers:
-        own = {"student": {"path": teacher.path}, "recipe": "anchored"}
-        alone = prepare(parse_config(without_teachers(run.config) | own))
-        weights = alone.blueprint.load_student()
-        named = f"{teacher.name}/"
-        losses = evaluate(alone, held, {"student": weights, "projector": {}}, {}, answers=False)
-        found |= {f"{named}{name}": value for name, value in losses.items()}
+        alone, named = prepare_alone(run.config, teacher.path), f"{teacher.name}/"
+        own = {"student": alone.blueprint.load_student(), "projector": {}}
+        found |= _named(named, evaluate(alone, held, own, {}, answers=False))
         if answering:
-            own = timed_answers(alone, held, weights)
-            found |= {f"{named}{name}": value for name, value in own.items()}
+            found |= _named(named, timed_answers(alone, held, own["student"]))
         if answering and settings.reader == "student":
-            handed = _handed_to_teacher(run, teacher.name, params, alone, weights)
+            reader = {teacher.name: run.blueprint.student.graph}
+            weights = {teacher.name: params["student"]}
+            past = reading(
+                run.blueprint, reader, params["handoff"], weights, answerer=alone.blueprint
+            )
             prefix = "handed/" if len(run.config.teachers) == 1 else f"handed/{named}"
-            found |= _answered(alone, held, handed, prefix)
+            found |= _named(prefix, timed_answers(alone, held, own["student"], past))
     return found
 
 
-def timed_answers(run: Run, held: HeldOut, student: Params) -> dict[str, float]:
-    """Exact match of a run's student by itself, and the seconds of an answer."""
-    return _answered(run, held, continuation(run, student), "")
+def _named(prefix: str, found: Mapping[str, float]) -> dict[str, float]:
+    return {f"{prefix}{name}": value for name, value in found.items()}
 
 
-def _answered(run: Run, held: HeldOut, generate: Generate, prefix: str) -> dict[str, float]:
-    """Exact match and the seconds of an answer, compiling left out."""
+def timed_answers(
+    run: Run, held: HeldOut, student: Params, past: Callable[..., KVCache] | None = None
+) -> dict[str, float]:
+    """Exact match of a run's student and the seconds of an answer, compiling left out.
+
+    ``past`` hands it the cache of each prompt (``evaluate.continuation``).
+    """
+    generate = continuation(run, student, past=past)
     known: set[tuple[int, ...]] = set()
     seconds = 0.0
 
@@ -133,43 +137,23 @@ def _answered(run: Run, held: HeldOut, generate: Generate, prefix: str) -> dict[
         seconds += time.perf_counter() - begun
         return answers
 
-    settings = run.config.eval
-    found = exact_match(
-        timed,
-        run.encoder,
-        held.answered,
-        batch_size=settings.batch_size,
-        max_new_tokens=settings.max_new_tokens,
-    )
-    told = scores(found) | {"seconds_per_answer": seconds / found.rows}
-    return {f"{prefix}{name}": value for name, value in told.items()}
-
-
-def _handed_to_student(
-    run: Run, params: Mapping[str, Params], teachers: Mapping[str, Params]
-) -> Generate:
-    """The student's answers from the cache of its teachers."""
-    graphs = {name: link.graph for name, link in run.blueprint.objective.teachers.items()}
-    read = reading(run.blueprint, graphs, run.blueprint.student_spec)
-    past = partial(read, params["handoff"], dict(teachers))
-    return continuation(run, params["student"], past=past)
-
-
-def _handed_to_teacher(
-    run: Run, name: str, params: Mapping[str, Params], alone: Run, weights: Params
-) -> Generate:
-    """A teacher's answers from the student's cache; ``alone`` is the run of that teacher."""
-    readers = {name: run.blueprint.student.graph}
-    read = reading(run.blueprint, readers, alone.blueprint.student_spec)
-    past = partial(read, params["handoff"], {name: params["student"]})
-    return continuation(alone, weights, past=past)
+    found = scored(run, held, timed)
+    return scores(found) | {"seconds_per_answer": seconds / found.rows}
 
 
 def reading(
-    blueprint: Blueprint, readers: Mapping[str, nnx.GraphDef[Decoder]], answerer: DecoderSpec
+    blueprint: Blueprint,
+    readers: Mapping[str, nnx.GraphDef[Decoder]],
+    handoff: Params,
+    weights: Mapping[str, Params],
+    answerer: Blueprint,
 ) -> Callable[..., KVCache]:
-    """``(handoff, readers' parameters, prompt, valid, lengths) -> past`` of left-padded prompts."""
-    term = blueprint.objective.handoff
+    """``(prompt, valid, lengths) -> past`` of left-padded prompts, read by some models.
+
+    ``handoff`` and ``weights`` are the parameters of its projector and of the readers; ``answerer``
+    is the run whose student goes on from there.
+    """
+    term, spec = blueprint.objective.handoff, answerer.student_spec
     assert term is not None
 
     @jax.jit
@@ -190,7 +174,7 @@ def reading(
                 tokens_BT, positions_BT, mask, key_space="pre_rope", layers=layers[name]
             )
         # Cached keys are never rotated again: the row's full length counts, as in ``generate``.
-        rotation = layer_rotations(answerer, positions_BT, lengths_B)
+        rotation = layer_rotations(spec, positions_BT, lengths_B)
         return term.handoff(params, layers)(caches, rotation)
 
-    return past
+    return partial(past, handoff, dict(weights))

@@ -16,8 +16,9 @@ from kava_jax.alignment.projector import Direction
 from kava_jax.data.batches import Batch
 from kava_jax.data.dataset import Dataset
 from kava_jax.models.decoder import Params
-from kava_jax.runs.calibrate import RIDGE, batches_of, measured_rows
-from kava_jax.runs.moments import Candidates, Moments
+from kava_jax.runs.calibrate import RIDGE, measured_rows
+from kava_jax.runs.evaluate import batches_of
+from kava_jax.runs.moments import Candidates, moments
 from kava_jax.runs.prepare import Run
 from kava_jax.training.comparison import CacheComparison
 from kava_jax.training.handoff_term import HandoffTerm, handed_tokens
@@ -55,6 +56,6 @@ def _fitted(
             tuple(layer for (layer,) in layer_map.teacher_layers),
             tuple((layer,) for layer in layer_map.student_layers),
         )
-    moments = Moments(run, CacheComparison(name, layer_map), student, candidates)
-    grams = moments.of(batches)
+    comparison = CacheComparison(name, layer_map)
+    grams = moments(run, comparison, student, candidates, {"fit": batches})["fit"]
     return fit((grams["k"], grams["v"]), candidates.windows, direction, RIDGE)

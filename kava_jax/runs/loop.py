@@ -1,12 +1,12 @@
 """The loop: batches in, checkpoints and metrics out. All decisions were made before it starts."""
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
 
 import jax
 import optax
 from jax.sharding import Mesh
 
+from kava_jax.config.run import TrainConfig
 from kava_jax.data.batches import Batch, BatchStream, padded
 from kava_jax.errors import PreemptedError
 from kava_jax.journal.checkpoint import Checkpoints
@@ -17,7 +17,6 @@ from kava_jax.models.decoder import Params
 from kava_jax.parallel.sharding import put_batch
 from kava_jax.runs.preemption import AskedToEndError, Preemption
 from kava_jax.runs.profiling import Profile
-from kava_jax.storage import Place
 from kava_jax.training.objective import Metrics
 from kava_jax.training.probe import Probed
 from kava_jax.training.share import share_is_due
@@ -27,18 +26,6 @@ from kava_jax.training.summary import Figures, summarize_layers
 Step = Callable[[TrainState, Mapping[str, Params], Batch], tuple[TrainState, Metrics]]
 Probe = Callable[[TrainState, Mapping[str, Params], Batch], Probed]
 Evaluate = Callable[[TrainState, int], Figures]
-
-
-class Cadence(NamedTuple):
-    """How long, and how often what happens, in steps; None is never."""
-
-    steps: int
-    log_every: int
-    eval_every: int | None
-    checkpoint_every: int
-    diagnose_every: int | None = None
-    share_every: int | None = None
-    max_consecutive_skips: int = 10
 
 
 def run_steps(
@@ -54,12 +41,13 @@ def run_steps(
     monitor: Monitor,
     mesh: Mesh,
     rates: Mapping[str, optax.Schedule],
-    cadence: Cadence,
+    settings: TrainConfig,
+    share_every: int | None,
     preemption: Preemption,
     profile: Profile,
     evaluated: bool = True,
 ) -> tuple[TrainState, dict[str, float]]:
-    """Train from ``state.step`` to ``cadence.steps``; returns the last state and evaluation.
+    """Train from ``state.step`` to ``settings.steps``; returns the last state and evaluation.
 
     ``evaluate(state, step)`` is called before the first step of a fresh run, every ``eval_every``
     steps and at the end; and before the first step of a resumed run where the evaluation due there
@@ -67,7 +55,7 @@ def run_steps(
     steps, at the end, and when the run is asked to end. The last one is whole before the last
     evaluation begins, so that whatever fails from there on costs no step. ``probe`` (None without
     teachers) is called before a step, every ``diagnose_every``. ``measuring_step`` (None where the
-    KV weight is no share) takes the steps at which a share is due.
+    KV weight is no share) takes the steps at which a share is due, every ``share_every``.
 
     Raises:
         StoppedError: ``max_consecutive_skips`` steps in a row were not finite.
@@ -76,51 +64,62 @@ def run_steps(
     start = int(state.step)
     skips = SkipLog(
         state.skips,
-        max_consecutive_skips=cadence.max_consecutive_skips,
+        max_consecutive_skips=settings.max_consecutive_skips,
         stream=stream,
         monitor=monitor,
     )
-    lines = Lines(start, monitor, skips, rates, cadence.steps)
-    upcoming = _Upcoming(stream, mesh, cadence.steps)
+    lines = Lines(start, monitor, skips, rates, settings.steps)
+    upcoming: tuple[Batch, Batch] | None = None
     done = start
+
+    def fetched(number: int) -> tuple[Batch, Batch]:
+        """A step's batch on the host, and begun to be put on the devices."""
+        rows = stream.batch(number)
+        return rows, put_batch(rows, mesh)
+
+    def whole(rows: Batch) -> Batch:
+        """A batch at the greatest length: what is done rarely is compiled for one length only."""
+        return put_batch(padded(rows, stream.max_length), mesh)
+
     evaluation, measured = Figures({}, {}), None
     try:
         if start == 0 or not evaluated:
             evaluation = _evaluated(evaluate, state, start, monitor)
         # A finished run needs its figures for the results, which are written after the loop; their
         # line has been written before.
-        elif start >= cadence.steps:
+        elif start >= settings.steps:
             evaluation = evaluate(state, start)
         if start > 0 and evaluation.values:
             # This checkpoint was written before its evaluation was whole.
             checkpoints.score(start, evaluation.values)
         lines.restart_clock(start)
-        for number in range(start, cadence.steps):
-            rows, batch = upcoming.take(number)
-            if probe and _due(number, cadence.diagnose_every):
+        for number in range(start, settings.steps):
+            rows, batch = upcoming or fetched(number)
+            if probe and due(number, settings.diagnose_every):
                 # Lines are in the order of the steps, and the probe's comes after this one.
                 lines.settle()
-                _probed(probe, state, teachers, upcoming.whole(rows), monitor, lines.clock)
+                _probed(probe, state, teachers, whole(rows), monitor, lines.clock)
             taken = step
-            if measuring_step and share_is_due(number, cadence.share_every):
-                taken, batch = measuring_step, upcoming.whole(rows)
+            if measuring_step and share_is_due(number, share_every):
+                taken, batch = measuring_step, whole(rows)
             done = number + 1
             profile.before(done, state)
             state, metrics = taken(state, teachers, batch)
             if number == start:
                 preemption.begin()  # now there is something to save
-            upcoming.fetch(done)
+            last = done == settings.steps
+            # Put on the devices while they are busy with this step.
+            upcoming = None if last else fetched(done)
             profile.after(done, state)
             lines.step(done, metrics, int(rows.valid.sum()))
-            last = done == cadence.steps
-            if last or done % cadence.log_every == 0:
+            if last or due(done, settings.log_every):
                 lines.add(done, metrics)
             measured = None  # until this step's evaluation is whole
             if last:
                 _settled(lines, skips, monitor, done)
                 checkpoints.save(state, None)
                 checkpoints.wait()
-            if last or _due(done, cadence.eval_every):
+            if last or due(done, settings.eval_every):
                 lines.settle()
                 evaluation = _evaluated(evaluate, state, done, monitor)
                 measured = evaluation.values
@@ -130,7 +129,7 @@ def run_steps(
             if last:
                 checkpoints.score(done, evaluation.values)
             # A run that is asked to end saves below, where it also waits for the write.
-            elif done % cadence.checkpoint_every == 0 and not asked:
+            elif due(done, settings.checkpoint_every) and not asked:
                 _settled(lines, skips, monitor, done)
                 checkpoints.save(state, measured)
             if asked and not last:
@@ -144,30 +143,6 @@ def run_steps(
     finally:
         profile.stop()
     return state, evaluation.values
-
-
-class _Upcoming:
-    """The next batch, put on the devices while they are busy with the last one."""
-
-    def __init__(self, stream: BatchStream, mesh: Mesh, steps: int):
-        self._stream, self._mesh, self._steps = stream, mesh, steps
-        self._ahead: dict[int, tuple[Batch, Batch]] = {}
-
-    def fetch(self, number: int) -> None:
-        """Begin with the batch of step ``number`` (from 0), if there is such a step."""
-        if number < self._steps:
-            rows = self._stream.batch(number)
-            self._ahead[number] = rows, put_batch(rows, self._mesh)
-
-    def take(self, number: int) -> tuple[Batch, Batch]:
-        """The batch on the host and on the devices."""
-        if number not in self._ahead:
-            self.fetch(number)
-        return self._ahead.pop(number)
-
-    def whole(self, rows: Batch) -> Batch:
-        """A batch at the greatest length: what is done rarely is compiled for one length only."""
-        return put_batch(padded(rows, self._stream.max_length), self._mesh)
 
 
 def _evaluated(evaluate: Evaluate, state: TrainState, step: int, monitor: Monitor) -> Figures:
@@ -193,7 +168,8 @@ def _settled(lines: Lines, skips: SkipLog, monitor: Monitor, done: int) -> None:
     monitor.publish()
 
 
-def _due(number: int, every: int | None) -> bool:
+def due(number: int, every: int | None) -> bool:
+    """Whether a step is one of those at which something is done; None is never."""
     return every is not None and number % every == 0
 
 
@@ -214,8 +190,3 @@ def _probed(
     step = int(state.step)
     values = gradients | figures.values | clock.cost_of_pauses(step)
     monitor.diagnostics(step, values, figures.layers)
-
-
-def projector_path(run_dir: Place) -> Place:
-    """Where a finished run leaves its projector."""
-    return run_dir / "projector.safetensors"

@@ -33,8 +33,8 @@ class Part:
 
     @classmethod
     def of(cls, build: Any, mesh: Mesh, indivisible: Indivisible = "error") -> "Part":
-        """Trace ``build(rngs)`` without allocating anything."""
-        graph, abstract = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))
+        """Trace ``build(rngs=...)`` without allocating anything."""
+        graph, abstract = nnx.split(nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0))))
         # ``eval_shape`` drops shardings, so they are found by the names of the axes.
         shardings, misfits = param_shardings(abstract, mesh, indivisible)
         return cls(graph, build, abstract, shardings, tuple(misfits))
@@ -43,8 +43,8 @@ class Part:
         """Random parameters, created where they lie: no device ever holds the whole."""
 
         def init(seed: Array) -> Params:
-            rngs = nnx.Rngs(jax.random.key(seed))
-            return nnx.to_pure_dict(nnx.split(self.build(rngs))[1])
+            module = self.build(rngs=nnx.Rngs(jax.random.key(seed)))
+            return nnx.to_pure_dict(nnx.split(module)[1])
 
         # The seed is an argument and no constant, so that all seeds share one program.
         return jax.jit(init, out_shardings=self.shardings)(jnp.uint32(seed))

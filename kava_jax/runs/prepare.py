@@ -6,11 +6,13 @@ from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from functools import cache, partial
 from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jax.sharding import Mesh
 
 from kava_jax.alignment.layer_map import LayerMap
+from kava_jax.config.file import parse_config, without_teachers
 from kava_jax.config.run import Config
 from kava_jax.data.batches import BatchStream
 from kava_jax.data.dataset import Dataset, Load, make_dataset, split_examples
@@ -107,6 +109,13 @@ def prepare(
         renamed,
         notes,
     )
+
+
+def prepare_alone(config: Config, path: str | Path) -> Run:
+    """A finished model as the student of a run without teachers, on the same data."""
+    # Another recipe may say where its student comes from, beside the path that is given here.
+    alone = {"student": {"path": str(path)}, "recipe": "anchored"}
+    return prepare(parse_config(without_teachers(config) | alone))
 
 
 def _compare_models(

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from kava_jax.config.file import dump_config, parse_config
 from kava_jax.config.pair import CutConfig
@@ -22,7 +23,6 @@ from kava_jax.config.run import Config
 from kava_jax.data.sources import BUILTIN_PROBLEMS, load_examples
 from kava_jax.data.tokenizer import BUILTIN_TOKENIZER, load_tokenizer, vocabulary_size
 from kava_jax.errors import KavaError
-from kava_jax.hf.card import model_card
 from kava_jax.hf.cut_record import CutRecord, write_cut_record
 from kava_jax.hf.export import export_model
 from kava_jax.hf.locate import CUT_RECORD
@@ -68,23 +68,25 @@ def smoke_config(config: Config) -> Config:
         raw["student"]["cut"] |= _tiny_cut(cut, divisor)
     tokenizer, source = _tokenizer(raw)
     raw["student"]["tokenizer"] = source
-    data = _data(raw["data"])
-    raw["eval"]["sets"] = _sets(raw, instead="path" in data)
-    raw["data"] |= data
+    _choose_rows(raw)
+    # Models are read from disks alone.
+    beside = directory.parent if isinstance(directory, Path) else Path("runs")
+    models = beside / f"{directory.name}-models"
     head_dims = max(spec.head_dim for spec in specs.values())
     for name, spec in specs.items():
         tiny = _shrunk(spec, divisor, head_dims, vocabulary_size(tokenizer))
-        # Models are read from disks alone.
-        beside = directory.parent if isinstance(directory, Path) else Path("runs")
-        where = beside / f"{directory.name}-models" / name
         if jax.process_index() == 0:
-            (where / CUT_RECORD).unlink(missing_ok=True)  # no export wrote it
-        _write_random(where, tiny, tokenizer)
+            (models / name / CUT_RECORD).unlink(missing_ok=True)  # no export wrote it
+        _write_random(models / name, tiny, tokenizer)
         if name == "student" and cut is None and jax.process_index() == 0:
-            _write_origins(where, found.student.cut, divisor)
-        _point_at(raw, name, where)
+            _write_origins(models / name, found.student.cut, divisor)
     meet("smoke models")  # which are read next, by all processes
+    if cut is None:
+        raw["student"] |= {"path": str(models / "student"), "geometry": None}
+    elif cut.path is not None:
+        raw["student"]["cut"]["path"] = str(models / "student")
     for teacher in raw["teachers"]:
+        teacher["path"] = str(models / f"teacher-{teacher['name']}")
         teacher["layer_map"] = _thinned(teacher["layer_map"], divisor)
     # In every part of a batch, or a control that pairs rows would have nothing to pair.
     rows = math.lcm(BATCH_ROWS, jax.device_count())
@@ -115,44 +117,35 @@ def _tokenizer(raw: Mapping[str, Any]) -> tuple[Any, str]:
         return load_tokenizer(BUILTIN_TOKENIZER), BUILTIN_TOKENIZER
 
 
-def _data(data: Mapping[str, Any]) -> dict[str, Any]:
-    """The first rows of the real data, or generated ones in its place."""
-    small = {"rows": min(ROWS, data["rows"] or ROWS), "eval_rows": HELD_OUT_ROWS}
-    if data["path"] == BUILTIN_PROBLEMS or Path(data["path"]).exists():
-        return small | {"rows": data["rows"]}
-    if not _at_hand(data["path"], data["split"], data["subset"]):
-        return small | {"path": BUILTIN_PROBLEMS, "split": "train", "eval_split": None}
-    return small
+def _choose_rows(raw: dict[str, Any]) -> None:
+    """The first rows of the real data and of each further set, or generated ones in their place."""
+    data, missing = raw["data"], set()
 
+    def here(path: str) -> bool:
+        return path.startswith("builtin:") or Path(path).exists()
 
-def _sets(raw: Mapping[str, Any], instead: bool) -> dict[str, Any]:
-    """A few rows of each further set, or generated ones in its place.
+    def found(path: str, split: str) -> bool:
+        """Whether there are data; if not, that is said. A file that was named is meant."""
+        if not here(path) and path not in missing:
+            try:
+                load_examples(path, split=split, subset=data["subset"], rows=1)
+            except KavaError:
+                if Path(path).suffix:
+                    raise
+                _say(f"smoke: data {path} was not found here, using {BUILTIN_PROBLEMS}")
+                missing.add(path)
+        return path not in missing
 
-    ``instead``: the data of ``data.path`` were not found, and need not be asked for again.
-    """
-    data = raw["data"]
-    sets = {name: one | {"rows": HELD_OUT_ROWS} for name, one in raw["eval"]["sets"].items()}
-    for one in sets.values():
-        gone = {"path": BUILTIN_PROBLEMS, "split": "test"}
-        if instead and one["path"] == data["path"]:
-            one |= gone
-        elif not (one["path"].startswith("builtin:") or Path(one["path"]).exists()):
-            split = one["split"] or data["eval_split"] or data["split"]
-            if not _at_hand(one["path"], split, data["subset"]):
-                one |= gone
-    return sets
-
-
-def _at_hand(path: str, split: str, subset: str | None) -> bool:
-    """Whether there are data; if not, that is said. A file that was named is meant."""
-    try:
-        load_examples(path, split=split, subset=subset, rows=1)
-    except KavaError:
-        if Path(path).suffix:
-            raise
-        _say(f"smoke: data {path} was not found here, using {BUILTIN_PROBLEMS}")
-        return False
-    return True
+    own = found(data["path"], data["split"])
+    for one in raw["eval"]["sets"].values():
+        one["rows"] = HELD_OUT_ROWS
+        if not found(one["path"], one["split"] or data["eval_split"] or data["split"]):
+            one |= {"path": BUILTIN_PROBLEMS, "split": "test"}
+    data["eval_rows"] = HELD_OUT_ROWS
+    if not here(data["path"]):
+        data["rows"] = min(ROWS, data["rows"] or ROWS)
+    if not own:
+        data |= {"path": BUILTIN_PROBLEMS, "split": "train", "eval_split": None}
 
 
 def _depth_divisor(specs: Any) -> int:
@@ -226,43 +219,19 @@ def _write_origins(where: Path, cut: CutRecord | None, divisor: int) -> None:
 
 
 def _write_random(where: Path, spec: DecoderSpec, tokenizer: Any) -> None:
-    card = model_card(
-        name=f"tiny random {spec.family}",
-        base_model="random weights",
-        teachers=[],
-        recipe={"purpose": "kava train --smoke"},
-        metrics={},
-        dataset="none",
-        command="kava train --smoke",
-        versions={},
-    )
-    export_model(where, _random(spec), spec, dtype="float32", tokenizer=tokenizer, card=card)
-
-
-def _random(spec: DecoderSpec) -> dict[str, Any]:
-    """Parameters drawn by numpy: compiling JAX's generator would take longer than training."""
-    rng = np.random.default_rng(0)
-    tree: dict[str, Any] = {}
+    """A model drawn by numpy: compiling JAX's generator would take longer than training."""
+    rng, flat = np.random.default_rng(0), {}
     for path, shape in parameter_shapes(spec).items():
-        *parents, last = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
         noise = rng.standard_normal(shape, np.float32) * np.float32(spec.initializer_range)
-        node[last] = np.ones(shape, np.float32) if last == "scale" else noise
-    return tree
-
-
-def _point_at(raw: dict[str, Any], name: str, where: Path) -> None:
-    if name == "student":
-        if raw["student"]["cut"] is not None:
-            raw["student"]["cut"]["path"] = str(where)
-        else:
-            raw["student"] |= {"path": str(where), "geometry": None}
-        return
-    for teacher in raw["teachers"]:
-        if f"teacher-{teacher['name']}" == name:
-            teacher["path"] = str(where)
+        flat[path] = np.ones(shape, np.float32) if path.endswith("/scale") else noise
+    export_model(
+        where,
+        unflatten_dict(flat, sep="/"),
+        spec,
+        dtype="float32",
+        tokenizer=tokenizer,
+        card=f"# Tiny random {spec.family}\n\nWritten by `kava train --smoke`.\n",
+    )
 
 
 def _say(text: str) -> None:

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import jax
 from flax import nnx
@@ -26,7 +25,6 @@ from kava_jax.journal.manifest import (
 )
 from kava_jax.journal.monitor import Monitor
 from kava_jax.parallel.hosts import from_first, on_host
-from kava_jax.parallel.sharding import batch_sharding, replicated
 from kava_jax.runs.ahead import compiled_ahead
 from kava_jax.runs.assembly import magnitude_note
 from kava_jax.runs.calibrate import calibrated, place, unmeasured
@@ -35,7 +33,7 @@ from kava_jax.runs.evaluate import evaluation_notes, evaluator
 from kava_jax.runs.handed import record_of
 from kava_jax.runs.handoff_fit import fitted_handoff
 from kava_jax.runs.idle import idle_settings
-from kava_jax.runs.loop import Cadence, projector_path, run_steps
+from kava_jax.runs.loop import due, run_steps
 from kava_jax.runs.preemption import Preemption, listening
 from kava_jax.runs.prepare import Run, fingerprints_of, load_dataset, prepare
 from kava_jax.runs.profiling import Profile
@@ -50,7 +48,6 @@ from kava_jax.runs.reopen import (
 from kava_jax.runs.resume import FREE_FIELDS, PATH_FIELDS, changes_in_words, check_steps
 from kava_jax.runs.student_export import check_exportable
 from kava_jax.storage import check_target, local_file
-from kava_jax.training.probe import make_probe
 from kava_jax.training.step import TrainState
 
 
@@ -151,19 +148,24 @@ def _train(
             check_finite(run, start.params, int(start.step))
             notes += changes_in_words(earlier, config, start)
         assert start is not None  # what was there a moment ago is intact, or has been refused
+        begins = int(start.step)
         with Monitor(
             run.directory,
             total_steps=config.train.steps,
-            start_step=int(start.step),
+            start_step=begins,
             write=write,
         ) as monitor:
             for note in notes:
                 monitor.note(note)
+            evaluated = begins < config.train.steps and not due(begins, config.train.eval_every)
+            if not evaluated:
+                # Only the first process has the lines. All know whether one is due, so all ask.
+                evaluated = bool(from_first(monitor.has_evaluation(begins), "last evaluation"))
             step, measuring_step = run.blueprint.jitted_step(), None
             if share:
                 measuring_step = run.blueprint.jitted_step(share.share)
             if config.data.batching == "bucketed":
-                lengths = dataset.stream.lengths(int(start.step), config.train.steps)
+                lengths = dataset.stream.lengths(begins, config.train.steps)
                 shapes = (start, teachers, config.data.batch_size)
                 step = compiled_ahead(step, *shapes, lengths, monitor.note)
                 if measuring_step and lengths:
@@ -173,7 +175,7 @@ def _train(
                 start,
                 step=step,
                 measuring_step=measuring_step,
-                probe=jitted_probe(run) if config.teachers else None,
+                probe=run.blueprint.jitted_probe() if config.teachers else None,
                 teachers=teachers,
                 stream=dataset.stream,
                 evaluate=evaluator(run, dataset, teachers, preemption.check),
@@ -181,21 +183,11 @@ def _train(
                 monitor=monitor,
                 mesh=run.mesh,
                 rates=run.blueprint.rates,
-                cadence=Cadence(
-                    config.train.steps,
-                    config.train.log_every,
-                    config.train.eval_every,
-                    config.train.checkpoint_every,
-                    config.train.diagnose_every,
-                    share.every if share else None,
-                    config.train.max_consecutive_skips,
-                ),
+                settings=config.train,
+                share_every=share.every if share else None,
                 preemption=preemption,
                 profile=Profile(run.directory, profiled),
-                # Only the first process has the lines. All know whether one is due, so all ask
-                # or none does.
-                evaluated=not _evaluation_is_due(config, int(start.step))
-                or bool(from_first(monitor.has_evaluation(int(start.step)), "last evaluation")),
+                evaluated=evaluated,
             )
     if run.blueprint.projector:
         _save_projector(run, state)
@@ -203,11 +195,6 @@ def _train(
         # Last of all: a manifest with results is one of a run that has ended.
         write_results(run.directory, results(evaluation))
     return Trained(run, dataset, state, evaluation)
-
-
-def _evaluation_is_due(config: Config, step: int) -> bool:
-    every = config.train.eval_every
-    return step == config.train.steps or (every is not None and step % every == 0)
 
 
 def begun(
@@ -229,22 +216,6 @@ def begun(
     return run, run.blueprint.fresh_state(projector, fitted_handoff(run, dataset))
 
 
-def jitted_probe(run: Run) -> Any:
-    """The probe with its shardings; it reads the state and leaves it alone."""
-    blueprint = run.blueprint
-    probe = make_probe(
-        blueprint.objective,
-        kv_weight=blueprint.kv_weight,
-        microbatches=run.config.train.grad_accumulation,
-    )
-    teachers, batch = blueprint.teacher_shardings(), batch_sharding(run.mesh)
-    return jax.jit(
-        probe,
-        in_shardings=(blueprint.state_shardings(), teachers, batch),
-        out_shardings=replicated(run.mesh),
-    )
-
-
 def _save_projector(run: Run, state: TrainState) -> None:
     projector = run.blueprint.projector
     assert projector is not None
@@ -252,5 +223,5 @@ def _save_projector(run: Run, state: TrainState) -> None:
     params = jax.tree.map(partial(on_host, place="projector"), state.params["projector"])
     if jax.process_index() == 0:
         module: KVDimensionProjector = nnx.merge(projector.graph, params)
-        with local_file(projector_path(run.directory)) as path:
+        with local_file(run.directory / "projector.safetensors") as path:
             module.save(path)

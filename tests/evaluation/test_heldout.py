@@ -8,21 +8,20 @@ import numpy as np
 import pytest
 
 from kava_jax.data.batches import collate, eval_batches
-from kava_jax.evaluation.heldout import held_out, make_examine, make_measure
+from kava_jax.evaluation.heldout import make_held_out
 from tests.tolerances import TOL
 from tests.training.small import SINKS, one_device, rows, setting, total_loss
 
 
-def figures(made, batches, measure=None):
-    measure = measure or make_measure(made.objective, one_device())
+def figures(made, batches, held_out=None):
+    held_out = held_out or make_held_out(made.objective, one_device())
     makers = [lambda batch=batch: batch for batch in batches]
-    examine = make_examine(made.objective, one_device())
-    return held_out(measure, examine, made.params, made.teachers, made.statistics, makers)
+    return held_out(made.params, made.teachers, made.statistics, makers)
 
 
 def test_uneven_batches_equal_one_big_one() -> None:
     made = setting(dropout=0.5, ce_weight=0.3, kl_weight=0.5)
-    measure = make_measure(made.objective, one_device())
+    held_out = make_held_out(made.objective, one_device())
     whole = jax.tree.map(jnp.asarray, collate(rows(8), 12, 0, SINKS))
     # Three batches of 3, 3 and 2 rows (and a filler), each as long as its own longest row.
     parts = [
@@ -30,8 +29,8 @@ def test_uneven_batches_equal_one_big_one() -> None:
         for batch in eval_batches(rows(8), 3, max_length=12, bucket=1, sink_tokens=SINKS)
     ]
     assert [part.tokens.shape for part in parts] == [(3, 12), (3, 12), (3, 5)]
-    one, layers = figures(made, [whole], measure)
-    many, more = figures(made, parts, measure)
+    one, layers = figures(made, [whole], held_out)
+    many, more = figures(made, parts, held_out)
     assert one.keys() == many.keys()
     assert one.keys() >= {"eval_loss", "eval_cos_sim", "eval_alignment_gap", "eval_cos_centered"}
     assert not one.keys() & {"eval_kv", "eval_dir_loss", "eval_mag_loss", "eval_ce"}
@@ -40,7 +39,7 @@ def test_uneven_batches_equal_one_big_one() -> None:
             one[f"eval_{name}"], rel=TOL["float32"], abs=TOL["float32"]
         )
     # And not the mean of the batches' means.
-    alone = [figures(made, [part], measure).values["eval_loss"] for part in parts]
+    alone = [figures(made, [part], held_out).values["eval_loss"] for part in parts]
     assert abs(np.mean(alone) - one["eval_loss"]) > 1e-3
     # Without dropout and without the training's weights.
     share = (1.0, 1.0)
@@ -48,7 +47,7 @@ def test_uneven_batches_equal_one_big_one() -> None:
     objective = jax.jit(lambda params: total_loss(made)(params, made.teachers, whole, zero, share))
     _, metrics = objective(made.params)
     assert one["eval_loss"] == pytest.approx(float(metrics["ce"].value), rel=TOL["float32"])
-    assert figures(made, [whole], measure) == (one, layers)
+    assert figures(made, [whole], held_out) == (one, layers)
     # Fewer tokens than the sample holds: the sample is all of them, however they are batched.
     assert layers.keys() == more.keys() >= {"big/cka_k", "big/retrieval_v", "big/attention_cos"}
     for name, row in layers.items():

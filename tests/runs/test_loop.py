@@ -11,6 +11,7 @@ import numpy as np
 import optax
 import pytest
 
+from kava_jax.config.run import TrainConfig
 from kava_jax.data.batches import BatchStream
 from kava_jax.errors import PreemptedError, StoppedError
 from kava_jax.geometry import Mean
@@ -19,7 +20,7 @@ from kava_jax.journal.checkpoint import Checkpoints, abstract_state
 from kava_jax.journal.lines import Lines
 from kava_jax.journal.monitor import Monitor
 from kava_jax.journal.skips import SkipLog
-from kava_jax.runs.loop import Cadence, run_steps
+from kava_jax.runs.loop import run_steps
 from kava_jax.runs.preemption import AskedToEndError, Preemption, listening
 from kava_jax.runs.profiling import PROFILE_NAME, Profile
 from kava_jax.training.optimizer import learning_rate, make_optimizer
@@ -107,15 +108,15 @@ def train(
                 monitor=monitor,
                 mesh=one_device(),
                 rates=RATES,
-                cadence=Cadence(
-                    until,
+                settings=TrainConfig(
+                    steps=until,
                     log_every=2,
                     eval_every=4,
                     checkpoint_every=3,
                     diagnose_every=None if probe is None else 5,
-                    share_every=share_every,
                     max_consecutive_skips=2,
                 ),
+                share_every=share_every,
                 preemption=preemption or Silent(),
                 profile=Profile(directory, profiled),
                 evaluated=evaluated,

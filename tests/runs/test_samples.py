@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from kava_jax.errors import KavaError
-from kava_jax.runs.samples import answer_all
+from kava_jax.runs.assess import answer_all
 from tests.tiny import kava, write_config, write_workspace
 
 
@@ -19,10 +19,12 @@ def test_everyone_answers_the_same_questions_each_with_its_own_weights(
     write_config(Path("tiny.yaml"), optimizer={"student_lr": 0.5, "min_lr_ratio": 1.0})
     assert kava(capsys, "train", "tiny.yaml").code == 0
     found = answer_all(Path("run"), 3)
-    assert [who.by for who in found] == ["student before", "student after", "big"]
-    questions = [[sample.question for sample in who.answers.samples] for who in found]
+    assert list(found) == ["student before", "student after", "big"]
+    questions = [[sample.question for sample in who.samples] for who in found.values()]
     assert questions[0] == questions[1] == questions[2]
-    before, after, teacher = ([sample.generated for sample in who.answers.samples] for who in found)
+    before, after, teacher = (
+        [sample.generated for sample in who.samples] for who in found.values()
+    )
     assert len({tuple(before), tuple(after), tuple(teacher)}) == 3
     assert kava(capsys, "report", "run", "--samples", "2").code == 0
     page = Path("run/report.html").read_text()

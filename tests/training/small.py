@@ -216,7 +216,7 @@ def total_loss(made: Setting) -> Callable:
 
 def random_values(build: Any, seed: int) -> Any:
     """Random parameters, norms near 1; nothing is built, so nothing is compiled."""
-    abstract = nnx.to_pure_dict(nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(0))))[1])
+    abstract = nnx.to_pure_dict(nnx.split(nnx.eval_shape(lambda: build(rngs=nnx.Rngs(0))))[1])
     rng = np.random.default_rng(seed)
 
     def draw(path: Any, leaf: Any) -> np.ndarray:

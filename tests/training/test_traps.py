@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from kava_jax.evaluation.heldout import held_out, make_examine, make_measure
+from kava_jax.evaluation.heldout import make_held_out
 from kava_jax.journal.verdict import collapse_signs, verdict
 from kava_jax.training.optimizer import make_optimizer
 from kava_jax.training.step import make_train_step
@@ -41,15 +41,8 @@ def trained(made: Setting, *, random: bool) -> dict[str, float]:
         state, _ = step(state, teachers, BATCH)
     objective = made.objective
     teachers = unrelated(made, STEPS) if random else made.teachers
-    measured = held_out(
-        make_measure(objective, one_device()),
-        make_examine(objective, one_device()),
-        state.params,
-        teachers,
-        state.statistics,
-        [lambda: BATCH],
-    )
-    return measured.values
+    held_out = make_held_out(objective, one_device())
+    return held_out(state.params, teachers, state.statistics, [lambda: BATCH]).values
 
 
 def word_and_signs(found: dict[str, float]) -> tuple[str, list[str]]:
