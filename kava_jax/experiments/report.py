@@ -239,14 +239,12 @@ def _bands(results: Results, chosen: Sequence[str], key: str) -> Chart:
     for place, arm in enumerate(chosen):
         points = [pictures.course(run.curve, key) for run in results.arms[arm].values()]
         steps = sorted(set(points[0]).intersection(*points[1:]))
-        columns = ([scale * own[step] for own in points] for step in steps)
-        values = {s: np.array(c, np.float64) for s, c in zip(steps, columns, strict=True)}
+        values = {s: np.array([scale * own[s] for own in points], np.float64) for s in steps}
         ends = {}
-        if len(points) > 1:
-            band = (
-                student_interval if len(points) > 2 else lambda x: (float(x.min()), float(x.max()))
-            )
-            ends = {step: band(own) for step, own in values.items()}
+        if len(points) == 2:
+            ends = {step: (float(own.min()), float(own.max())) for step, own in values.items()}
+        elif len(points) > 2:
+            ends = {step: student_interval(own) for step, own in values.items()}
         if key in SCALE:
             ends = {step: (max(low, 0.0), min(high, 100.0)) for step, (low, high) in ends.items()}
         if len(steps) > 1:  # the last evaluation alone is in the tables
