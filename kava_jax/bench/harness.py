@@ -11,8 +11,8 @@ import multiprocessing
 import os
 import statistics
 import timeit
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from importlib import metadata
 from typing import Any, NamedTuple
 
@@ -61,7 +61,7 @@ def compare(
     """
     failed: dict[str, str] = {}
     with ExitStack() as stack:
-        processes = {name: stack.enter_context(_started(make)) for name, make in sides.items()}
+        processes = {name: _start(make, stack) for name, make in sides.items()}
 
         def each(question: str = "") -> Facts:
             answers: Facts = {}
@@ -139,22 +139,17 @@ def _differences(given: Mapping[str, list[np.ndarray]], tolerance: float) -> dic
     return found
 
 
-@contextmanager
-def _started(make: Make) -> Iterator[tuple[Any, Any]]:
-    """The process of a side and a pipe to it; it does not outlive the ``with`` block."""
+def _start(make: Make, stack: ExitStack) -> tuple[Any, Any]:
+    """The process of a side and a pipe to it; it does not outlive the stack."""
     ours, theirs = _SPAWN.Pipe()
     process = _SPAWN.Process(target=_serve, args=(make, theirs), daemon=True)
     process.start()
     # As long as this process has that end too, ``recv`` waits for ever for a side that died.
     theirs.close()
-    try:
-        yield process, ours
-    finally:
-        # Killed, because a side that is computing reads no message.
-        process.kill()
-        process.join()
-        process.close()
-        ours.close()
+    stack.callback(process.join)
+    # Called first, as it was put there last; a side that is computing reads no message.
+    stack.callback(process.kill)
+    return process, ours
 
 
 def _answer(process: Any, pipe: Any, question: str) -> Any:

@@ -6,14 +6,11 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from flax.traverse_util import unflatten_dict
 
 from kava_jax.config.file import parse_config
 from kava_jax.data.batches import Batch
 from kava_jax.data.tokenizer import builtin_tokenizer
 from kava_jax.hf.config_json import spec_from_config
-from kava_jax.hf.export import export_model
-from kava_jax.hf.names import parameter_shapes
 from kava_jax.models.decoder import Params
 from kava_jax.parallel.mesh import make_mesh
 from kava_jax.parallel.sharding import put_batch
@@ -21,6 +18,7 @@ from kava_jax.plan.compiled import Memory, memory_of
 from kava_jax.plan.floor import step_floor
 from kava_jax.runs.blueprint import Blueprint, make_blueprint
 from kava_jax.runs.find_models import Found, Models
+from kava_jax.runs.smoke import write_random
 
 Geometry = dict[str, Any]
 
@@ -42,16 +40,10 @@ def qwen2(
     }
 
 
-def write_model(directory: Path, config: Geometry, seed: int, std: float = 0.02) -> None:
-    """A Hugging Face directory with random float32 weights: norms' scales around 1, others 0."""
-    spec, rng = spec_from_config(config, where="bench"), np.random.default_rng(seed)
-    flat = {
-        path: np.float32(std) * rng.standard_normal(shape, np.float32)
-        + np.float32(path.endswith("scale"))
-        for path, shape in parameter_shapes(spec).items()
-    }
-    params, tokenizer = unflatten_dict(flat, sep="/"), builtin_tokenizer()
-    export_model(directory, params, spec, dtype="float32", tokenizer=tokenizer, card="random")
+def write_model(directory: Path, config: Geometry, seed: int) -> None:
+    """A Hugging Face directory with random float32 weights."""
+    spec = spec_from_config(config, where="bench")
+    write_random(directory, spec, builtin_tokenizer(), "random", seed)
 
 
 def batch_of(run: Blueprint, prompt: int) -> tuple[Batch, dict[str, Any]]:

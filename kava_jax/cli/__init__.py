@@ -23,26 +23,23 @@ def main() -> None:
         from kava_jax.cli.app import app
 
         try:
-            app()
+            return app()
         except (KavaError, StoppedError, PreemptedError) as error:
-            # A library's words inside a message may have line breaks, and an error is one line.
-            word = "preempted" if isinstance(error, PreemptedError) else "error"
-            print(f"{word}: {' '.join(str(error).split())}", file=sys.stderr)
-            raise SystemExit(error.exit_code) from None
+            ended = error
         except UnicodeEncodeError as error:  # of a path, or an argument whose bytes are no text
-            print(
-                f"error: {error.object!a} cannot be written as {error.encoding}; use names of "
-                f"plain letters, or set PYTHONUTF8=1 where the locale is not UTF-8",
-                file=sys.stderr,
+            ended = KavaError(
+                f"{error.object!a} cannot be written as {error.encoding}; use names of plain "
+                f"letters, or set PYTHONUTF8=1 where the locale is not UTF-8"
             )
-            raise SystemExit(KavaError.exit_code) from None
         except OSError as error:
             if not is_full_disk(error):
                 raise
             where = f" ({error.filename})" if error.filename else ""
-            print(
-                f"error: no space is left on the disk{where}; make room and call again; what was "
-                f"written before is whole",
-                file=sys.stderr,
+            ended = StoppedError(
+                f"no space is left on the disk{where}; make room and call again; what was written "
+                f"before is whole"
             )
-            raise SystemExit(StoppedError.exit_code) from None
+        word = "preempted" if isinstance(ended, PreemptedError) else "error"
+        # A library's words inside a message may have line breaks, and an error is one line.
+        print(f"{word}: {' '.join(str(ended).split())}", file=sys.stderr)
+        raise SystemExit(ended.exit_code)

@@ -62,7 +62,7 @@ def write_report(
     """Write the report of a run and return its path, by default ``report.html`` in the run.
 
     ``answered`` are the same questions answered by several models, by their names. Raises
-    KavaError: ``run_dir`` is no run, one of its files is broken, or ``out`` cannot be written.
+    KavaError: ``run_dir`` is no run, or one of its files is broken.
     """
     if not run_dir.is_dir():
         raise KavaError(f"run={str(run_dir)!r} is no directory; name one made by `kava train`")
@@ -94,14 +94,13 @@ def write_report(
             for teacher in config.teachers
         ],
     )
-    return _write(page, run_dir / REPORT_NAME if out is None else out)
+    return _write(page, out or run_dir / REPORT_NAME)
 
 
 def write_grid_report(directory: Path, out: Place | None = None) -> Place:
     """Write the report of a grid and return its path, by default ``report.html`` in it.
 
-    Raises KavaError: ``directory`` holds no grid, its results are broken or cannot be compared, or
-    ``out`` cannot be written.
+    Raises KavaError: ``directory`` holds no grid, or its results are broken or cannot be compared.
     """
     results = read_results(directory)
     comparison, grid, arms = compare(results), results.grid, results.arms
@@ -133,7 +132,7 @@ def write_grid_report(directory: Path, out: Place | None = None) -> Place:
         layers_of_shown=_mean_layers(results, shown) if shown else [],
         asked=_same_questions(results, [grid.baseline, shown]),
     )
-    return _write(page, directory / REPORT_NAME if out is None else out)
+    return _write(page, out or directory / REPORT_NAME)
 
 
 def _verdict(of: str, last: Mapping[str, Any]) -> dict[str, Any]:
@@ -237,14 +236,12 @@ def _bands(results: Results, chosen: Sequence[str], key: str) -> Chart:
     for place, arm in enumerate(chosen):
         points = [pictures.course(run.curve, key) for run in results.arms[arm].values()]
         steps = sorted(set(points[0]).intersection(*points[1:]))
-        columns = ([scale * own[step] for own in points] for step in steps)
-        values = {s: np.array(c, np.float64) for s, c in zip(steps, columns, strict=True)}
+        values = {s: np.array([scale * own[s] for own in points], np.float64) for s in steps}
         ends = {}
-        if len(points) > 1:
-            band = (
-                student_interval if len(points) > 2 else lambda x: (float(x.min()), float(x.max()))
-            )
-            ends = {step: band(own) for step, own in values.items()}
+        if len(points) == 2:
+            ends = {step: (float(own.min()), float(own.max())) for step, own in values.items()}
+        elif len(points) > 2:
+            ends = {step: student_interval(own) for step, own in values.items()}
         if key in SCALE:
             ends = {step: (max(low, 0.0), min(high, 100.0)) for step, (low, high) in ends.items()}
         if len(steps) > 1:  # the last evaluation alone is in the tables
@@ -281,11 +278,6 @@ def _image(figure: "Figure") -> dict[str, Any]:
 
 
 def _write(page: str, target: Place) -> Place:
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(page, encoding="utf-8")
-    except OSError as error:
-        raise KavaError(
-            f"out={str(target)!r} cannot be written ({error.strerror}); name another file"
-        ) from None
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(page, encoding="utf-8")
     return target

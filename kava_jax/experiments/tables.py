@@ -48,8 +48,7 @@ def score_table(results: Results, comparison: Comparison) -> Table:
         # A run whose loss is not finite has no score.
         lost = len(results.arms[arm]) - len(score.per_seed) if score else 0
         cells = [f"{len(results.arms[arm])}" + (f", {lost} diverged" if lost else "")]
-        cells += [_figure(score.mean if score else None, answers)]
-        cells += [_ends(score.interval if score else None, answers), *_difference(found, answers)]
+        cells += [*_estimate(score, answers), *_estimate(found, answers, signed=True)]
         cells += [_ends(found.student if found else None, answers, signed=True)] if answers else []
         rows.append([_named(arm, grid), *cells, p_value(found)])
     return Table(f"Scores, {order(grid)} first", heads, rows)
@@ -96,7 +95,7 @@ def sets_table(results: Results, comparison: Comparison) -> Table | None:
         for name, figure in columns:
             answers = figure == EXACT_MATCH
             cells += [_figure(own.sets.get(f"{name}/{figure}"), answers)]
-            cells += _difference(own.set_differences.get(name), True) if answers else []
+            cells += _estimate(own.set_differences.get(name), True, signed=True) if answers else []
         rows.append(cells)
     return Table(f"By set, {order(grid)} score first", heads, rows) if columns else None
 
@@ -126,10 +125,10 @@ def _named(arm: str, grid: Grid) -> str:
     return arm + (f" ({mark})" if mark else "") + (f" ({steps} steps)" if steps else "")
 
 
-def _difference(found: Estimate | None, answers: bool) -> list[str]:
+def _estimate(found: Estimate | None, answers: bool, signed: bool = False) -> list[str]:
     """The mean, and its interval where there is one."""
-    mean = DASH if found is None else _figure(found.mean, answers, signed=True)
-    return [mean, _ends(found.interval if found else None, answers, signed=True)]
+    mean, ends = (found.mean, found.interval) if found else (None, None)
+    return [_figure(mean, answers, signed), _ends(ends, answers, signed)]
 
 
 def _ends(found: Ends | None, answers: bool, signed: bool = False) -> str:

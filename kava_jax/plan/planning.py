@@ -97,7 +97,7 @@ def make_plan(config: Config, chip: Chip, hbm: float, say: Callable[[str], None]
     for whatever does not fit together.
     """
     config = _as_on(chip, config)
-    blueprint = _blueprint_on(chip, config)
+    blueprint = _blueprint(config, chip)
     return _plan(blueprint, chip, hbm, _by_own_compiler(config, chip, say))
 
 
@@ -112,7 +112,7 @@ def compile_for(config: Config, chip: Chip) -> Any:
             f"--chip={chip.name} --devices={jax.device_count()}: no compiler for it is installed, "
             f"or there is no such slice; pip install 'kava_jax[cuda]' or 'kava_jax[tpu]'"
         )
-    blueprint = _blueprint(_as_on(chip, config), devices)
+    blueprint = _blueprint(_as_on(chip, config), chip, devices)
     with uncached():
         return lowered(blueprint, config.data.batch_size, config.data.max_length).compile()
 
@@ -130,7 +130,7 @@ def search(config: Config, chip: Chip, hbm: float, say: Callable[[str], None]) -
         )
         written = ", ".join(f"{axis}={size}" for axis, size in mesh.items())
         try:
-            blueprint = _blueprint_on(chip, config_there)
+            blueprint = _blueprint(config_there, chip)
         except KavaError:  # something is not divisible
             continue
         rows, length = config.data.batch_size, config.data.max_length
@@ -157,7 +157,7 @@ def _plan(blueprint: Blueprint, chip: Chip, hbm: float, own: "_Own | None" = Non
     rows, length = config.data.batch_size, config.data.max_length
     work, memory = compile_step(blueprint, rows, length)
     fixed = memory.arguments + memory.results
-    estimated, largest_batch = _estimate(config, hbm - fixed)
+    estimated, largest_batch = _estimate(config, chip, hbm - fixed)
     temporaries = Range(own[0], own[0]) if own else estimated
     peak = Range(fixed + temporaries.least, fixed + temporaries.most)
     may_fit = "may fit" if peak.least <= hbm else "does not fit"
@@ -189,7 +189,7 @@ def _plan(blueprint: Blueprint, chip: Chip, hbm: float, own: "_Own | None" = Non
     )
 
 
-def _estimate(config: Config, room: float) -> tuple[Range, tuple[int, int]]:
+def _estimate(config: Config, chip: Chip, room: float) -> tuple[Range, tuple[int, int]]:
     """Temporaries by the compiler for CPUs, and rows that have room for them.
 
     Both are for the same run in float32 throughout. Temporaries are a line over the rows, drawn
@@ -198,7 +198,7 @@ def _estimate(config: Config, room: float) -> tuple[Range, tuple[int, int]]:
     """
     raw = dump_config(config)
     raw["train"]["dtype"] = "float32"
-    blueprint, rows = _blueprint(parse_config(raw)), config.data.batch_size
+    blueprint, rows = _blueprint(parse_config(raw), chip), config.data.batch_size
     unit, length = _unit(blueprint), config.data.max_length
     other = 2 * rows  # larger, because small batches hold what does not grow
     here, there = (
@@ -224,7 +224,7 @@ def _by_own_compiler(config: Config, chip: Chip, say: Callable[[str], None]) -> 
     devices = described_devices(chip, jax.device_count())
     if devices is None:
         return None
-    blueprint, length = _blueprint(config, devices), config.data.max_length
+    blueprint, length = _blueprint(config, chip, devices), config.data.max_length
 
     def attempt(rows: int) -> Tried:
         memory = own_memory(blueprint, rows, length)
@@ -245,19 +245,15 @@ def _unit(blueprint: Blueprint) -> int:
     return batch_shards(blueprint.mesh) * blueprint.config.train.grad_accumulation
 
 
-def _blueprint_on(chip: Chip, config: Config) -> Blueprint:
+def _blueprint(config: Config, chip: Chip, devices: list[Any] | None = None) -> Blueprint:
     """The blueprint; refused where the TPUs are several slices that the mesh cannot cross."""
-    blueprint = _blueprint(config)
-    if chip.topology is not None:
-        # Rounded up: a slice that is used in part has to be reached too.
-        check_slices(blueprint.mesh.shape["data"], -(-blueprint.mesh.size // chip.domain))
-    return blueprint
-
-
-def _blueprint(config: Config, devices: list[Any] | None = None) -> Blueprint:
     sizes = config.mesh
     mesh = make_mesh(sizes.data, sizes.fsdp, sizes.tensor, devices)
-    return make_blueprint(config, mesh, models_without_weights(config), {})
+    blueprint = make_blueprint(config, mesh, models_without_weights(config), {})
+    if chip.topology is not None:
+        # Rounded up: a slice that is used in part has to be reached too.
+        check_slices(mesh.shape["data"], -(-mesh.size // chip.domain))
+    return blueprint
 
 
 def _as_on(chip: Chip, config: Config) -> Config:

@@ -10,6 +10,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -75,13 +76,11 @@ def work_of(program: str) -> Work:
     Raises ValueError for text without an entry, and for a loop whose number of rounds is unknown.
     """
     computations, entry = _parse(program)
-    known: dict[str, Work] = {}
 
+    # A program may call one computation from several places; it is read once.
+    @cache
     def count(name: str) -> Work:
-        # A program may call one computation from several places; it is read once.
-        if name not in known:
-            known[name] = _work(name, computations, count)
-        return known[name]
+        return _work(name, computations, count)
 
     return count(entry)
 

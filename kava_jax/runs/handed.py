@@ -25,6 +25,7 @@ from kava_jax.models.decoder import Decoder, Params
 from kava_jax.models.masks import attention_mask, token_positions
 from kava_jax.models.rope import layer_rotations
 from kava_jax.parallel.sharding import replicated
+from kava_jax.runs.blueprint import Blueprint
 from kava_jax.runs.evaluate import continuation, evaluate, scored, scores
 from kava_jax.runs.prepare import Run, prepare_alone
 
@@ -91,7 +92,7 @@ def assess_handed(
         found |= timed_answers(run, held, params["student"])
     if answering and settings.reader == "teacher":
         graphs = {name: link.graph for name, link in run.blueprint.objective.teachers.items()}
-        past = _reading(run, graphs, params["handoff"], teachers, answerer=run)
+        past = reading(run.blueprint, graphs, params["handoff"], teachers, answerer=run.blueprint)
         found |= _named("handed/", timed_answers(run, held, params["student"], past))
     for teacher in run.config.teachers:
         alone, named = prepare_alone(run.config, teacher.path), f"{teacher.name}/"
@@ -102,7 +103,9 @@ def assess_handed(
         if answering and settings.reader == "student":
             reader = {teacher.name: run.blueprint.student.graph}
             weights = {teacher.name: params["student"]}
-            past = _reading(run, reader, params["handoff"], weights, answerer=alone)
+            past = reading(
+                run.blueprint, reader, params["handoff"], weights, answerer=alone.blueprint
+            )
             prefix = "handed/" if len(run.config.teachers) == 1 else f"handed/{named}"
             found |= _named(prefix, timed_answers(alone, held, own["student"], past))
     return found
@@ -138,19 +141,19 @@ def timed_answers(
     return scores(found) | {"seconds_per_answer": seconds / found.rows}
 
 
-def _reading(
-    run: Run,
+def reading(
+    blueprint: Blueprint,
     readers: Mapping[str, nnx.GraphDef[Decoder]],
     handoff: Params,
     weights: Mapping[str, Params],
-    answerer: Run,
+    answerer: Blueprint,
 ) -> Callable[..., KVCache]:
     """``(prompt, valid, lengths) -> past`` of left-padded prompts, read by some models.
 
     ``handoff`` and ``weights`` are the parameters of its projector and of the readers; ``answerer``
     is the run whose student goes on from there.
     """
-    term, spec = run.blueprint.objective.handoff, answerer.blueprint.student_spec
+    term, spec = blueprint.objective.handoff, answerer.student_spec
     assert term is not None
 
     @jax.jit

@@ -77,7 +77,8 @@ def smoke_config(config: Config) -> Config:
         tiny = _shrunk(spec, divisor, head_dims, vocabulary_size(tokenizer))
         if jax.process_index() == 0:
             (models / name / CUT_RECORD).unlink(missing_ok=True)  # no export wrote it
-        _write_random(models / name, tiny, tokenizer)
+        card = f"# Tiny random {tiny.family}\n\nWritten by `kava train --smoke`.\n"
+        write_random(models / name, tiny, tokenizer, card)
         if name == "student" and cut is None and jax.process_index() == 0:
             _write_origins(models / name, found.student.cut, divisor)
     meet("smoke models")  # which are read next, by all processes
@@ -218,20 +219,14 @@ def _write_origins(where: Path, cut: CutRecord | None, divisor: int) -> None:
     write_cut_record(where, tiny)
 
 
-def _write_random(where: Path, spec: DecoderSpec, tokenizer: Any) -> None:
+def write_random(where: Path, spec: DecoderSpec, tokenizer: Any, card: str, seed: int = 0) -> None:
     """A model drawn by numpy: compiling JAX's generator would take longer than training."""
-    rng, flat = np.random.default_rng(0), {}
+    rng, flat = np.random.default_rng(seed), {}
     for path, shape in parameter_shapes(spec).items():
         noise = rng.standard_normal(shape, np.float32) * np.float32(spec.initializer_range)
         flat[path] = np.ones(shape, np.float32) if path.endswith("/scale") else noise
-    export_model(
-        where,
-        unflatten_dict(flat, sep="/"),
-        spec,
-        dtype="float32",
-        tokenizer=tokenizer,
-        card=f"# Tiny random {spec.family}\n\nWritten by `kava train --smoke`.\n",
-    )
+    params = unflatten_dict(flat, sep="/")
+    export_model(where, params, spec, dtype="float32", tokenizer=tokenizer, card=card)
 
 
 def _say(text: str) -> None:

@@ -130,12 +130,12 @@ def test_decoding_gives_the_same_tokens() -> None:
 
 @pytest.mark.long
 def test_answers_from_a_handed_over_cache() -> None:
-    found = handing.bench_handoff(PAIR, prompts=(5,), answers=(3,))
+    found = handing.bench_handoff(PAIR, prompts=(9,), answers=(3,))
     ((case, own),) = found["cases"].items()
-    assert (case, own["prompt"], own["answer"]) == ("5 + 3", 5, 3)
+    assert (case, own["prompt"], own["answer"]) == ("9 + 3", 9, 3)
     assert set(medians(own)) == {"handed", "reading", "teacher", "student"}
-    # By hand: four tokens; keys and values in float32, 2 x 4 in two layers, 2 x 8 in four.
-    carried, whole = 4 * 4 * 2 * np.array([2 * 8, 4 * 16])
+    # By hand: eight tokens; keys and values in float32, 2 x 4 in two layers, 2 x 8 in four.
+    carried, whole = 8 * 4 * 2 * np.array([2 * 8, 4 * 16])
     assert own["facts"]["handed"] == {"handed_bytes": carried, "teacher_bytes": whole}
 
 

@@ -155,7 +155,7 @@ def test_search_ranks_what_fits(workspace, monkeypatch) -> None:
     # A step is compiled for every mesh: of one layer each, and without those of other batches, on
     # whose line the memory lies in another test.
     rough = planning.Range(0.0, 1e5)
-    monkeypatch.setattr(planning, "_estimate", lambda config, room: (rough, (8, 8)))
+    monkeypatch.setattr(planning, "_estimate", lambda *_: (rough, (8, 8)))
     for name, seed in (("teacher", 1), ("student", 2)):
         write_model(workspace / name, seed=seed, num_hidden_layers=1)
     said: list[str] = []
