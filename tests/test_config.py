@@ -98,6 +98,9 @@ def test_numbers_as_people_write_them(text, value, tmp_path):
 def test_text_that_resembles_a_number_stays_text():
     assert parse("student.path='1e-3'").student.path == "1e-3"
     assert parse("data.path=e3").data.path == "e3"
+    # Numbers to the base of 60, for YAML 1.1.
+    assert parse("data.path=10:15").data.path == "10:15"
+    assert parse("data.path=10:15.5").data.path == "10:15.5"
 
 
 def test_overrides_reach_everything():
