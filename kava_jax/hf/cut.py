@@ -110,6 +110,13 @@ def plan_cut(
     )
 
 
+def keys_stay(spec: DecoderSpec) -> str | None:
+    """Why keys are not turned before they are merged; None where they are."""
+    if spec.qk_norm:
+        return "a norm follows"
+    return None if spec.rotary_dim is None else "they are rotated in part"
+
+
 def cut_spec(spec: DecoderSpec, cut: CutRecord) -> DecoderSpec:
     """The geometry of what is left; ``spec`` is the teacher's."""
     return replace(
@@ -287,6 +294,6 @@ def _turns_of_layers(files: TensorFiles, spec: DecoderSpec, left: int) -> Callab
     @functools.cache
     def turns(layer: int) -> Turns:
         k, v = whole("k", layer), whole("v", layer)
-        return find_turns(k, v, left, turn_keys=not spec.qk_norm and spec.rotary_dim is None)
+        return find_turns(k, v, left, turn_keys=keys_stay(spec) is None)
 
     return turns

@@ -28,7 +28,7 @@ from kava_jax.evaluation.heldout import make_measure
 from kava_jax.geometry import Mean
 from kava_jax.hf.card import cut_card
 from kava_jax.hf.config_json import FloatName
-from kava_jax.hf.cut import MEASURED, Rule, cut_on_disk, cut_spec, stored_dtype
+from kava_jax.hf.cut import MEASURED, Rule, cut_on_disk, cut_spec, keys_stay, stored_dtype
 from kava_jax.hf.cut_record import CutRecord
 from kava_jax.hf.export import check_destination, export_model
 from kava_jax.hf.load import read_spec
@@ -123,12 +123,13 @@ def _left(spec: DecoderSpec, record: CutRecord) -> dict[str, Any]:
     ours = cut_spec(spec, record)
     merged = ours.num_kv_heads < spec.num_kv_heads
     turned = "turned towards one another, then their mean" if merged else "as they were"
+    why = keys_stay(spec) if merged else None
     return {
         "layers": list(record.layers),
         "teacher_layers": spec.num_layers,
         "kv_heads": ours.num_kv_heads,
         "teacher_kv_heads": spec.num_kv_heads,
-        "keys": "mean only: a norm follows" if merged and spec.qk_norm else turned,
+        "keys": f"mean only: {why}" if why else turned,
         "values": turned,
         "intermediate_size": ours.intermediate_size,
         "teacher_intermediate_size": spec.intermediate_size,

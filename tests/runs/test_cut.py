@@ -181,10 +181,17 @@ def test_figures_for_people(workspace, capsys):
     assert "kava cut teacher --out out --keep 3 --rule best_block" in card
 
 
-@pytest.mark.parametrize(("family", "keys"), [("qwen3", "mean only"), ("qwen2", "turned")])
+@pytest.mark.parametrize(
+    ("family", "keys"),
+    [
+        ({"model_type": "qwen3"}, "mean only: a norm follows"),
+        ({"model_type": "qwen2"}, "turned"),
+        ({"model_type": "phi3", "partial_rotary_factor": 0.5}, "mean only: they are rotated in"),
+    ],
+)
 def test_what_is_done_to_heads_is_said(family, keys, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    write_model(tmp_path / "teacher", model_type=family, head_dim=4)
+    write_model(tmp_path / "teacher", head_dim=4, **family)
     found = cut(capsys, "--layers", "all", "--kv-heads", "1")
     assert found["keys"].startswith(keys)
     assert found["values"].startswith("turned")
