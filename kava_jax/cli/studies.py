@@ -91,8 +91,8 @@ def verify(as_json: Json = False) -> None:
     """
     from kava_jax.verify import as_dict, render, run_verification
 
-    rows = run_verification()
-    show(as_dict(rows), render(rows), as_json)
+    rows, notes = run_verification()
+    show(as_dict(rows, notes), render(rows, notes), as_json)
     if not all(row.holds for row in rows):
         raise typer.Exit(1)
 
