@@ -27,13 +27,6 @@ from kava_jax.runs import evaluate
 evaluate.write_answers = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 main()
 """
-# What runs after the last step, in its order: measuring, recording, scoring, and the very last.
-LATER = (
-    (evaluating, "held_out"),
-    (Monitor, "evaluation"),
-    (Checkpoints, "score"),
-    (training, "write_results"),
-)
 
 
 class BrokenError(Exception):
@@ -42,6 +35,15 @@ class BrokenError(Exception):
 
 def broken(*arguments: object, **named: object) -> None:
     raise BrokenError
+
+
+# What runs after the last step, in its order: measuring, recording, scoring, and the very last.
+LATER = (
+    (evaluating, "make_held_out", lambda *_: broken),
+    (Monitor, "evaluation", broken),
+    (Checkpoints, "score", broken),
+    (training, "write_results", broken),
+)
 
 
 def no_step(self: Blueprint) -> object:
@@ -88,9 +90,9 @@ def test_what_fails_after_the_last_step_is_done_again_and_no_step_is(
     check_saved(run)
 
     monkeypatch.setattr(Blueprint, "jitted_step", lambda self: no_step)
-    for owner, name in LATER:
+    for owner, name, fails in LATER:
         with monkeypatch.context() as patch:
-            patch.setattr(owner, name, broken)
+            patch.setattr(owner, name, fails)
             with pytest.raises(BrokenError):
                 kava(capsys, *COMMAND, "run.dir=broken")
         check_saved(run)
