@@ -181,6 +181,7 @@ def test_figures_for_people(workspace, capsys):
     assert "kava cut teacher --out out --keep 3 --rule best_block" in card
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("family", "keys"),
     [
