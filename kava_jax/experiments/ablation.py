@@ -12,12 +12,10 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
-from threading import Event
 from typing import Any
 
 import yaml
@@ -30,6 +28,8 @@ from kava_jax.journal.lock import exclusive
 from kava_jax.journal.manifest import config_hash, versions, write_atomically
 
 BAD_INPUT = 2
+# Seconds between two looks at the runs.
+POLL = 0.1
 # glibc hands XLA's buffers back to the system after every step and fetches them again, page by
 # page: a fifth to a third of the time of a small model's step. This keeps them.
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": "1073741824", "MALLOC_TRIM_THRESHOLD_": "4294967296"}
@@ -83,50 +83,55 @@ class Ablation:
             return self._all(first, jobs, tell) or self._all(missing, jobs, tell)
 
     def _all(
-        self, jobs: Sequence[Job], workers: int, tell: Callable[[Job, str], None]
+        self, jobs: Iterable[Job], workers: int, tell: Callable[[Job, str], None]
     ) -> list[Job]:
         """Run them, ``workers`` at a time; returns those that failed."""
-        shares, started, failed = _shares(workers), [], []
-        over, ended = Event(), SimpleQueue[Future[tuple[Job, int]]]()
+        waiting, running, failed = [(job, self._commands(job)) for job in jobs], [], []
+        shares, refused = _shares(workers), None
 
-        def work(job: Job) -> tuple[Job, int]:
-            """The job and its exit code."""
-            code, share = 0, shares.pop()
-            for command in self._commands(job):
-                process = self._call(job, command, share)
-                started.append(process)
-                # The grid may have ended before the process was in the list.
-                if over.is_set():
-                    process.terminate()
-                if code := process.wait():
-                    break
-            shares.append(share)
-            # Calling again does not mend bad input, so the grid ends with the run's words when
-            # the runs under way have ended.
-            if code == BAD_INPUT:
-                over.set()
-                raise self._refusal(job)
-            return job, code
+        def call(job: Job, command: list[str], rest: list[list[str]], share: set[int]) -> None:
+            running.append((job, self._call(job, command, share), rest, share))
 
-        with ThreadPoolExecutor(workers) as pool:
-            try:
-                for asked in [pool.submit(work, job) for job in jobs]:
-                    asked.add_done_callback(ended.put)
-                for _ in jobs:
-                    job, code = ended.get().result()
-                    if code:
+        # An interrupt is raised in the main thread alone, so that in another none comes between a
+        # process and its place in the list: a run that is not there would be told nothing.
+        starter = ThreadPoolExecutor(1)
+        try:
+            while waiting or running:
+                while waiting and shares:
+                    (job, (command, *rest)), share = waiting.pop(0), shares.pop()
+                    starter.submit(call, job, command, rest, share).result()
+                ended = [one for one in running if one[1].poll() is not None]
+                for one in ended:
+                    job, process, rest, share = one
+                    running.remove(one)
+                    shares.append(share)
+                    # Calling again does not mend bad input, so the grid ends with the run's words
+                    # when the runs under way have ended.
+                    if process.returncode == BAD_INPUT:
+                        refused = refused or self._refusal(job)
+                        waiting.clear()
+                        continue
+                    if process.returncode == 0 and rest:
+                        waiting.insert(0, (job, rest))
+                        continue
+                    if process.returncode:
                         failed.append(job)
                     elif job[0] != PRETRAINED:
                         self._keep(job)
-                    tell(job, "failed" if code else "finished")
-            except KeyboardInterrupt:  # at a terminal the runs hear Ctrl-C too, else only this does
-                over.set()
-                for process in started:
-                    # On SIGTERM a run saves what it has done, and the next call continues it.
-                    process.terminate()
-                raise
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
+                    tell(job, "failed" if process.returncode else "finished")
+                if not ended:
+                    time.sleep(POLL)
+        except KeyboardInterrupt:  # at a terminal the runs hear Ctrl-C too, else only this does
+            starter.shutdown()
+            for _, process, *_ in running:
+                # On SIGTERM a run saves what it has done, and the next call continues it.
+                process.terminate()
+            raise
+        finally:
+            for _, process, *_ in running:
+                process.wait()
+        if refused is not None:
+            raise refused
         return failed
 
     def _commands(self, job: Job) -> list[list[str]]:
