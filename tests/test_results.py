@@ -148,12 +148,15 @@ def test_arms_are_compared_with_the_one_without_matching(cut_students) -> None:
         cut_students.append(_arm("kl", seed, 0.0), "")
         cut_students.append(_arm("kl+mse", seed, -0.1 * (1 + seed)), "")
     told = cut_students.real_pair()
-    rows = [line for line in told if line.startswith("| half/kl+mse | 0 ")]
-    (cells,) = ([cell.strip() for cell in row.strip("|").split("|")] for row in rows)
+    rows = [line for line in told if line.startswith("| half/kl+mse |")]
+    cells, fresh = ([cell.strip() for cell in row.strip("|").split("|")] for row in rows)
     # 52 steps of 10 seconds and 8 of 40. Blocks differ by -0.1, -0.1 and -0.4: a mean of
     # -0.2 and a deviation of 0.1732, over the root of 3. The curve falls from 6 by 3.1 in 60 steps.
     assert cells[2:6] == ["60", "14.0", "2.900", "-0.200 ± 0.100"]
     assert cells[-1] == f"{60 * 3 / 3.1:.0f}"
+    # Seeds 1 and 2 in one row: blocks differ by -0.4 and by -0.6, curves fall by 3.2 and by 3.3.
+    assert fresh[1:6] == ["1, 2", "60", "14.0", "2.750", "-0.500 ± 0.100"]
+    assert fresh[-1] == f"{60 * 3 / 3.3:.0f} to {60 * 3 / 3.2:.0f}"
     # Seeds 1 and 2 alone, -0.2 and -0.3.
     said = "Loss on GSM8K after 60 steps, half/kl+mse minus half/kl: -0.25 ("
     assert any(line.startswith(said) for line in told)

@@ -2,6 +2,7 @@
 
 import json
 import textwrap
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -71,16 +72,19 @@ def real_pair() -> list[str]:
     order = ("text", "cut", "steps", "arm", "seed")
     arms = sorted((x for x in lines if "cut" in x), key=lambda x: [x[name] for name in order])
     told = head(
-        "arm | >seed | >steps | >minutes | >loss on its text | >minus without matching | >KL to "
+        "arm | seeds | >steps | >minutes | >loss on its text | >minus without matching | >KL to "
         "the teacher | >loss on the other text | >minus without matching | >KL to the teacher | "
         ">last loss without matching reached at step"
     )
-    told += [row(*_cells(line, reference(line, arms))) for line in arms]
+    # Seed 0 chose what the fresh seeds then ran; it has a row of its own.
+    rows = groupby(arms, lambda line: (line["arm"], line["steps"], line["seed"] > 0))
+    told += [row(*_cells([(line, reference(line, arms)) for line in own])) for _, own in rows]
     told += [
         "",
-        "Nats a token on held-out text, plus or minus the standard error of the paired difference "
-        "over test blocks. Without matching is KL alone, and cross-entropy alone for arms with it. "
-        "Minutes by the bench on a quiet machine.",
+        "Nats a token on held-out text, means over seeds. Plus or minus is a standard error of the "
+        "paired difference: over test blocks for one seed, over seeds for several. Without "
+        "matching is KL alone, and cross-entropy alone for arms with it. Minutes by the bench on a "
+        "quiet machine.",
     ]
     for said in filter(None, (*_contrasts(arms), _teachers(teachers))):
         told += ["", said]
@@ -106,28 +110,44 @@ def reference(line: Line, arms: list[Line]) -> Line | None:
     return None if found is line else found
 
 
-def _cells(line: Line, other: Line | None) -> list[str]:
+def _cells(pairs: list[tuple[Line, Line | None]]) -> list[str]:
+    """A row: one arm over its seeds, each next to the one without matching."""
+    line = pairs[0][0]
     texts = [line["text"], *(text for text in TEXTS if text != line["text"])]
     known = line["losses"] in _timed(line["cut"])
     minutes = seconds(line["cut"], line["losses"], line["steps"]) / 60 if known else None
-    cells = [line["arm"], str(line["seed"]), str(line["steps"])]
+    cells = [line["arm"], ", ".join(str(own["seed"]) for own, _ in pairs), str(line["steps"])]
     cells += ["" if minutes is None else f"{minutes:.1f}"]
+    compared = [(own, other) for own, other in pairs if other]
     for text in texts:
-        own = line["figures"][text]
-        change = "" if other is None else _difference(own, other["figures"][text])
-        cells += [f"{own['loss']:.3f}", change, f"{own['kl']:.3f}"]
-    if other is None:
-        return [*cells, ""]
-    target = other["curve"][-1]["eval_loss"]
-    curve = [(int(point["step"]), point["eval_loss"]) for point in line["curve"]]
-    step = steps_to_reach(curve, target, higher_is_better=False)
-    return [*cells, "not" if step is None else f"{step:.0f}"]
+        loss, kl = (np.mean([own["figures"][text][x] for own, _ in pairs]) for x in ("loss", "kl"))
+        blocks = [
+            np.subtract(*(one["figures"][text]["block_loss"] for one in pair)) for pair in compared
+        ]
+        cells += [f"{loss:.3f}", _difference(blocks), f"{kl:.3f}"]
+    return [*cells, _reached(compared)]
 
 
-def _difference(own: Line, other: Line) -> str:
-    """Of the mean over blocks, with its standard error."""
-    change = np.subtract(own["block_loss"], other["block_loss"])
-    return f"{change.mean():+.3f} ± {change.std(ddof=1) / np.sqrt(len(change)):.3f}"
+def _difference(blocks: list[np.ndarray]) -> str:
+    """Mean of a paired difference: over the blocks of one seed, or over seeds."""
+    if not blocks:
+        return ""
+    parts = blocks[0] if len(blocks) == 1 else np.mean(blocks, axis=1)
+    return f"{np.mean(parts):+.3f} ± {np.std(parts, ddof=1) / np.sqrt(len(parts)):.3f}"
+
+
+def _reached(compared: list[tuple[Line, Line]]) -> str:
+    """At which step each seed had the last loss of the arm without matching, least to most."""
+    steps = [
+        steps_to_reach(
+            [(int(point["step"]), point["eval_loss"]) for point in own["curve"]],
+            other["curve"][-1]["eval_loss"],
+            higher_is_better=False,
+        )
+        for own, other in compared
+    ]
+    found = sorted({f"{step:.0f}" for step in steps if step is not None}, key=int)
+    return " to ".join(found[:1] + found[1:][-1:] + ["not"] * (None in steps))
 
 
 def _contrasts(arms: list[Line]) -> list[str]:
@@ -144,7 +164,7 @@ def _contrasts(arms: list[Line]) -> list[str]:
                 for seed, (own, other) in pairs.items()
             }
             baseline = next(other["arm"] for _, other in pairs.values())
-            if found := estimate(changes):
+            if len(changes) > 1 and (found := estimate(changes)):
                 said = in_words(found, name, baseline)
                 told.append(f"Loss on {title} after {steps} steps, {said}.")
     return told
