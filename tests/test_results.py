@@ -162,3 +162,47 @@ def test_arms_are_compared_with_the_one_without_matching(cut_students) -> None:
     assert any(line.startswith(said) for line in told)
     # KL's 600 seconds hold 39 steps, 7 of them long.
     assert cut_students.affordable("half", "kl+mse", 60) == 39
+
+
+def test_the_student_that_was_handed_a_cache_is_compared_with_one_that_read_alone(
+    monkeypatch, tmp_path
+) -> None:
+    monkeypatch.syspath_prepend(str(TABLES.parent))
+    module = importlib.import_module("handoff_pair_table")
+    monkeypatch.setattr(module, "RESULTS", tmp_path / "arms.jsonl")
+    monkeypatch.setattr(module, "HANDOFF_SECONDS", tmp_path / "seconds.json")
+    own = {"alone": {"step": {"median": 3.0}}, "both": {"step": {"median": 4.8}}}
+    module.HANDOFF_SECONDS.write_text(json.dumps({"seconds": own}))
+
+    def arm(mode: str, seed: int, steps: int, handed: list[float]) -> dict:
+        rows = {"row_alone": [1.0, 2.0], "row_handed": handed}
+        losses = {"alone": 1.5, "handed": sum(handed) / 2, "wrong": 4.0, "none": 5.0}
+        line = {"arm": f"kl/{mode}", "seed": seed, "healed": "kl", "mode": mode, "steps": steps}
+        return line | {"changes": [], "figures": losses | rows | {"teacher": 0.5}}
+
+    lines = [
+        line
+        for seed in range(3)
+        for line in (
+            arm("alone", seed, 40, [6.0, 6.0]),
+            arm("both", seed, 40, [0.8 - 0.1 * seed, 1.6]),
+            arm("both", seed, 26, [1.1 + 0.1 * seed, 2.1]),
+        )
+    ]
+    module.RESULTS.write_text("\n".join(map(json.dumps, lines)))
+    told = module.handoff_pair()
+    rows = [line for line in told if line.startswith("| kl | both |")]
+    cells = [[cell.strip() for cell in row.strip("|").split("|")][2:] for row in rows]
+    # Rows differ from those read alone by 0.1 and 0.1, or by -0.2 and -0.4. Over seeds 1 and 2 the
+    # means are 0.15 and 0.2, or -0.35 and -0.4.
+    assert cells == [
+        ["0", "26", "2.1", "1.500", "1.600", "+0.100 ± 0.000", "4.000", "5.000"],
+        ["1, 2", "26", "2.1", "1.500", "1.675", "+0.175 ± 0.025", "4.000", "5.000"],
+        ["0", "40", "3.2", "1.500", "1.200", "-0.300 ± 0.100", "4.000", "5.000"],
+        ["1, 2", "40", "3.2", "1.500", "1.125", "-0.375 ± 0.025", "4.000", "5.000"],
+    ]
+    text = " ".join(told)
+    assert "the teacher has 0.500" in text
+    after = "kl/both from the teacher's cache after {} steps minus kl/alone after 40: {} (95 %"
+    assert after.format(26, "+0.175") in text
+    assert after.format(40, "-0.375") in text

@@ -12,6 +12,14 @@ but ``handoff_pair.jsonl`` and ``handoff_pair_seconds.json`` stays in ``build/re
 goes on from a student that ``heal`` cut and healed (60 steps, as ``real_pair.py`` does), and learns
 GSM8K's answers for 40 steps more. Rates are chosen by the run's evaluations on ``choose``; the
 table tells the loss of answers on ``report``.
+
+The contrast, declared before any of its runs: the student of ``both`` from its teacher's cache
+minus the student of ``alone`` by itself, each after KL + Mercator healed it, loss of answers on
+``report``, seeds 1 to 6; at equal steps, and with ``both`` stopped when the time of ``alone``'s 40
+steps is over:
+
+    python docs/results/handoff_pair.py arms kl+mercator/alone kl+mercator/both --seeds 1 2 3 4 5 6
+    python docs/results/handoff_pair.py arms kl+mercator/both --in-time-of alone --seeds 1 2 3 4 5 6
 """
 
 import argparse

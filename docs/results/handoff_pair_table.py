@@ -1,12 +1,11 @@
 """The table of the handoff study, from the two files that handoff_pair.py writes."""
 
 import json
-import textwrap
 from typing import Any
 
 import numpy as np
 from lines import head, row
-from real_pair_table import HERE, records
+from real_pair_table import HERE, by_seeds, difference, records, wrapped
 
 from kava_jax.experiments.statistics import estimate, in_words
 
@@ -14,7 +13,6 @@ RESULTS, HANDOFF_SECONDS = HERE / "handoff_pair.jsonl", HERE / "handoff_pair_sec
 # How an answer is read: by the student alone, from the teacher's cache of the prompt, from its
 # cache of another prompt, without a prompt, and by the teacher.
 WAYS = ("alone", "handed", "wrong", "none", "teacher")
-BASELINE = "alone"
 Line = dict[str, Any]
 
 
@@ -28,65 +26,77 @@ def seconds() -> dict[str, float]:
 
 def handoff_pair() -> list[str]:
     """Every arm next to the student that was trained on alone; the contrasts over fresh seeds."""
-    lines = sorted(records(RESULTS), key=lambda x: (x["healed"], x["mode"], x["steps"], x["seed"]))
+    order = ("healed", "mode", "arm", "steps", "seed")
+    lines = sorted(records(RESULTS), key=lambda line: [line[name] for name in order])
     told = head(
-        "healed by | trained on | >seed | >steps | >minutes | >alone | >from the teacher's cache "
+        "healed by | trained on | seeds | >steps | >minutes | >alone | >from the teacher's cache "
         "| >minus trained on alone | >of another prompt | >no prompt"
     )
-    told += [row(*_cells(line, baseline(line, lines))) for line in lines]
+    told += [
+        row(*_cells([(line, baseline(line, lines)) for line in own])) for own in by_seeds(lines)
+    ]
     teacher = lines[0]["figures"]["teacher"] if lines else float("nan")
     told += [
         "",
-        f"Nats a token of held-out answers; the teacher has {teacher:.3f}. The difference is from "
-        "the teacher's cache minus the student that was trained on alone, at equal steps, plus or "
-        "minus the standard error of the paired difference over rows.",
+        f"Nats a token of held-out answers, means over seeds; the teacher has {teacher:.3f}. The "
+        "difference is from the teacher's cache minus the student that was trained on alone, plus "
+        "or minus its standard error: over rows for one seed, over seeds for several.",
     ]
     for said in _contrasts(lines):
         told += ["", said]
-    wrapped = (textwrap.wrap(line, 118) if line[:1] not in ("", "|") else [line] for line in told)
-    return [line for lines in wrapped for line in lines]
+    return wrapped(told)
 
 
-def baseline(line: Line, lines: list[Line], *, longer: bool = False) -> Line | None:
-    """Trained on alone from the same start: with as many steps, or with more."""
+def baseline(line: Line, lines: list[Line]) -> Line | None:
+    """Trained on alone from the same start, with KL where the arm has it.
+
+    It has as many steps or, where an arm was stopped at equal time, the next more.
+    """
+    mode = "alone, KL" if line["mode"].endswith("KL") else "alone"
     same = [
         one
         for one in lines
-        if one["mode"] == BASELINE
+        if one["mode"] == mode
         and not one.get("changes")
         and all(one[key] == line[key] for key in ("healed", "seed"))
-        and (one["steps"] > line["steps"] if longer else one["steps"] == line["steps"])
+        and one["steps"] >= line["steps"] > 0
     ]
-    return same[0] if same and same[0] is not line else None
+    found = min(same, key=lambda one: one["steps"], default=None)
+    return None if found is line else found
 
 
-def _cells(line: Line, other: Line | None) -> list[str]:
-    own, timed = line["figures"], seconds()
+def _cells(pairs: list[tuple[Line, Line | None]]) -> list[str]:
+    """A row: one arm over its seeds, each next to the student that was trained on alone."""
+    line, timed = pairs[0][0], seconds()
     minutes = line["steps"] * timed[line["mode"]] / 60 if line["mode"] in timed else None
-    change = ""
-    if other is not None:
-        rows = np.subtract(own["row_handed"], other["figures"]["row_alone"])
-        change = f"{rows.mean():+.3f} ± {rows.std(ddof=1) / np.sqrt(len(rows)):.3f}"
-    ways = (f"{own[way]:.3f}" for way in WAYS[:-1])
-    alone, handed, *controls = ways
+    rows = [
+        np.subtract(own["figures"]["row_handed"], other["figures"]["row_alone"])
+        for own, other in pairs
+        if other
+    ]
+    ways = (np.mean([own["figures"][way] for own, _ in pairs]) for way in WAYS[:-1])
+    alone, handed, *controls = (f"{mean:.3f}" for mean in ways)
     named = " ".join((line["mode"] or "untrained", *line.get("changes", ())))
-    cells = [line["healed"], named, str(line["seed"]), str(line["steps"])]
-    return [*cells, "" if minutes is None else f"{minutes:.1f}", alone, handed, change, *controls]
+    seeds = ", ".join(str(own["seed"]) for own, _ in pairs)
+    cells = [line["healed"], named, seeds, str(line["steps"])]
+    cells += ["" if minutes is None else f"{minutes:.1f}", alone, handed]
+    return [*cells, difference(rows), *controls]
 
 
 def _contrasts(lines: list[Line]) -> list[str]:
-    """Over fresh seeds, at equal steps and at equal time; seed 0 chose them and does not count."""
+    """Over fresh seeds; seed 0 chose them and does not count."""
     told = []
-    fresh = [line for line in lines if line["seed"] > 0 and line["mode"] != BASELINE]
-    for arm in dict.fromkeys(line["arm"] for line in fresh):
-        for longer, when in ((False, "At equal steps"), (True, "At equal time")):
-            changes = {
-                one["seed"]: one["figures"]["handed"] - other["figures"]["alone"]
-                for one in fresh
-                if one["arm"] == arm and (other := baseline(one, lines, longer=longer))
-            }
-            if found := estimate(changes):
-                told.append(f"{when}, {in_words(found, f'{arm}, handed over', BASELINE)}.")
+    for own in by_seeds(lines):
+        pairs = [(one, other) for one in own if one["seed"] and (other := baseline(one, lines))]
+        changes = {
+            one["seed"]: one["figures"]["handed"] - other["figures"]["alone"]
+            for one, other in pairs
+        }
+        if len(changes) > 1 and (found := estimate(changes)):
+            arm, other = pairs[0]
+            after = f"{arm['arm']} from the teacher's cache after {arm['steps']} steps"
+            alone = f"{other['arm']} after {other['steps']}"
+            told.append(f"{in_words(found, after, alone)}.")
     return told
 
 

@@ -4,7 +4,7 @@
     python docs/results/real_pair.py correct gsm8k tinystories            teachers learn the texts
     python docs/results/real_pair.py plan                                 the arms, done and to do
     python docs/results/real_pair.py arms 15-middle/kl '20-*'             run some of them
-    python docs/results/real_pair.py bench 15-middle 1-kv-head            seconds of each step
+    python docs/results/real_pair.py bench '15-middle/*'                  seconds of each step
     python docs/results/real_pair.py table                                what came out
 
 Run it in the root of the checkout, with the test extra (torch, accelerate) and ``pip install
@@ -212,16 +212,22 @@ def trained(config: Config, out: Path) -> tuple[Path, dict[str, Any]]:
     return directory, {"curve": curve, "versions": start["versions"], "git": start["git"]}
 
 
-def bench(cuts: list[str]) -> None:
-    """Seconds of a step, plain and measuring: all arms of a cut in turns, cut by cut."""
+def bench(patterns: list[str]) -> None:
+    """Seconds of a step, plain and measuring: the arms whose names fit in turns, cut by cut."""
     found: dict[str, Any] = {"rounds": ROUNDS, "versions": versions(), "seconds": {}}
     if SECONDS.is_file():
         found["seconds"] = json.loads(SECONDS.read_text(encoding="utf-8"))["seconds"]
-    for cut in cuts:
-        names = [name for name in ARMS if name.startswith(f"{cut}/")]
-        found["seconds"][cut] = in_turns({ARMS[name].losses: timed_config(name) for name in names})
-        jax.clear_caches()
+    for cut in CUTS:
+        if names := [name for name in fitting(patterns) if name.startswith(f"{cut}/")]:
+            timed = {ARMS[name].losses: timed_config(name) for name in names}
+            found["seconds"][cut] = in_turns(timed)
+            jax.clear_caches()
     SECONDS.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def fitting(patterns: list[str]) -> list[str]:
+    """The arms whose names fit, in the plan's order."""
+    return [name for name in ARMS if any(fnmatch(name, pattern) for pattern in patterns)]
 
 
 def timed_config(name: str) -> Config:
@@ -275,12 +281,12 @@ def summary(seconds: list[float]) -> dict[str, float]:
 def arms(patterns: list[str], seeds: list[int], steps: int | None, equal_time: bool) -> None:
     """Run the arms whose names fit, in the plan's order, but for those that are done."""
     done = {(line["arm"], line["seed"], line["steps"]) for line in records()}
-    for name, arm in ARMS.items():
-        if any(fnmatch(name, pattern) for pattern in patterns):
-            own = affordable(arm.cut, arm.losses, arm.steps) if equal_time else steps or arm.steps
-            for seed in seeds:
-                if (name, seed, own) not in done:
-                    run_arm(name, seed, own)
+    for name in fitting(patterns):
+        arm = ARMS[name]
+        own = affordable(arm.cut, arm.losses, arm.steps) if equal_time else steps or arm.steps
+        for seed in seeds:
+            if (name, seed, own) not in done:
+                run_arm(name, seed, own)
 
 
 def main() -> None:
@@ -298,7 +304,8 @@ def main() -> None:
     several.add_argument("--seeds", type=int, nargs="+", default=[0])
     several.add_argument("--steps", type=int, help="another number than the plan's")
     several.add_argument("--equal-time", action="store_true", help="in the time without matching")
-    commands.add_parser("bench").add_argument("cuts", nargs="+", choices=CUTS)
+    timed = commands.add_parser("bench")
+    timed.add_argument("patterns", nargs="+", metavar="NAME", help="15-middle/kl, or '20-*'")
     for name in ("plan", "table"):
         commands.add_parser(name)
     given = parser.parse_args()
@@ -313,7 +320,7 @@ def main() -> None:
         done = {line["arm"] for line in records()}
         print("\n".join(f"{'done' if name in done else '    '}  {name}" for name in ARMS))
     elif given.command == "bench":
-        bench(given.cuts)
+        bench(given.patterns)
     else:
         print("\n".join(real_pair()))
 

@@ -76,9 +76,8 @@ def real_pair() -> list[str]:
         "the teacher | >loss on the other text | >minus without matching | >KL to the teacher | "
         ">last loss without matching reached at step"
     )
-    # Seed 0 chose what the fresh seeds then ran; it has a row of its own.
-    rows = groupby(arms, lambda line: (line["arm"], line["steps"], line["seed"] > 0))
-    told += [row(*_cells([(line, reference(line, arms)) for line in own])) for _, own in rows]
+    groups = by_seeds(arms)
+    told += [row(*_cells([(line, reference(line, arms)) for line in own])) for own in groups]
     told += [
         "",
         "Nats a token on held-out text, means over seeds. Plus or minus is a standard error of the "
@@ -88,8 +87,20 @@ def real_pair() -> list[str]:
     ]
     for said in filter(None, (*_contrasts(arms), _teachers(teachers))):
         told += ["", said]
-    wrapped = (textwrap.wrap(line, 118) if line[:1] not in ("", "|") else [line] for line in told)
-    return [line for lines in wrapped for line in lines]
+    return wrapped(told)
+
+
+def wrapped(told: list[str]) -> list[str]:
+    """Lines of a page, with sentences broken to its width; a line of a table cannot be."""
+    parts = (textwrap.wrap(line, 118) if line[:1] not in ("", "|") else [line] for line in told)
+    return [line for part in parts for line in part]
+
+
+def by_seeds(lines: list[Line]) -> list[list[Line]]:
+    """Sorted lines of one arm and as many steps together. Seed 0, which chose what the fresh seeds
+    then ran, is a group of its own."""
+    groups = groupby(lines, lambda line: (line["arm"], line["steps"], line["seed"] > 0))
+    return [list(own) for _, own in groups]
 
 
 def reference(line: Line, arms: list[Line]) -> Line | None:
@@ -124,11 +135,11 @@ def _cells(pairs: list[tuple[Line, Line | None]]) -> list[str]:
         blocks = [
             np.subtract(*(one["figures"][text]["block_loss"] for one in pair)) for pair in compared
         ]
-        cells += [f"{loss:.3f}", _difference(blocks), f"{kl:.3f}"]
+        cells += [f"{loss:.3f}", difference(blocks), f"{kl:.3f}"]
     return [*cells, _reached(compared)]
 
 
-def _difference(blocks: list[np.ndarray]) -> str:
+def difference(blocks: list[np.ndarray]) -> str:
     """Mean of a paired difference: over the blocks of one seed, or over seeds."""
     if not blocks:
         return ""

@@ -5,6 +5,7 @@ python docs/results/tables.py NAME          print that of NAME.json, or of the g
 python docs/results/tables.py prediction    print that of both regimes' grids together
 python docs/results/tables.py confirmed     print that of both confirming grids together
 python docs/results/tables.py real_pair     print that of the cut students
+python docs/results/tables.py handoff_pair  print that of the handoff on the real pair
 """
 
 import json
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 from compiled import COMPILED
+from handoff_pair_table import HANDOFF_PAIR
 from lines import head, row
 from real_pair_table import REAL_PAIR
 from scipy.stats import rankdata
@@ -451,6 +453,7 @@ TOGETHER = {
     "cut_plans": cut_plans,
     "family_plans": family_plans,
     **REAL_PAIR,
+    **HANDOFF_PAIR,
 }
 
 
