@@ -24,6 +24,7 @@ steps is over:
 
 import argparse
 import json
+import re
 import shutil
 from fnmatch import fnmatch
 from functools import partial
@@ -112,7 +113,7 @@ def config_of(name: str, seed: int, steps: int = STEPS) -> Config:
             "path": str(TEXTS / "gsm8k_answers_train.jsonl"),
             "eval_path": str(TEXTS / "gsm8k_answers_choose.jsonl"),
             "eval_rows": 32,
-            "format": "{question}\n{answer}",
+            "format": "{prompt}\n{answer}",
             "max_length": LENGTH,
             "bucket": LENGTH,
             "batch_size": ROWS,
@@ -121,8 +122,8 @@ def config_of(name: str, seed: int, steps: int = STEPS) -> Config:
         "train": {"log_every": 5, "eval_every": 20, "max_to_keep": 1, "diagnose_every": None},
         "eval": {"max_new_tokens": 0},
     }
-    run = "handoff-" + name.replace("/", "-").replace(" ", "-").replace(",", "")
-    own = [f"run.seed={seed}", f"train.steps={steps}", *of_run(f"{run}-{steps}-{seed}")]
+    run = re.sub(r"[^\w.]+", "-", f"handoff-{name}-{steps}-{seed}")
+    own = [f"run.seed={seed}", f"train.steps={steps}", *of_run(run)]
     return parse_config(raw, [*own, *MODES[arm.mode], *arm.changes])
 
 
