@@ -140,18 +140,23 @@ def run_arm(name: str, seed: int, steps: int) -> None:
 
 
 def record(line: dict[str, Any], student: Path) -> None:
-    """Measure a student, append its line, and say what came out."""
-    figures = measured(student)
-    told = ", ".join(f"{way} {figures[way]}" for way in WAYS)
+    """Measure a student, append its line, and say what came out.
+
+    The controls are measured once, of seed 0: measuring takes as long as training.
+    """
+    alone = line["mode"].startswith("alone")
+    once = line["seed"] == 0 and not line.get("changes")
+    figures = measured(student, WAYS if once else ("alone",) if alone else ("alone", "handed"))
+    told = ", ".join(f"{way} {figures[way]}" for way in WAYS if way in figures)
     append(line | {"figures": figures}, told, RESULTS)
 
 
-def measured(student: Path) -> dict[str, Any]:
+def measured(student: Path, ways: tuple[str, ...]) -> dict[str, Any]:
     """Losses of answers on ``report``, as a whole and by row, in nats a token.
 
     ``alone``: the student by itself; ``handed``: from the teacher's cache of the prompt; ``wrong``:
     from its cache of another row; ``none``: of the prompt's last token alone; ``teacher``: the
-    teacher by itself.
+    teacher by itself. ``ways`` says which of them.
     """
     # With logit KL a teacher is loaded whole.
     config = dump_config(config_of("kl/both, KL", 0))
@@ -163,11 +168,13 @@ def measured(student: Path) -> dict[str, Any]:
     batched = partial(eval_batches, batch_size=ROWS, max_length=LENGTH, bucket=LENGTH)
     bare = [Encoded(row.ids[row.prompt_length - 1 :], 1, False) for row in rows]
     weights, teachers = run.blueprint.load_student(), run.blueprint.load_teachers()
-    read = jax.jit(partial(by_row, run))
+    read = jax.jit(partial(by_row, run, ways))
     parts = [read(weights, teachers, batch) for batch in batched(rows)]
     found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    empty = [read(weights, teachers, batch) for batch in batched(bare)]
-    found["none"] = np.concatenate([part["alone"] for part in empty])
+    if "none" in ways:
+        read = jax.jit(partial(by_row, run, ("alone",)))
+        empty = [read(weights, teachers, batch)["alone"] for batch in batched(bare)]
+        found["none"] = np.concatenate(empty)
     tokens = found.pop("tokens")
     return {
         "tokens": int(tokens.sum()),
@@ -176,12 +183,15 @@ def measured(student: Path) -> dict[str, Any]:
     }
 
 
-def by_row(run: Run, student: Params, teachers: dict[str, Params], batch: Batch) -> dict[str, Any]:
+def by_row(
+    run: Run, ways: tuple[str, ...], student: Params, teachers: dict[str, Params], batch: Batch
+) -> dict[str, Any]:
     """Sums over each row's answer [B], and its tokens."""
     objective = run.blueprint.objective
     term = objective.handoff
     assert term is not None
     ((name, link),) = objective.teachers.items()
+    # The compiler leaves out what no way asks for.
     teacher = forward(link.graph, teachers[name], batch)
     everyone = jnp.ones(len(batch.tokens), bool)
     given = partial(term.past, {}, batch, everyone, {name: teacher})
@@ -190,12 +200,12 @@ def by_row(run: Run, student: Params, teachers: dict[str, Params], batch: Batch)
         past = given(rotation)
         return past._replace(cache=jax.tree.map(lambda x: jnp.roll(x, 1, axis=1), past.cache))
 
-    ways = {"alone": None, "handed": given, "wrong": wrong}
     passes = {
-        way: forward(objective.student, student, batch, handed=how) for way, how in ways.items()
+        way: forward(objective.student, student, batch, handed=how)
+        for way, how in {"alone": None, "handed": given, "wrong": wrong}.items()
     }
     passes |= {"teacher": teacher}
-    sums = {way: _answer_loss(one, batch) for way, one in passes.items()}
+    sums = {way: _answer_loss(one, batch) for way, one in passes.items() if way in ways}
     return sums | {"tokens": batch.loss_mask[:, 1:].sum(-1)}
 
 

@@ -35,7 +35,7 @@ def handoff_pair() -> list[str]:
     told += [
         row(*_cells([(line, baseline(line, lines)) for line in own])) for own in by_seeds(lines)
     ]
-    teacher = lines[0]["figures"]["teacher"] if lines else float("nan")
+    teacher = next((one["figures"]["teacher"] for one in lines if "teacher" in one["figures"]), 0)
     told += [
         "",
         f"Nats a token of held-out answers, means over seeds; the teacher has {teacher:.3f}. The "
@@ -72,10 +72,14 @@ def _cells(pairs: list[tuple[Line, Line | None]]) -> list[str]:
     rows = [
         np.subtract(own["figures"]["row_handed"], other["figures"]["row_alone"])
         for own, other in pairs
-        if other
+        if other and "handed" in own["figures"]
     ]
-    ways = (np.mean([own["figures"][way] for own, _ in pairs]) for way in WAYS[:-1])
-    alone, handed, *controls = (f"{mean:.3f}" for mean in ways)
+    figures = [own["figures"] for own, _ in pairs]
+    # Not every student was measured in every way.
+    alone, handed, *controls = (
+        f"{np.mean([own[way] for own in figures]):.3f}" if way in figures[0] else ""
+        for way in WAYS[:-1]
+    )
     named = " ".join((line["mode"] or "untrained", *line.get("changes", ())))
     seeds = ", ".join(str(own["seed"]) for own, _ in pairs)
     cells = [line["healed"], named, seeds, str(line["steps"])]
@@ -87,7 +91,8 @@ def _contrasts(lines: list[Line]) -> list[str]:
     """Over fresh seeds; seed 0 chose them and does not count."""
     told = []
     for own in by_seeds(lines):
-        pairs = [(one, other) for one in own if one["seed"] and (other := baseline(one, lines))]
+        fresh = [one for one in own if one["seed"] and "handed" in one["figures"]]
+        pairs = [(one, other) for one in fresh if (other := baseline(one, lines))]
         changes = {
             one["seed"]: one["figures"]["handed"] - other["figures"]["alone"]
             for one, other in pairs
