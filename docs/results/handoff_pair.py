@@ -35,6 +35,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from handoff_pair_table import HANDOFF_SECONDS, RESULTS, WAYS, handoff_pair, seconds
+from lines import page
 from real_pair import arm_config, in_turns, of_run, trained
 from real_pair_measure import WORK, rounded
 from real_pair_table import append, records
@@ -260,7 +261,7 @@ def main() -> None:
     elif given.command == "bench":
         bench()
     else:
-        print("\n".join(handoff_pair()))
+        print(page(handoff_pair()))
 
 
 if __name__ == "__main__":

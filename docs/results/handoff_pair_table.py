@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 from lines import head, row
-from real_pair_table import HERE, by_seeds, difference, records, wrapped
+from real_pair_table import HERE, by_seeds, difference, records
 
 from kava_jax.experiments.statistics import estimate, in_words
 
@@ -44,7 +44,7 @@ def handoff_pair() -> list[str]:
     ]
     for said in _contrasts(lines):
         told += ["", said]
-    return wrapped(told)
+    return told
 
 
 def baseline(line: Line, lines: list[Line]) -> Line | None:

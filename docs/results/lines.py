@@ -1,5 +1,7 @@
 """Lines of Markdown tables, for the scripts beside it."""
 
+import textwrap
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -14,3 +16,9 @@ def head(names: str) -> list[str]:
 def row(*cells: Any) -> str:
     """A line of a table."""
     return f"| {' | '.join(map(str, cells))} |"
+
+
+def page(lines: Iterable[str]) -> str:
+    """Lines of a page as text, sentences broken to its width; a line of a table cannot be."""
+    parts = (textwrap.wrap(line, 118) if line[:1] not in ("", "|") else [line] for line in lines)
+    return "\n".join(line for part in parts for line in part)

@@ -41,6 +41,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+from lines import page
 from real_pair_files import prepare_files
 from real_pair_measure import TEXTS, WORK, measured, rounded
 from real_pair_table import SECONDS, affordable, append, real_pair, records
@@ -322,7 +323,7 @@ def main() -> None:
     elif given.command == "bench":
         bench(given.patterns)
     else:
-        print("\n".join(real_pair()))
+        print(page(real_pair()))
 
 
 if __name__ == "__main__":

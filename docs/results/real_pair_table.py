@@ -1,7 +1,6 @@
 """The tables of the study of cut students, from the two files that real_pair.py writes."""
 
 import json
-import textwrap
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -87,13 +86,7 @@ def real_pair() -> list[str]:
     ]
     for said in filter(None, (*_contrasts(arms), _teachers(teachers))):
         told += ["", said]
-    return wrapped(told)
-
-
-def wrapped(told: list[str]) -> list[str]:
-    """Lines of a page, with sentences broken to its width; a line of a table cannot be."""
-    parts = (textwrap.wrap(line, 118) if line[:1] not in ("", "|") else [line] for line in told)
-    return [line for part in parts for line in part]
+    return told
 
 
 def by_seeds(lines: list[Line]) -> list[list[Line]]:

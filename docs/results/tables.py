@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from compiled import COMPILED
 from handoff_pair_table import HANDOFF_PAIR
-from lines import head, row
+from lines import head, page, row
 from real_pair_table import REAL_PAIR
 from scipy.stats import rankdata
 from speed import SPEED
@@ -485,11 +485,11 @@ TABLES: dict[str, Callable[[dict[str, Any]], list[str]]] = {
 def table(name: str) -> str:
     """The Markdown of one result."""
     if name in TOGETHER:
-        return "\n".join(TOGETHER[name]())
+        return page(TOGETHER[name]())
     if (HERE / name).is_dir():
         show = sensitivity if name == "sensitivity" else grid
-        return "\n".join(show(HERE / name)).rstrip("\n")
-    return "\n".join(TABLES[name](json.loads((HERE / f"{name}.json").read_text(encoding="utf-8"))))
+        return page(show(HERE / name)).rstrip("\n")
+    return page(TABLES[name](json.loads((HERE / f"{name}.json").read_text(encoding="utf-8"))))
 
 
 def written_here(name: str) -> bool:
@@ -497,15 +497,15 @@ def written_here(name: str) -> bool:
     return name in TOGETHER or name in TABLES or (HERE / name).is_dir()
 
 
-def filled(page: str) -> str:
-    """The page's text with every table between ``results:`` markers written anew."""
+def filled(text: str) -> str:
+    """A page's text with every table between ``results:`` markers written anew."""
 
     def section(found: re.Match[str]) -> str:
         if not written_here(found[2]):
             return found[0]
         return f"{found[1]}\n{table(found[2])}\n{found[3]}"
 
-    return re.sub(SECTION, section, page, flags=re.S)
+    return re.sub(SECTION, section, text, flags=re.S)
 
 
 if __name__ == "__main__":
