@@ -265,7 +265,7 @@ def test_every_alarm_is_explained(alarm):
     assert any(quotes(message, alarm) for message in quoted())
 
 
-# Links
+# Links and lines
 
 
 def slug(heading: str) -> str:
@@ -300,3 +300,10 @@ def test_both_languages_tell_the_same_story():
     levels = [re.findall(r"^#+", text, re.M) for text in (english, chinese)]
     assert pictures[0] == pictures[1]
     assert levels[0] == levels[1]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_lines_fit_a_screen(path):
+    """A row of a table cannot be broken."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert not [line for line in lines if len(line) > 120 and not line.startswith("|")]
