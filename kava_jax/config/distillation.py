@@ -111,6 +111,11 @@ class HandoffConfig(Section):
         """The share of rows that the answerer reads alone."""
         return self.alone_share if self.reader == "teacher" and self.train == "both" else 0.0
 
+    @property
+    def compares(self) -> bool:
+        """Whether the student reads any row by itself, and is compared with a teacher there."""
+        return self.reader == "student" or self.read_alone > 0
+
 
 class LossConfig(Section):
     """What is minimised: ce_weight x CE + kl_weight x KL + kv_weight x KV."""

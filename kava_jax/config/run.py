@@ -328,6 +328,14 @@ class Config(Section):
                 f"{loss.match}: it merges keys and values as the run's own cut does; set "
                 f"student.cut and match=cache, or projector.init=calibrated"
             )
+        if loss.handoff is not None and (share := loss.handoff.read_alone):
+            alone = round(share * self.data.batch_size)
+            if alone in (0, self.data.batch_size):
+                raise ValueError(
+                    f"loss.handoff.alone_share={share:g} leaves {alone} of data.batch_size="
+                    f"{self.data.batch_size} rows to be read alone; give a share that leaves some "
+                    f"and not all, or 0"
+                )
         if loss.handoff is not None and not self.teachers:
             raise ValueError(
                 "loss.handoff without teachers: there is no one to hand over to or from"

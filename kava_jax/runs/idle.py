@@ -26,6 +26,9 @@ def idle_settings(config: Config) -> list[str]:
         value, default = _value_and_default(config, field)
         if value != default:
             notes.append(f"{field}={value} does nothing: {why}")
+    loss = config.loss
+    if loss.handoff and not loss.handoff.compares and not is_zero(loss.kv_weight):
+        notes.append("loss.kv_weight does nothing: every row is handed over, none is compared")
     steps = config.train.steps
     for name in INTERVALS:
         every, default = _value_and_default(config, f"train.{name}")

@@ -92,6 +92,8 @@ def smoke_config(config: Config) -> Config:
     # In every part of a batch, or a control that pairs rows would have nothing to pair.
     rows = math.lcm(BATCH_ROWS, jax.device_count())
     raw["data"]["batch_size"] = rows * config.train.grad_accumulation
+    if config.loss.handoff and config.loss.handoff.read_alone:
+        raw["loss"]["handoff"]["alone_share"] = 0.5  # of so few rows, too
     raw["train"] |= {"steps": STEPS, "log_every": 1, "eval_every": None, "checkpoint_every": STEPS}
     raw["eval"] |= {"max_new_tokens": NEW_TOKENS, "batch_size": HELD_OUT_ROWS}
     raw["eval"]["exact_match_every"] = None

@@ -1,6 +1,6 @@
 """From (sum, count) on devices to the numbers that are logged: here, and only here, divided."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -24,10 +24,17 @@ def summarize(metrics: Mapping[str, Mean]) -> dict[str, float]:
     """Plain floats by the names that ``metrics.jsonl`` uses.
 
     Figures of several teachers are averaged; with more than one, each teacher's own are added as
-    ``<teacher>/...``. A mean over nothing is NaN.
+    ``<teacher>/...``. A mean over nothing is NaN; where no token was compared at all, since every
+    row was handed over, the figures of the comparison are left out.
     """
     # One transfer for all figures. Each ``float`` of a device array would be one of its own.
-    values = {name: _divide(mean) for name, mean in jax.device_get(dict(metrics)).items()}
+    means = jax.device_get(dict(metrics))
+    if not any(mean.count for name, mean in means.items() if "/cos_" in name):
+        of_comparison = {name for name in means if "/" in name or name.endswith("_running")}
+        means = {
+            name: mean for name, mean in means.items() if mean.count or name not in of_comparison
+        }
+    values = {name: _divide(mean) for name, mean in means.items()}
     result = {name: value for name, value in values.items() if "/" not in name}
     result |= _over_teachers({name: _of_teacher(own) for name, own in _by_teacher(values).items()})
     if "cos_running" in result:
@@ -77,6 +84,12 @@ def _over_teachers(parts: Mapping[str, Mapping[str, float]]) -> dict[str, float]
 def _of_teacher(own: Mapping[str, float]) -> dict[str, float]:
     """One teacher's figures: parts apart where that matters, and their mean."""
     parts = [part for part in PARTS if f"cos_{part}" in own]
+    found = _of_parts(own, parts) if parts else {}
+    return found | {name: own[name] for name in ("kl", "attention_kl", "ce_handed") if name in own}
+
+
+def _of_parts(own: Mapping[str, float], parts: Sequence[str]) -> dict[str, float]:
+    """Those of the comparison of some parts."""
     result = {
         name: sum(own[f"{name}_{part}"] for part in parts) / len(parts)
         for name in _OF_PARTS
@@ -89,7 +102,7 @@ def _of_teacher(own: Mapping[str, float]) -> dict[str, float]:
     # 1e-30 only keeps a target of length 0 from dividing by zero.
     ratios = [own[f"s_magnitude_{p}"] / max(own[f"t_magnitude_{p}"], 1e-30) for p in parts]
     result["mag_ratio"] = float(np.mean(ratios))
-    return result | {name: own[name] for name in ("kl", "attention_kl", "ce_handed") if name in own}
+    return result
 
 
 def _divide(mean: Mean) -> float:

@@ -248,6 +248,16 @@ REFUSED = {
     "outputs": ({}, {"loss": {"match": "block_outputs"}}, "match=block_outputs with handoff"),
     "attention": ({}, {"loss": {"match": "attention"}}, "match=attention with handoff"),
     "all alone": ({"alone_share": 1.0}, {}, "loss.handoff.alone_share=1"),
+    "a share that is no row": (
+        {"alone_share": 0.01},
+        {},
+        "loss.handoff.alone_share=0.01 leaves 0 of data.batch_size=8 rows to be read alone",
+    ),
+    "a share that is all rows": (
+        {"alone_share": 0.99},
+        {},
+        "loss.handoff.alone_share=0.99 leaves 8 of data.batch_size=8 rows to be read alone",
+    ),
     "a layer without a source": (
         {"layer_map": [[0, 1]]},
         {},
@@ -300,7 +310,21 @@ def test_a_share_that_no_one_reads_is_told(workspace):
     config = load_config(workspace / "tiny.yaml", [share])
     assert config.loss.handoff is not None
     assert config.loss.handoff.read_alone == 0.2
-    assert not any("alone_share" in note for note in idle_settings(config))
+    assert not any("handed over" in note or "alone_share" in note for note in idle_settings(config))
+
+
+def test_a_weight_of_what_is_not_compared_is_told(workspace):
+    for changes in (["train=projector"], ["alone_share=0"]):
+        own = [f"loss.handoff.{change}" for change in changes]
+        told = [
+            [note for note in idle_settings(config) if note.startswith("loss.kv_weight")]
+            for config in (
+                load_config(workspace / "tiny.yaml", [*own, "loss.kv_weight=1"]),
+                load_config(workspace / "tiny.yaml", [*own, "loss.kv_weight=0"]),
+            )
+        ]
+        idle = "loss.kv_weight does nothing: every row is handed over, none is compared"
+        assert told == [[idle], []]
 
 
 def test_rows_with_several_replies_are_refused():

@@ -114,6 +114,13 @@ def test_a_figure_that_one_teacher_has_alone_is_the_figure() -> None:
     assert "other/attention_kl" not in found
 
 
+def test_where_nothing_was_compared_there_is_nothing_to_tell() -> None:
+    nothing = {name: mean(0.0, 0) for name in teacher("big", 0.8, 0.6, 0.5)}
+    running = {"cos_running": mean(0.0, 0), "cos_shuffled_running": mean(0.0, 0)}
+    told = {"ce": mean(6.0, 4), "big/kl": mean(1.0, 4)}
+    assert summarize(nothing | running | told) == {"ce": 1.5, "kl": 0.25}
+
+
 def test_one_part_alone_is_its_own_mean() -> None:
     only = {
         name.removesuffix("_v") + "_o": value
