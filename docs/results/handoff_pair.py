@@ -20,6 +20,10 @@ steps is over:
 
     python docs/results/handoff_pair.py arms kl+mercator/alone kl+mercator/both --seeds 1 2 3 4 5 6
     python docs/results/handoff_pair.py arms kl+mercator/both --in-time-of alone --seeds 1 2 3 4 5 6
+
+A second one, declared after seed 0 of all of them and three seeds of ``both``, and before any fresh
+seed of its own: the same two comparisons for ``handed``, in which the student reads no row by
+itself.
 """
 
 import argparse
