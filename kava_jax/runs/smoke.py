@@ -93,7 +93,7 @@ def smoke_config(config: Config) -> Config:
     rows = math.lcm(BATCH_ROWS, jax.device_count())
     raw["data"]["batch_size"] = rows * config.train.grad_accumulation
     if config.loss.handoff and config.loss.handoff.read_alone:
-        raw["loss"]["handoff"]["alone_share"] = 0.5  # of so few rows, too
+        raw["loss"]["handoff"]["alone_share"] = 0.5  # a small share of two rows would be none
     raw["train"] |= {"steps": STEPS, "log_every": 1, "eval_every": None, "checkpoint_every": STEPS}
     raw["eval"] |= {"max_new_tokens": NEW_TOKENS, "batch_size": HELD_OUT_ROWS}
     raw["eval"]["exact_match_every"] = None

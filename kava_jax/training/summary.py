@@ -30,10 +30,8 @@ def summarize(metrics: Mapping[str, Mean]) -> dict[str, float]:
     # One transfer for all figures. Each ``float`` of a device array would be one of its own.
     means = jax.device_get(dict(metrics))
     if not any(mean.count for name, mean in means.items() if "/cos_" in name):
-        of_comparison = {name for name in means if "/" in name or name.endswith("_running")}
-        means = {
-            name: mean for name, mean in means.items() if mean.count or name not in of_comparison
-        }
+        told = {name for name in means if "/" not in name and not name.endswith("_running")}
+        means = {name: mean for name, mean in means.items() if mean.count or name in told}
     values = {name: _divide(mean) for name, mean in means.items()}
     result = {name: value for name, value in values.items() if "/" not in name}
     result |= _over_teachers({name: _of_teacher(own) for name, own in _by_teacher(values).items()})

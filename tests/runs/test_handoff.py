@@ -314,17 +314,12 @@ def test_a_share_that_no_one_reads_is_told(workspace):
 
 
 def test_a_weight_of_what_is_not_compared_is_told(workspace):
-    for changes in (["train=projector"], ["alone_share=0"]):
-        own = [f"loss.handoff.{change}" for change in changes]
-        told = [
-            [note for note in idle_settings(config) if note.startswith("loss.kv_weight")]
-            for config in (
-                load_config(workspace / "tiny.yaml", [*own, "loss.kv_weight=1"]),
-                load_config(workspace / "tiny.yaml", [*own, "loss.kv_weight=0"]),
-            )
-        ]
-        idle = "loss.kv_weight does nothing: every row is handed over, none is compared"
-        assert told == [[idle], []]
+    idle = "loss.kv_weight does nothing: every row is handed over, none is compared"
+    for change in ("train=projector", "alone_share=0"):
+        for weight, told in ((1, [idle]), (0, [])):
+            changes = [f"loss.handoff.{change}", f"loss.kv_weight={weight}"]
+            notes = idle_settings(load_config(workspace / "tiny.yaml", changes))
+            assert [note for note in notes if note.startswith("loss.kv_weight")] == told
 
 
 def test_rows_with_several_replies_are_refused():
