@@ -177,6 +177,9 @@ def test_the_student_that_was_handed_a_cache_is_compared_with_one_that_read_alon
     def arm(mode: str, seed: int, steps: int, handed: list[float]) -> dict:
         rows = {"row_alone": [1.0, 2.0], "row_handed": handed}
         losses = {"alone": 1.5, "handed": sum(handed) / 2, "wrong": 4.0, "none": 5.0}
+        if not seed:
+            losses |= {"long alone": 1.2, "long handed": 1.1}
+            rows |= {"row_long alone": [1.0, 1.4], "row_long handed": [1.2, 1.0]}
         line = {"arm": f"kl/{mode}", "seed": seed, "healed": "kl", "mode": mode, "steps": steps}
         return line | {"changes": [], "figures": losses | rows | {"teacher": 0.5}}
 
@@ -206,3 +209,6 @@ def test_the_student_that_was_handed_a_cache_is_compared_with_one_that_read_alon
     after = "kl/both from the teacher's cache after {} steps minus kl/alone after 40: {} (95 %"
     assert after.format(26, "+0.175") in text
     assert after.format(40, "-0.375") in text
+    # Over the rows: +0.2 and -0.4.
+    long = "kl/both from the teacher's cache 1.100 minus kl/alone 1.200: -0.100 ± 0.300 (seed 0"
+    assert long in text

@@ -38,7 +38,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from handoff_pair_table import HANDOFF_SECONDS, RESULTS, WAYS, handoff_pair, seconds
+from handoff_pair_table import HANDOFF_SECONDS, LONG, RESULTS, WAYS, handoff_pair, seconds
 from lines import page
 from real_pair import arm_config, in_turns, of_run, trained
 from real_pair_measure import WORK, rounded
@@ -151,7 +151,8 @@ def record(line: dict[str, Any], student: Path) -> None:
     """
     alone = line["mode"].startswith("alone")
     once = line["seed"] == 0 and not line.get("changes")
-    figures = measured(student, WAYS if once else ("alone",) if alone else ("alone", "handed"))
+    ways = (*WAYS, *LONG) if once else ("alone",) if alone else ("alone", "handed")
+    figures = measured(student, ways)
     told = ", ".join(f"{way} {figures[way]}" for way in WAYS if way in figures)
     append(line | {"figures": figures}, told, RESULTS)
 
@@ -161,7 +162,8 @@ def measured(student: Path, ways: tuple[str, ...]) -> dict[str, Any]:
 
     ``alone``: the student by itself; ``handed``: from the teacher's cache of the prompt; ``wrong``:
     from its cache of another row; ``none``: of the prompt's last token alone; ``teacher``: the
-    teacher by itself. ``ways`` says which of them.
+    teacher by itself; ``long alone`` and ``long handed``: with the two rows before it in the
+    prompt. ``ways`` says which of them.
     """
     # With logit KL a teacher is loaded whole.
     config = dump_config(config_of("kl/both, KL", 0))
@@ -170,22 +172,41 @@ def measured(student: Path, ways: tuple[str, ...]) -> dict[str, Any]:
         data_loader(run)(str(TEXTS / "gsm8k_answers_report.jsonl"), split="test", rows=REPORTED),
         run.encoder,
     ).measured
-    batched = partial(eval_batches, batch_size=ROWS, max_length=LENGTH, bucket=LENGTH)
-    bare = [Encoded(row.ids[row.prompt_length - 1 :], 1, False) for row in rows]
-    weights, teachers = run.blueprint.load_student(), run.blueprint.load_teachers()
-    read = jax.jit(partial(by_row, run, ways))
-    parts = [read(weights, teachers, batch) for batch in batched(rows)]
-    found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    models = run.blueprint.load_student(), run.blueprint.load_teachers()
+    losses = partial(losses_by_row, run, models)
+    found = losses(rows, ways, LENGTH)
     if "none" in ways:
-        read = jax.jit(partial(by_row, run, ("alone",)))
-        empty = [read(weights, teachers, batch)["alone"] for batch in batched(bare)]
-        found["none"] = np.concatenate(empty)
+        bare = [Encoded(row.ids[row.prompt_length - 1 :], 1, False) for row in rows]
+        found["none"] = losses(bare, ("alone",), LENGTH)["alone"]
+    if LONG[0] in ways:
+        long = losses(with_two_before(rows), ("alone", "handed"), 3 * LENGTH)
+        found |= {way: long[way.removeprefix("long ")] for way in LONG}
     tokens = found.pop("tokens")
     return {
         "tokens": int(tokens.sum()),
         **{name: rounded(own.sum() / tokens.sum()) for name, own in found.items()},
         **{f"row_{name}": list(map(rounded, own / tokens)) for name, own in found.items()},
     }
+
+
+def with_two_before(rows: list[Encoded]) -> list[Encoded]:
+    """Each row with the two before it as a part of its prompt (before the first, the last two)."""
+    behind = []
+    for i, row in enumerate(rows):
+        shown = np.concatenate([rows[i - 2].ids, rows[i - 1].ids])
+        ids = np.concatenate([shown, row.ids])
+        behind.append(Encoded(ids, len(shown) + row.prompt_length, row.truncated))
+    return behind
+
+
+def losses_by_row(
+    run: Run, models: Any, rows: list[Encoded], ways: tuple[str, ...], length: int
+) -> dict[str, Any]:
+    """``by_row`` of all rows."""
+    batches = eval_batches(rows, batch_size=ROWS, max_length=length, bucket=length)
+    read = jax.jit(partial(by_row, run, ways))
+    parts = [read(*models, batch) for batch in batches]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def by_row(

@@ -13,6 +13,8 @@ RESULTS, HANDOFF_SECONDS = HERE / "handoff_pair.jsonl", HERE / "handoff_pair_sec
 # How an answer is read: by the student alone, from the teacher's cache of the prompt, from its
 # cache of another prompt, without a prompt, and by the teacher.
 WAYS = ("alone", "handed", "wrong", "none", "teacher")
+# With two other rows in the prompt: longer than any that was trained on.
+LONG = ("long alone", "long handed")
 Line = dict[str, Any]
 
 
@@ -42,7 +44,7 @@ def handoff_pair() -> list[str]:
         "difference is from the teacher's cache minus the student that was trained on alone, plus "
         "or minus its standard error: over rows for one seed, over seeds for several.",
     ]
-    for said in _contrasts(lines):
+    for said in (*_contrasts(lines), *_long_prompts(lines)):
         told += ["", said]
     return told
 
@@ -85,6 +87,22 @@ def _cells(pairs: list[tuple[Line, Line | None]]) -> list[str]:
     cells = [line["healed"], named, seeds, str(line["steps"])]
     cells += ["" if minutes is None else f"{minutes:.1f}", alone, handed]
     return [*cells, difference(rows), *controls]
+
+
+def _long_prompts(lines: list[Line]) -> list[str]:
+    """Prompts longer than any that was trained on."""
+    told = []
+    for line in lines:
+        other = baseline(line, lines)
+        if other and "long handed" in line["figures"] and "long alone" in other["figures"]:
+            own, alone = line["figures"], other["figures"]
+            rows = np.subtract(own["row_long handed"], alone["row_long alone"])
+            told.append(
+                f"With two other rows in the prompt, {line['arm']} from the teacher's cache "
+                f"{own['long handed']:.3f} minus {other['arm']} {alone['long alone']:.3f}: "
+                f"{difference([rows])} (seed {line['seed']}, over rows)."
+            )
+    return told
 
 
 def _contrasts(lines: list[Line]) -> list[str]:
