@@ -28,8 +28,10 @@ itself.
 
 import argparse
 import json
+import os
 import re
 import shutil
+from collections.abc import Callable
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
@@ -58,6 +60,7 @@ from kava_jax.training.comparison import ForwardPass, forward
 STEPS, ROWS, LENGTH, REPORTED = 40, 4, 256, 96
 CUT = "15-middle"
 TEXTS = WORK / "texts"
+TEACHER, REPORT = WORK / "teachers" / "gsm8k", TEXTS / "gsm8k_answers_report.jsonl"
 
 MODES = {
     "alone": ("teachers=[]",),
@@ -108,9 +111,8 @@ def heal(losses: str) -> None:
 def config_of(name: str, seed: int, steps: int = STEPS) -> Config:
     """The config of an arm."""
     arm = ARMS[name]
-    teacher = WORK / "teachers" / "gsm8k"
     raw: dict[str, Any] = {
-        "teachers": [{"name": "smollm2", "path": str(teacher)}],
+        "teachers": [{"name": "smollm2", "path": str(TEACHER)}],
         "student": {"path": str(WORK / "healed" / arm.healed)},
         "projector": {"kind": "identity"},
         "loss": {"kv_weight": 0.0},
@@ -169,7 +171,7 @@ def measured(student: Path, ways: tuple[str, ...]) -> dict[str, Any]:
     config = dump_config(config_of("kl/both, KL", 0))
     run = prepare(parse_config(config, [f"student.path={student}"]))
     rows = HeldOut.of(
-        data_loader(run)(str(TEXTS / "gsm8k_answers_report.jsonl"), split="test", rows=REPORTED),
+        data_loader(run)(str(REPORT), split="test", rows=REPORTED),
         run.encoder,
     ).measured
     models = run.blueprint.load_student(), run.blueprint.load_teachers()
@@ -204,15 +206,42 @@ def losses_by_row(
 ) -> dict[str, Any]:
     """``by_row`` of all rows."""
     batches = eval_batches(rows, batch_size=ROWS, max_length=length, bucket=length)
-    read = jax.jit(partial(by_row, run, ways))
-    parts = [read(*models, batch) for batch in batches]
+    read, by_teacher = jax.jit(partial(by_row, run, ways)), jax.jit(partial(vectors, run))
+    parts = []
+    for index, batch in enumerate(batches):
+        file = WORK / "read" / f"{length}-{index}.npz"
+        known = on_disk(file, partial(by_teacher, models[1], batch)) if "handed" in ways else None
+        parts.append(read(*models, known, batch))
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
+def vectors(run: Run, teachers: dict[str, Params], batch: Batch) -> dict[str, Any]:
+    """The teacher's keys and values of a batch."""
+    ((name, link),) = run.blueprint.objective.teachers.items()
+    return forward(link.graph, teachers[name], batch).vectors
+
+
+def on_disk(file: Path, read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What the teacher makes of a batch, kept for the next student: it is the same for all."""
+    made = max(path.stat().st_mtime for path in (TEACHER / "model.safetensors", REPORT))
+    if not file.is_file() or file.stat().st_mtime < made:
+        file.parent.mkdir(exist_ok=True)
+        # Renamed when it is whole: another process may look for it.
+        partly = file.with_suffix(f".{os.getpid()}.npz")
+        np.savez(partly, **read())
+        partly.rename(file)
+    return dict(np.load(file))
+
+
 def by_row(
-    run: Run, ways: tuple[str, ...], student: Params, teachers: dict[str, Params], batch: Batch
+    run: Run,
+    ways: tuple[str, ...],
+    student: Params,
+    teachers: dict[str, Params],
+    known: Any,
+    batch: Batch,
 ) -> dict[str, Any]:
-    """Sums over each row's answer [B], and its tokens."""
+    """Sums over each row's answer [B], and its tokens; ``known`` are the teacher's vectors."""
     objective = run.blueprint.objective
     term = objective.handoff
     assert term is not None
@@ -220,18 +249,20 @@ def by_row(
     # The compiler leaves out what no way asks for.
     teacher = forward(link.graph, teachers[name], batch)
     everyone = jnp.ones(len(batch.tokens), bool)
-    given = partial(term.past, {}, batch, everyone, {name: teacher})
+    given = partial(term.past, {}, batch, everyone, {name: teacher._replace(vectors=known)})
 
     def wrong(rotation: Any) -> HandedOver:
         past = given(rotation)
         return past._replace(cache=jax.tree.map(lambda x: jnp.roll(x, 1, axis=1), past.cache))
 
+    asked = {"alone": None, "handed": given, "wrong": wrong}
     passes = {
         way: forward(objective.student, student, batch, handed=how)
-        for way, how in {"alone": None, "handed": given, "wrong": wrong}.items()
+        for way, how in asked.items()
+        if way in ways
     }
-    passes |= {"teacher": teacher}
-    sums = {way: _answer_loss(one, batch) for way, one in passes.items() if way in ways}
+    passes |= {"teacher": teacher} if "teacher" in ways else {}
+    sums = {way: _answer_loss(one, batch) for way, one in passes.items()}
     return sums | {"tokens": batch.loss_mask[:, 1:].sum(-1)}
 
 
