@@ -27,6 +27,7 @@ itself.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -60,7 +61,7 @@ from kava_jax.training.comparison import ForwardPass, forward
 STEPS, ROWS, LENGTH, REPORTED = 40, 4, 256, 96
 CUT = "15-middle"
 TEXTS = WORK / "texts"
-TEACHER, REPORT = WORK / "teachers" / "gsm8k", TEXTS / "gsm8k_answers_report.jsonl"
+TEACHER = WORK / "teachers" / "gsm8k"
 
 MODES = {
     "alone": ("teachers=[]",),
@@ -171,7 +172,7 @@ def measured(student: Path, ways: tuple[str, ...]) -> dict[str, Any]:
     config = dump_config(config_of("kl/both, KL", 0))
     run = prepare(parse_config(config, [f"student.path={student}"]))
     rows = HeldOut.of(
-        data_loader(run)(str(REPORT), split="test", rows=REPORTED),
+        data_loader(run)(str(TEXTS / "gsm8k_answers_report.jsonl"), split="test", rows=REPORTED),
         run.encoder,
     ).measured
     models = run.blueprint.load_student(), run.blueprint.load_teachers()
@@ -208,9 +209,10 @@ def losses_by_row(
     batches = eval_batches(rows, batch_size=ROWS, max_length=length, bucket=length)
     read, by_teacher = jax.jit(partial(by_row, run, ways)), jax.jit(partial(vectors, run))
     parts = []
-    for index, batch in enumerate(batches):
-        file = WORK / "read" / f"{length}-{index}.npz"
-        known = on_disk(file, partial(by_teacher, models[1], batch)) if "handed" in ways else None
+    for batch in batches:
+        known = None
+        if "handed" in ways:
+            known = on_disk(batch, partial(by_teacher, models[1], batch))
         parts.append(read(*models, known, batch))
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
@@ -221,10 +223,11 @@ def vectors(run: Run, teachers: dict[str, Params], batch: Batch) -> dict[str, An
     return forward(link.graph, teachers[name], batch).vectors
 
 
-def on_disk(file: Path, read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def on_disk(batch: Batch, read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """What the teacher makes of a batch, kept for the next student: it is the same for all."""
-    made = max(path.stat().st_mtime for path in (TEACHER / "model.safetensors", REPORT))
-    if not file.is_file() or file.stat().st_mtime < made:
+    name = hashlib.sha256(np.asarray(batch.tokens).tobytes()).hexdigest()[:16]
+    file, weights = WORK / "read" / f"{name}.npz", TEACHER / "model.safetensors"
+    if not file.is_file() or file.stat().st_mtime < weights.stat().st_mtime:
         file.parent.mkdir(exist_ok=True)
         # Renamed when it is whole: another process may look for it.
         partly = file.with_suffix(f".{os.getpid()}.npz")
